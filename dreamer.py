@@ -1,0 +1,1357 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "ale-py>=0.12", "box2d>=2.3.10", "dm_control==1.0.50", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2",
+#     "mujoco>=3.17,<4", "numpy>=2.1", "opencv-python-headless>=4.11", "pillow>=11", "pygame-ce>=2.5",
+#     "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
+# ]
+# ///
+"""Dreamer (V1): a latent world model learned from pixels; actor and value learned by back-propagation through its dreams.
+
+Paper:      Hafner et al. 2020, Dream to Control, arXiv 1912.01603   Reference code: danijar/dreamer (TensorFlow 2)
+Run:        python dreamer.py --env-id walker-walk          (or: uv run dreamer.py --env-id walker-walk)
+Resume:     python dreamer.py --resume runs/<run folder>
+Evaluate:   python dreamer.py --evaluate runs/<run folder> [--capture-video]
+Watch:      tensorboard --logdir runs
+Deviations from the reference code, each also marked at the line it concerns:
+  1. float32 or bfloat16 instead of float16 with loss scaling.
+  2. A chunk may end on the last entry of an episode (the reference's exclusive bound never trains on it), and where an
+     episode is shorter than a chunk the chunk runs on into its neighbours, the state being reset at each first entry.
+  3. With the continuation head, terminal start states get weight 0 (the reference drops the last state of each chunk).
+  4. The mode of the policy is chosen for each environment by itself (the reference's gather is right for one only).
+  5. Vector observations (not in V1): symlog, dense encoder and decoder, Normal with standard deviation 0.1.
+  6. 1M environment steps by default (5M in the paper); the replay holds the last 500K time steps (unbounded there).
+"""
+
+import difflib
+import functools
+import io
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from ctypes.util import find_library
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of every random generator of the run"""
+    torch_deterministic: bool = True
+    """ask cuDNN for deterministic algorithms"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    track: bool = False
+    """also log to Weights and Biases"""
+    wandb_project_name: str = "model-based-rl"
+    """the project name at Weights and Biases"""
+    wandb_entity: str | None = None
+    """the team at Weights and Biases"""
+    capture_video: bool = False
+    """write an MP4 of the first episode of every evaluation into the run folder"""
+    save_model: bool = False
+    """write the weights alone to {exp_name}.pt in the run folder at the end"""
+    eval_frequency: int = 10_000
+    """environment steps between evaluations, 0 = none"""
+    eval_episodes: int = 10
+    """episodes of one evaluation"""
+    checkpoint_frequency: int = 50_000
+    """environment steps between checkpoints, 0 = only at the end or when interrupted"""
+    save_buffer: bool = True
+    """keep the replay buffer in the checkpoint"""
+    resume: str | None = None
+    """run folder to continue"""
+    evaluate: str | None = None
+    """run folder to evaluate: plays eval_episodes, prints mean and standard deviation, trains nothing"""
+
+    # Algorithm specific arguments
+    env_id: str = "walker-walk"
+    """dm_control task (walker-walk, cup-catch, ...) or Gymnasium id (CarRacing-v3, ALE/Pong-v5, my_module:MyEnv-v0)"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the run, action repeats counted"""
+    num_envs: int = 1
+    """environments played side by side, each in its own process if more than one"""
+    obs_mode: Literal["pixels", "state"] = "pixels"
+    """what is seen of a dm_control task; Gymnasium ids decide themselves"""
+    renderer: Literal["auto", "gl", "raycast"] = "auto"
+    """dm_control pixels by OpenGL or by the GL-free ray-caster; auto = gl where it is installed"""
+    action_repeat: int | None = None
+    """environment steps per action (rewards summed); default 2 on dm_control, 1 elsewhere"""
+    cont_head: Literal["auto", "on", "off"] = "auto"
+    """learn when episodes terminate; auto = off on dm_control, on elsewhere"""
+    clip_rewards: Literal["none", "tanh"] = "none"
+    """squash rewards before learning (tanh in V1's Atari experiments)"""
+    buffer_size: int = 500_000
+    """capacity of the replay buffer in time steps (agent decisions plus one per episode)"""
+    buffer_on_gpu: bool = True
+    """keep the replay on the training device; --no-buffer-on-gpu keeps it in host memory"""
+    learning_starts: int = 5_000
+    """environment steps of random actions before learning"""
+    train_frequency: int = 1_000
+    """environment steps between blocks of updates, summed over all environments"""
+    train_steps: int = 100
+    """updates per block"""
+    pretrain_steps: int = 100
+    """updates when learning starts"""
+    batch_size: int = 50
+    """sequences per batch (B)"""
+    batch_length: int = 50
+    """time steps per sequence (L)"""
+    cnn_depth: int = 32
+    """channels of the first convolution; the others are multiples of it"""
+    stoch_size: int = 30
+    """size of the stochastic part of the latent state"""
+    deter_size: int = 200
+    """size of the deterministic part and of the model's hidden layers"""
+    dense_size: int = 400
+    """units per hidden layer of the heads"""
+    free_nats: float = 3.0
+    """nats of KL, averaged over the batch, that cost nothing"""
+    kl_scale: float = 1.0
+    """weight of the KL loss"""
+    cont_scale: float = 10.0
+    """weight of the continuation loss"""
+    horizon: int = 15
+    """imagined steps (H)"""
+    gamma: float = 0.99
+    """discount per decision"""
+    td_lambda: float = 0.95
+    """mixing factor of the lambda-return"""
+    model_lr: float = 6e-4
+    """learning rate of the world model"""
+    actor_lr: float = 8e-5
+    """learning rate of the actor"""
+    value_lr: float = 8e-5
+    """learning rate of the value network"""
+    adam_eps: float = 1e-7
+    """epsilon of the three Adam optimizers"""
+    max_grad_norm: float = 100.0
+    """gradient norm that each optimizer is clipped to"""
+    expl_noise: float = 0.3
+    """standard deviation of the Normal added to continuous actions while collecting"""
+    expl_epsilon: tuple[float, float, int] = (0.4, 0.1, 200_000)
+    """discrete actions: share of random ones at first, at last, and the updates in between"""
+
+    # Speed
+    bfloat16: bool = False
+    """bfloat16 autocast for matrix products and convolutions"""
+    compile: bool = False
+    """torch.compile the losses"""
+    cudagraphs: bool = False
+    """replay an update as one CUDA graph (GPU only)"""
+
+
+# === Environment ===
+
+
+def is_dm_control(env_id: str) -> bool:
+    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
+    return re.search(r"-v\d+$", env_id) is None
+
+
+def default_action_repeat(args: Args) -> int:
+    return args.action_repeat or (2 if is_dm_control(args.env_id) else 1)
+
+
+def choose_renderer(args: Args) -> str:
+    """Returns "gl", "raycast" or "none", and points MuJoCo at a headless GL library when GL is wanted."""
+    if not is_dm_control(args.env_id) or (args.obs_mode == "state" and not args.capture_video):
+        return "none"
+    headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
+    libraries = {"egl": ("EGL", "GL"), "osmesa": ("OSMesa",)} if headless else {"glfw": ()}
+    found = [name for name, needs in libraries.items() if all(find_library(lib) for lib in needs)]
+    if args.renderer == "raycast" or (args.renderer == "auto" and not found and "MUJOCO_GL" not in os.environ):
+        return "raycast"
+    if not found and "MUJOCO_GL" not in os.environ:
+        fail("--renderer gl needs OpenGL: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
+    os.environ.setdefault("MUJOCO_GL", found[0] if found else "")
+    return "gl"
+
+
+#RAYCASTER
+
+
+class DMControl(gym.Env):
+    """A task of the dm_control suite with its flattened state as observation; `render` draws the published camera.
+
+    An episode of 1000 steps ends by truncation; only a task that says discount 0 terminates.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}  # noqa: RUF012
+    render_mode = "rgb_array"
+
+    def __init__(self, env_id: str, renderer: str, size: int = 64):
+        from dm_control import suite
+
+        names = {f"{domain}-{task}".replace("_", "-"): (domain, task) for domain, task in suite.ALL_TASKS}
+        name = re.sub("^cup-", "ball-in-cup-", env_id.replace("_", "-"))
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
+        self.domain, self.task_name = names[name]
+        self.env = suite.load(self.domain, self.task_name)
+        self.renderer, self.size, self.ray_caster = renderer, size, None
+        spec = self.env.action_spec()
+        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+        dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
+
+    def flatten(self, time_step) -> np.ndarray:
+        return np.concatenate([np.ravel(part) for part in time_step.observation.values()]).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env.task._random = np.random.RandomState(seed)  # what suite.load(task_kwargs={"random": seed}) sets
+        self.ray_caster = None  # a reset may change sizes and colours
+        return self.flatten(self.env.reset()), {}
+
+    def step(self, action: np.ndarray):
+        time_step = self.env.step(action)
+        terminated = time_step.last() and time_step.discount == 0.0
+        return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
+
+    def render(self) -> np.ndarray:
+        physics = self.env.physics
+        camera = -1 if physics.model.ncam == 0 else 2 if self.domain == "quadruped" else 0
+        if self.renderer == "gl":
+            return physics.render(self.size, self.size, camera_id=camera)
+        if self.ray_caster is None:
+            self.ray_caster = RayCaster(physics.model.ptr, self.size, self.size, camera)
+        return self.ray_caster.render(physics.data.ptr)
+
+
+class ActionRepeat(gym.Wrapper):
+    """Repeats each action, sums the rewards, stops at the end of the episode."""
+
+    def __init__(self, env: gym.Env, repeat: int):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+def make_gymnasium(env_id: str) -> gym.Env:
+    """Any registered Gymnasium environment; Atari games with the usual preprocessing, in colour."""
+    try:
+        if not env_id.startswith("ALE/"):
+            return gym.make(env_id, render_mode="rgb_array")
+        import ale_py
+
+        gym.register_envs(ale_py)
+        env = gym.make(env_id, render_mode="rgb_array", frameskip=1)
+        return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=64, grayscale_obs=False)
+    except gym.error.DependencyNotInstalled as error:
+        fail(str(error).replace("\n", " "))
+    except ImportError as error:
+        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
+    except gym.error.Error as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+
+
+def make_env(args: Args, renderer: str, video_folder: str | None = None) -> Callable[[], gym.Env]:
+    """A thunk that builds one environment: actions in [-1, 1] or discrete, observations (64, 64, 3) uint8 or (D,) float32."""
+
+    def thunk() -> gym.Env:
+        if torch.multiprocessing.parent_process() is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which closes the workers
+        pixels = is_dm_control(args.env_id) and args.obs_mode == "pixels"
+        if is_dm_control(args.env_id):
+            try:
+                env = DMControl(args.env_id, renderer, size=64 if pixels else 240)
+            except ImportError as error:
+                fail(f"{args.env_id} needs dm_control: pip install dm_control==1.0.50 'mujoco>=3.17,<4' ({error})")
+        else:
+            env = make_gymnasium(args.env_id)
+            if env.spec.max_episode_steps is None:  # an episode must end to be stored; 27,000 as in V1's Atari runs
+                env = gym.wrappers.TimeLimit(env, 27_000)
+        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), default_action_repeat(args))
+        if pixels:
+            env = gym.wrappers.AddRenderObservation(env, render_only=True)
+        if video_folder is not None:
+            env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda i: i == 0, disable_logger=True)
+        return fit_spaces(env, args.env_id)
+
+    return thunk
+
+
+def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
+    """Refuses what Dreamer cannot use; resizes images to 64x64 and rescales the bounded action dimensions to [-1, 1]."""
+    obs, action = env.observation_space, env.action_space
+    is_box = isinstance(obs, gym.spaces.Box)
+    if is_box and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3:
+        if obs.shape[:2] != (64, 64):
+            env = gym.wrappers.ResizeObservation(env, (64, 64))
+    elif is_box and len(obs.shape) == 1:
+        env = gym.wrappers.DtypeObservation(env, np.float32)
+    else:
+        fail(f"{env_id}: observations must be images (H, W, 3) of uint8 or vectors (D,), not {obs}")
+    if isinstance(action, gym.spaces.Box) and len(action.shape) == 1:
+        bounded = np.isfinite(action.low) & np.isfinite(action.high)
+        low, high = np.where(bounded, action.low, -1), np.where(bounded, action.high, 1)
+        space = gym.spaces.Box(-1, 1, action.shape, np.float32)
+        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) / 2 * (high - low)).astype(action.dtype), space)
+    elif not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
+        fail(f"{env_id}: actions must be a vector Box or Discrete starting at 0, not {action}")
+    return env
+
+
+def make_vector_env(args: Args, renderer: str, num_envs: int, video_folder: str | None = None) -> gym.vector.VectorEnv:
+    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    thunks = [make_env(args, renderer, video_folder if i == 0 else None) for i in range(num_envs)]
+    mode = gym.vector.AutoresetMode.DISABLED
+    if num_envs == 1:
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+
+
+# === Replay buffer ===
+
+
+class ReplayBuffer:
+    """Whole episodes end to end in one ring of `capacity` time steps, each stored once.
+
+    Entry t belongs to *arriving* at obs[t]: action[t] led to it, reward[t] was collected on the way, cont[t] is 0 only
+    if obs[t] is terminal. The first entry of an episode has is_first 1, action and reward 0.
+    """
+
+    def __init__(self, capacity: int, obs_space: gym.Space, action_dim: int, device: torch.device):
+        self.capacity, self.device = capacity, device
+        dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
+        shapes = {"obs": obs_space.shape, "action": (action_dim,), "reward": (), "cont": (), "is_first": ()}
+        self.data = {
+            name: torch.empty(capacity, *shape, dtype=dtype if name == "obs" else torch.float32, device=device)
+            for name, shape in shapes.items()
+        }
+        self.end = 0  # entries ever written; entry i lives in slot i % capacity
+        self.starts = np.zeros(0, np.int64)  # of the stored episodes, oldest first, on the same count
+        self.lengths = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return int(self.end - self.starts[0]) if len(self.starts) else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.data.values())
+
+    def add(self, episode: dict[str, np.ndarray]) -> None:
+        """Stores an episode of arrays (T, ...); the oldest episodes make room, a longer one than the ring loses its head."""
+        length = min(len(episode["reward"]), self.capacity)
+        slots = torch.from_numpy((self.end + np.arange(length)) % self.capacity).to(self.device)
+        for name, tensor in self.data.items():
+            tensor[slots] = torch.from_numpy(episode[name][-length:]).to(self.device, tensor.dtype)
+        self.starts, self.lengths = np.append(self.starts, self.end), np.append(self.lengths, length)
+        self.end += length
+        kept = self.starts >= self.end - self.capacity
+        self.starts, self.lengths = self.starts[kept], self.lengths[kept]
+
+    def sample(self, batch_size: int, length: int, rng: np.random.Generator, device: torch.device) -> dict:
+        """Chunks (L, B, ...), copies: an episode uniformly, then a start uniformly, last entry included (deviation 2)."""
+        i = rng.integers(len(self.starts), size=batch_size)
+        start = self.starts[i] + rng.integers(np.maximum(self.lengths[i] - length, 0) + 1)
+        start = np.minimum(start, self.end - length)  # the newest episode, if short, is preceded by its neighbours
+        slots = torch.from_numpy((start + np.arange(length)[:, None]) % self.capacity).to(self.device)
+        return {name: tensor[slots].to(device, non_blocking=True) for name, tensor in self.data.items()}
+
+    def state_dict(self) -> dict:
+        """The filled part; through NumPy, because torch would save the whole storage behind a slice."""
+        filled = min(self.end, self.capacity)
+        data = {name: torch.from_numpy(tensor[:filled].cpu().numpy()) for name, tensor in self.data.items()}
+        return {"data": data, "end": self.end, "starts": self.starts.tolist(), "lengths": self.lengths.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, tensor in state["data"].items():
+            self.data[name][: len(tensor)] = tensor.to(self.device)
+        self.end = state["end"]
+        self.starts, self.lengths = np.array(state["starts"], np.int64), np.array(state["lengths"], np.int64)
+
+
+class EpisodeRecorder:
+    """The episodes being played, one list of entries (as in ReplayBuffer) for each environment."""
+
+    def __init__(self, num_envs: int, action_dim: int):
+        self.no_action = np.zeros(action_dim, np.float32)
+        self.open: list[list[tuple]] = [[] for _ in range(num_envs)]
+
+    def begin(self, obs: np.ndarray, mask: np.ndarray) -> None:
+        for i in np.flatnonzero(mask):
+            self.open[i] = [(obs[i], self.no_action, 0.0, 1.0, 1.0)]
+
+    def add(self, obs, action, rewards, terminations) -> None:
+        for i, entries in enumerate(self.open):
+            entries.append((obs[i], action[i], rewards[i], 1.0 - terminations[i], 0.0))
+
+    def end(self, i: int) -> dict[str, np.ndarray]:
+        """Closes episode i and returns it as arrays (T, ...)."""
+        names, entries, self.open[i] = ("obs", "action", "reward", "cont", "is_first"), self.open[i], []
+        return {name: np.stack(column) for name, column in zip(names, zip(*entries, strict=True), strict=True)}
+
+    def state_dict(self) -> list[dict[str, torch.Tensor]]:
+        """The open episodes so far; a simulator cannot be saved, so a resumed run stores them as truncated."""
+        copies = deepcopy(self)
+        started = [i for i, entries in enumerate(self.open) if len(entries) > 1]
+        return [{name: torch.from_numpy(array) for name, array in copies.end(i).items()} for i in started]
+
+
+# === Networks ===
+
+
+def init_weights(module: nn.Module) -> None:
+    """Keras' defaults, which the reference's scores rest on: Xavier uniform, zero bias, orthogonal recurrence."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.GRUCell):
+        nn.init.xavier_uniform_(module.weight_ih)
+        nn.init.orthogonal_(module.weight_hh)
+        nn.init.zeros_(module.bias_ih)
+        nn.init.zeros_(module.bias_hh)
+
+
+def mlp(in_dim: int, units: int, layers: int, out_dim: int) -> nn.Sequential:
+    """`layers` hidden layers with ELU, then a linear output."""
+    dims = [in_dim] + [units] * layers
+    hidden = [m for i, o in zip(dims[:-1], dims[1:], strict=True) for m in (nn.Linear(i, o), nn.ELU())]
+    return nn.Sequential(*hidden, nn.Linear(dims[-1], out_dim))
+
+
+def preprocess(obs: torch.Tensor) -> torch.Tensor:
+    """Images (..., H, W, C) uint8 -> (..., C, H, W) in [-0.5, 0.5]; vectors (..., D) -> symlog (deviation 5)."""
+    if obs.dtype == torch.uint8:
+        return obs.movedim(-1, -3).float() / 255 - 0.5  # a view in channels-last order, which is what convolutions like
+    return torch.sign(obs) * torch.log1p(torch.abs(obs))
+
+
+class ConvEncoder(nn.Module):
+    """(N, 3, 64, 64) -> (N, 32 * depth)."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, depth, 4, stride=2)  # 31 x 31
+        self.conv2 = nn.Conv2d(depth, 2 * depth, 4, stride=2)  # 14 x 14
+        self.conv3 = nn.Conv2d(2 * depth, 4 * depth, 4, stride=2)  # 6 x 6
+        self.conv4 = nn.Conv2d(4 * depth, 8 * depth, 4, stride=2)  # 2 x 2
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.conv1(image))
+        x = F.relu(self.conv2(x))
+        x = F.relu(self.conv3(x))
+        return F.relu(self.conv4(x)).flatten(1)
+
+
+class ConvDecoder(nn.Module):
+    """(N, F) -> (N, 3, 64, 64), the mean of a Normal with standard deviation 1."""
+
+    def __init__(self, feat_dim: int, depth: int):
+        super().__init__()
+        self.dense = nn.Linear(feat_dim, 32 * depth)
+        self.deconv1 = nn.ConvTranspose2d(32 * depth, 4 * depth, 5, stride=2)  # 5 x 5
+        self.deconv2 = nn.ConvTranspose2d(4 * depth, 2 * depth, 5, stride=2)  # 13 x 13
+        self.deconv3 = nn.ConvTranspose2d(2 * depth, depth, 6, stride=2)  # 30 x 30
+        self.deconv4 = nn.ConvTranspose2d(depth, 3, 6, stride=2)  # 64 x 64
+
+    def forward(self, feat: torch.Tensor) -> torch.Tensor:
+        x = self.dense(feat)[..., None, None]
+        x = F.relu(self.deconv1(x))
+        x = F.relu(self.deconv2(x))
+        x = F.relu(self.deconv3(x))
+        return self.deconv4(x)
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model (section 3.1 of the paper's appendix, PlaNet): state = (stoch, deter).
+
+    What does not depend on the recurrence is kept out of it: callers pass the action's and the embedding's share of the
+    first layers, computed for all time steps at once by `action_part` and `embed_part`.
+    """
+
+    def __init__(self, action_dim: int, embed_dim: int, stoch: int, deter: int, min_std: float = 0.1):
+        super().__init__()
+        self.stoch, self.deter, self.min_std = stoch, deter, min_std
+        self.img_in = nn.Linear(stoch + action_dim, deter)
+        self.cell = nn.GRUCell(deter, deter)
+        self.prior_hidden = nn.Linear(deter, deter)
+        self.prior_out = nn.Linear(deter, 2 * stoch)
+        self.post_hidden = nn.Linear(deter + embed_dim, deter)
+        self.post_out = nn.Linear(deter, 2 * stoch)
+
+    def initial(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The zero state: stoch (B, S), deter (B, D)."""
+        weight = self.img_in.weight
+        return weight.new_zeros(batch_size, self.stoch), weight.new_zeros(batch_size, self.deter)
+
+    def action_part(self, action: torch.Tensor) -> torch.Tensor:
+        return F.linear(action, self.img_in.weight[:, self.stoch :], self.img_in.bias)
+
+    def embed_part(self, embed: torch.Tensor) -> torch.Tensor:
+        return F.linear(embed, self.post_hidden.weight[:, self.deter :], self.post_hidden.bias)
+
+    def deter_step(self, stoch: torch.Tensor, deter: torch.Tensor, action_part: torch.Tensor) -> torch.Tensor:
+        x = F.elu(F.linear(stoch, self.img_in.weight[:, : self.stoch]) + action_part)
+        return self.cell(x, deter)
+
+    def stats(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = out.float().chunk(2, -1)
+        return mean, F.softplus(std) + self.min_std
+
+    def prior(self, deter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation (..., S) of p(stoch | deter)."""
+        return self.stats(self.prior_out(F.elu(self.prior_hidden(deter))))
+
+    def img_step(self, stoch, deter, action_part, noise) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step without an observation: the prior's sample becomes the state."""
+        deter = self.deter_step(stoch, deter, action_part)
+        mean, std = self.prior(deter)
+        return mean + std * noise, deter
+
+    def obs_step(self, stoch, deter, action_part, embed_part, keep, noise) -> tuple[torch.Tensor, ...]:
+        """One step with an observation; `keep` (B, 1) is 0 where an episode begins. Returns stoch, deter, mean, std."""
+        deter = self.deter_step(stoch * keep, deter * keep, action_part)
+        hidden = F.elu(F.linear(deter, self.post_hidden.weight[:, : self.deter]) + embed_part)
+        mean, std = self.stats(self.post_out(hidden))
+        return mean + std * noise, deter, mean, std
+
+    def observe(self, embed, action, is_first, noise) -> dict[str, torch.Tensor]:
+        """Posterior states along sequences (T, B, ...), from the zero state: stoch, deter, mean, std, each (T, B, ...)."""
+        stoch, deter = self.initial(action.shape[1])
+        inputs = self.action_part(action), self.embed_part(embed), 1 - is_first[..., None], noise
+        states = []
+        for step in zip(*(x.unbind(0) for x in inputs), strict=True):
+            states.append(self.obs_step(stoch, deter, *step))
+            stoch, deter = states[-1][:2]
+        return {k: torch.stack(v) for k, v in zip(("stoch", "deter", "mean", "std"), zip(*states, strict=True), strict=True)}
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward head and (where episodes can terminate) continuation head."""
+
+    def __init__(self, obs_space: gym.Space, action_dim: int, use_cont: bool, args: Args):
+        super().__init__()
+        feat_dim, image = args.stoch_size + args.deter_size, obs_space.dtype == np.uint8
+        embed_dim = 32 * args.cnn_depth if image else args.dense_size
+        self.obs_std = 1.0 if image else 0.1
+        self.encoder = ConvEncoder(args.cnn_depth) if image else mlp(obs_space.shape[0], args.dense_size, 2, embed_dim)
+        self.rssm = RSSM(action_dim, embed_dim, args.stoch_size, args.deter_size)
+        self.decoder = (
+            ConvDecoder(feat_dim, args.cnn_depth) if image else mlp(feat_dim, args.dense_size, 3, obs_space.shape[0])
+        )
+        self.reward = mlp(feat_dim, args.dense_size, 2, 1)
+        self.cont = mlp(feat_dim, args.dense_size, 3, 1) if use_cont else None
+        self.apply(init_weights)
+        self.to(memory_format=torch.channels_last)
+
+    def embed(self, obs: torch.Tensor) -> torch.Tensor:
+        """Preprocessed observations (T, B, ...) -> (T, B, E)."""
+        return self.encoder(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])
+
+    def decode(self, feat: torch.Tensor) -> torch.Tensor:
+        """Features (T, B, F) -> mean of the preprocessed observations (T, B, ...)."""
+        return self.decoder(feat.flatten(0, 1)).float().unflatten(0, feat.shape[:2])
+
+
+class Actor(nn.Module):
+    """Continuous: tanh of a Normal whose mean is bounded by 5 and whose standard deviation starts at 5. Discrete: one-hot."""
+
+    def __init__(self, feat_dim: int, action_dim: int, discrete: bool, units: int):
+        super().__init__()
+        self.discrete, self.action_dim = discrete, action_dim
+        self.net = mlp(feat_dim, units, 4, action_dim if discrete else 2 * action_dim)
+        self.apply(init_weights)
+
+    def stats(self, feat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Features (..., F) -> (mean, std) before the tanh, or (logits,), each (..., A)."""
+        out = self.net(feat).float()
+        if self.discrete:
+            return (out,)
+        mean, std = out.chunk(2, -1)
+        return 5 * torch.tanh(mean / 5), F.softplus(std + math.log(math.exp(5) - 1)) + 1e-4
+
+    def draw_noise(self, shape: tuple, generator: torch.Generator) -> torch.Tensor:
+        """What `sample` adds, (*shape, A): standard Normal, or Gumbel for discrete actions."""
+        noise = torch.empty(*shape, self.action_dim, device=generator.device)
+        if self.discrete:
+            return -noise.exponential_(generator=generator).log_()
+        return noise.normal_(generator=generator)
+
+    def sample(self, stats: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
+        """Action (..., A) with a gradient: reparameterised, or straight-through for one-hot actions."""
+        if self.discrete:
+            (logits,) = stats
+            one_hot = F.one_hot((logits + noise).argmax(-1), self.action_dim).float()
+            probs = logits.softmax(-1)
+            return one_hot + probs - probs.detach()
+        mean, std = stats
+        return torch.tanh(mean + std * noise)
+
+    def mode(self, stats: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
+        """Most likely action (N, A): arg-max, or per row the likeliest of the noise's (100, N, A) samples (deviation 4)."""
+        if self.discrete:
+            return F.one_hot(stats[0].argmax(-1), self.action_dim).float()
+        mean, std = stats
+        x = mean + std * noise
+        log_tanh_grad = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2)
+        log_prob = (-0.5 * noise**2 - std.log() - log_tanh_grad).sum(-1)  # (100, N), up to a constant
+        return torch.tanh(x.gather(0, log_prob.argmax(0)[None, :, None].expand(1, *mean.shape))[0])
+
+    def entropy(self, stats: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Nats (...): of the Normal before the tanh, or of the categorical. For logging only."""
+        if self.discrete:
+            log_probs = stats[0].log_softmax(-1)
+            return -(log_probs.exp() * log_probs).sum(-1)
+        return (stats[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+def frozen_twin(module: nn.Module) -> nn.Module:
+    """A copy that shares the weights but takes no gradient for them: losses flow through it, not into it."""
+    twin = deepcopy(module)
+    for frozen, live in zip(twin.parameters(), module.parameters(), strict=True):
+        frozen.data = live.data
+        frozen.requires_grad_(False)
+    return twin
+
+
+class Agent(nn.Module):
+    """The networks of a run, and frozen twins for the actor's loss to be differentiated through."""
+
+    def __init__(self, obs_space: gym.Space, action_space: gym.Space, args: Args):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
+        use_cont = args.cont_head == "on" or (args.cont_head == "auto" and not is_dm_control(args.env_id))
+        feat_dim = args.stoch_size + args.deter_size
+        self.world_model = WorldModel(obs_space, self.action_dim, use_cont, args)
+        self.actor = Actor(feat_dim, self.action_dim, self.discrete, args.dense_size)
+        self.value = mlp(feat_dim, args.dense_size, 3, 1).apply(init_weights)
+
+    def freeze_twins(self) -> "Agent":
+        """To be called once the networks are on their device; the twins stay out of parameters() and state_dict()."""
+        self.__dict__["frozen"] = frozen_twin(nn.ModuleDict({"model": self.world_model, "value": self.value}))
+        return self
+
+
+# === Targets and losses ===
+
+
+def kl_divergence(post_mean, post_std, prior_mean, prior_std) -> torch.Tensor:
+    """KL(post || prior) of diagonal Normals (..., S) -> (...), in nats."""
+    ratio = (post_std / prior_std) ** 2
+    distance = ((post_mean - prior_mean) / prior_std) ** 2
+    return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+
+
+def lambda_return(rewards, values, conts, td_lambda: float) -> torch.Tensor:
+    """Lambda-return of states 1..H-1 (Eq. 6 as the reference indexes it): rewards, values, conts (H, N) -> (H-1, N).
+
+    rewards[k] is collected on arriving at state k, values[k] includes it, conts[k] is the discount after state k.
+    """
+    returns, last = [], values[-1]
+    for k in reversed(range(len(values) - 1)):
+        last = rewards[k] + conts[k] * ((1 - td_lambda) * values[k + 1] + td_lambda * last)
+        returns.append(last)
+    return torch.stack(returns[::-1])
+
+
+def discount_weights(conts: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Probability that the dream is still running at states 1..H-1: conts (H, N), start (N,) -> (H-1, N), detached."""
+    return torch.cumprod(torch.cat([start[None], conts[:-2]]), 0).detach()
+
+
+def normal_loss(pred: torch.Tensor, target: torch.Tensor, std: float = 1.0) -> torch.Tensor:
+    """Negative log-likelihood under Normal(pred, std), elementwise."""
+    return 0.5 * ((pred - target) / std) ** 2 + math.log(std) + 0.5 * math.log(2 * math.pi)
+
+
+def model_loss(world_model: WorldModel, batch: dict, noise: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict, dict]:
+    """World-model loss (Eq. 10 with free nats) of a batch (L, B, ...). Returns the loss, posterior states, metrics."""
+    obs = preprocess(batch["obs"])
+    post = world_model.rssm.observe(world_model.embed(obs), batch["action"], batch["is_first"], noise)
+    feat = torch.cat([post["stoch"], post["deter"]], -1)  # (L, B, F)
+    prior_mean, prior_std = world_model.rssm.prior(post["deter"])
+    kl = kl_divergence(post["mean"], post["std"], prior_mean, prior_std)  # (L, B)
+    rewards = torch.tanh(batch["reward"]) if args.clip_rewards == "tanh" else batch["reward"]
+    image = normal_loss(world_model.decode(feat), obs, world_model.obs_std).flatten(2).sum(-1)  # (L, B), sum over pixels
+    reward = normal_loss(world_model.reward(feat).squeeze(-1).float(), rewards)
+    losses = {
+        "image_loss": image.mean(),
+        "reward_loss": reward.mean(),
+        "kl_loss": kl.mean().clamp(min=args.free_nats),
+    }
+    loss = losses["image_loss"] + losses["reward_loss"] + args.kl_scale * losses["kl_loss"]
+    if world_model.cont is not None:
+        logit = world_model.cont(feat).squeeze(-1).float()  # the head's mean is the discount: soft targets gamma and 0
+        losses["cont_loss"] = F.binary_cross_entropy_with_logits(logit, args.gamma * batch["cont"])
+        loss = loss + args.cont_scale * losses["cont_loss"]
+    with torch.no_grad():
+        entropy = 0.5 * math.log(2 * math.pi * math.e) * args.stoch_size
+        diagnostics = {
+            "kl": kl.mean(),
+            "prior_entropy": prior_std.log().sum(-1).mean() + entropy,
+            "post_entropy": post["std"].log().sum(-1).mean() + entropy,
+        }
+    return loss, post, {f"losses/{k}": v for k, v in losses.items()} | {f"model/{k}": v for k, v in diagnostics.items()}
+
+
+def imagine(rssm: RSSM, actor: Actor, stoch, deter, noise: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dreams of H steps from N states: features (H, N, F) of states 1..H (the start is not kept) and policy entropy."""
+    feats, entropies = [], []
+    for state_noise, action_noise in zip(noise["imag"].unbind(0), noise["action"].unbind(0), strict=True):
+        stats = actor.stats(torch.cat([stoch, deter], -1).detach())  # only the actor's input is cut from the graph
+        action = actor.sample(stats, action_noise)
+        stoch, deter = rssm.img_step(stoch, deter, rssm.action_part(action), state_noise)
+        feats.append(torch.cat([stoch, deter], -1))
+        entropies.append(actor.entropy(tuple(s.detach() for s in stats)).mean())
+    return torch.stack(feats), torch.stack(entropies).mean()
+
+
+def behavior_losses(agent: Agent, post: dict, start_weight: torch.Tensor, noise: dict, args: Args) -> tuple:
+    """Actor loss (Eq. 7) and value loss (Eq. 8) on dreams from all N = L*B posterior states; start_weight (N,)."""
+    model, value = agent.frozen["model"], agent.frozen["value"]
+    stoch, deter = (post[k].detach().flatten(0, 1) for k in ("stoch", "deter"))
+    imag_feat, entropy = imagine(model.rssm, agent.actor, stoch, deter, noise)  # (H, N, F)
+    rewards = model.reward(imag_feat).squeeze(-1).float()
+    values = value(imag_feat).squeeze(-1).float()
+    if model.cont is None:
+        conts = torch.full_like(rewards, args.gamma)
+    else:
+        conts = torch.sigmoid(model.cont(imag_feat).squeeze(-1).float())
+    returns = lambda_return(rewards, values, conts, args.td_lambda)
+    weights = discount_weights(conts, start_weight)
+    actor_loss = -(weights * returns).mean()
+    value_pred = agent.value(imag_feat[:-1].detach()).squeeze(-1).float()
+    value_loss = (weights * normal_loss(value_pred, returns.detach())).mean()
+    metrics = {
+        "losses/actor_loss": actor_loss,
+        "losses/value_loss": value_loss,
+        "model/imag_reward": rewards.mean(),
+        "model/imag_value": values.mean(),
+        "model/actor_entropy": entropy,
+    }
+    return actor_loss, value_loss, metrics
+
+
+def compute_losses(agent: Agent, batch: dict, noise: dict, args: Args) -> tuple[torch.Tensor, dict]:
+    """Sum of the three losses; each reaches the parameters of its own optimizer only. Metrics are detached scalars."""
+    with torch.autocast(batch["obs"].device.type, torch.bfloat16, enabled=args.bfloat16):  # deviation 1
+        model, post, metrics = model_loss(agent.world_model, batch, noise["post"], args)
+        start_weight = batch["cont"].flatten()  # deviation 3
+        actor, value, behavior = behavior_losses(agent, post, start_weight, noise, args)
+    metrics |= behavior | {"losses/model_loss": model}
+    return model + actor + value, {k: v.detach() for k, v in metrics.items()}
+
+
+# === Acting ===
+
+
+@torch.no_grad()
+def act(agent: Agent, obs: np.ndarray, action, is_first, state, generator: torch.Generator, explore: float | None):
+    """One decision for N environments: obs (N, ...), the action (N, A) executed before it, is_first (N,) and the state.
+
+    explore: None for the mode (evaluation), else the scale of the exploration noise. Returns actions (N, A), state.
+    """
+    device, num_envs = generator.device, len(obs)
+    action, is_first = (torch.as_tensor(x, dtype=torch.float32, device=device) for x in (action, is_first))
+    model, actor = agent.world_model, agent.actor
+    embed = model.embed(preprocess(torch.as_tensor(obs, device=device)[None]))[0]
+    noise = torch.randn(num_envs, model.rssm.stoch, generator=generator, device=device)
+    parts = model.rssm.action_part(action), model.rssm.embed_part(embed), 1 - is_first[:, None], noise
+    stoch, deter, _, _ = model.rssm.obs_step(*state, *parts)  # the posterior is sampled in evaluation too
+    stats = actor.stats(torch.cat([stoch, deter], -1))
+    if explore is None:
+        action = actor.mode(stats, actor.draw_noise((100, num_envs), generator))
+    else:
+        action = actor.sample(stats, actor.draw_noise((num_envs,), generator))
+        if agent.discrete:
+            uniform = actor.sample((torch.zeros_like(stats[0]),), actor.draw_noise((num_envs,), generator))
+            swap = torch.rand(num_envs, 1, generator=generator, device=device) < explore
+            action = torch.where(swap, uniform, action)
+        else:
+            noise = torch.randn(action.shape, generator=generator, device=device)
+            action = (action + explore * noise).clamp(-1, 1)
+    return action.cpu().numpy(), (stoch, deter)  # host sync
+
+
+def random_action(agent: Agent, num_envs: int, rng: np.random.Generator) -> np.ndarray:
+    """Uniform actions (N, A): in [-1, 1], or one-hot."""
+    if agent.discrete:
+        return np.eye(agent.action_dim, dtype=np.float32)[rng.integers(agent.action_dim, size=num_envs)]
+    return rng.uniform(-1, 1, (num_envs, agent.action_dim)).astype(np.float32)
+
+
+def env_action(agent: Agent, action: np.ndarray) -> np.ndarray:
+    return action.argmax(-1) if agent.discrete else action
+
+
+def exploration(agent: Agent, num_updates: int, args: Args) -> float:
+    """Standard deviation of the Normal noise, or epsilon falling linearly with the updates (V1's Atari setting)."""
+    if not agent.discrete:
+        return args.expl_noise
+    first, last, decay = args.expl_epsilon
+    return max(first + (last - first) * num_updates / decay, last)
+
+
+# === Updates ===
+
+
+def draw_noise(agent: Agent, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """All randomness of one update, drawn up front."""
+    normal = functools.partial(torch.randn, generator=generator, device=generator.device)
+    num_starts = args.batch_length * args.batch_size
+    return {
+        "post": normal(args.batch_length, args.batch_size, args.stoch_size),
+        "imag": normal(args.horizon, num_starts, args.stoch_size),
+        "action": agent.actor.draw_noise((args.horizon, num_starts), generator),
+    }
+
+
+def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Adam]:
+    device = next(agent.parameters()).device
+    groups = {"model": (agent.world_model, args.model_lr), "actor": (agent.actor, args.actor_lr)}
+    groups["value"] = (agent.value, args.value_lr)
+    return {
+        name: torch.optim.Adam(net.parameters(), lr, eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
+        for name, (net, lr) in groups.items()
+    }
+
+
+def update(agent: Agent, optimizers: dict, batch: dict, noise: dict, args: Args, losses_fn=compute_losses) -> dict:
+    """One gradient step of model, actor and value from the same parameters. Returns detached scalars, no host sync."""
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    loss, metrics = losses_fn(agent, batch, noise, args)
+    loss.backward()  # one pass: the frozen twins and detached inputs send each gradient to its own network
+    for name, optimizer in optimizers.items():
+        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+        metrics[f"grad_norm/{name}"] = norm
+        optimizer.step()
+    return metrics
+
+
+class GraphedUpdate:
+    """`update` as one CUDA graph: three real updates on a side stream warm up, the next call is captured, then replayed."""
+
+    def __init__(self, update_fn: Callable[[dict, dict], dict]):
+        self.update_fn, self.graph, self.calls = update_fn, None, 0
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, batch: dict, noise: dict) -> dict:
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                metrics = self.update_fn(batch, noise)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return metrics
+        if self.graph is None:
+            self.batch, self.noise = ({k: v.clone() for k, v in x.items()} for x in (batch, noise))
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.metrics = self.update_fn(self.batch, self.noise)
+        for static, new in ((self.batch, batch), (self.noise, noise)):
+            for name, tensor in new.items():
+                static[name].copy_(tensor, non_blocking=True)
+        self.graph.replay()
+        return self.metrics
+
+
+def updates_due(global_step: int, args: Args) -> int:
+    """Updates that a run has made once it is at this step: tied to environment steps, whatever the number of envs."""
+    if global_step < args.learning_starts:
+        return 0
+    blocks = (global_step - args.learning_starts) // args.train_frequency
+    return args.pretrain_steps + blocks * args.train_steps
+
+
+# === Evaluation ===
+
+
+def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch.device, stop: "StopRequest"):
+    """Plays args.eval_episodes with the policy's mode, with generators and seeds of its own: training does not notice.
+
+    Returns the returns (episodes,) and the first episode of each environment as replay entries, never trained on.
+    """
+    generator = torch.Generator(device).manual_seed(args.seed)
+    seeds = iter(range(10**6 * args.seed, 10**9))
+    quota = [len(range(i, args.eval_episodes, envs.num_envs)) for i in range(envs.num_envs)]  # no bias to short episodes
+    returns, episodes = [], {}
+    recorder = EpisodeRecorder(envs.num_envs, agent.action_dim)
+    dones, state = np.ones(envs.num_envs, bool), agent.world_model.rssm.initial(envs.num_envs)
+    action = np.zeros((envs.num_envs, agent.action_dim), np.float32)
+    while any(quota) and not stop.requested:
+        if dones.any():
+            obs, _ = envs.reset(seed=[next(seeds) for _ in quota], options={"reset_mask": dones})
+            action[dones] = 0
+            recorder.begin(obs, dones)
+        action, state = act(agent, obs, action, dones, state, generator, explore=None)
+        obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
+        recorder.add(obs, action, rewards, terminations)
+        dones = terminations | truncations
+        for i in np.flatnonzero(dones):
+            episode = recorder.end(i)
+            if quota[i] > 0:
+                quota[i] -= 1
+                returns.append(float(infos["episode"]["r"][i]))
+                episodes.setdefault(i, episode)
+    return np.array(returns), list(episodes.values())
+
+
+@torch.no_grad()
+def open_loop(agent: Agent, batch: dict, generator: torch.Generator, context: int = 5) -> tuple:
+    """Filters `context` steps of a batch (T, B, ...), then predicts the rest from the actions alone.
+
+    Returns truth and prediction (T, B, ...) of the preprocessed observations and predicted rewards (T, B).
+    """
+    model, rssm = agent.world_model, agent.world_model.rssm
+    truth = preprocess(batch["obs"])
+    noise = torch.randn(*batch["reward"].shape, rssm.stoch, generator=generator, device=generator.device)
+    head = slice(None, context)
+    post = rssm.observe(model.embed(truth[head]), batch["action"][head], batch["is_first"][head], noise[head])
+    feats = [torch.cat([post["stoch"], post["deter"]], -1)]
+    stoch, deter = post["stoch"][-1], post["deter"][-1]
+    for action_part, step_noise in zip(rssm.action_part(batch["action"][context:]), noise[context:], strict=True):
+        stoch, deter = rssm.img_step(stoch, deter, action_part, step_noise)
+        feats.append(torch.cat([stoch, deter], -1)[None])
+    feat = torch.cat(feats)
+    return truth, model.decode(feat), model.reward(feat).squeeze(-1).float()
+
+
+def log_open_loop(agent: Agent, episodes: list[dict], args: Args, writer: SummaryWriter, run_dir: str, step: int) -> None:
+    """Open-loop predictions on held-out episodes: error against horizon (scalars, figure), strips truth / model / error."""
+    length = min(args.batch_length, *(len(episode["reward"]) for episode in episodes))
+    context, device = 5, next(agent.parameters()).device
+    if length < context + 2:
+        return
+    chunks = []
+    for start in np.linspace(0, 1, 6):  # six chunks, spread over the episodes
+        episode = episodes[len(chunks) % len(episodes)]
+        first = int(start * (len(episode["reward"]) - length))
+        chunks.append({name: array[first : first + length] for name, array in episode.items()})
+    batch = {name: torch.from_numpy(np.stack([c[name] for c in chunks], 1)).to(device) for name in chunks[0]}
+    batch = {name: tensor if tensor.dtype == torch.uint8 else tensor.float() for name, tensor in batch.items()}
+    truth, model, reward = open_loop(agent, batch, torch.Generator(device).manual_seed(args.seed), context)
+    obs_error = ((model - truth) ** 2).flatten(2).mean((1, 2)).cpu().numpy()  # (T,)
+    reward_error = (reward - batch["reward"]).abs().mean(1).cpu().numpy()
+    for horizon in (1, 5, 15, length - context):
+        if context + horizon <= length:
+            writer.add_scalar(f"open_loop/obs_mse_horizon_{horizon}", obs_error[context + horizon - 1], step)
+            writer.add_scalar(f"open_loop/reward_error_horizon_{horizon}", reward_error[context + horizon - 1], step)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axis, error, label in zip(
+        figure.subplots(1, 2), (obs_error, reward_error), ("observation MSE", "reward error"), strict=True
+    ):
+        axis.plot(np.arange(1 - context, length - context + 1), error)
+        axis.axvline(0.5, color="grey", linestyle="--")
+        axis.set(xlabel="steps without observation", ylabel=label, ylim=(0, None))
+    figure.savefig(f"{run_dir}/open_loop_error_{step}.png")
+    writer.add_figure("open_loop/error", figure, step)
+    if batch["obs"].dtype == torch.uint8:
+        strips = torch.cat([truth + 0.5, (model + 0.5).clamp(0, 1), (model - truth + 1) / 2], -2)  # (T, B, 3, 3 * 64, 64)
+        frames = strips.permute(0, 3, 1, 4, 2).flatten(2, 3)  # (T, 3 * 64, B * 64, 3)
+        log_gif(writer, "open_loop/truth_model_error", (frames * 255).byte().cpu().numpy(), run_dir, step)
+        log_gif(writer, "eval/episode", episodes[0]["obs"][:: max(len(episodes[0]["obs"]) // 100, 1)], run_dir, step)
+
+
+def evaluate_run(args: Args) -> str:
+    """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
+    checkpoint = load_checkpoint(args.evaluate, args)
+    refuse_changes(args, checkpoint, ("evaluate", "eval_episodes", "num_envs", "capture_video", "cuda", "seed", "renderer"))
+    device, stop = choose_device(args), StopRequest()
+    folder = f"{args.evaluate}/videos" if args.capture_video else None
+    envs = make_vector_env(args, choose_renderer(args), min(args.num_envs, args.eval_episodes), folder)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    agent.load_state_dict(checkpoint["parts"]["agent"])
+    returns, _ = evaluate(agent, envs, args, device, stop)
+    envs.close()
+    if len(returns):
+        print(f"{args.env_id} at step {checkpoint['global_step']}: return {returns.mean():.1f} +- {returns.std():.1f} "
+              f"({len(returns)} episodes: {' '.join(f'{r:.1f}' for r in returns)})")
+    stop.exit()
+    return args.evaluate
+
+
+# === Run plumbing (same text in all five scripts) ===
+
+
+def fail(message: str) -> NoReturn:
+    """One clear line for a mistake of the user's, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def parse_args() -> Args:
+    """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    args = tyro.cli(Args)
+    folder = args.resume or args.evaluate
+    return tyro.cli(Args, default=Args(**load_checkpoint(folder, args)["args"])) if folder else args
+
+
+def choose_device(args: Args) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+
+def setup_run(args: Args) -> tuple[str, torch.device, SummaryWriter, dict | None]:
+    """Run folder, device, logs and global seeds; with args.resume also the checkpoint to go on from."""
+    checkpoint = None
+    if args.resume:
+        checkpoint = load_checkpoint(args.resume, args)
+        free = ("resume", "total_timesteps", "cuda", "track", "eval_frequency", "checkpoint_frequency")
+        refuse_changes(args, checkpoint, free)
+    run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = run_dir.rstrip("/")
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        writer = SummaryWriter(run_dir, purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
+    except OSError as error:
+        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track needs Weights and Biases: pip install wandb")
+        name = os.path.basename(run_dir)
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
+            config=asdict(args), sync_tensorboard=True,
+        )
+    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    step = checkpoint["global_step"] if checkpoint else 0
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    return run_dir, choose_device(args), writer, checkpoint
+
+
+def refuse_changes(args: Args, checkpoint: dict, free: tuple[str, ...]) -> None:
+    """Settings of a saved run that are not `free` must be as they were."""
+    for name, value in checkpoint["args"].items():
+        if name not in free and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
+
+
+def next_multiple(step: int, frequency: int) -> float:
+    """The next multiple of a frequency after this step; 0 = never."""
+    return (step // frequency + 1) * frequency if frequency else math.inf
+
+
+def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
+    """Writes everything a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
+
+    parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
+    """
+    state = {
+        "version": 1,
+        "args": asdict(args) | {"resume": None},
+        "global_step": global_step,
+        "parts": {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()},
+        "rng": {
+            name: g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for name, g in rng.items()
+        },
+    }
+    path = f"{run_dir}/checkpoint.pt"
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(run_dir: str, args: Args) -> dict:
+    """Reads a run folder's checkpoint (tensors stay on disk until they are used); names what is wrong in one line."""
+    path = os.path.join(run_dir, "checkpoint.pt")
+    if not os.path.isfile(path):
+        fail(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many types for a damaged or foreign file
+        fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
+    if not isinstance(state, dict) or state.get("version") != 1 or set(state["args"]) != {f.name for f in fields(args)}:
+        fail(f"{path} was written by another script or version")
+    return state
+
+
+def restore_rng(rng: dict, states: dict) -> None:
+    """Sets the named generators to the states of a checkpoint."""
+    for name, generator in rng.items():
+        if isinstance(generator, torch.Generator):
+            generator.set_state(states[name])
+        else:
+            generator.bit_generator.state = states[name]
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to stop at its next safe point; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = 0
+        self.previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self, signum: int, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = signum
+        print("\nstopping at the next safe point (again: at once)", file=sys.stderr, flush=True)
+
+    def exit(self) -> None:
+        """Hands the signals back; ends the process with the usual code if one has come."""
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+        if self.requested:
+            raise SystemExit(128 + self.requested)
+
+
+def make_progress(args: Args, global_step: int) -> tqdm:
+    """Progress bar in environment steps; into a file it writes a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, mininterval=interval)
+
+
+def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
+    """Prints each episode that ended at this step and logs their mean."""
+    returns, lengths = infos["episode"]["r"][dones], infos["episode"]["l"][dones]
+    for episodic_return, length in zip(returns, lengths, strict=True):
+        progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
+    writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
+    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
+    progress.set_postfix({"return": f"{returns.mean():.1f}"}, refresh=False)
+
+
+def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, global_step: int) -> None:
+    """Prints and logs mean and standard deviation of an evaluation's returns."""
+    progress.write(f"global_step={global_step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
+    writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+    writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+
+
+def log_losses(writer: SummaryWriter, metrics: dict[str, torch.Tensor], global_step: int) -> None:
+    """Writes the scalars of one update; stops the run, last checkpoint intact, if one is not finite."""
+    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
+    for name, value in values.items():
+        writer.add_scalar(name, value, global_step)
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        writer.flush()
+        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+
+
+def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, step: int) -> None:
+    """Animation (T, H, W, 3) uint8 to TensorBoard and to the run folder (torch's add_video needs an old moviepy)."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    images = [Image.fromarray(frame).quantize(64) for frame in frames]
+    file = io.BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
+    with open(f"{run_dir}/{tag.replace('/', '_')}_{step}.gif", "wb") as out:
+        out.write(file.getvalue())
+    height, width = frames.shape[1:3]
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+# === Main ===
+
+CPU_SIZED = "TBD"
+
+
+def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args, device: torch.device) -> None:
+    """Without a GPU: measures a forward and backward pass on zeros and says if the run would take longer than a night."""
+    shape = args.batch_length, args.batch_size
+    dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
+    batch = {name: torch.zeros(shape) for name in ("reward", "cont", "is_first")}
+    batch |= {"obs": torch.zeros(*shape, *obs_space.shape, dtype=dtype), "action": torch.zeros(*shape, agent.action_dim)}
+    start = time.perf_counter()
+    compute_losses(agent, batch, draw_noise(agent, args, torch.Generator(device)), args)[0].backward()
+    seconds = time.perf_counter() - start
+    hours = seconds * updates_due(args.total_timesteps, args) / 3600
+    if hours > 12:
+        print(f"no GPU: an update takes {seconds:.1f} s, the whole run about {hours / 24:.1f} days. CPU-sized: {CPU_SIZED}")
+
+
+def check_args(args: Args) -> None:
+    """Refuses impossible numbers in one line."""
+    positive = ("total_timesteps num_envs eval_episodes buffer_size train_frequency batch_size batch_length cnn_depth "
+                "stoch_size deter_size dense_size").split()
+    for name in positive:
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.horizon < 2:
+        fail(f"--horizon must be at least 2, not {args.horizon}")
+    if args.batch_length > args.buffer_size:
+        fail(f"--batch-length {args.batch_length} is longer than the buffer (--buffer-size {args.buffer_size})")
+    if args.batch_length * (args.action_repeat or 1) > args.learning_starts:
+        fail(f"--learning-starts {args.learning_starts} must fill a sequence (--batch-length {args.batch_length})")
+    if args.cudagraphs and choose_device(args).type != "cuda":
+        fail("--cudagraphs needs a GPU")
+
+
+def main(args: Args) -> str:
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    renderer = choose_renderer(args)
+    run_dir, device, writer, checkpoint = setup_run(args)
+    stop = StopRequest()
+
+    # environments
+    envs = make_vector_env(args, renderer, args.num_envs)
+    eval_envs, videos = None, f"{run_dir}/videos" if args.capture_video else None
+    obs_space, repeat = envs.single_observation_space, default_action_repeat(args)
+
+    # networks, optimizers, buffer, generators
+    agent = Agent(obs_space, envs.single_action_space, args).to(device).freeze_twins()
+    optimizers = make_optimizers(agent, args)
+    rb = ReplayBuffer(args.buffer_size, obs_space, agent.action_dim, device if args.buffer_on_gpu else torch.device("cpu"))
+    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill", "replay"))}
+    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("act", "update"))}
+    recorder, counters = EpisodeRecorder(args.num_envs, agent.action_dim), {"num_updates": 0, "renderer": renderer}
+    global_step = 0
+    print(f"{run_dir}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
+
+    # resume
+    parts = {"agent": agent, **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}}
+    buffer_parts = {"replay": rb, "open_episodes": recorder} if args.save_buffer else {}
+    if checkpoint:
+        global_step, saved = checkpoint["global_step"], checkpoint["parts"]
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        if args.save_buffer:
+            rb.load_state_dict(saved["replay"])
+            for episode in saved["open_episodes"]:
+                rb.add({name: tensor.numpy() for name, tensor in episode.items()})
+        if saved["counters"]["renderer"] != renderer:
+            fail(f"the run was made with --renderer {saved['counters']['renderer']}, here it would be {renderer}")
+        counters = saved["counters"]
+        restore_rng(rng, checkpoint["rng"])
+    elif device.type == "cpu":
+        warn_if_slow(agent, obs_space, args, device)
+
+    # executables
+    losses_fn = torch.compile(compute_losses) if args.compile else compute_losses
+    update_fn = functools.partial(update, agent, optimizers, args=args, losses_fn=losses_fn)
+    if args.cudagraphs:
+        update_fn = GraphedUpdate(update_fn)
+
+    metrics, last_report = {}, (0, global_step, time.perf_counter())
+
+    def report() -> None:
+        """Losses of the newest update and steps per second since the last report."""
+        nonlocal last_report
+        if counters["num_updates"] > last_report[0]:
+            log_losses(writer, metrics, global_step)
+            now = time.perf_counter()
+            writer.add_scalar("charts/SPS", (global_step - last_report[1]) / (now - last_report[2]), global_step)
+            last_report = counters["num_updates"], global_step, now
+
+    def train() -> None:
+        """Makes the updates that are due, once the replay holds the random prefill (again, if it was not saved)."""
+        nonlocal metrics
+        due = updates_due(global_step, args) if len(rb) >= args.batch_length and filled() else 0
+        while counters["num_updates"] < due and not stop.requested:
+            batch = rb.sample(args.batch_size, args.batch_length, rng["replay"], device)
+            metrics = update_fn(batch, draw_noise(agent, args, rng["update"]))
+            counters["num_updates"] += 1
+            progress.set_postfix(updates=f"{counters['num_updates']}/{due}", refresh=False)
+            progress.update(0)
+            if counters["num_updates"] % 100 == 0:
+                report()
+
+    def filled() -> bool:
+        return rb.end * repeat >= args.learning_starts
+
+    def save() -> None:
+        report()  # a loss that is not finite must not reach the checkpoint
+        save_checkpoint(run_dir, args, global_step, parts | buffer_parts | {"counters": counters}, rng)
+
+    # the loop
+    progress = make_progress(args, global_step)
+    dones, state = np.ones(args.num_envs, bool), agent.world_model.rssm.initial(args.num_envs)
+    action = np.zeros((args.num_envs, agent.action_dim), np.float32)
+    next_eval = next_multiple(global_step, args.eval_frequency)
+    next_save = next_multiple(global_step, args.checkpoint_frequency)
+    if not checkpoint:
+        save()  # from here on the run folder always holds a checkpoint
+    while True:
+        if args.num_envs == 1:  # several environments step in their processes while the networks train, see below
+            train()
+        if global_step >= next_eval:
+            next_eval = next_multiple(global_step, args.eval_frequency)
+            if eval_envs is None:
+                eval_envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), videos)
+            returns, episodes = evaluate(agent, eval_envs, args, device, stop)
+            if not stop.requested:
+                log_evaluation(writer, progress, returns, global_step)
+                log_open_loop(agent, episodes, args, writer, run_dir, global_step)
+        ending = stop.requested or global_step >= args.total_timesteps
+        if ending or (global_step >= next_save and (dones.all() or args.num_envs > 1)):
+            next_save = next_multiple(global_step, args.checkpoint_frequency)
+            save()
+        if ending:
+            break
+
+        if dones.any():
+            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
+            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
+            action[dones] = 0
+            recorder.begin(obs, dones)
+        if filled():
+            explore = exploration(agent, counters["num_updates"], args)
+            action, state = act(agent, obs, action, dones, state, rng["act"], explore)
+        else:
+            action = random_action(agent, args.num_envs, rng["prefill"])
+        if args.num_envs == 1:
+            obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
+        else:
+            envs.step_async(env_action(agent, action))
+            train()
+            obs, rewards, terminations, truncations, infos = envs.step_wait()
+        recorder.add(obs, action, rewards, terminations)
+        dones = terminations | truncations
+        global_step += args.num_envs * repeat
+        progress.update(args.num_envs * repeat)
+        for i in np.flatnonzero(dones):
+            rb.add(recorder.end(i))
+        if dones.any():
+            log_episodes(writer, progress, infos, dones, global_step)
+
+    for vector_env in filter(None, (envs, eval_envs)):
+        vector_env.close()
+    progress.close()
+    writer.close()
+    if args.save_model:
+        torch.save(agent.state_dict(), f"{run_dir}/{args.exp_name}.pt")
+    print(f"checkpoint at step {global_step}; continue with: python {args.exp_name}.py --resume {run_dir}")
+    stop.exit()
+    return run_dir
+
+
+if __name__ == "__main__":
+    main(parse_args())
