@@ -6,7 +6,7 @@
 #     "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
 # ]
 # ///
-"""Dreamer (V1): a latent world model learned from pixels; actor and value learned by back-propagation through its dreams.
+"""Dreamer (V1): a latent world model learned from pixels; actor and value learned by back-propagation through dreams.
 
 Paper:      Hafner et al. 2020, Dream to Control, arXiv 1912.01603   Reference code: danijar/dreamer (TensorFlow 2)
 Run:        python dreamer.py --env-id walker-walk          (or: uv run dreamer.py --env-id walker-walk)
@@ -186,7 +186,136 @@ def choose_renderer(args: Args) -> str:
     return "gl"
 
 
-#RAYCASTER
+class RayCaster:
+    """GL-free picture of a MuJoCo scene: one ray per pixel, flat colour, Lambert shading, checker floor, sky."""
+
+    def __init__(self, model, height=64, width=64, camera_id=0):
+        self.model, self.shape = model, (height, width, 3)
+        self.camera_id = camera_id if model.ncam else -1
+        fovy = model.cam_fovy[camera_id] if self.camera_id >= 0 else model.vis.global_.fovy
+        self.focal = height / 2 / np.tan(np.deg2rad(fovy) / 2)  # in pixels
+        v, u = np.mgrid[:height, :width].reshape(2, -1) + 0.5
+        self.uv = np.stack([u - width / 2, height / 2 - v], 1)  # (H*W, 2), y upwards
+        rays = np.column_stack([self.uv, np.full(len(u), -self.focal)])  # a camera looks along its -z
+        self.rays = rays / np.linalg.norm(rays, axis=1, keepdims=True)
+        # GL shows groups 0-2; no ray meets a skin (dog), so its hidden collision geoms in group 3 stand in for it
+        self.groups = np.array([1, 1, 1, model.nskin > 0, 0, 0], np.uint8)
+        rgba, matid = model.geom_rgba.copy(), model.geom_matid.copy()
+        if model.nskin:
+            rgba[model.geom_group > 2], matid[model.geom_group > 2] = model.skin_rgba[0], model.skin_matid[0]
+        self.colors, self.planes = self._rgba(rgba, matid)[:, :3].astype(float), []
+        for i in range(model.ngeom):
+            texture = self._texture(matid[i]) * self.colors[i]
+            self.planes += [(i, texture)] if model.geom_type[i] == 0 and texture.size > 3 else []
+            self.colors[i] = texture.mean((0, 1))
+        self.sky = np.zeros((1, 3))
+        for i in np.flatnonzero(model.tex_type == 2)[:1]:  # by elevation: the middle columns of the cube's first side
+            size, n, start = model.tex_width[i], model.tex_nchannel[i], model.tex_adr[i]
+            side = model.tex_data[start : start + size * size * n].reshape(size, size, n)
+            self.sky = side[:, size * 3 // 8 : size * 5 // 8 + 1, :3].mean(1) / 255
+        # mj_multiRay culls by the box of a body's colliding geoms, and misplaces it: balls around all geoms do not cull
+        reach, bodies = np.zeros(model.nbody), np.flatnonzero(model.body_bvhnum)
+        center = np.linalg.norm(model.geom_pos - model.body_ipos[model.geom_bodyid], axis=1)
+        np.maximum.at(reach, model.geom_bodyid, center + np.where(model.geom_rbound > 0, model.geom_rbound, 1e10))
+        self.roots, self.boxes = model.body_bvhadr[bodies], reach[bodies, None] * [0, 0, 0, 1, 1, 1]
+
+    def _rgba(self, rgba, matid):
+        """The viewer's rule: a material gives the colour unless the object's own differs from the default grey."""
+        own = (matid < 0) | (rgba != np.float32([0.5, 0.5, 0.5, 1])).any(1)
+        return np.where(own[:, None], rgba, self.model.mat_rgba[matid] if self.model.nmat else rgba)
+
+    def _texture(self, matid, cells=10):
+        """The material's texture as cells x cells mean colours (coarse: checkers stay, fine grain goes), else white."""
+        m, i = self.model, self.model.mat_texid[matid, 1] if matid >= 0 else -1
+        if i < 0:
+            return np.ones((1, 1, 3))
+        h, w, n, start = m.tex_height[i], m.tex_width[i], m.tex_nchannel[i], m.tex_adr[i]
+        texture, c = m.tex_data[start : start + h * w * n].reshape(h, w, n), min(cells, h, w)
+        return texture[: h // c * c, : w // c * c, :3].reshape(c, h // c, c, w // c, 3).mean((1, 3)) / 255
+
+    def _camera(self, data):
+        if self.camera_id >= 0:
+            return data.cam_xpos[self.camera_id], data.cam_xmat[self.camera_id].reshape(3, 3)
+        azimuth, elevation = np.deg2rad([self.model.vis.global_.azimuth, self.model.vis.global_.elevation])
+        (ca, sa), (ce, se) = ((np.cos(a), np.sin(a)) for a in (azimuth, elevation))  # the viewer's free camera
+        frame = np.array([[sa, -ca * se, -ca * ce], [-ca, -sa * se, -sa * ce], [0, ce, -se]])
+        return self.model.stat.center + 1.5 * self.model.stat.extent * frame[:, 2], frame
+
+    def _cast(self, data, origin, rays):
+        import mujoco  # here, so that runs without pictures do without it
+
+        hits, dist, normals = np.zeros(len(rays), np.int32), np.zeros(len(rays)), np.zeros(rays.shape)
+        kept = self.model.bvh_aabb[self.roots]
+        self.model.bvh_aabb[self.roots] = self.boxes
+        mujoco.mj_multiRay(
+            self.model, data, origin, rays.ravel(), self.groups, True, -1, hits, dist, normals.ravel(), len(rays), 1e9
+        )
+        self.model.bvh_aabb[self.roots] = kept  # collision detection finds its own boxes again
+        return hits, dist, normals
+
+    def render(self, data):
+        """Picture (H, W, 3) uint8 of the current state, a fresh array."""
+        m, (origin, frame) = self.model, self._camera(data)
+        rays = self.rays @ frame.T
+        hits, dist, normals = self._cast(data, origin, rays)
+        slope = np.clip(rays[:, 2] / np.hypot(rays[:, 0], rays[:, 1]), -1, 1)  # texture row, as on a cube's side
+        color = self.sky[((1 - slope) / 2 * (len(self.sky) - 1)).astype(int)]
+        seen = np.flatnonzero(hits >= 0)
+        rays, hits, dist, normals = rays[seen], hits[seen], dist[seen], normals[seen]
+        points, paint, head = origin + rays * dist[:, None], self.colors[hits], m.vis.headlight
+        facing = np.einsum("ij,ij->i", normals, rays)
+        light = head.active * (head.ambient + head.diffuse * np.maximum(normals @ frame[:, 2], 0)[:, None])
+        for i, texture in self.planes:
+            on, mat, size = np.flatnonzero(hits == i), m.geom_matid[i], m.geom_size[i, :2]
+            local = (points[on] - data.geom_xpos[i]) @ data.geom_xmat[i].reshape(3, 3)[:, :2]
+            # one image covers two units (uniform) or the whole plane, laid from the corner at -x, +y
+            scale = m.mat_texrepeat[mat] / 2 / (1 if m.mat_texuniform[mat] else np.where(size > 0, size, 1))
+            s, t = ((local * [1, -1] + size) * scale % 1 * len(texture)).astype(int).T
+            blur = np.clip(1.5 + dist[on] / self.focal * 2 * scale.max() / np.minimum(facing[on], -1e-3), 0, 1)
+            paint[on] += (texture[t, s] - paint[on]) * blur[:, None]  # squares smaller than a pixel become their mean
+            light[on] = np.minimum(light[on], 1)  # GL clips light before it meets a texture
+        for i in np.flatnonzero(m.light_active):
+            axis = data.light_xdir[i]  # a directional light (type 1) is a far one
+            source = m.stat.center - 100 * m.stat.extent * axis if m.light_type[i] == 1 else data.light_xpos[i]
+            to = source - points
+            far = np.sqrt(np.einsum("ij,ij->i", to, to))
+            to /= far[:, None]
+            lit = np.maximum(np.einsum("ij,ij->i", normals, to), 0)
+            if m.light_type[i] == 0:  # a spot
+                cosine = np.maximum(-to @ axis, 0)
+                lit *= (cosine > np.cos(np.deg2rad(m.light_cutoff[i]))) * cosine ** m.light_exponent[i]
+            on = np.flatnonzero(lit > 0.05)
+            if m.light_castshadow[i] and len(on):
+                lit[on] *= self._cast(data, source, -to[on])[1] > far[on] - 1e-3 * m.stat.extent
+            light += m.light_ambient[i] + m.light_diffuse[i] * lit[:, None]
+        color[seen], depth = paint * light, np.full(len(color), np.inf)
+        depth[seen] = -dist * self.rays[seen, 2]
+        self._markers(data, origin, frame, color, depth)
+        return (np.clip(color, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(self.shape)
+
+    def _markers(self, data, origin, frame, color, depth):
+        """Draws what rays do not meet, sphere sites and spatial tendons, over `color` as shaded discs and lines."""
+        m, head, points = self.model, self.model.vis.headlight, data.wrap_xpos.reshape(-1, 3)
+        rgba = self._rgba(m.site_rgba, m.site_matid)
+        sites = np.flatnonzero((m.site_group < 3) & (m.site_type == 2) & (m.site_rgba[:, 3] > 0))
+        todo = [(data.site_xpos[[i, i]], m.site_size[i, 0], rgba[i]) for i in sites]
+        rgba = self._rgba(m.tendon_rgba, m.tendon_matid)
+        for i in np.flatnonzero((m.tendon_group < 3) & (data.ten_wrapnum > 1)):
+            taut = m.tendon_limited[i] and data.ten_length[i] > m.tendon_range[i, 1]  # GL shows it in a warning colour
+            path = points[data.ten_wrapadr[i] :][: data.ten_wrapnum[i]]
+            color_i = m.vis.rgba.constraint if taut else rgba[i]
+            todo += [(ends, m.tendon_width[i], color_i) for ends in zip(path[:-1], path[1:], strict=True)]
+        for ends, radius, rgba in todo:
+            ends = (np.array(ends) - origin) @ frame
+            if ends[:, 2].max() < -radius:  # in front of the camera
+                a, b = -self.focal * ends[:, :2] / ends[:, 2:]
+                along = np.clip((self.uv - a) @ (b - a) / max((b - a) @ (b - a), 1e-9), 0, 1)
+                z = -ends[0, 2] - along * (ends[1, 2] - ends[0, 2])
+                r, d = radius * self.focal / z, np.hypot(*(self.uv - a - along[:, None] * (b - a)).T)
+                cover = np.clip(r - d + 0.5, 0, 1) - np.clip(-r - d + 0.5, 0, 1)  # share of the pixel, also for r < 0.5
+                shade = np.sqrt(np.clip(1 - (d / np.maximum(r, 0.5)) ** 2, 0, 1))[:, None]
+                cover = (cover * rgba[3] * (z - radius < depth))[:, None]
+                color += cover * (rgba[:3] * (head.ambient + head.diffuse * shade) - color)
 
 
 class DMControl(gym.Env):
@@ -195,7 +324,7 @@ class DMControl(gym.Env):
     An episode of 1000 steps ends by truncation; only a task that says discount 0 terminates.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}  # noqa: RUF012
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
     render_mode = "rgb_array"
 
     def __init__(self, env_id: str, renderer: str, size: int = 64):
@@ -208,6 +337,8 @@ class DMControl(gym.Env):
             fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
         self.domain, self.task_name = names[name]
         self.env = suite.load(self.domain, self.task_name)
+        if renderer != "gl":  # quadruped-escape asks for a GL context at every reset, to upload its terrain
+            type(self.env.physics).contexts = property(lambda physics: None)
         self.renderer, self.size, self.ray_caster = renderer, size, None
         spec = self.env.action_spec()
         self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
@@ -221,7 +352,6 @@ class DMControl(gym.Env):
         super().reset(seed=seed)
         if seed is not None:
             self.env.task._random = np.random.RandomState(seed)  # what suite.load(task_kwargs={"random": seed}) sets
-        self.ray_caster = None  # a reset may change sizes and colours
         return self.flatten(self.env.reset()), {}
 
     def step(self, action: np.ndarray):
@@ -276,7 +406,7 @@ def make_gymnasium(env_id: str) -> gym.Env:
 
 
 def make_env(args: Args, renderer: str, video_folder: str | None = None) -> Callable[[], gym.Env]:
-    """A thunk that builds one environment: actions in [-1, 1] or discrete, observations (64, 64, 3) uint8 or (D,) float32."""
+    """Thunk of one environment: observations (64, 64, 3) uint8 or (D,) float32, actions in [-1, 1] or discrete."""
 
     def thunk() -> gym.Env:
         if torch.multiprocessing.parent_process() is not None:
@@ -302,7 +432,7 @@ def make_env(args: Args, renderer: str, video_folder: str | None = None) -> Call
 
 
 def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
-    """Refuses what Dreamer cannot use; resizes images to 64x64 and rescales the bounded action dimensions to [-1, 1]."""
+    """Refuses what Dreamer cannot use; resizes images to 64x64, rescales the bounded action dimensions to [-1, 1]."""
     obs, action = env.observation_space, env.action_space
     is_box = isinstance(obs, gym.spaces.Box)
     if is_box and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3:
@@ -316,7 +446,9 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         bounded = np.isfinite(action.low) & np.isfinite(action.high)
         low, high = np.where(bounded, action.low, -1), np.where(bounded, action.high, 1)
         space = gym.spaces.Box(-1, 1, action.shape, np.float32)
-        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) / 2 * (high - low)).astype(action.dtype), space)
+        env = gym.wrappers.TransformAction(
+            env, lambda a: (low + (a + 1) / 2 * (high - low)).astype(action.dtype), space
+        )
     elif not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
         fail(f"{env_id}: actions must be a vector Box or Discrete starting at 0, not {action}")
     return env
@@ -361,7 +493,7 @@ class ReplayBuffer:
         return sum(tensor.nbytes for tensor in self.data.values())
 
     def add(self, episode: dict[str, np.ndarray]) -> None:
-        """Stores an episode of arrays (T, ...); the oldest episodes make room, a longer one than the ring loses its head."""
+        """Stores an episode of arrays (T, ...); the oldest make room, one longer than the ring loses its head."""
         length = min(len(episode["reward"]), self.capacity)
         slots = torch.from_numpy((self.end + np.arange(length)) % self.capacity).to(self.device)
         for name, tensor in self.data.items():
@@ -372,7 +504,7 @@ class ReplayBuffer:
         self.starts, self.lengths = self.starts[kept], self.lengths[kept]
 
     def sample(self, batch_size: int, length: int, rng: np.random.Generator, device: torch.device) -> dict:
-        """Chunks (L, B, ...), copies: an episode uniformly, then a start uniformly, last entry included (deviation 2)."""
+        """Chunks (L, B, ...), copies: an episode uniformly, then a start uniformly, last one included (deviation 2)."""
         i = rng.integers(len(self.starts), size=batch_size)
         start = self.starts[i] + rng.integers(np.maximum(self.lengths[i] - length, 0) + 1)
         start = np.minimum(start, self.end - length)  # the newest episode, if short, is preceded by its neighbours
@@ -437,7 +569,7 @@ def init_weights(module: nn.Module) -> None:
 def mlp(in_dim: int, units: int, layers: int, out_dim: int) -> nn.Sequential:
     """`layers` hidden layers with ELU, then a linear output."""
     dims = [in_dim] + [units] * layers
-    hidden = [m for i, o in zip(dims[:-1], dims[1:], strict=True) for m in (nn.Linear(i, o), nn.ELU())]
+    hidden = [m for i, o in zip(dims[:-1], dims[1:], strict=True) for m in (nn.Linear(i, o), nn.ELU(inplace=True))]
     return nn.Sequential(*hidden, nn.Linear(dims[-1], out_dim))
 
 
@@ -459,10 +591,10 @@ class ConvEncoder(nn.Module):
         self.conv4 = nn.Conv2d(4 * depth, 8 * depth, 4, stride=2)  # 2 x 2
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.conv1(image))
-        x = F.relu(self.conv2(x))
-        x = F.relu(self.conv3(x))
-        return F.relu(self.conv4(x)).flatten(1)
+        x = F.relu_(self.conv1(image))
+        x = F.relu_(self.conv2(x))
+        x = F.relu_(self.conv3(x))
+        return F.relu_(self.conv4(x)).flatten(1)
 
 
 class ConvDecoder(nn.Module):
@@ -477,11 +609,15 @@ class ConvDecoder(nn.Module):
         self.deconv4 = nn.ConvTranspose2d(depth, 3, 6, stride=2)  # 64 x 64
 
     def forward(self, feat: torch.Tensor) -> torch.Tensor:
-        x = self.dense(feat)[..., None, None]
-        x = F.relu(self.deconv1(x))
-        x = F.relu(self.deconv2(x))
-        x = F.relu(self.deconv3(x))
-        return self.deconv4(x)
+        # on a 1 x 1 input a transposed convolution is a matrix product, several times faster
+        weight, bias = self.deconv1.weight, self.deconv1.bias.repeat_interleave(25)
+        x = F.linear(self.dense(feat), weight.flatten(1).t(), bias).unflatten(1, (-1, 5, 5))
+        x = F.relu_(x).contiguous(memory_format=torch.channels_last)
+        x = F.relu_(self.deconv2(x))
+        x = F.relu_(self.deconv3(x))
+        # stride 2 = stride 1 to four times the channels, then a shuffle: twice as fast where the channels are few
+        weight, bias = F.pixel_unshuffle(self.deconv4.weight, 2), self.deconv4.bias.repeat_interleave(4)
+        return F.pixel_shuffle(F.conv_transpose2d(x, weight, bias), 2)
 
 
 class RSSM(nn.Module):
@@ -513,7 +649,7 @@ class RSSM(nn.Module):
         return F.linear(embed, self.post_hidden.weight[:, self.deter :], self.post_hidden.bias)
 
     def deter_step(self, stoch: torch.Tensor, deter: torch.Tensor, action_part: torch.Tensor) -> torch.Tensor:
-        x = F.elu(F.linear(stoch, self.img_in.weight[:, : self.stoch]) + action_part)
+        x = F.elu_(F.linear(stoch, self.img_in.weight[:, : self.stoch]) + action_part)
         return self.cell(x, deter)
 
     def stats(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -522,7 +658,7 @@ class RSSM(nn.Module):
 
     def prior(self, deter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation (..., S) of p(stoch | deter)."""
-        return self.stats(self.prior_out(F.elu(self.prior_hidden(deter))))
+        return self.stats(self.prior_out(F.elu_(self.prior_hidden(deter))))
 
     def img_step(self, stoch, deter, action_part, noise) -> tuple[torch.Tensor, torch.Tensor]:
         """One step without an observation: the prior's sample becomes the state."""
@@ -533,19 +669,21 @@ class RSSM(nn.Module):
     def obs_step(self, stoch, deter, action_part, embed_part, keep, noise) -> tuple[torch.Tensor, ...]:
         """One step with an observation; `keep` (B, 1) is 0 where an episode begins. Returns stoch, deter, mean, std."""
         deter = self.deter_step(stoch * keep, deter * keep, action_part)
-        hidden = F.elu(F.linear(deter, self.post_hidden.weight[:, : self.deter]) + embed_part)
+        hidden = F.elu_(F.linear(deter, self.post_hidden.weight[:, : self.deter]) + embed_part)
         mean, std = self.stats(self.post_out(hidden))
         return mean + std * noise, deter, mean, std
 
     def observe(self, embed, action, is_first, noise) -> dict[str, torch.Tensor]:
-        """Posterior states along sequences (T, B, ...), from the zero state: stoch, deter, mean, std, each (T, B, ...)."""
+        """Posterior states along sequences (T, B, ...) from the zero state: stoch, deter, mean, std (T, B, ...)."""
         stoch, deter = self.initial(action.shape[1])
         inputs = self.action_part(action), self.embed_part(embed), 1 - is_first[..., None], noise
         states = []
         for step in zip(*(x.unbind(0) for x in inputs), strict=True):
             states.append(self.obs_step(stoch, deter, *step))
             stoch, deter = states[-1][:2]
-        return {k: torch.stack(v) for k, v in zip(("stoch", "deter", "mean", "std"), zip(*states, strict=True), strict=True)}
+        return {
+            k: torch.stack(v) for k, v in zip(("stoch", "deter", "mean", "std"), zip(*states, strict=True), strict=True)
+        }
 
 
 class WorldModel(nn.Module):
@@ -576,7 +714,7 @@ class WorldModel(nn.Module):
 
 
 class Actor(nn.Module):
-    """Continuous: tanh of a Normal whose mean is bounded by 5 and whose standard deviation starts at 5. Discrete: one-hot."""
+    """Continuous: tanh of a Normal with mean bounded by 5 and standard deviation starting at 5. Discrete: one-hot."""
 
     def __init__(self, feat_dim: int, action_dim: int, discrete: bool, units: int):
         super().__init__()
@@ -610,7 +748,7 @@ class Actor(nn.Module):
         return torch.tanh(mean + std * noise)
 
     def mode(self, stats: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
-        """Most likely action (N, A): arg-max, or per row the likeliest of the noise's (100, N, A) samples (deviation 4)."""
+        """Most likely action (N, A): arg-max, or per row the likeliest of the samples of noise (100, N, A) (deviation 4)."""
         if self.discrete:
             return F.one_hot(stats[0].argmax(-1), self.action_dim).float()
         mean, std = stats
@@ -687,7 +825,9 @@ def normal_loss(pred: torch.Tensor, target: torch.Tensor, std: float = 1.0) -> t
     return 0.5 * ((pred - target) / std) ** 2 + math.log(std) + 0.5 * math.log(2 * math.pi)
 
 
-def model_loss(world_model: WorldModel, batch: dict, noise: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict, dict]:
+def model_loss(
+    world_model: WorldModel, batch: dict, noise: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, dict, dict]:
     """World-model loss (Eq. 10 with free nats) of a batch (L, B, ...). Returns the loss, posterior states, metrics."""
     obs = preprocess(batch["obs"])
     post = world_model.rssm.observe(world_model.embed(obs), batch["action"], batch["is_first"], noise)
@@ -695,7 +835,9 @@ def model_loss(world_model: WorldModel, batch: dict, noise: torch.Tensor, args: 
     prior_mean, prior_std = world_model.rssm.prior(post["deter"])
     kl = kl_divergence(post["mean"], post["std"], prior_mean, prior_std)  # (L, B)
     rewards = torch.tanh(batch["reward"]) if args.clip_rewards == "tanh" else batch["reward"]
-    image = normal_loss(world_model.decode(feat), obs, world_model.obs_std).flatten(2).sum(-1)  # (L, B), sum over pixels
+    image = (
+        normal_loss(world_model.decode(feat), obs, world_model.obs_std).flatten(2).sum(-1)
+    )  # (L, B), sum over pixels
     reward = normal_loss(world_model.reward(feat).squeeze(-1).float(), rewards)
     losses = {
         "image_loss": image.mean(),
@@ -853,7 +995,7 @@ def update(agent: Agent, optimizers: dict, batch: dict, noise: dict, args: Args,
 
 
 class GraphedUpdate:
-    """`update` as one CUDA graph: three real updates on a side stream warm up, the next call is captured, then replayed."""
+    """`update` as one CUDA graph: three real updates on a side stream, then one call is captured and all are replays."""
 
     def __init__(self, update_fn: Callable[[dict, dict], dict]):
         self.update_fn, self.graph, self.calls = update_fn, None, 0
@@ -879,6 +1021,13 @@ class GraphedUpdate:
         return self.metrics
 
 
+def make_update(agent: Agent, optimizers: dict, args: Args) -> Callable[[dict, dict], dict]:
+    """`update` as (batch, noise) -> metrics, made fast as the flags ask; the eager one is the reference."""
+    losses_fn = torch.compile(compute_losses) if args.compile else compute_losses
+    update_fn = functools.partial(update, agent, optimizers, args=args, losses_fn=losses_fn)
+    return GraphedUpdate(update_fn) if args.cudagraphs else update_fn
+
+
 def updates_due(global_step: int, args: Args) -> int:
     """Updates that a run has made once it is at this step: tied to environment steps, whatever the number of envs."""
     if global_step < args.learning_starts:
@@ -897,7 +1046,9 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
     """
     generator = torch.Generator(device).manual_seed(args.seed)
     seeds = iter(range(10**6 * args.seed, 10**9))
-    quota = [len(range(i, args.eval_episodes, envs.num_envs)) for i in range(envs.num_envs)]  # no bias to short episodes
+    quota = [
+        len(range(i, args.eval_episodes, envs.num_envs)) for i in range(envs.num_envs)
+    ]  # no bias to short episodes
     returns, episodes = [], {}
     recorder = EpisodeRecorder(envs.num_envs, agent.action_dim)
     dones, state = np.ones(envs.num_envs, bool), agent.world_model.rssm.initial(envs.num_envs)
@@ -940,8 +1091,10 @@ def open_loop(agent: Agent, batch: dict, generator: torch.Generator, context: in
     return truth, model.decode(feat), model.reward(feat).squeeze(-1).float()
 
 
-def log_open_loop(agent: Agent, episodes: list[dict], args: Args, writer: SummaryWriter, run_dir: str, step: int) -> None:
-    """Open-loop predictions on held-out episodes: error against horizon (scalars, figure), strips truth / model / error."""
+def log_open_loop(
+    agent: Agent, episodes: list[dict], args: Args, writer: SummaryWriter, run_dir: str, step: int
+) -> None:
+    """Open-loop predictions on held-out episodes: error by horizon (scalars, figure), strips truth / model / error."""
     length = min(args.batch_length, *(len(episode["reward"]) for episode in episodes))
     context, device = 5, next(agent.parameters()).device
     if length < context + 2:
@@ -972,7 +1125,9 @@ def log_open_loop(agent: Agent, episodes: list[dict], args: Args, writer: Summar
     figure.savefig(f"{run_dir}/open_loop_error_{step}.png")
     writer.add_figure("open_loop/error", figure, step)
     if batch["obs"].dtype == torch.uint8:
-        strips = torch.cat([truth + 0.5, (model + 0.5).clamp(0, 1), (model - truth + 1) / 2], -2)  # (T, B, 3, 3 * 64, 64)
+        strips = torch.cat(
+            [truth + 0.5, (model + 0.5).clamp(0, 1), (model - truth + 1) / 2], -2
+        )  # (T, B, 3, 3 * 64, 64)
         frames = strips.permute(0, 3, 1, 4, 2).flatten(2, 3)  # (T, 3 * 64, B * 64, 3)
         log_gif(writer, "open_loop/truth_model_error", (frames * 255).byte().cpu().numpy(), run_dir, step)
         log_gif(writer, "eval/episode", episodes[0]["obs"][:: max(len(episodes[0]["obs"]) // 100, 1)], run_dir, step)
@@ -981,7 +1136,9 @@ def log_open_loop(agent: Agent, episodes: list[dict], args: Args, writer: Summar
 def evaluate_run(args: Args) -> str:
     """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
     checkpoint = load_checkpoint(args.evaluate, args)
-    refuse_changes(args, checkpoint, ("evaluate", "eval_episodes", "num_envs", "capture_video", "cuda", "seed", "renderer"))
+    refuse_changes(
+        args, checkpoint, ("evaluate", "eval_episodes", "num_envs", "capture_video", "cuda", "seed", "renderer")
+    )
     device, stop = choose_device(args), StopRequest()
     folder = f"{args.evaluate}/videos" if args.capture_video else None
     envs = make_vector_env(args, choose_renderer(args), min(args.num_envs, args.eval_episodes), folder)
@@ -990,8 +1147,10 @@ def evaluate_run(args: Args) -> str:
     returns, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
     if len(returns):
-        print(f"{args.env_id} at step {checkpoint['global_step']}: return {returns.mean():.1f} +- {returns.std():.1f} "
-              f"({len(returns)} episodes: {' '.join(f'{r:.1f}' for r in returns)})")
+        print(
+            f"{args.env_id} at step {checkpoint['global_step']}: return {returns.mean():.1f} +- {returns.std():.1f} "
+            f"({len(returns)} episodes: {' '.join(f'{r:.1f}' for r in returns)})"
+        )
     stop.exit()
     return args.evaluate
 
@@ -1037,8 +1196,13 @@ def setup_run(args: Args) -> tuple[str, torch.device, SummaryWriter, dict | None
             fail("--track needs Weights and Biases: pip install wandb")
         name = os.path.basename(run_dir)
         wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
-            config=asdict(args), sync_tensorboard=True,
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=name,
+            id=name,
+            resume="allow",
+            config=asdict(args),
+            sync_tensorboard=True,
         )
     table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     step = checkpoint["global_step"] if checkpoint else 0
@@ -1183,23 +1347,29 @@ CPU_SIZED = "TBD"
 
 
 def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args, device: torch.device) -> None:
-    """Without a GPU: measures a forward and backward pass on zeros and says if the run would take longer than a night."""
+    """Without a GPU: times a forward and backward pass on zeros and says if the run would take longer than a night."""
     shape = args.batch_length, args.batch_size
     dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
     batch = {name: torch.zeros(shape) for name in ("reward", "cont", "is_first")}
-    batch |= {"obs": torch.zeros(*shape, *obs_space.shape, dtype=dtype), "action": torch.zeros(*shape, agent.action_dim)}
+    batch |= {
+        "obs": torch.zeros(*shape, *obs_space.shape, dtype=dtype),
+        "action": torch.zeros(*shape, agent.action_dim),
+    }
     start = time.perf_counter()
     compute_losses(agent, batch, draw_noise(agent, args, torch.Generator(device)), args)[0].backward()
     seconds = time.perf_counter() - start
     hours = seconds * updates_due(args.total_timesteps, args) / 3600
     if hours > 12:
-        print(f"no GPU: an update takes {seconds:.1f} s, the whole run about {hours / 24:.1f} days. CPU-sized: {CPU_SIZED}")
+        days = f"an update takes {seconds:.1f} s, the whole run about {hours / 24:.1f} days"
+        print(f"no GPU: {days}. CPU-sized: {CPU_SIZED}")
 
 
 def check_args(args: Args) -> None:
     """Refuses impossible numbers in one line."""
-    positive = ("total_timesteps num_envs eval_episodes buffer_size train_frequency batch_size batch_length cnn_depth "
-                "stoch_size deter_size dense_size").split()
+    positive = (
+        "total_timesteps num_envs eval_episodes buffer_size train_frequency batch_size batch_length cnn_depth "
+        "stoch_size deter_size dense_size"
+    ).split()
     for name in positive:
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
@@ -1229,7 +1399,9 @@ def main(args: Args) -> str:
     # networks, optimizers, buffer, generators
     agent = Agent(obs_space, envs.single_action_space, args).to(device).freeze_twins()
     optimizers = make_optimizers(agent, args)
-    rb = ReplayBuffer(args.buffer_size, obs_space, agent.action_dim, device if args.buffer_on_gpu else torch.device("cpu"))
+    rb = ReplayBuffer(
+        args.buffer_size, obs_space, agent.action_dim, device if args.buffer_on_gpu else torch.device("cpu")
+    )
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill", "replay"))}
     rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("act", "update"))}
     recorder, counters = EpisodeRecorder(args.num_envs, agent.action_dim), {"num_updates": 0, "renderer": renderer}
@@ -1254,11 +1426,7 @@ def main(args: Args) -> str:
     elif device.type == "cpu":
         warn_if_slow(agent, obs_space, args, device)
 
-    # executables
-    losses_fn = torch.compile(compute_losses) if args.compile else compute_losses
-    update_fn = functools.partial(update, agent, optimizers, args=args, losses_fn=losses_fn)
-    if args.cudagraphs:
-        update_fn = GraphedUpdate(update_fn)
+    update_fn = make_update(agent, optimizers, args)
 
     metrics, last_report = {}, (0, global_step, time.perf_counter())
 

@@ -1,0 +1,95 @@
+"""Tiny environments for the tests, registered on import: `gym.make("fake_envs:TinyPixels-v0")` works in any process."""
+
+import importlib
+import time
+
+import gymnasium as gym
+import numpy as np
+
+
+class TinyPixels(gym.Env):
+    """A white bar shows a target in [-1, 1]; reward is minus the distance of the action from it (discrete: its bin)."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+
+    def __init__(self, render_mode=None, discrete=False, deadly=False, nan_after=None, delay=0.0):
+        self.render_mode, self.deadly, self.nan_after, self.delay = render_mode, deadly, nan_after, delay
+        self.observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+        self.action_space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (1,), np.float32)
+        self.total_steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.target = self.np_random.uniform(-1, 1)
+        return self.render(), {}
+
+    def step(self, action):
+        time.sleep(self.delay)
+        self.total_steps += 1
+        distance = abs(float(np.ravel(action)[0]) - self.target)
+        poisoned = self.nan_after is not None and self.total_steps > self.nan_after
+        died = self.deadly and self.np_random.random() < 0.2
+        return self.render(), float("nan") if poisoned else -distance, died, False, {}
+
+    def render(self):
+        image = np.zeros((64, 64, 3), np.uint8)
+        column = int((self.target + 1) / 2 * 52)
+        image[:, column : column + 12] = 255
+        return image
+
+
+class Counter(gym.Env):
+    """Shows (episode, step, last action); the reward is the step's number; `fatal` steps terminate the episode."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+
+    def __init__(self, render_mode=None, fatal=None):
+        self.render_mode, self.fatal = render_mode, fatal
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.count = self.np_random.integers(10**6), 0
+        return np.array([self.episode, 0, 0], np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        obs = np.array([self.episode, self.count, action[0]], np.float32)
+        return obs, float(self.count), self.count == self.fatal, False, {}
+
+
+class OddSpaces(gym.Env):
+    """An environment with the spaces it is given."""
+
+    def __init__(self, observation_space, action_space, render_mode=None):
+        self.observation_space, self.action_space = observation_space, action_space
+
+
+def missing_package(**kwargs):
+    """Stands for an environment whose package is not installed."""
+    return importlib.import_module("package_that_nobody_has")
+
+
+def register(name: str, entry_point, max_episode_steps: int | None, **kwargs) -> None:
+    gym.register(
+        name, entry_point, max_episode_steps=max_episode_steps, disable_env_checker=True, order_enforce=False, kwargs=kwargs
+    )
+
+
+BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
+register("TinyPixels-v0", TinyPixels, 12)
+register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
+register("TinyPixelsSlow-v0", TinyPixels, 12, delay=0.02)
+register("NanReward-v0", TinyPixels, 12, nan_after=30)
+register("Counter-v0", Counter, 12)
+register("DeadlyCounter-v0", Counter, 12, fatal=8)
+register("BothEndsCounter-v0", Counter, 12, fatal=12)
+register("DictObservation-v0", OddSpaces, 12, observation_space=gym.spaces.Dict(a=VECTOR), action_space=BOX)
+register("MultiDiscreteAction-v0", OddSpaces, 12, observation_space=VECTOR, action_space=gym.spaces.MultiDiscrete([2, 3]))
+register("MissingPackage-v0", missing_package, 12)
+
+
+def run_script(stem: str, settings: dict) -> None:
+    """Body of a process that trains until it is killed."""
+    module = importlib.import_module(stem)
+    module.main(module.Args(**settings))
