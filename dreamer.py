@@ -31,11 +31,11 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from ctypes.util import find_library
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, NoReturn
 
@@ -172,18 +172,22 @@ def default_action_repeat(args: Args) -> int:
 
 
 def choose_renderer(args: Args) -> str:
-    """Returns "gl", "raycast" or "none", and points MuJoCo at a headless GL library when GL is wanted."""
+    """Returns "gl", "raycast" or "none"; tries the headless GL libraries in a process of their own, sets MUJOCO_GL."""
     if not is_dm_control(args.env_id) or (args.obs_mode == "state" and not args.capture_video):
         return "none"
-    headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
-    libraries = {"egl": ("EGL", "GL"), "osmesa": ("OSMesa",)} if headless else {"glfw": ()}
-    found = [name for name, needs in libraries.items() if all(find_library(lib) for lib in needs)]
-    if args.renderer == "raycast" or (args.renderer == "auto" and not found and "MUJOCO_GL" not in os.environ):
+    if args.renderer == "raycast":
         return "raycast"
-    if not found and "MUJOCO_GL" not in os.environ:
-        fail("--renderer gl needs OpenGL: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
-    os.environ.setdefault("MUJOCO_GL", found[0] if found else "")
-    return "gl"
+    headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
+    backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"] if headless else ["glfw"]
+    probe = [sys.executable, "-c", "from dm_control import _render; _render.Renderer(64, 64).make_current()"]
+    for backend in backends:
+        if not subprocess.run(probe, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode:
+            os.environ["MUJOCO_GL"] = backend
+            return "gl"
+    if args.renderer == "gl":
+        fail("--renderer gl finds no OpenGL: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
+    os.environ.pop("MUJOCO_GL", None)  # dm_control would insist on it
+    return "raycast"
 
 
 class RayCaster:
@@ -748,7 +752,7 @@ class Actor(nn.Module):
         return torch.tanh(mean + std * noise)
 
     def mode(self, stats: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
-        """Most likely action (N, A): arg-max, or per row the likeliest of the samples of noise (100, N, A) (deviation 4)."""
+        """Most likely action (N, A): arg-max, or per row the likeliest sample of the noise (100, N, A), deviation 4."""
         if self.discrete:
             return F.one_hot(stats[0].argmax(-1), self.action_dim).float()
         mean, std = stats
@@ -995,7 +999,7 @@ def update(agent: Agent, optimizers: dict, batch: dict, noise: dict, args: Args,
 
 
 class GraphedUpdate:
-    """`update` as one CUDA graph: three real updates on a side stream, then one call is captured and all are replays."""
+    """`update` as one CUDA graph: three real updates on a side stream, then one is captured and all are replays."""
 
     def __init__(self, update_fn: Callable[[dict, dict], dict]):
         self.update_fn, self.graph, self.calls = update_fn, None, 0
@@ -1056,7 +1060,7 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
     while any(quota) and not stop.requested:
         if dones.any():
             obs, _ = envs.reset(seed=[next(seeds) for _ in quota], options={"reset_mask": dones})
-            action[dones] = 0
+            action = np.where(dones[:, None], np.float32(0), action)
             recorder.begin(obs, dones)
         action, state = act(agent, obs, action, dones, state, generator, explore=None)
         obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
@@ -1139,9 +1143,12 @@ def evaluate_run(args: Args) -> str:
     refuse_changes(
         args, checkpoint, ("evaluate", "eval_episodes", "num_envs", "capture_video", "cuda", "seed", "renderer")
     )
-    device, stop = choose_device(args), StopRequest()
+    device, stop, renderer = choose_device(args), StopRequest(), choose_renderer(args)
+    trained_on = checkpoint["parts"]["counters"]["renderer"]
+    if args.obs_mode == "pixels" and renderer != trained_on:
+        fail(f"the run was made with --renderer {trained_on}, here it would be {renderer}")
     folder = f"{args.evaluate}/videos" if args.capture_video else None
-    envs = make_vector_env(args, choose_renderer(args), min(args.num_envs, args.eval_episodes), folder)
+    envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), folder)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     agent.load_state_dict(checkpoint["parts"]["agent"])
     returns, _ = evaluate(agent, envs, args, device, stop)
@@ -1370,14 +1377,14 @@ def check_args(args: Args) -> None:
         "total_timesteps num_envs eval_episodes buffer_size train_frequency batch_size batch_length cnn_depth "
         "stoch_size deter_size dense_size"
     ).split()
-    for name in positive:
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in [*positive, "eval_frequency", "checkpoint_frequency", "train_steps", "pretrain_steps"]:
+        if getattr(args, name) < (name in positive):
+            fail(f"--{name.replace('_', '-')} must be at least {int(name in positive)}, not {getattr(args, name)}")
     if args.horizon < 2:
         fail(f"--horizon must be at least 2, not {args.horizon}")
     if args.batch_length > args.buffer_size:
         fail(f"--batch-length {args.batch_length} is longer than the buffer (--buffer-size {args.buffer_size})")
-    if args.batch_length * (args.action_repeat or 1) > args.learning_starts:
+    if args.batch_length * default_action_repeat(args) > args.learning_starts:
         fail(f"--learning-starts {args.learning_starts} must fill a sequence (--batch-length {args.batch_length})")
     if args.cudagraphs and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
@@ -1428,7 +1435,7 @@ def main(args: Args) -> str:
 
     update_fn = make_update(agent, optimizers, args)
 
-    metrics, last_report = {}, (0, global_step, time.perf_counter())
+    metrics, last_report = {}, (counters["num_updates"], global_step, time.perf_counter())
 
     def report() -> None:
         """Losses of the newest update and steps per second since the last report."""
@@ -1488,7 +1495,7 @@ def main(args: Args) -> str:
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
-            action[dones] = 0
+            action = np.where(dones[:, None], np.float32(0), action)
             recorder.begin(obs, dones)
         if filled():
             explore = exploration(agent, counters["num_updates"], args)

@@ -45,6 +45,7 @@ TINY = {
         "stoch_size": 4,
         "deter_size": 8,
         "dense_size": 8,
+        "free_nats": 0.0,
     },
 }
 VECTORS = {"env_id": "fake_envs:Counter-v0"}
