@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
 multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])

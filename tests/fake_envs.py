@@ -1,7 +1,6 @@
 """Tiny environments for the tests, registered on import: `gym.make("fake_envs:TinyPixels-v0")` works in any process."""
 
 import importlib
-import time
 
 import gymnasium as gym
 import numpy as np
@@ -10,10 +9,10 @@ import numpy as np
 class TinyPixels(gym.Env):
     """A white bar shows a target in [-1, 1]; reward is minus the distance of the action from it (discrete: its bin)."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
 
-    def __init__(self, render_mode=None, discrete=False, deadly=False, nan_after=None, delay=0.0):
-        self.render_mode, self.deadly, self.nan_after, self.delay = render_mode, deadly, nan_after, delay
+    def __init__(self, render_mode=None, discrete=False, deadly=False, nan_after=None):
+        self.render_mode, self.deadly, self.nan_after = render_mode, deadly, nan_after
         self.observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (1,), np.float32)
         self.total_steps = 0
@@ -24,7 +23,6 @@ class TinyPixels(gym.Env):
         return self.render(), {}
 
     def step(self, action):
-        time.sleep(self.delay)
         self.total_steps += 1
         distance = abs(float(np.ravel(action)[0]) - self.target)
         poisoned = self.nan_after is not None and self.total_steps > self.nan_after
@@ -39,7 +37,9 @@ class TinyPixels(gym.Env):
 
 
 class Counter(gym.Env):
-    """Shows (episode, step, last action); the reward is the step's number; `fatal` steps terminate the episode."""
+    """Shows (episode, step, last action); the reward is the number of the step; step `fatal` terminates the episode."""
+
+    metadata = {"render_modes": ["rgb_array"]}
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
@@ -61,8 +61,10 @@ class Counter(gym.Env):
 class OddSpaces(gym.Env):
     """An environment with the spaces it is given."""
 
+    metadata = {"render_modes": ["rgb_array"]}
+
     def __init__(self, observation_space, action_space, render_mode=None):
-        self.observation_space, self.action_space = observation_space, action_space
+        self.observation_space, self.action_space, self.render_mode = observation_space, action_space, render_mode
 
 
 def missing_package(**kwargs):
@@ -71,21 +73,21 @@ def missing_package(**kwargs):
 
 
 def register(name: str, entry_point, max_episode_steps: int | None, **kwargs) -> None:
-    gym.register(
-        name, entry_point, max_episode_steps=max_episode_steps, disable_env_checker=True, order_enforce=False, kwargs=kwargs
-    )
+    """Without the checks that Gymnasium wraps around an environment."""
+    plain = {"disable_env_checker": True, "order_enforce": False}
+    gym.register(name, entry_point, max_episode_steps=max_episode_steps, kwargs=kwargs, **plain)
 
 
 BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
+PAIR = gym.spaces.MultiDiscrete([2, 3])
 register("TinyPixels-v0", TinyPixels, 12)
 register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
-register("TinyPixelsSlow-v0", TinyPixels, 12, delay=0.02)
 register("NanReward-v0", TinyPixels, 12, nan_after=30)
 register("Counter-v0", Counter, 12)
 register("DeadlyCounter-v0", Counter, 12, fatal=8)
 register("BothEndsCounter-v0", Counter, 12, fatal=12)
 register("DictObservation-v0", OddSpaces, 12, observation_space=gym.spaces.Dict(a=VECTOR), action_space=BOX)
-register("MultiDiscreteAction-v0", OddSpaces, 12, observation_space=VECTOR, action_space=gym.spaces.MultiDiscrete([2, 3]))
+register("MultiDiscreteAction-v0", OddSpaces, 12, observation_space=VECTOR, action_space=PAIR)
 register("MissingPackage-v0", missing_package, 12)
 
 

@@ -1,0 +1,53 @@
+"""Evaluation curves of run folders as one PNG, and their last evaluation as a Markdown table.
+
+Run:  python benchmark/curves.py docs/dreamer_cpu.png runs/cheetah-run__dreamer__*
+Runs of the same task are one curve: the mean over seeds, a thin line for each seed. Figures come from the event files.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def read_run(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, mean and standard deviation of the evaluations of a run."""
+    events = EventAccumulator(folder, size_guidance={"scalars": 0})
+    events.Reload()
+    mean, std = (events.Scalars(f"eval/episodic_return{suffix}") for suffix in ("", "_std"))
+    return np.array([e.step for e in mean]), np.array([e.value for e in mean]), np.array([e.value for e in std])
+
+
+def main(picture: str, folders: list[str]) -> None:
+    tasks = defaultdict(list)
+    for folder in sorted(folders):
+        task, script, seed, _ = Path(folder).name.split("__")
+        tasks[f"{script} {task}"].append((seed, *read_run(folder)))
+    figure = Figure(figsize=(5 * len(tasks), 3.5), layout="constrained")
+    for axis, (task, runs) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
+        shortest = min(len(steps) for _, steps, _, _ in runs)
+        for _, steps, mean, _ in runs:
+            axis.plot(steps, mean, color="tab:blue", alpha=0.35, linewidth=1)
+        axis.plot(runs[0][1][:shortest], np.mean([mean[:shortest] for _, _, mean, _ in runs], 0), color="tab:blue")
+        axis.set(
+            title=f"{task}, {len(runs)} seeds", xlabel="environment steps", ylabel="evaluation return", ylim=(0, None)
+        )
+        axis.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+    print("| run | seed | steps | last evaluation (mean +- std over episodes) |\n|---|---|---|---|")
+    for task, runs in tasks.items():
+        for seed, steps, mean, std in runs:
+            print(f"| {task} | {seed} | {steps[-1]:,} | {mean[-1]:.1f} +- {std[-1]:.1f} |")
+        last = [mean[-1] for _, _, mean, _ in runs]
+        print(f"| {task} | all {len(last)} | | {np.mean(last):.1f} +- {np.std(last):.1f} over seeds |")
+    print(
+        json.dumps({task: {seed: mean.round(1).tolist() for seed, _, mean, _ in runs} for task, runs in tasks.items()})
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

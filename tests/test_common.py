@@ -1,0 +1,340 @@
+"""What the scripts have in common stays the same text; each of them is a file that stands alone."""
+
+import ast
+import builtins
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import symtable
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("dyna_q.py", "mbpo.py", "world_models.py", "dreamer.py", "muzero.py")
+SCRIPTS = sorted(ROOT / name for name in NAMES if (ROOT / name).exists())
+
+PLUMBING = "Run plumbing (same text in all five scripts)"
+BANNERS = ["Environment", "Replay buffer", "Networks", "Targets and losses", "Acting", "Updates", "Evaluation"]
+BANNERS += [PLUMBING, "Main"]
+ALGORITHM = "    # Algorithm specific arguments\n"
+COMMON = ["fail", "parse_args", "choose_device", "setup_run", "refuse_changes", "next_multiple", "save_checkpoint"]
+COMMON += ["load_checkpoint", "restore_rng", "StopRequest", "make_progress"]
+COMMON += ["log_episodes", "log_evaluation", "log_losses"]
+FLAGS = "exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity capture_video save_model".split()
+FLAGS += "eval_frequency eval_episodes checkpoint_frequency save_buffer resume evaluate".split()
+FLAGS += "env_id total_timesteps num_envs".split()
+LAZY = {"dm_control", "mujoco", "ale_py", "wandb", "moviepy", "cv2", "matplotlib", "PIL", "pygame"}
+OPTIONAL = {"wandb"}  # asked for by a flag; its absence is one line with the pip command
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless"}  # where import and distribution have other names
+
+each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+
+
+def sections(source: str) -> dict[str, str]:
+    """The text under each banner, in order."""
+    parts = re.split(r"^# === (.+) ===$", source, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def definitions(source: str) -> dict[str, str]:
+    """Text of the functions and classes at the top level."""
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def plumbing(source: str) -> list[str]:
+    """Names that are defined in the common section."""
+    return list(definitions(sections(source)[PLUMBING]))
+
+
+def common_args(source: str) -> str:
+    """The part of Args before the algorithm's own settings."""
+    assert source.count(ALGORITHM) == 1
+    return source.split(ALGORITHM)[0].split("@dataclass\nclass Args:\n")[1]
+
+
+def drift(sources: dict[str, str]) -> list[str]:
+    """What is common by its place in one file and has another text somewhere: names, or "Args"."""
+    names = {name for source in sources.values() for name in plumbing(source)}
+    texts = [definitions(source) for source in sources.values()]
+    found = sorted(name for name in names if len({text[name] for text in texts if name in text}) > 1)
+    return found + (["Args"] if len({common_args(source) for source in sources.values()}) > 1 else [])
+
+
+def undefined_globals(source: str, name: str) -> set[str]:
+    """Names that functions and classes read from the module although it does not define them."""
+    top = symtable.symtable(source, name, "exec")
+    known = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    known |= {child.get_name() for child in top.get_children()} | set(dir(builtins)) | {"__file__", "__name__"}
+    missing, todo = set(), [top]
+    while todo:
+        table = todo.pop()
+        todo += table.get_children()
+        used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+        missing |= used - known
+    return missing
+
+
+def imports(source: str) -> set[str]:
+    """Top-level names of everything that is imported, in functions too."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {"." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] if name[0] != "." else name for name in names}
+
+
+def metadata(source: str) -> dict:
+    """The inline script metadata (PEP 723)."""
+    blocks = re.findall(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", source)
+    assert len(blocks) == 1
+    return tomllib.loads("\n".join(line[2:] for line in blocks[0].splitlines()))
+
+
+def pins() -> dict[str, str]:
+    """Distribution -> version of requirements.txt."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    found = {}
+    for requirement in map(Requirement, filter(None, lines)):
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", f"{requirement} is not pinned"
+        found[canonicalize_name(requirement.name)] = specifier.version
+    return found
+
+
+def fields(source: str) -> list[tuple[str, ast.AnnAssign, str | None]]:
+    """The settings of Args: name, assignment, the text right under it."""
+    (args,) = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    found = []
+    for node, below in zip(args.body, [*args.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+            found.append((node.target.id, node, text))
+    return found
+
+
+# === The same text ===
+
+
+def test_common_parts_are_the_same_text():
+    """Functions of the common section, and the common part of Args."""
+    assert SCRIPTS
+    assert drift({path.name: path.read_text() for path in SCRIPTS}) == []
+
+
+def test_drift_is_noticed():
+    """The comparison finds a changed function, class or setting, wherever it stands, and nothing else."""
+    source = SCRIPTS[0].read_text()
+
+    def planted(old: str, new: str) -> list[str]:
+        assert source.count(old) == 1
+        return drift({"a.py": source, "b.py": source.replace(old, new), "c.py": source})
+
+    banner = f"# === {PLUMBING} ===\n"
+    head, text = "def restore_rng(rng: dict, states: dict) -> None:", "Sets the named generators to the states of"
+    assert planted(head, head) == []
+    assert planted(text, "Sets the generators to the states of") == ["restore_rng"]
+    assert planted("self.requested = signum\n", "self.requested = True\n") == ["StopRequest"]
+    assert planted("    seed: int = 1\n", "    seed: int = 2\n") == ["Args"]
+    assert planted("def main(", "def extra():\n    pass\n\n\ndef main(") == []
+    function = definitions(source)["restore_rng"]
+    without = source.replace(function, "")
+    elsewhere = without.replace(banner, f"{function}  # changed\n\n\n{banner}")
+    assert drift({"a.py": source, "b.py": without}) == []
+    assert drift({"a.py": source, "b.py": elsewhere}) == ["restore_rng"]
+
+
+@each_script
+def test_plumbing_is_complete(path):
+    """Every script has the functions that all of them need, in the common section."""
+    assert set(COMMON) <= set(plumbing(path.read_text()))
+
+
+@each_script
+def test_banners_stand_in_the_agreed_order(path):
+    """Sections may be left out, not moved; no other banners."""
+    found = list(sections(path.read_text()))
+    assert found == [banner for banner in BANNERS if banner in found]
+    assert {PLUMBING, "Main"} <= set(found) and len(re.findall("(?m)^# ===", path.read_text())) == len(found)
+
+
+@each_script
+def test_main_is_last_and_the_guard_one_statement(path):
+    """`main(parse_args())` is all that the guard does."""
+    source = path.read_text()
+    *_, main, guard = ast.parse(source).body
+    assert isinstance(main, ast.FunctionDef) and main.name == "main"
+    assert ast.unparse(guard) == "if __name__ == '__main__':\n    main(parse_args())"
+
+
+@each_script
+def test_lines_are_at_most_120_columns(path):
+    """Scripts and tests alike."""
+    for file in (path, *(ROOT / "tests").glob("*.py")):
+        long = [i for i, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 120]
+        assert not long, (file.name, long)
+
+
+# === Settings ===
+
+
+@each_script
+def test_every_setting_has_one_line_of_text(path):
+    """Under each field stands one line of at most 100 characters."""
+    for name, _, text in fields(path.read_text()):
+        assert text and "\n" not in text and len(text) <= 100, name
+
+
+@each_script
+def test_common_settings_come_first_and_speed_last(path):
+    """The order of the blocks of Args; the algorithm's begin with env_id, total_timesteps, num_envs."""
+    source = path.read_text()
+    names = [name for name, _, _ in fields(source)]
+    head = FLAGS[: FLAGS.index("env_id")]
+    assert [name for name, _, _ in fields("class Args:\n" + common_args(source))] == head
+    assert names[: len(FLAGS)] == FLAGS
+    assert source.index(ALGORITHM) < source.index("    # Speed\n") < source.index("# === ")
+
+
+@each_script
+def test_default_values_have_the_declared_type(path):
+    """An int is written 5_000 and not 5e3, a float not 1: tyro would refuse what the default itself is."""
+    for name, node, _ in fields(path.read_text()):
+        kind = ast.unparse(node.annotation)
+        if kind in ("int", "float", "bool", "str") and isinstance(node.value, ast.Constant):
+            assert type(node.value.value).__name__ == kind, name
+
+
+# === Standing alone ===
+
+
+@each_script
+def test_imports_no_sibling(path):
+    """Nothing local: no other script, no relative import, no other file of the repository."""
+    local = {other.stem for other in ROOT.rglob("*.py") if other != path} | {path.stem for path in ROOT.iterdir()}
+    found = imports(path.read_text())
+    assert not found & (local - set(sys.stdlib_module_names) | {name.removesuffix(".py") for name in NAMES})
+    assert not [name for name in found if name.startswith(".")]
+
+
+@each_script
+def test_no_function_uses_an_undefined_global(path):
+    """Everything a function reads is an argument, a local or at module level, not a leftover of main."""
+    assert undefined_globals(path.read_text(), path.name) == set()
+
+
+def test_undefined_globals_are_noticed():
+    """The check itself, on planted ones in a function, a nested function, a class and a comprehension."""
+    source = "import os\nx = 1\ndef f(a):\n    def g():\n        return leak1 + a + x\n    return g, os, len\n"
+    source += "class C:\n    y = leak2\n    def m(self):\n        return [leak3 for _ in range(3)]\n"
+    assert undefined_globals(source, "planted") == {"leak1", "leak2", "leak3"}
+    assert undefined_globals("def main():\n    envs = 1\ndef f():\n    return envs\n", "planted") == {"envs"}
+
+
+SIDE_EFFECTS = """
+import importlib, json, os, random, signal, sys, threading, warnings
+for name in json.loads(sys.argv.pop()):
+    importlib.import_module(name)
+import numpy, torch
+def state():
+    return {
+        "files": sorted(os.listdir()), "environment": dict(os.environ), "filters": list(warnings.filters),
+        "threads": threading.active_count(), "signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
+        "torch": [torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed(),
+                  torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark,
+                  torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
+        "random": [random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()],
+        "cwd": os.getcwd(), "argv": list(sys.argv),
+    }
+before = state()
+script = importlib.import_module(sys.argv[1])
+after = state()
+print(json.dumps([[key for key in before if before[key] != after[key]], sorted(sys.modules)]))
+"""
+
+
+@each_script
+def test_import_has_no_side_effect(path, tmp_path):
+    """No file, variable, thread, filter, signal, seed or switch; no parsing of argv; no simulator; nothing said."""
+    nodes = ast.parse(path.read_text()).body
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    command = [sys.executable, "-c", SIDE_EFFECTS, path.stem, "--nonsense", json_list(names)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    changed, modules = ast.literal_eval(done.stdout)
+    assert changed == []
+    assert not LAZY - {"PIL"} & set(modules)
+
+
+def json_list(names: set[str]) -> str:
+    return "[" + ", ".join(f'"{name}"' for name in sorted(names)) + "]"
+
+
+@each_script
+def test_copied_alone_it_shows_its_help(path, tmp_path):
+    """In an empty folder, away from the repository: --help works, lists the common flags and writes nothing."""
+    shutil.copy(path, tmp_path)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"COLUMNS": "200"}
+    command = [sys.executable, "-B", path.name, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    missing = [name for name in FLAGS if f"--{name.replace('_', '-')}" not in done.stdout]
+    assert not missing
+    assert os.listdir(tmp_path) == [path.name]
+
+
+# === Packages ===
+
+
+@each_script
+def test_metadata_admits_the_pins(path):
+    """Inline metadata and requirements.txt name the same packages, and its ranges hold the tested versions."""
+    block, pinned = metadata(path.read_text()), pins()
+    python = SpecifierSet(block["requires-python"])
+    assert "3.11" in python and "3.12" in python
+    for requirement in map(Requirement, block["dependencies"]):
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version, f"{requirement.name} is not in requirements.txt"
+        assert requirement.specifier.contains(version), f"{requirement} does not admit {version}"
+
+
+@each_script
+def test_metadata_lists_every_import(path):
+    """Third-party packages, those that are imported in a function too."""
+    source = path.read_text()
+    third_party = imports(source) - set(sys.stdlib_module_names) - OPTIONAL
+    listed = {canonicalize_name(Requirement(text).name) for text in metadata(source)["dependencies"]}
+    assert "torch" in third_party
+    assert {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in third_party} <= listed
+
+
+def test_every_pin_is_used():
+    """requirements.txt holds what a script lists, and the tools of the tests."""
+    listed = {
+        canonicalize_name(Requirement(text).name)
+        for path in SCRIPTS
+        for text in metadata(path.read_text())["dependencies"]
+    }
+    assert set(pins()) - listed <= {"pytest", "ruff"}
+
+
+@each_script
+def test_lazy_packages_are_imported_where_they_are_used(path):
+    """Simulators, video and plots stay out of the module's own imports."""
+    body = ast.parse(path.read_text()).body
+    top = "\n".join(ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom))
+    assert not imports(top) & LAZY
+    assert importlib.import_module(path.stem).__name__ == path.stem

@@ -1,0 +1,1246 @@
+"""Numbers of dreamer.py: each piece against its equation written out plainly, a known result or torch.distributions."""
+
+import math
+import shutil
+from itertools import pairwise
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.distributions as td
+import torch.nn as nn
+import torch.nn.functional as F
+
+import dreamer
+from dreamer import Args, EpisodeRecorder, ReplayBuffer
+
+IMAGE = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+VECTOR = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
+BOX = gym.spaces.Box(-1, 1, (2,), np.float32)
+DISCRETE = gym.spaces.Discrete(3)
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+CPU = torch.device("cpu")
+
+
+def tiny_args(**overrides) -> Args:
+    """Settings small enough for milliseconds; the continuation head is off unless asked for."""
+    sizes = {"batch_size": 3, "batch_length": 5, "horizon": 4, "cnn_depth": 2, "stoch_size": 3, "deter_size": 8}
+    others = {"dense_size": 10, "cont_head": "off", "cuda": False, "env_id": "Toy-v0"}
+    return Args(**(sizes | others | overrides))
+
+
+def make_agent(args: Args, obs_space=VECTOR, action_space=BOX, biases: bool = True) -> dreamer.Agent:
+    """An agent from a fixed seed, with random biases because zero ones would hide mistakes."""
+    torch.manual_seed(0)
+    agent = dreamer.Agent(obs_space, action_space, args)
+    with torch.no_grad():
+        for name, param in agent.named_parameters():
+            if biases and "bias" in name:
+                param.normal_(0, 0.3)
+    return agent.freeze_twins()
+
+
+def make_batch(agent: dreamer.Agent, args: Args, obs_space=VECTOR, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random entries (L, B, ...): an episode begins in mid-sequence here and there, one state is terminal."""
+    gen = torch.Generator().manual_seed(seed)
+    shape = args.batch_length, args.batch_size
+    if obs_space is IMAGE:
+        obs = torch.randint(256, (*shape, 64, 64, 3), generator=gen, dtype=torch.uint8)
+    else:
+        obs = torch.randn(*shape, *obs_space.shape, generator=gen)
+    action = torch.rand(*shape, agent.action_dim, generator=gen) * 2 - 1
+    if agent.discrete:
+        action = F.one_hot(action.argmax(-1), agent.action_dim).to(action.dtype)
+    is_first, cont = torch.zeros(shape), torch.ones(shape)
+    is_first[0, 0] = is_first[2, 1] = is_first[3, 0] = 1
+    cont[1, 1] = 0
+    action = action * (1 - is_first[..., None])
+    return {"obs": obs, "action": action, "reward": torch.randn(shape, generator=gen), "cont": cont, "is_first": is_first}
+
+
+def make_noise(agent: dreamer.Agent, args: Args, seed: int = 0) -> dict[str, torch.Tensor]:
+    return dreamer.draw_noise(agent, args, torch.Generator().manual_seed(seed))
+
+
+def setup(args: Args, obs_space=VECTOR, action_space=BOX) -> tuple:
+    """Agent, batch and noise for one update."""
+    agent = make_agent(args, obs_space, action_space)
+    return agent, make_batch(agent, args, obs_space), make_noise(agent, args)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices are fastest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Everything in float64, the casts to float32 inside dreamer.py included."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# --- the equations, written out plainly ---
+
+
+def dense(layer: nn.Linear, *inputs: torch.Tensor) -> torch.Tensor:
+    return torch.cat(inputs, -1) @ layer.weight.T + layer.bias
+
+
+def elu(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > 0, x, torch.exp(x.clamp(max=0)) - 1)
+
+
+def head(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """A stack of dense layers, ELU between them."""
+    layers = [layer for layer in net if isinstance(layer, nn.Linear)]
+    for layer in layers[:-1]:
+        x = elu(dense(layer, x))
+    return dense(layers[-1], x)
+
+
+def gru(cell: nn.GRUCell, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    x_reset, x_update, x_new = (x @ cell.weight_ih.T + cell.bias_ih).chunk(3, -1)
+    h_reset, h_update, h_new = (h @ cell.weight_hh.T + cell.bias_hh).chunk(3, -1)
+    reset, keep = torch.sigmoid(x_reset + h_reset), torch.sigmoid(x_update + h_update)
+    return (1 - keep) * torch.tanh(x_new + reset * h_new) + keep * h
+
+
+def latent(out: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Sample, mean and standard deviation from the 2S outputs of a layer."""
+    mean, raw = out.chunk(2, -1)
+    std = torch.log(1 + torch.exp(raw)) + 0.1
+    return mean + std * noise, mean, std
+
+
+def next_deter(rssm: dreamer.RSSM, stoch, deter, action) -> torch.Tensor:
+    return gru(rssm.cell, elu(dense(rssm.img_in, stoch, action)), deter)
+
+
+def prior(rssm: dreamer.RSSM, deter, noise) -> tuple[torch.Tensor, ...]:
+    return latent(dense(rssm.prior_out, elu(dense(rssm.prior_hidden, deter))), noise)
+
+
+def posterior(rssm: dreamer.RSSM, deter, embed, noise) -> tuple[torch.Tensor, ...]:
+    return latent(dense(rssm.post_out, elu(dense(rssm.post_hidden, deter, embed))), noise)
+
+
+def filter_sequence(rssm: dreamer.RSSM, embed, action, is_first, noise) -> dict[str, torch.Tensor]:
+    """Posterior states row by row and step by step; a state is forgotten where an episode begins."""
+    rows = {"stoch": [], "deter": [], "mean": [], "std": []}
+    for b in range(action.shape[1]):
+        stoch, deter = torch.zeros(1, rssm.stoch), torch.zeros(1, rssm.deter)
+        steps = {name: [] for name in rows}
+        for t in range(action.shape[0]):
+            if is_first[t, b] == 1:
+                stoch, deter = torch.zeros_like(stoch), torch.zeros_like(deter)
+            deter = next_deter(rssm, stoch, deter, action[t, b : b + 1])
+            stoch, mean, std = posterior(rssm, deter, embed[t, b : b + 1], noise[t, b : b + 1])
+            for name, value in zip(rows, (stoch, deter, mean, std), strict=True):
+                steps[name].append(value)
+        for name, values in steps.items():
+            rows[name].append(torch.cat(values))
+    return {name: torch.stack(values, 1) for name, values in rows.items()}
+
+
+def choose(actor: dreamer.Actor, feat: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The actor's action on a feature, with its gradient."""
+    out = head(actor.net, feat)
+    if actor.discrete:
+        probs = torch.exp(out) / torch.exp(out).sum(-1, keepdim=True)
+        return F.one_hot((out + noise).argmax(-1), actor.action_dim) + probs - probs.detach()
+    m, s = out.chunk(2, -1)
+    std = torch.log(1 + torch.exp(s + math.log(math.exp(5) - 1))) + 1e-4
+    return torch.tanh(5 * torch.tanh(m / 5) + std * noise)
+
+
+def reference_behavior(agent, stoch, deter, start_weight, noise, args, actor_inputs=None, weights=None) -> dict:
+    """Actor and value loss with the live networks and detach() where the equations have a stop-gradient.
+
+    actor_inputs and weights replace the stop-gradient quantities, to hold them still under finite differences.
+    """
+    model, inputs, feats = agent.world_model, [], []
+    for k in range(args.horizon):
+        inputs.append(torch.cat([stoch, deter], -1).detach() if actor_inputs is None else actor_inputs[k])
+        action = choose(agent.actor, inputs[-1], noise["action"][k])
+        deter = next_deter(model.rssm, stoch, deter, action)
+        stoch = prior(model.rssm, deter, noise["imag"][k])[0]
+        feats.append(torch.cat([stoch, deter], -1))
+    rewards, values = ([head(net, f)[:, 0] for f in feats] for net in (model.reward, agent.value))
+    conts = [torch.full_like(r, args.gamma) for r in rewards]
+    if model.cont is not None:
+        conts = [torch.sigmoid(head(model.cont, f)[:, 0]) for f in feats]
+    returns, weight, new_weights = {args.horizon - 1: values[-1]}, start_weight, []
+    for k in reversed(range(args.horizon - 1)):
+        mixed = (1 - args.td_lambda) * values[k + 1] + args.td_lambda * returns[k + 1]
+        returns[k] = rewards[k] + conts[k] * mixed
+    actor_loss, value_loss = 0, 0
+    for k in range(args.horizon - 1):
+        new_weights.append(weight.detach() if weights is None else weights[k])
+        weight = weight * conts[k]
+        likelihood = td.Normal(head(agent.value, feats[k].detach())[:, 0], 1.0).log_prob(returns[k].detach())
+        actor_loss = actor_loss - (new_weights[-1] * returns[k]).mean() / (args.horizon - 1)
+        value_loss = value_loss - (new_weights[-1] * likelihood).mean() / (args.horizon - 1)
+    feats = torch.stack(feats)
+    return {"actor": actor_loss, "value": value_loss, "feats": feats, "inputs": inputs, "weights": new_weights}
+
+
+# --- sizes and initial quantities ---
+
+
+@pytest.fixture(scope="module")
+def walker() -> tuple:
+    """The full-size agent of walker-walk, freshly initialised, and the pieces of its model loss on random images."""
+    torch.manual_seed(0)
+    args = Args(cuda=False, batch_size=2, batch_length=4)
+    agent = dreamer.Agent(IMAGE, gym.spaces.Box(-1, 1, (6,), np.float32), args).freeze_twins()
+    batch = make_batch(agent, args, IMAGE)
+    batch["is_first"].zero_()
+    loss, post, metrics = dreamer.model_loss(agent.world_model, batch, make_noise(agent, args)["post"], args)
+    return agent, args, batch, loss, post, metrics
+
+
+def count(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+def test_parameter_counts_of_walker(walker):
+    """Every module has the size of the reference code's."""
+    agent = walker[0]
+    model, rssm = agent.world_model, agent.world_model.rssm
+    assert [count(m) for m in model.encoder.children()] == [1_568, 32_832, 131_200, 524_544]
+    decoder = model.decoder
+    deconvs = (decoder.deconv1, decoder.deconv2, decoder.deconv3, decoder.deconv4)
+    assert [count(m) for m in (decoder.dense, *deconvs)] == [236_544, 3_276_928, 204_864, 73_760, 3_459]
+    assert [count(m) for m in (rssm.img_in, rssm.cell)] == [7_400, 241_200]
+    assert [count(m) for m in (rssm.prior_hidden, rssm.prior_out)] == [40_200, 12_060]
+    assert [count(m) for m in (rssm.post_hidden, rssm.post_out)] == [245_000, 12_060]
+    assert [count(m) for m in (model.encoder, rssm, decoder)] == [690_144, 557_920, 3_795_555]
+    assert [count(m) for m in (model.reward, model, agent.value, agent.actor)] == [253_201, 5_296_820, 413_601, 578_412]
+    assert count(agent) == 6_288_833 and model.cont is None
+
+
+def test_continuation_head_size_and_presence():
+    """413,601 parameters; there by default outside dm_control, and on request."""
+    args = Args(env_id="ALE/Pong-v5")
+    agent = dreamer.Agent(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(6), args)
+    assert count(agent.world_model.cont) == 413_601
+    assert make_agent(tiny_args(cont_head="auto")).world_model.cont is not None
+    assert make_agent(tiny_args(cont_head="auto", env_id="walker-walk")).world_model.cont is None
+    assert make_agent(tiny_args(cont_head="on", env_id="walker-walk")).world_model.cont is not None
+    assert make_agent(tiny_args(cont_head="off")).world_model.cont is None
+
+
+def test_initial_latents(walker):
+    """Standard deviation softplus(0) + 0.1 = 0.793 and entropy 35.6 nats, prior and posterior."""
+    agent, _, _, _, post, metrics = walker
+    mean, std = agent.world_model.rssm.prior(torch.zeros(1, 200))
+    assert torch.all(mean == 0) and std.shape == (1, 30)
+    torch.testing.assert_close(std, torch.full_like(std, math.log(2) + 0.1))
+    assert post["std"].mean().item() == pytest.approx(0.793, abs=0.02)
+    for name in ("prior", "post"):
+        assert metrics[f"model/{name}_entropy"].item() == pytest.approx(35.6, abs=0.4)
+
+
+def test_initial_losses(walker):
+    """Grey prediction: image loss = floor + half the squared image; reward loss near its floor plus half the square."""
+    agent, _, batch, loss, post, metrics = walker
+    floor = 12288 * HALF_LOG_2PI
+    assert floor == pytest.approx(11_291.9, abs=0.1)
+    output = agent.world_model.decode(torch.cat([post["stoch"], post["deter"]], -1))
+    assert output.shape == (4, 2, 3, 64, 64) and 1e-4 < output.std().item() < 0.03
+    image = dreamer.preprocess(batch["obs"])
+    expected = floor + 0.5 * image.square().sum((2, 3, 4)).mean().item()
+    assert metrics["losses/image_loss"].item() == pytest.approx(expected, abs=5)
+    expected = 0.9189 + 0.5 * batch["reward"].square().mean().item()
+    assert metrics["losses/reward_loss"].item() == pytest.approx(expected, abs=0.3)
+    parts = sum(metrics[f"losses/{name}_loss"] for name in ("image", "reward", "kl"))
+    torch.testing.assert_close(loss, parts)
+
+
+def test_initial_kl_is_clipped_and_has_no_gradient(walker):
+    """The mean KL starts below three free nats: exactly 3.0 is logged and the term's gradient is exactly zero."""
+    agent, args, batch, _, _, metrics = walker
+    assert 0 < metrics["model/kl"].item() < 2
+    assert metrics["losses/kl_loss"].item() == 3.0
+    params = list(agent.world_model.parameters())
+    gradients = torch.autograd.grad(metrics["losses/kl_loss"], params, retain_graph=True, allow_unused=True)
+    assert all(g is None or not g.any() for g in gradients)
+    metrics = dreamer.model_loss(
+        agent.world_model, batch, make_noise(agent, args)["post"], Args(batch_size=2, batch_length=4, free_nats=0.0)
+    )[2]
+    gradients = torch.autograd.grad(metrics["losses/kl_loss"], params, allow_unused=True)
+    assert sum(g.abs().sum() for g in gradients if g is not None) > 0
+
+
+def test_initial_policy(walker):
+    """Bang-bang: std 5.0, 71.5 % of |a| over 0.95, mean |a| 0.89, 18.2 nats before and -22.2 after the tanh."""
+    actor = walker[0].actor
+    mean, std = actor.stats(torch.zeros(1, 230))
+    assert torch.all(mean == 0)
+    torch.testing.assert_close(std, torch.full_like(std, 5.0001))
+    assert actor.entropy((mean, std)).item() == pytest.approx(18.2, abs=0.05)
+    noise = actor.draw_noise((50_000, 1), torch.Generator().manual_seed(0))
+    action = actor.sample((mean, std), noise)
+    assert action.shape == (50_000, 1, 6)
+    assert (action.abs() > 0.95).float().mean().item() == pytest.approx(0.715, abs=0.005)
+    assert action.abs().mean().item() == pytest.approx(0.89, abs=0.005)
+    log_slope = -2 * torch.log(torch.cosh((mean + std * noise).double()))
+    assert (18.17 + log_slope.sum(-1).mean()).item() == pytest.approx(-22.2, abs=0.3)
+
+
+def test_initial_continuation_is_one_half():
+    """Zero bias: on the zero feature, and nearly so on others, the head says 0.5."""
+    agent = make_agent(tiny_args(cont_head="on", dense_size=400), biases=False)
+    assert torch.sigmoid(agent.world_model.cont(torch.zeros(1, 11))).item() == 0.5
+    assert torch.sigmoid(agent.world_model.cont(torch.randn(500, 11) * 0.3)).mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_weight_initialisation(walker):
+    """Xavier-uniform weights, zero biases everywhere; recurrent weights with orthonormal columns."""
+    agent, seen = walker[0], 0
+    for module in agent.modules():
+        weights = {}
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            weights[module.bias] = module.weight
+        elif isinstance(module, nn.GRUCell):
+            weights[module.bias_ih] = module.weight_ih
+            assert not module.bias_hh.any()
+            torch.testing.assert_close(module.weight_hh.T @ module.weight_hh, torch.eye(200), atol=1e-5, rtol=0)
+        for bias, weight in weights.items():
+            seen += weight.numel() + bias.numel()
+            assert not bias.any()
+            bound = math.sqrt(6 / ((weight.shape[0] + weight.shape[1]) * math.prod(weight.shape[2:])))
+            assert 0.98 * bound < weight.abs().max().item() <= bound
+            assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.06)
+    assert seen == count(agent) - 600 * 200 - 600
+
+
+# --- targets and losses ---
+
+
+def random_returns_input(horizon: int = 6, num: int = 4) -> tuple[torch.Tensor, ...]:
+    gen = torch.Generator().manual_seed(1)
+    rewards, values, conts = (torch.rand(horizon, num, generator=gen, dtype=torch.float64) for _ in range(3))
+    return rewards * 2 - 1, values * 10, conts
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_lambda_return_is_the_mixture_of_n_step_returns(lam):
+    """G_k = (1 - lam) sum_n lam^(n-1) V_k^n + lam^(m-1) V_k^m with m = H - k, discounts varying."""
+    rewards, values, conts = random_returns_input()
+    horizon = len(rewards)
+
+    def n_step(k: int, n: int) -> torch.Tensor:
+        total, discount = torch.zeros(4), torch.ones(4)
+        for j in range(k, k + n):
+            total, discount = total + discount * rewards[j], discount * conts[j]
+        return total + discount * values[k + n]
+
+    result = dreamer.lambda_return(rewards, values, conts, lam)
+    assert result.shape == (horizon - 1, 4)
+    for k in range(horizon - 1):
+        last = horizon - 1 - k
+        mixture = lam ** (last - 1) * n_step(k, last)
+        for n in range(1, last):
+            mixture = mixture + (1 - lam) * lam ** (n - 1) * n_step(k, n)
+        torch.testing.assert_close(result[k], mixture)
+
+
+def test_lambda_return_against_a_loop():
+    """One number at a time, from the last state backwards; and known values for constant input."""
+    rewards, values, conts = random_returns_input()
+    result = dreamer.lambda_return(rewards, values, conts, 0.95)
+    for i in range(4):
+        last = values[5, i].item()
+        for k in (4, 3, 2, 1, 0):
+            mixed = 0.05 * values[k + 1, i].item() + 0.95 * last
+            last = rewards[k, i].item() + conts[k, i].item() * mixed
+            assert result[k, i].item() == pytest.approx(last, rel=1e-12)
+    ones = torch.ones(6, 1)
+    torch.testing.assert_close(dreamer.lambda_return(ones, 100 * ones, 0.99 * ones, 0.95), 100 * ones[1:])
+
+
+def test_discount_weights_are_products_of_earlier_discounts():
+    """w_1 = the start's weight, w_k = w_1 c_1 ... c_(k-1); never a gradient."""
+    conts = torch.rand(6, 4, requires_grad=True)
+    start = torch.tensor([1.0, 0.0, 1.0, 0.5])
+    weights = dreamer.discount_weights(conts, start)
+    assert weights.shape == (5, 4) and not weights.requires_grad
+    for k in range(5):
+        torch.testing.assert_close(weights[k], start * conts[:k].detach().prod(0))
+    gamma = dreamer.discount_weights(torch.full((15, 1), 0.99), torch.ones(1))[:, 0]
+    torch.testing.assert_close(gamma, 0.99 ** torch.arange(14.0))
+
+
+def test_kl_is_posterior_from_prior():
+    """KL(post || prior) as torch.distributions has it, summed over the latent dimensions; the other direction differs."""
+    gen = torch.Generator().manual_seed(0)
+    mean_p, mean_q = torch.randn(2, 7, 30, generator=gen)
+    std_p, std_q = torch.rand(2, 7, 30, generator=gen) + 0.1
+    forward = td.kl_divergence(td.Normal(mean_p, std_p), td.Normal(mean_q, std_q)).sum(-1)
+    backward = td.kl_divergence(td.Normal(mean_q, std_q), td.Normal(mean_p, std_p)).sum(-1)
+    result = dreamer.kl_divergence(mean_p, std_p, mean_q, std_q)
+    torch.testing.assert_close(result, forward, rtol=1e-4, atol=1e-4)
+    assert (result - backward).abs().min() > 0.1
+    assert dreamer.kl_divergence(mean_p, std_p, mean_p, std_p).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("std", [1.0, 0.1])
+def test_normal_loss(std):
+    """The negative log-likelihood of torch's Normal; its floor at standard deviation 1 is 0.9189."""
+    pred, target = torch.randn(2, 50)
+    torch.testing.assert_close(dreamer.normal_loss(pred, target, std), -td.Normal(pred, std).log_prob(target))
+    assert dreamer.normal_loss(pred, pred)[0].item() == pytest.approx(0.9189, abs=1e-4)
+
+
+def test_preprocess():
+    """uint8 images to [-0.5, 0.5] with channels first; vectors through symlog."""
+    image = torch.randint(256, (2, 3, 4, 5, 3), dtype=torch.uint8)
+    result = dreamer.preprocess(image)
+    assert result.shape == (2, 3, 3, 4, 5) and result.dtype == torch.float32
+    assert result[1, 2, 0, 3, 4].item() == pytest.approx(image[1, 2, 3, 4, 0].item() / 255 - 0.5)
+    assert dreamer.preprocess(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1)).flatten().tolist() == [-0.5, 0.5]
+    vector = torch.tensor([0.0, math.e - 1, 1 - math.e, 999.0])
+    torch.testing.assert_close(dreamer.preprocess(vector), torch.tensor([0.0, 1.0, -1.0, math.log(1000)]))
+
+
+@pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
+def test_model_loss_against_torch_distributions(float64, obs_space):
+    """Sums over pixels and latents, means over batch and time, KL clipped after its mean, soft continuation targets."""
+    args = tiny_args(cont_head="on", kl_scale=0.3, cont_scale=7.0, gamma=0.9)
+    agent, batch, noise = setup(args, obs_space)
+    model = agent.world_model
+    embed = model.encoder(dreamer.preprocess(batch["obs"]).flatten(0, 1)).unflatten(0, (5, 3))
+    post = filter_sequence(model.rssm, embed, batch["action"], batch["is_first"], noise["post"])
+    feat = torch.cat([post["stoch"], post["deter"]], -1)
+    _, prior_mean, prior_std = prior(model.rssm, post["deter"], 0)
+    kl = td.kl_divergence(td.Normal(post["mean"], post["std"]), td.Normal(prior_mean, prior_std)).sum(-1)
+    assert kl.min() < 0.9 * kl.mean()  # clipping each step would give something else
+    obs = dreamer.preprocess(batch["obs"])
+    recon = model.decoder(feat.flatten(0, 1)).unflatten(0, (5, 3))
+    image = -td.Normal(recon, 1.0 if obs_space is IMAGE else 0.1).log_prob(obs).flatten(2).sum(-1).mean()
+    reward = -td.Normal(head(model.reward, feat)[..., 0], 1.0).log_prob(batch["reward"]).mean()
+    prob = torch.sigmoid(head(model.cont, feat)[..., 0])
+    target = torch.where(batch["cont"] == 1, 0.9, 0.0)
+    cont = -(target * prob.log() + (1 - target) * (1 - prob).log()).mean()
+    for free, clipped in ((0.9 * kl.mean().item(), kl.mean()), (2 * kl.mean().item(), 2 * kl.mean())):
+        args.free_nats = free
+        loss, states, metrics = dreamer.model_loss(model, batch, noise["post"], args)
+        expected = {"image_loss": image, "reward_loss": reward, "kl_loss": clipped, "cont_loss": cont}
+        for name, value in expected.items():
+            torch.testing.assert_close(metrics[f"losses/{name}"], value)
+        torch.testing.assert_close(loss, image + reward + 0.3 * clipped + 7 * cont)
+    torch.testing.assert_close(states["stoch"], post["stoch"])
+    args.clip_rewards = "tanh"
+    reward = -td.Normal(head(model.reward, feat)[..., 0], 1.0).log_prob(torch.tanh(batch["reward"])).mean()
+    metrics = dreamer.model_loss(model, batch, noise["post"], args)[2]
+    torch.testing.assert_close(metrics["losses/reward_loss"], reward)
+
+
+# --- networks ---
+
+
+def test_encoder_and_decoder_are_the_plain_convolutions(float64):
+    """Kernels 4, 4, 4, 4 and 5, 5, 6, 6 with stride 2, no padding, ReLU on all but the picture; rewritten products agree."""
+    args = tiny_args(cnn_depth=3)
+    model = make_agent(args, IMAGE).world_model
+    x = image = torch.rand(2, 3, 64, 64) - 0.5
+    for conv, size in zip(model.encoder.children(), (31, 14, 6, 2), strict=True):
+        x = F.conv2d(x, conv.weight, conv.bias, stride=2).clamp(min=0)
+        assert x.shape[-2:] == (size, size)
+    torch.testing.assert_close(model.encoder(image), x.flatten(1))
+    feat, decoder = torch.randn(2, 11), model.decoder
+    x = dense(decoder.dense, feat)[..., None, None]
+    for conv, size in zip((decoder.deconv1, decoder.deconv2, decoder.deconv3), (5, 13, 30), strict=True):
+        x = F.conv_transpose2d(x, conv.weight, conv.bias, stride=2).clamp(min=0)
+        assert x.shape[-2:] == (size, size)
+    x = F.conv_transpose2d(x, decoder.deconv4.weight, decoder.deconv4.bias, stride=2)
+    torch.testing.assert_close(decoder(feat), x)
+
+
+def test_observe_against_a_loop_from_the_equations(float64):
+    """Full weight matrices on concatenated inputs, row by row: same states, and the same gradients."""
+    args = tiny_args()
+    agent, batch, noise = setup(args)
+    rssm, embed = agent.world_model.rssm, torch.randn(5, 3, 10, requires_grad=True)
+    inputs = embed, batch["action"], batch["is_first"], noise["post"]
+    result, expected = rssm.observe(*inputs), filter_sequence(rssm, *inputs)
+    assert set(result) == {"stoch", "deter", "mean", "std"}
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value)
+    params = [embed, *(p for n, p in rssm.named_parameters() if "prior" not in n)]
+    gradients = [
+        torch.autograd.grad(states["stoch"].square().sum() + states["deter"].sum(), params)
+        for states in (result, expected)
+    ]
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_first_entries_reset_the_state():
+    """From is_first on, a sequence is as if it began there; before it and without it, it is not."""
+    args = tiny_args(batch_length=6)
+    agent, batch, noise = setup(args)
+    rssm, embed = agent.world_model.rssm, torch.randn(6, 3, 10)
+    is_first = torch.zeros(6, 3)
+    is_first[3, 1] = 1
+    whole = rssm.observe(embed, batch["action"], is_first, noise["post"])
+    never = rssm.observe(embed, batch["action"], torch.zeros(6, 3), noise["post"])
+    tail = rssm.observe(embed[3:], batch["action"][3:], torch.zeros(3, 3), noise["post"][3:])
+    for name in ("stoch", "deter"):
+        torch.testing.assert_close(whole[name][3:, 1], tail[name][:, 1])
+        assert (never[name][3:, 1] - tail[name][:, 1]).abs().max() > 1e-3
+        torch.testing.assert_close(whole[name][:, [0, 2]], never[name][:, [0, 2]])
+        torch.testing.assert_close(whole[name][:3], never[name][:3])
+
+
+def test_img_step_against_the_equations(float64):
+    """Deterministic path, then the prior's sample; noise enters as mean + std * noise in prior and posterior."""
+    agent = make_agent(tiny_args())
+    rssm = agent.world_model.rssm
+    stoch, deter, action, noise = (torch.randn(4, n) for n in (3, 8, 2, 3))
+    new_stoch, new_deter = rssm.img_step(stoch, deter, rssm.action_part(action), noise)
+    torch.testing.assert_close(new_deter, next_deter(rssm, stoch, deter, action))
+    sample, mean, std = prior(rssm, new_deter, noise)
+    torch.testing.assert_close(new_stoch, sample)
+    torch.testing.assert_close(rssm.prior(new_deter)[0], mean)
+    torch.testing.assert_close(rssm.prior(new_deter)[1], std)
+    keep = torch.ones(4, 1)
+    for amount in (0.0, 1.0, -2.0):
+        step = rssm.obs_step(stoch, deter, rssm.action_part(action), torch.zeros(4, 8), keep, torch.full((4, 3), amount))
+        torch.testing.assert_close(step[0], step[2] + amount * step[3])
+        torch.testing.assert_close(step[1], new_deter)
+
+
+def test_actor_stats_formulas(float64):
+    """mean = 5 tanh(m / 5), std = softplus(s + ln(e^5 - 1)) + 1e-4, sample = tanh(mean + std * noise)."""
+    actor = make_agent(tiny_args()).actor
+    feat, noise = torch.randn(7, 11), torch.randn(7, 2)
+    m, s = (30 * head(actor.net, feat)).chunk(2, -1)
+    actor.net[-1].weight.data *= 30
+    actor.net[-1].bias.data *= 30
+    mean, std = actor.stats(feat)
+    torch.testing.assert_close(mean, 5 * torch.tanh(m / 5))
+    torch.testing.assert_close(std, torch.log1p((s + 4.993239).exp()) + 1e-4, rtol=1e-6, atol=1e-6)
+    assert mean.abs().max() > 2
+    torch.testing.assert_close(actor.sample((mean, std), noise), torch.tanh(mean + std * noise))
+    torch.testing.assert_close(actor.entropy((mean, std)), td.Normal(mean, std).entropy().sum(-1))
+
+
+def test_mode_is_the_likeliest_sample_of_each_row(float64):
+    """Per environment, the sample of highest log-prob under torch's tanh-transformed Normal."""
+    actor = make_agent(tiny_args()).actor
+    mean, std = torch.randn(6, 2), torch.rand(6, 2) * 1.5 + 0.2
+    noise = torch.randn(100, 6, 2)
+    result, winners = actor.mode((mean, std), noise), []
+    for i in range(6):
+        squashed = td.Independent(td.TransformedDistribution(td.Normal(mean[i], std[i]), td.TanhTransform()), 1)
+        samples = torch.tanh(mean[i] + std[i] * noise[:, i])
+        winners.append(squashed.log_prob(samples).argmax().item())
+        torch.testing.assert_close(result[i], samples[winners[-1]])
+    assert len(set(winners)) > 1
+
+
+def test_discrete_actions_are_one_hot_with_the_gradient_of_the_softmax(float64):
+    """Straight-through: the value is one-hot, the gradient that of the probabilities; the mode is the arg-max."""
+    actor = make_agent(tiny_args(), action_space=DISCRETE).actor
+    logits, noise, slope = torch.randn(8, 3, requires_grad=True), torch.randn(8, 3), torch.randn(8, 3)
+    action = actor.sample((logits,), noise)
+    torch.testing.assert_close(action, F.one_hot((logits + noise).argmax(-1), 3).double())
+    expected = torch.autograd.grad((logits.softmax(-1) * slope).sum(), logits)[0]
+    torch.testing.assert_close(torch.autograd.grad((action * slope).sum(), logits)[0], expected)
+    assert expected.abs().min() > 1e-4
+    torch.testing.assert_close(actor.mode((logits,), noise), F.one_hot(logits.argmax(-1), 3).double())
+    torch.testing.assert_close(actor.entropy((logits,)), td.Categorical(logits=logits).entropy())
+    assert actor.stats(torch.randn(8, 11))[0].shape == (8, 3)
+
+
+def test_gumbel_noise_draws_from_the_categorical():
+    """Sampled frequencies are the softmax of the logits."""
+    actor = make_agent(tiny_args(), action_space=DISCRETE).actor
+    noise = actor.draw_noise((60_000,), torch.Generator().manual_seed(0))
+    logits = torch.tensor([1.0, -0.5, 0.2])
+    frequencies = actor.sample((logits.expand(60_000, 3),), noise).mean(0)
+    torch.testing.assert_close(frequencies, logits.softmax(-1), atol=0.01, rtol=0)
+
+
+def test_update_noise_shapes_and_seed():
+    """Standard Normals (L, B, S), (H, N, S), (H, N, A): new each time, the same again from the same seed."""
+    args = tiny_args(batch_size=20, batch_length=10)
+    agent = make_agent(args)
+    gen = torch.Generator().manual_seed(3)
+    first, second = dreamer.draw_noise(agent, args, gen), dreamer.draw_noise(agent, args, gen)
+    shapes = {name: tuple(noise.shape) for name, noise in first.items()}
+    assert shapes == {"post": (10, 20, 3), "imag": (4, 200, 3), "action": (4, 200, 2)}
+    again = make_noise(agent, args, seed=3)
+    for name, noise in first.items():
+        assert noise.mean().abs() < 0.15 and abs(noise.std() - 1) < 0.1
+        assert torch.equal(noise, again[name]) and not torch.equal(noise, second[name])
+    assert not torch.equal(first["post"].flatten()[:600], first["imag"].flatten()[:600])
+
+
+# --- gradients ---
+
+
+def touched(agent: dreamer.Agent) -> set[str]:
+    """Names of the parameters with a gradient other than zero."""
+    return {name for name, param in agent.named_parameters() if param.grad is not None and param.grad.any()}
+
+
+def names_under(agent: dreamer.Agent, *prefixes: str) -> set[str]:
+    return {name for name, _ in agent.named_parameters() if name.startswith(prefixes)}
+
+
+@pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
+def test_each_loss_reaches_its_own_network_only(obs_space, action_space):
+    """All of the model from the model loss, all of the actor from the actor loss, all of the value net from its loss."""
+    args = tiny_args(free_nats=0.0, cont_head="on")
+    agent, batch, noise = setup(args, obs_space, action_space)
+    expected = {"model": "world_model.", "actor": "actor.", "value": "value."}
+    for name, prefix in expected.items():
+        agent.zero_grad()
+        loss, post, _ = dreamer.model_loss(agent.world_model, batch, noise["post"], args)
+        actor, value, _ = dreamer.behavior_losses(agent, post, batch["cont"].flatten(), noise, args)
+        {"model": loss, "actor": actor, "value": value}[name].backward()
+        assert touched(agent) == names_under(agent, prefix)
+        assert all(p.grad is None for n, p in agent.named_parameters() if not n.startswith(prefix))
+        alone = {n: p.grad.clone() for n, p in agent.named_parameters() if n.startswith(prefix)}
+        agent.zero_grad()
+        dreamer.compute_losses(agent, batch, noise, args)[0].backward()
+        for parameter, gradient in alone.items():
+            torch.testing.assert_close(agent.get_parameter(parameter).grad, gradient)
+    assert all(p.grad is None for p in agent.frozen.parameters())
+
+
+@pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("cont_head", ["off", "on"])
+def test_behavior_losses_and_gradients_against_a_plain_reference(float64, cont_head, action_space):
+    """Losses and autograd.grad of dreams through the live networks equal those of one pass through the frozen twins."""
+    args = tiny_args(cont_head=cont_head, td_lambda=0.8, gamma=0.9)
+    agent, batch, noise = setup(args, action_space=action_space)
+    loss, metrics = dreamer.compute_losses(agent, batch, noise, args)
+    loss.backward()
+    _, post, _ = dreamer.model_loss(agent.world_model, batch, noise["post"], args)
+    stoch, deter = (torch.cat(list(post[k].detach())) for k in ("stoch", "deter"))  # L*B starts, time by time
+    expected = reference_behavior(agent, stoch, deter, torch.cat(list(batch["cont"])), noise, args)
+    for name, net in (("actor", agent.actor), ("value", agent.value)):
+        torch.testing.assert_close(metrics[f"losses/{name}_loss"], expected[name])
+        gradients = torch.autograd.grad(expected[name], list(net.parameters()), retain_graph=True)
+        for param, gradient in zip(net.parameters(), gradients, strict=True):
+            assert gradient.any()
+            torch.testing.assert_close(param.grad, gradient)
+
+
+def test_actor_gradient_against_finite_differences(float64):
+    """With the actor's inputs held still (they are detached), d loss / d weight is the slope of the loss."""
+    args = tiny_args(cont_head="on")
+    agent, batch, noise = setup(args)
+    _, post, _ = dreamer.model_loss(agent.world_model, batch, noise["post"], args)
+    stoch, deter = (post[k].detach().flatten(0, 1) for k in ("stoch", "deter"))
+    start = batch["cont"].flatten()
+    dreamer.behavior_losses(agent, post, start, noise, args)[0].backward()
+    base = reference_behavior(agent, stoch, deter, start, noise, args)
+    weights = [(agent.actor.net[0].weight, (1, 2)), (agent.actor.net[-1].weight, (0, 4)), (agent.actor.net[-1].bias, (3,))]
+    for weight, index in weights:
+        losses = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight[index] += step
+                held = reference_behavior(agent, stoch, deter, start, noise, args, base["inputs"], base["weights"])
+                losses.append(held["actor"])
+                weight[index] -= step
+        slope = (losses[0] - losses[1]) / 2e-5
+        assert abs(slope) > 1e-6
+        torch.testing.assert_close(weight.grad[index], slope, rtol=1e-5, atol=1e-10)
+
+
+def test_dreams_start_from_every_posterior_state():
+    """Moving any single one of the L*B states changes the actor loss; a terminal start does not count."""
+    args = tiny_args()
+    agent, batch, noise = setup(args)
+    _, post, _ = dreamer.model_loss(agent.world_model, batch, noise["post"], args)
+    start = torch.ones(15)
+    start[4] = 0
+    before = dreamer.behavior_losses(agent, post, start, noise, args)[0]
+    for i in range(15):
+        moved = {k: v.detach().clone() for k, v in post.items()}
+        moved["deter"].view(15, -1)[i] += 0.5
+        after = dreamer.behavior_losses(agent, moved, start, noise, args)[0]
+        assert (abs(after - before).item() > 1e-6) == (i != 4)
+
+
+def test_imagined_features_exclude_the_start(float64):
+    """(H, N, F) = [stoch, deter] of states 1..H, each the prior's step from the one before under the actor's action."""
+    args = tiny_args()
+    agent, _, noise = setup(args)
+    stoch, deter = torch.randn(15, 3), torch.randn(15, 8)
+    feats, _ = dreamer.imagine(agent.world_model.rssm, agent.actor, stoch, deter, noise)
+    assert feats.shape == (4, 15, 11)
+    expected = reference_behavior(agent, stoch, deter, torch.ones(15), noise, args)["feats"]
+    torch.testing.assert_close(feats, expected)
+    assert (feats[0] - torch.cat([stoch, deter], -1)).abs().min(0).values.max() > 1e-3
+
+
+# --- one update ---
+
+
+def test_update_moves_every_weight_and_the_frozen_twins_follow():
+    """Each actor element moves; the twins share storage with the live weights and are nobody's parameters."""
+    args = tiny_args(free_nats=0.0, cont_head="on")
+    agent, batch, noise = setup(args, IMAGE)
+    before = {name: param.detach().clone() for name, param in agent.named_parameters()}
+    dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
+    for name, param in agent.named_parameters():
+        assert (param != before[name]).any(), name
+        assert name.startswith("world_model.") or (param != before[name]).all(), name
+    live = [*agent.world_model.parameters(), *agent.value.parameters()]
+
+    def check_twins() -> None:
+        for frozen, param in zip(agent.frozen.parameters(), live, strict=True):
+            assert torch.equal(frozen, param) and not frozen.requires_grad and param.requires_grad
+
+    check_twins()
+    agent.load_state_dict(before)
+    check_twins()
+    assert torch.equal(agent.frozen["value"][0].weight, before["value.0.weight"])
+    assert not [name for name in agent.state_dict() if "frozen" in name]
+    assert len(list(agent.parameters())) == len(before)
+
+
+def test_each_optimizer_clips_its_own_norm():
+    """A limit between the two norms scales the model's gradient down to it and leaves the actor's as it is."""
+    args = tiny_args()
+    agent, batch, noise = setup(args)
+    dreamer.compute_losses(agent, batch, noise, args)[0].backward()
+    nets = {"model": agent.world_model, "actor": agent.actor, "value": agent.value}
+    plain = {name: [p.grad.clone() for p in net.parameters()] for name, net in nets.items()}
+    norms = {name: torch.cat([g.flatten() for g in grads]).norm().item() for name, grads in plain.items()}
+    assert norms["actor"] < norms["value"] < norms["model"]
+    limit = args.max_grad_norm = math.sqrt(norms["value"] * norms["model"])
+    metrics = dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
+    for name, net in nets.items():
+        assert metrics[f"grad_norm/{name}"].item() == pytest.approx(norms[name], rel=1e-5)
+        scale = min(1, limit / norms[name])
+        for param, gradient in zip(net.parameters(), plain[name], strict=True):
+            torch.testing.assert_close(param.grad, gradient * scale, rtol=1e-4, atol=1e-8)
+
+
+def test_first_step_is_adams():
+    """Weight - lr * g / (|g| + eps), with the learning rate of each network and epsilon 1e-7."""
+    args = tiny_args()
+    agent, batch, noise = setup(args)
+    before = {name: param.detach().clone() for name, param in agent.named_parameters()}
+    dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
+    rates = {"world_model": 6e-4, "actor": 8e-5, "value": 8e-5}
+    for name, param in agent.named_parameters():
+        if param.grad is not None:
+            step = rates[name.split(".")[0]] * param.grad / (param.grad.abs() + 1e-7)
+            torch.testing.assert_close(param.detach(), before[name] - step, rtol=0, atol=2e-7)
+
+
+def test_update_leaves_its_inputs_alone():
+    """Neither the batch nor the noise is changed in place; the metrics carry no graph."""
+    args = tiny_args(cont_head="on")
+    agent, batch, noise = setup(args, IMAGE)
+    copies = {k: v.clone() for k, v in (batch | noise).items()}
+    metrics = dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
+    assert all(torch.equal(v, copies[k]) for k, v in (batch | noise).items())
+    assert all(v.shape == () and not v.requires_grad for v in metrics.values())
+
+
+def updated(obs_space, action_space=BOX, device: str = "cpu", updates: int = 1, **flags) -> tuple[dict, dict, dict]:
+    """Metrics, gradients and weights after updates with flags; a large epsilon makes Adam's step smooth."""
+    args = tiny_args(adam_eps=1.0, model_lr=1.0, actor_lr=1.0, value_lr=1.0, batch_length=4, horizon=2, **flags)
+    agent = make_agent(args, obs_space, action_space).to(device).freeze_twins()
+    update_fn = dreamer.make_update(agent, dreamer.make_optimizers(agent, args), args)
+    for i in range(updates):
+        batch, noise = make_batch(agent, args, obs_space, seed=i), make_noise(agent, args, seed=i)
+        metrics = update_fn(*({k: v.to(device) for k, v in x.items()} for x in (batch, noise)))
+    gradients = {n: p.grad.float() for n, p in agent.named_parameters() if p.grad is not None}
+    return metrics, gradients, {n: p.detach() for n, p in agent.named_parameters()}
+
+
+def test_bfloat16_update_is_close_to_float32():
+    """Losses within 2 %, gradients of each network within 5 degrees, weights and metrics still float32."""
+    metrics, gradients, weights = updated(IMAGE)
+    low_metrics, low_gradients, low_weights = updated(IMAGE, bfloat16=True)
+    for name in metrics:
+        if name.startswith("losses/"):
+            assert low_metrics[name].item() == pytest.approx(metrics[name].item(), rel=0.02, abs=0.02), name
+    for prefix in ("world_model.", "actor.", "value."):
+        full, low = (torch.cat([g.flatten() for n, g in gs.items() if n.startswith(prefix)]) for gs in (gradients, low_gradients))
+        assert F.cosine_similarity(full, low, 0) > math.cos(math.radians(5)), prefix
+        assert full.norm().item() == pytest.approx(low.norm().item(), rel=0.05)
+    assert all(w.dtype == torch.float32 for w in low_weights.values())
+    assert any(not torch.equal(weights[n], w) for n, w in low_weights.items())
+
+
+def assert_same_update(fast: tuple, eager: tuple, tolerance: float) -> None:
+    """Metrics, gradients and weights agree, name by name."""
+    for ours, plain in zip(fast, eager, strict=True):
+        assert ours.keys() == plain.keys()
+        for name in plain:
+            torch.testing.assert_close(ours[name], plain[name], rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
+def test_compiled_losses_are_one_graph(action_space, monkeypatch):
+    """The whole of the losses is traced without a break and gives the eager update (traced, not yet made into code)."""
+    eager = updated(IMAGE, action_space=action_space, cont_head="on")
+    compiled, plain = [], torch.compile
+
+    def traced(function):
+        compiled.append(function)
+        return plain(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    assert_same_update(updated(IMAGE, action_space=action_space, cont_head="on", compile=True), eager, 1e-4)
+    assert compiled == [dreamer.compute_losses]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
+def test_compiled_update_equals_eager(obs_space):
+    """Losses, gradients and weights after one update through generated code, to rounding."""
+    torch._dynamo.reset()
+    assert_same_update(updated(obs_space, compile=True), updated(obs_space), 1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_graph_updates_equal_eager(compile):
+    """Six updates on six batches, the last three replayed from the graph: same losses and weights."""
+    eager = updated(IMAGE, device="cuda", updates=6)
+    assert_same_update(updated(IMAGE, device="cuda", updates=6, cudagraphs=True, compile=compile), eager, 1e-2)
+
+
+# --- alignment ---
+
+
+def toy_episodes(num: int, length: int, shift: int = 0) -> ReplayBuffer:
+    """Episodes recorded in the order of the training loop: of an action, one sign is seen and the other paid.
+
+    shift = 1 stores each entry with the action after it, shift = -1 with the one before the right one.
+    """
+    space, rng = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32), np.random.default_rng(0)
+    buffer, recorder = ReplayBuffer(num * length, space, 2, CPU), EpisodeRecorder(1, 2)
+    for _ in range(num):
+        recorder.begin(np.zeros((1, 2), np.float32), np.ones(1, bool))
+        for _ in range(length - 1):
+            action = rng.choice([-1.0, 1.0], (1, 2)).astype(np.float32)
+            obs = np.stack([action[:, 0], -action[:, 0]], -1)
+            recorder.add(obs, action, action[:, 1].astype(np.float64), np.zeros(1, bool))
+        episode = recorder.end(0)
+        if shift:
+            episode["action"] = np.roll(episode["action"], -shift, 0)
+        buffer.add(episode)
+    return buffer
+
+
+def train_model(buffer: ReplayBuffer, updates: int) -> tuple[dreamer.Agent, float]:
+    """World model alone on the toy data; the mean reward loss of the last 20 updates."""
+    args = tiny_args(batch_size=16, batch_length=8, stoch_size=4, deter_size=24, dense_size=24, free_nats=1.0)
+    agent = make_agent(args, gym.spaces.Box(-np.inf, np.inf, (2,), np.float32), biases=False)
+    optimizer = torch.optim.Adam(agent.world_model.parameters(), 4e-3)
+    rng, gen, losses = np.random.default_rng(1), torch.Generator().manual_seed(1), []
+    for _ in range(updates):
+        batch = buffer.sample(16, 8, rng, CPU)
+        noise = torch.randn(8, 16, 4, generator=gen)
+        loss, _, metrics = dreamer.model_loss(agent.world_model, batch, noise, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(metrics["losses/reward_loss"].item())
+    return agent, float(np.mean(losses[-20:]))
+
+
+def test_rewards_and_observations_belong_to_the_last_action():
+    """What only the last action can tell is predicted to the floor, in open loop too."""
+    buffer = toy_episodes(300, 30)
+    agent, reward_loss = train_model(buffer, 350)
+    assert reward_loss < 0.9189 + 0.01
+    batch = buffer.sample(32, 8, np.random.default_rng(2), CPU)
+    truth, prediction, rewards = dreamer.open_loop(agent, batch, torch.Generator().manual_seed(0))
+    assert (truth - prediction)[5:].square().mean() < 0.02
+    assert (rewards - batch["reward"])[5:].square().mean() < 0.02
+
+
+@pytest.mark.parametrize(("shift", "excess"), [(1, 0.0625), (-1, 0.5)])
+def test_shifted_actions_keep_the_reward_loss_off_its_floor(shift, excess):
+    """One entry early, the first reward of each chunk of 8 is left to chance; one entry late, every reward is."""
+    _, reward_loss = train_model(toy_episodes(300, 30, shift), 250)
+    assert reward_loss > 0.9189 + 0.8 * excess
+
+
+# --- replay ---
+
+
+def numbered_episode(number: int, length: int) -> dict[str, np.ndarray]:
+    """Every entry says which episode and which step it is, in each field."""
+    steps = np.arange(length, dtype=np.float32)
+    ids = np.stack([np.full(length, number, np.float32), steps], -1)
+    ends = np.ones(length, np.float32)
+    ends[-1] = 0
+    return {"obs": ids, "action": ids, "reward": 1000 * number + steps, "cont": ends, "is_first": (steps == 0) * 1.0}
+
+
+def numbered_buffer(capacity: int, lengths: list[int]) -> ReplayBuffer:
+    buffer = ReplayBuffer(capacity, gym.spaces.Box(-np.inf, np.inf, (2,), np.float32), 2, CPU)
+    for number, length in enumerate(lengths):
+        buffer.add(numbered_episode(number, length))
+    return buffer
+
+
+LONG = [8, 5, 12, 7, 5, 9]
+MIXED = [9, 2, 3, 12, 1, 7, 2]
+BUFFERS = [(1000, LONG), (30, LONG), (23, LONG), (14, LONG), (1000, MIXED), (25, MIXED), (10, MIXED)]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5])
+@pytest.mark.parametrize(("capacity", "lengths"), BUFFERS)
+def test_replay_chunks(capacity, lengths, chunk):
+    """Contiguous, inside one episode if it is long enough, else crossing at is_first only; the oldest are gone."""
+    buffer = numbered_buffer(capacity, lengths)
+    stored = [i for i in range(len(lengths)) if sum(lengths[i:]) <= capacity]
+    assert len(buffer) == sum(lengths[i] for i in stored) and buffer.nbytes == capacity * 7 * 4
+    batch = buffer.sample(3000, chunk, np.random.default_rng(0), CPU)
+    assert {k: tuple(v.shape) for k, v in batch.items()} == {
+        "obs": (chunk, 3000, 2), "action": (chunk, 3000, 2), "reward": (chunk, 3000), "cont": (chunk, 3000),
+        "is_first": (chunk, 3000),
+    }
+    assert torch.equal(batch["obs"], batch["action"])
+    assert torch.equal(batch["reward"], batch["obs"][..., 0] * 1000 + batch["obs"][..., 1])
+    assert torch.equal(batch["is_first"], (batch["obs"][..., 1] == 0).float())
+    seen = set()
+    for column in batch["obs"].transpose(0, 1).to(torch.int64).tolist():
+        seen.update(map(tuple, column))
+        crossings = 0
+        for (episode, step), following in pairwise(column):
+            last = step == lengths[episode] - 1
+            crossings += last
+            assert following == ([episode + 1, 0] if last else [episode, step + 1])
+        episode, step = column[0]
+        short = lengths[episode] < chunk and step == 0
+        newest = lengths[-1] < chunk and column[-1] == [len(lengths) - 1, lengths[-1] - 1]
+        assert crossings == 0 or short or newest
+    assert seen == {(i, t) for i in stored for t in range(lengths[i])}  # last entries too, evicted ones never
+    ends = batch["obs"][..., 1] == torch.tensor(lengths)[batch["obs"][..., 0].long()] - 1
+    assert torch.equal(batch["cont"] == 0, ends)
+
+
+def test_replay_draws_episodes_and_starts_uniformly():
+    """An episode is as likely as any other whatever its length, and so is each start in it, the last included."""
+    lengths = [4, 20, 5, 11]
+    batch = numbered_buffer(100, lengths).sample(40_000, 4, np.random.default_rng(0), CPU)
+    first = batch["obs"][0].long()
+    for episode, length in enumerate(lengths):
+        starts = first[first[:, 0] == episode, 1]
+        assert len(starts) / 40_000 == pytest.approx(0.25, abs=0.01)
+        counts = torch.bincount(starts, minlength=length - 3) / len(starts)
+        torch.testing.assert_close(counts, torch.full((length - 3,), 1 / (length - 3)), atol=0.02, rtol=0)
+
+
+def test_replay_wraps_around_for_long():
+    """Many episodes through a small ring: always the newest that fit, with their own content."""
+    rng, buffer, lengths = np.random.default_rng(0), numbered_buffer(17, []), []
+    for number in range(60):
+        lengths.append(int(rng.integers(2, 9)))
+        buffer.add(numbered_episode(number, lengths[-1]))
+        batch = buffer.sample(300, 2, rng, CPU)
+        stored = {i for i in range(number + 1) if sum(lengths[i:]) <= 17}
+        assert set(batch["obs"][0, :, 0].int().tolist()) == stored
+        assert torch.equal(batch["obs"][1], batch["obs"][0] + torch.tensor([0.0, 1.0]))
+        assert torch.equal(batch["reward"], batch["obs"][..., 0] * 1000 + batch["obs"][..., 1])
+
+
+def test_replay_episode_longer_than_the_ring_keeps_its_end():
+    """The head is lost, the last entries are there."""
+    buffer = numbered_buffer(10, [4, 25])
+    batch = buffer.sample(500, 3, np.random.default_rng(0), CPU)
+    assert len(buffer) == 10
+    assert set(map(tuple, batch["obs"].flatten(0, 1).int().tolist())) == {(1, t) for t in range(15, 25)}
+
+
+def test_replay_aliases_nothing():
+    """Writing into the source arrays or into a sampled batch changes no stored entry."""
+    episode = numbered_episode(0, 9)
+    buffer = numbered_buffer(30, [])
+    buffer.add(episode)
+    expected = {k: v.clone() for k, v in buffer.sample(20, 4, np.random.default_rng(0), CPU).items()}
+    for array in episode.values():
+        array += 77
+    batch = buffer.sample(20, 4, np.random.default_rng(0), CPU)
+    for name, tensor in batch.items():
+        assert torch.equal(tensor, expected[name])
+        tensor += 5
+    again = buffer.sample(20, 4, np.random.default_rng(0), CPU)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_replay_stores_images_as_bytes():
+    """uint8 in, uint8 out, once: 12,288 bytes per step and a few floats."""
+    buffer = ReplayBuffer(20, IMAGE, 6, CPU)
+    images = np.random.default_rng(0).integers(256, size=(7, 64, 64, 3), dtype=np.uint8)
+    buffer.add(numbered_episode(0, 7) | {"obs": images, "action": np.zeros((7, 6), np.float32)})
+    batch = buffer.sample(1, 7, np.random.default_rng(0), CPU)
+    assert batch["obs"].dtype == torch.uint8 and np.array_equal(batch["obs"][:, 0], images)
+    assert batch["action"].shape == (7, 1, 6) and buffer.nbytes == 20 * (12_288 + 4 * (6 + 3))
+
+
+@pytest.mark.parametrize("capacity", [100, 23])
+def test_replay_state_round_trip(tmp_path, capacity):
+    """Saved and loaded, partly filled or wrapped: the same samples from the same generator, now and after more data."""
+    buffer = numbered_buffer(capacity, LONG)
+    torch.save(buffer.state_dict(), tmp_path / "replay.pt")
+    restored = numbered_buffer(capacity, [3])
+    restored.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
+    for _ in range(4):
+        rngs = np.random.default_rng(5), np.random.default_rng(5)
+        batches = [b.sample(50, 5, rng, CPU) for b, rng in zip((buffer, restored), rngs, strict=True)]
+        assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+        assert len(buffer) == len(restored)
+        for b in (buffer, restored):
+            b.add(numbered_episode(50, 6))
+
+
+def test_recorder_entries():
+    """Entry 0 is the reset (no action, no reward); entry t is what led to it; only a termination ends the world."""
+    recorder = EpisodeRecorder(2, 2)
+    obs = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+    actions = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 2, 2)
+    recorder.begin(obs[0], np.array([True, True]))
+    for t in range(3):
+        last = t == 2
+        recorder.add(obs[t + 1], actions[t], np.array([t + 1.0, -t - 1.0]), np.array([last, False]))
+    for i, sign in ((0, 1), (1, -1)):
+        episode = recorder.end(i)
+        assert np.array_equal(episode["obs"], obs[:, i])
+        assert np.array_equal(episode["action"], np.concatenate([np.zeros((1, 2)), actions[:, i]]))
+        assert episode["reward"].tolist() == [0, sign, 2 * sign, 3 * sign]
+        assert episode["cont"].tolist() == ([1, 1, 1, 0] if i == 0 else [1, 1, 1, 1])
+        assert episode["is_first"].tolist() == [1, 0, 0, 0]
+
+
+def test_recorder_keeps_environments_apart():
+    """An episode that ends and begins again leaves its neighbour's open; open ones are saved as not terminal."""
+    recorder = EpisodeRecorder(2, 1)
+    recorder.begin(np.array([[0.0], [100.0]]), np.array([True, True]))
+    recorder.add(np.array([[1.0], [101.0]]), np.zeros((2, 1), np.float32), np.ones(2), np.array([True, False]))
+    assert recorder.end(0)["obs"].tolist() == [[0.0], [1.0]]
+    recorder.begin(np.array([[50.0], [-1.0]]), np.array([True, False]))
+    (saved,) = recorder.state_dict()  # an episode of the reset alone is not worth keeping
+    assert saved["obs"].tolist() == [[100.0], [101.0]] and saved["cont"].tolist() == [1.0, 1.0]
+    recorder.add(np.array([[51.0], [102.0]]), np.ones((2, 1), np.float32), np.ones(2), np.array([False, True]))
+    first, second = recorder.end(0), recorder.end(1)
+    assert first["obs"].tolist() == [[50.0], [51.0]] and first["action"].tolist() == [[0.0], [1.0]]
+    assert second["obs"].tolist() == [[100.0], [101.0], [102.0]] and second["cont"].tolist() == [1.0, 1.0, 0.0]
+
+
+# --- schedules ---
+
+
+@pytest.mark.parametrize("num_envs", [1, 4, 16])
+def test_updates_due(num_envs):
+    """100 updates at 5K steps, then 0.1 per step in blocks of 100, whatever the number of environments."""
+    args = Args(num_envs=num_envs)
+    table = {0: 0, 4_998: 0, 5_000: 100, 5_998: 100, 6_000: 200, 100_000: 9_600, 500_000: 49_600, 1_000_000: 99_600}
+    assert {step: dreamer.updates_due(step, args) for step in table} == table
+
+
+def test_exploration_schedule():
+    """Constant noise for continuous actions; epsilon from 0.4 to 0.1 over 200K updates for discrete ones."""
+    args = tiny_args()
+    continuous, discrete = make_agent(args), make_agent(args, action_space=DISCRETE)
+    assert {dreamer.exploration(continuous, n, args) for n in (0, 10_000, 10**6)} == {0.3}
+    epsilons = [dreamer.exploration(discrete, n, args) for n in (0, 50_000, 100_000, 200_000, 10**6)]
+    assert epsilons == pytest.approx([0.4, 0.325, 0.25, 0.1, 0.1])
+
+
+# --- acting ---
+
+
+def quiet_agent(args: Args, obs_space=VECTOR, action_space=BOX) -> dreamer.Agent:
+    """An agent whose latents and actions have next to no noise of their own."""
+    agent = make_agent(args, obs_space, action_space)
+    rssm, last = agent.world_model.rssm, agent.actor.net[-1]
+    rssm.min_std = 0.0
+    with torch.no_grad():
+        rssm.post_out.weight[args.stoch_size :] = 0
+        rssm.post_out.bias[args.stoch_size :] = -50
+        if agent.discrete:
+            agent.actor.net[0].weight *= 10
+            last.weight *= 30
+            last.bias.zero_()
+        else:
+            last.weight[agent.action_dim :] = 0
+            last.bias[agent.action_dim :] = -50
+    return agent
+
+
+def act_input(agent: dreamer.Agent, args: Args, num_envs: int, obs_space=VECTOR) -> tuple:
+    """Observations, last actions and states of several environments in mid-episode."""
+    rng, gen = np.random.default_rng(0), torch.Generator().manual_seed(4)
+    obs = rng.standard_normal((num_envs, 5)).astype(np.float32)
+    if obs_space is IMAGE:
+        obs = rng.integers(256, size=(num_envs, 64, 64, 3), dtype=np.uint8)
+    state = torch.randn(num_envs, args.stoch_size, generator=gen), torch.randn(num_envs, args.deter_size, generator=gen)
+    return obs, dreamer.random_action(agent, num_envs, rng), state
+
+
+@pytest.mark.parametrize("explore", [None, 0.0])
+@pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
+def test_act_treats_each_environment_by_itself(action_space, explore, monkeypatch):
+    """Row i of three environments is what environment i gets alone under the same noise."""
+    args = tiny_args()
+    agent = quiet_agent(args, action_space=action_space)
+    obs, action, state = act_input(agent, args, 3)
+    noise = torch.randn(100, 3, agent.action_dim) if explore is None else torch.randn(3, agent.action_dim)
+    dones = np.array([False, True, False])
+    if explore is None and not agent.discrete:
+        with torch.no_grad():
+            agent.actor.net[-1].bias[agent.action_dim :] = 0  # std about 5: each row has its own likeliest sample
+
+    def decide(rows: list[int]) -> tuple:
+        monkeypatch.setattr(agent.actor, "draw_noise", lambda shape, generator: noise[..., rows, :])
+        states = tuple(s[rows] for s in state)
+        return dreamer.act(agent, obs[rows], action[rows], dones[rows], states, torch.Generator(), explore)
+
+    together, (stoch, deter) = decide([0, 1, 2])
+    assert together.shape == (3, agent.action_dim) and together.dtype == np.float32
+    for i in range(3):
+        alone, alone_state = decide([i])
+        np.testing.assert_allclose(together[i], alone[0], atol=1e-5)
+        torch.testing.assert_close(stoch[i], alone_state[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(deter[i], alone_state[1][0], atol=1e-5, rtol=1e-5)
+    assert len(np.unique(together.round(4), axis=0)) > 1
+
+
+def test_act_forgets_the_state_where_an_episode_begins():
+    """With is_first any state does as well as the zero state; without it, it does not."""
+    args = tiny_args()
+    agent = quiet_agent(args)
+    obs, action, state = act_input(agent, args, 2)
+    zero = agent.world_model.rssm.initial(2)
+    new = [dreamer.act(agent, obs, action, [1, 1], s, torch.Generator(), 0.0)[1] for s in (state, zero)]
+    old = [dreamer.act(agent, obs, action, [0, 0], s, torch.Generator(), 0.0)[1] for s in (state, zero)]
+    for k in (0, 1):
+        torch.testing.assert_close(new[0][k], new[1][k])
+        torch.testing.assert_close(old[1][k], new[1][k])
+        assert (old[0][k] - new[0][k]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
+def test_act_filters_as_training_does(obs_space):
+    """Step by step through raw observations it reaches the states that observe() finds for the stored sequence."""
+    args = tiny_args()
+    agent = quiet_agent(args, obs_space)
+    batch = make_batch(agent, args, obs_space)
+    embed = agent.world_model.embed(dreamer.preprocess(batch["obs"]))
+    zeros = torch.zeros(5, 3, 3)
+    expected = agent.world_model.rssm.observe(embed, batch["action"], batch["is_first"], zeros)
+    state = agent.world_model.rssm.initial(3)
+    for t in range(5):
+        obs, action, is_first = (batch[k][t].numpy() for k in ("obs", "action", "is_first"))
+        decision, state = dreamer.act(agent, obs, action, is_first, state, torch.Generator(), 0.0)
+        torch.testing.assert_close(state[0], expected["stoch"][t], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(state[1], expected["deter"][t], atol=1e-5, rtol=1e-4)
+        mean = agent.actor.stats(torch.cat(state, -1))[0]
+        np.testing.assert_allclose(decision, torch.tanh(mean).detach().numpy(), atol=1e-3)
+
+
+def test_exploration_noise_only_while_collecting():
+    """Continuous: Normal(0, scale) on the action, clipped to [-1, 1]; the greedy action is free of it."""
+    args = tiny_args()
+    agent = quiet_agent(args)
+    obs, action, state = (x[:1] if isinstance(x, np.ndarray) else tuple(s[:1] for s in x) for x in act_input(agent, args, 1))
+    agent.actor.net[-1].bias.data[:2] = torch.tensor([0.1, 4.0])
+    agent.actor.net[-1].weight.data[:2] = 0
+    mean = np.tanh(5 * np.tanh(np.array([0.1, 4.0]) / 5))
+    many = [np.repeat(x, 4000, 0) for x in (obs, action)]
+    states = tuple(s.repeat(4000, 1) for s in state)
+    gen = torch.Generator().manual_seed(0)
+    greedy, _ = dreamer.act(agent, *many, np.zeros(4000), states, gen, None)
+    np.testing.assert_allclose(greedy, np.tile(mean, (4000, 1)), atol=1e-3)
+    noisy, _ = dreamer.act(agent, *many, np.zeros(4000), states, gen, 0.3)
+    assert noisy[:, 0].mean() == pytest.approx(mean[0], abs=0.02)
+    assert noisy[:, 0].std() == pytest.approx(0.3, abs=0.015)
+    assert abs(noisy).max() == 1.0 and (noisy[:, 1] == 1.0).mean() == pytest.approx(0.5, abs=0.05)
+    assert abs(np.corrcoef(noisy[:, 0], np.minimum(noisy[:, 1], 0.99))[0, 1]) < 0.1
+
+
+def test_epsilon_greedy_only_while_collecting():
+    """Discrete: a share epsilon of uniform actions around the sample; the greedy action is the arg-max; all one-hot."""
+    args = tiny_args()
+    agent = make_agent(args, action_space=DISCRETE)
+    with torch.no_grad():
+        agent.actor.net[-1].weight.zero_()
+        agent.actor.net[-1].bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    num = 9000
+    obs, action, state = act_input(agent, args, num)
+    gen = torch.Generator().manual_seed(0)
+    probs = torch.tensor([0.0, 1.0, 0.0]).softmax(-1).numpy()
+    for explore, expected in ((None, [0, 1, 0]), (0.0, probs), (0.4, 0.6 * probs + 0.4 / 3)):
+        chosen, _ = dreamer.act(agent, obs, action, np.zeros(num), state, gen, explore)
+        np.testing.assert_allclose(np.sort(chosen, -1), np.tile([0, 0, 1], (num, 1)), atol=1e-6)
+        np.testing.assert_allclose(chosen.mean(0), expected, atol=0.02)
+
+
+def test_random_actions_and_what_the_environment_gets():
+    """Uniform over the box or the choices; one-hot rows become indices."""
+    args, rng = tiny_args(), np.random.default_rng(0)
+    agent = make_agent(args)
+    actions = dreamer.random_action(agent, 20_000, rng)
+    assert actions.dtype == np.float32 and abs(actions).max() <= 1
+    assert np.abs(actions).mean(0) == pytest.approx([0.5, 0.5], abs=0.02) and abs(actions.mean()) < 0.02
+    assert dreamer.env_action(agent, actions) is actions
+    agent = make_agent(args, action_space=DISCRETE)
+    actions = dreamer.random_action(agent, 20_000, rng)
+    assert actions.mean(0) == pytest.approx([1 / 3] * 3, abs=0.02) and (actions.sum(-1) == 1).all()
+    assert np.array_equal(np.eye(3)[dreamer.env_action(agent, actions)], actions)
+
+
+# --- learning ---
+
+
+def moving_square(args: Args) -> dict[str, torch.Tensor]:
+    """Sequences of a bright square pushed about by the actions; paid for being on the right."""
+    rng = np.random.default_rng(0)
+    shape = args.batch_length, args.batch_size
+    obs = np.full((*shape, 64, 64, 3), 40, np.uint8)
+    action = rng.uniform(-1, 1, (*shape, 2)).astype(np.float32)
+    action[0] = 0
+    place = rng.uniform(16, 40, (args.batch_size, 2))
+    for t in range(args.batch_length):
+        place = np.clip(place + 6 * action[t], 0, 52)
+        for b, (row, column) in enumerate(place.astype(int)):
+            obs[t, b, row : row + 12, column : column + 12] = (250, 120, 30)
+    is_first = np.zeros(shape, np.float32)
+    is_first[0] = 1
+    reward = action[..., 1] * is_first[::-1].cumsum(0)[0]
+    arrays = {"obs": obs, "action": action, "reward": reward, "cont": np.ones(shape, np.float32), "is_first": is_first}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@pytest.mark.slow
+def test_world_model_overfits_one_batch():
+    """Of the 30 nats by which the picture without the square misses, fewer than 2 are left after 1,000 updates."""
+    args = tiny_args(batch_size=4, batch_length=8, cnn_depth=8, stoch_size=8, deter_size=64, dense_size=64, horizon=3)
+    agent, batch = make_agent(args, IMAGE, biases=False), moving_square(args)
+    args.model_lr = 2e-3
+    optimizers, gen = dreamer.make_optimizers(agent, args), torch.Generator().manual_seed(0)
+    floor = 12288 * HALF_LOG_2PI
+    for _ in range(1000):
+        metrics = dreamer.update(agent, optimizers, batch, dreamer.draw_noise(agent, args, gen), args)
+    assert floor < metrics["losses/image_loss"].item() < floor + 2
+    assert 0.9189 <= metrics["losses/reward_loss"].item() < 0.9189 + 0.02
