@@ -180,10 +180,8 @@ def test_main_is_last_and_the_guard_one_statement(path):
 
 @each_script
 def test_lines_are_at_most_120_columns(path):
-    """Scripts and tests alike."""
-    for file in (path, *(ROOT / "tests").glob("*.py")):
-        long = [i for i, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 120]
-        assert not long, (file.name, long)
+    """Whatever the formatter leaves alone."""
+    assert [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120] == []
 
 
 # === Settings ===

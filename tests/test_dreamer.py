@@ -56,7 +56,8 @@ def make_batch(agent: dreamer.Agent, args: Args, obs_space=VECTOR, seed: int = 0
     is_first[0, 0] = is_first[2, 1] = is_first[3, 0] = 1
     cont[1, 1] = 0
     action = action * (1 - is_first[..., None])
-    return {"obs": obs, "action": action, "reward": torch.randn(shape, generator=gen), "cont": cont, "is_first": is_first}
+    reward = torch.randn(shape, generator=gen)
+    return {"obs": obs, "action": action, "reward": reward, "cont": cont, "is_first": is_first}
 
 
 def make_noise(agent: dreamer.Agent, args: Args, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -67,15 +68,6 @@ def setup(args: Args, obs_space=VECTOR, action_space=BOX) -> tuple:
     """Agent, batch and noise for one update."""
     agent = make_agent(args, obs_space, action_space)
     return agent, make_batch(agent, args, obs_space), make_noise(agent, args)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -299,8 +291,9 @@ def test_initial_policy(walker):
 def test_initial_continuation_is_one_half():
     """Zero bias: on the zero feature, and nearly so on others, the head says 0.5."""
     agent = make_agent(tiny_args(cont_head="on", dense_size=400), biases=False)
-    assert torch.sigmoid(agent.world_model.cont(torch.zeros(1, 11))).item() == 0.5
-    assert torch.sigmoid(agent.world_model.cont(torch.randn(500, 11) * 0.3)).mean().item() == pytest.approx(0.5, abs=0.1)
+    head = agent.world_model.cont
+    assert torch.sigmoid(head(torch.zeros(1, 11))).item() == 0.5
+    assert torch.sigmoid(head(torch.randn(500, 11) * 0.3)).mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_weight_initialisation(walker):
@@ -381,7 +374,7 @@ def test_discount_weights_are_products_of_earlier_discounts():
 
 
 def test_kl_is_posterior_from_prior():
-    """KL(post || prior) as torch.distributions has it, summed over the latent dimensions; the other direction differs."""
+    """KL(post || prior) of torch.distributions, summed over the latent dimensions; the other direction differs."""
     gen = torch.Generator().manual_seed(0)
     mean_p, mean_q = torch.randn(2, 7, 30, generator=gen)
     std_p, std_q = torch.rand(2, 7, 30, generator=gen) + 0.1
@@ -407,7 +400,8 @@ def test_preprocess():
     result = dreamer.preprocess(image)
     assert result.shape == (2, 3, 3, 4, 5) and result.dtype == torch.float32
     assert result[1, 2, 0, 3, 4].item() == pytest.approx(image[1, 2, 3, 4, 0].item() / 255 - 0.5)
-    assert dreamer.preprocess(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1)).flatten().tolist() == [-0.5, 0.5]
+    extremes = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1)
+    assert dreamer.preprocess(extremes).flatten().tolist() == [-0.5, 0.5]
     vector = torch.tensor([0.0, math.e - 1, 1 - math.e, 999.0])
     torch.testing.assert_close(dreamer.preprocess(vector), torch.tensor([0.0, 1.0, -1.0, math.log(1000)]))
 
@@ -449,7 +443,7 @@ def test_model_loss_against_torch_distributions(float64, obs_space):
 
 
 def test_encoder_and_decoder_are_the_plain_convolutions(float64):
-    """Kernels 4, 4, 4, 4 and 5, 5, 6, 6 with stride 2, no padding, ReLU on all but the picture; rewritten products agree."""
+    """Stride 2, no padding, ReLU on all but the picture; the products that replace two of the convolutions agree."""
     args = tiny_args(cnn_depth=3)
     model = make_agent(args, IMAGE).world_model
     x = image = torch.rand(2, 3, 64, 64) - 0.5
@@ -513,9 +507,9 @@ def test_img_step_against_the_equations(float64):
     torch.testing.assert_close(new_stoch, sample)
     torch.testing.assert_close(rssm.prior(new_deter)[0], mean)
     torch.testing.assert_close(rssm.prior(new_deter)[1], std)
-    keep = torch.ones(4, 1)
+    inputs = stoch, deter, rssm.action_part(action), torch.zeros(4, 8), torch.ones(4, 1)
     for amount in (0.0, 1.0, -2.0):
-        step = rssm.obs_step(stoch, deter, rssm.action_part(action), torch.zeros(4, 8), keep, torch.full((4, 3), amount))
+        step = rssm.obs_step(*inputs, torch.full((4, 3), amount))
         torch.testing.assert_close(step[0], step[2] + amount * step[3])
         torch.testing.assert_close(step[1], new_deter)
 
@@ -602,7 +596,7 @@ def names_under(agent: dreamer.Agent, *prefixes: str) -> set[str]:
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
 @pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
 def test_each_loss_reaches_its_own_network_only(obs_space, action_space):
-    """All of the model from the model loss, all of the actor from the actor loss, all of the value net from its loss."""
+    """Each loss moves all of its network and nothing else, and the sum gives each the gradient of its own loss."""
     args = tiny_args(free_nats=0.0, cont_head="on")
     agent, batch, noise = setup(args, obs_space, action_space)
     expected = {"model": "world_model.", "actor": "actor.", "value": "value."}
@@ -649,8 +643,8 @@ def test_actor_gradient_against_finite_differences(float64):
     start = batch["cont"].flatten()
     dreamer.behavior_losses(agent, post, start, noise, args)[0].backward()
     base = reference_behavior(agent, stoch, deter, start, noise, args)
-    weights = [(agent.actor.net[0].weight, (1, 2)), (agent.actor.net[-1].weight, (0, 4)), (agent.actor.net[-1].bias, (3,))]
-    for weight, index in weights:
+    first, last = agent.actor.net[0], agent.actor.net[-1]
+    for weight, index in ((first.weight, (1, 2)), (last.weight, (0, 4)), (last.bias, (3,))):
         losses = []
         for step in (1e-5, -1e-5):
             with torch.no_grad():
@@ -770,17 +764,18 @@ def updated(obs_space, action_space=BOX, device: str = "cpu", updates: int = 1, 
 
 
 def test_bfloat16_update_is_close_to_float32():
-    """Losses within 2 %, gradients of each network within 5 degrees, weights and metrics still float32."""
+    """Losses within 1 %, gradients of each network within 1 degree, weights and metrics still float32."""
     metrics, gradients, weights = updated(IMAGE)
     low_metrics, low_gradients, low_weights = updated(IMAGE, bfloat16=True)
     for name in metrics:
         if name.startswith("losses/"):
-            assert low_metrics[name].item() == pytest.approx(metrics[name].item(), rel=0.02, abs=0.02), name
+            assert low_metrics[name].item() == pytest.approx(metrics[name].item(), rel=0.01), name
     for prefix in ("world_model.", "actor.", "value."):
-        full, low = (torch.cat([g.flatten() for n, g in gs.items() if n.startswith(prefix)]) for gs in (gradients, low_gradients))
-        assert F.cosine_similarity(full, low, 0) > math.cos(math.radians(5)), prefix
-        assert full.norm().item() == pytest.approx(low.norm().item(), rel=0.05)
-    assert all(w.dtype == torch.float32 for w in low_weights.values())
+        names = [name for name in gradients if name.startswith(prefix)]
+        full, low = (torch.cat([g[n].flatten() for n in names]) for g in (gradients, low_gradients))
+        assert F.cosine_similarity(full, low, 0) > math.cos(math.radians(1)), prefix
+        assert full.norm().item() == pytest.approx(low.norm().item(), rel=0.02)
+    assert all(x.dtype == torch.float32 for x in (*low_weights.values(), *low_metrics.values()))
     assert any(not torch.equal(weights[n], w) for n, w in low_weights.items())
 
 
@@ -916,7 +911,10 @@ def test_replay_chunks(capacity, lengths, chunk):
     assert len(buffer) == sum(lengths[i] for i in stored) and buffer.nbytes == capacity * 7 * 4
     batch = buffer.sample(3000, chunk, np.random.default_rng(0), CPU)
     assert {k: tuple(v.shape) for k, v in batch.items()} == {
-        "obs": (chunk, 3000, 2), "action": (chunk, 3000, 2), "reward": (chunk, 3000), "cont": (chunk, 3000),
+        "obs": (chunk, 3000, 2),
+        "action": (chunk, 3000, 2),
+        "reward": (chunk, 3000),
+        "cont": (chunk, 3000),
         "is_first": (chunk, 3000),
     }
     assert torch.equal(batch["obs"], batch["action"])
@@ -1163,7 +1161,7 @@ def test_exploration_noise_only_while_collecting():
     """Continuous: Normal(0, scale) on the action, clipped to [-1, 1]; the greedy action is free of it."""
     args = tiny_args()
     agent = quiet_agent(args)
-    obs, action, state = (x[:1] if isinstance(x, np.ndarray) else tuple(s[:1] for s in x) for x in act_input(agent, args, 1))
+    obs, action, state = act_input(agent, args, 1)
     agent.actor.net[-1].bias.data[:2] = torch.tensor([0.1, 4.0])
     agent.actor.net[-1].weight.data[:2] = 0
     mean = np.tanh(5 * np.tanh(np.array([0.1, 4.0]) / 5))
@@ -1214,33 +1212,36 @@ def test_random_actions_and_what_the_environment_gets():
 
 
 def moving_square(args: Args) -> dict[str, torch.Tensor]:
-    """Sequences of a bright square pushed about by the actions; paid for being on the right."""
+    """Sequences of a bright square pushed about by the actions; paid for being on the right, fined on the left."""
     rng = np.random.default_rng(0)
     shape = args.batch_length, args.batch_size
     obs = np.full((*shape, 64, 64, 3), 40, np.uint8)
     action = rng.uniform(-1, 1, (*shape, 2)).astype(np.float32)
     action[0] = 0
-    place = rng.uniform(16, 40, (args.batch_size, 2))
+    place, reward = rng.uniform(16, 40, (args.batch_size, 2)), np.zeros(shape, np.float32)
     for t in range(args.batch_length):
         place = np.clip(place + 6 * action[t], 0, 52)
+        reward[t] = place[:, 1] / 26 - 1
         for b, (row, column) in enumerate(place.astype(int)):
             obs[t, b, row : row + 12, column : column + 12] = (250, 120, 30)
     is_first = np.zeros(shape, np.float32)
     is_first[0] = 1
-    reward = action[..., 1] * is_first[::-1].cumsum(0)[0]
     arrays = {"obs": obs, "action": action, "reward": reward, "cont": np.ones(shape, np.float32), "is_first": is_first}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 @pytest.mark.slow
 def test_world_model_overfits_one_batch():
-    """Of the 30 nats by which the picture without the square misses, fewer than 2 are left after 1,000 updates."""
+    """The mean picture misses the floor by 44 nats; after 600 updates the model's misses by less than 5."""
     args = tiny_args(batch_size=4, batch_length=8, cnn_depth=8, stoch_size=8, deter_size=64, dense_size=64, horizon=3)
     agent, batch = make_agent(args, IMAGE, biases=False), moving_square(args)
     args.model_lr = 2e-3
     optimizers, gen = dreamer.make_optimizers(agent, args), torch.Generator().manual_seed(0)
     floor = 12288 * HALF_LOG_2PI
-    for _ in range(1000):
+    for _ in range(600):
         metrics = dreamer.update(agent, optimizers, batch, dreamer.draw_noise(agent, args, gen), args)
-    assert floor < metrics["losses/image_loss"].item() < floor + 2
+    image = dreamer.preprocess(batch["obs"])
+    misses = dreamer.normal_loss(image.mean((0, 1)), image).sum((2, 3, 4)).mean().item() - floor
+    assert misses == pytest.approx(44, abs=1)
+    assert 0 < metrics["losses/image_loss"].item() - floor < 5
     assert 0.9189 <= metrics["losses/reward_loss"].item() < 0.9189 + 0.02

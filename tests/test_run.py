@@ -607,7 +607,7 @@ def test_dreamer_refuses_in_one_line(dreamer, capsys, kind):
 
 
 def test_gl_without_opengl_names_the_packages(dreamer, capsys, monkeypatch):
-    """--renderer gl on a machine without OpenGL; auto takes the ray-caster there, nothing is left in the environment."""
+    """--renderer gl on a machine without OpenGL; auto takes the ray-caster there and sets nothing."""
     monkeypatch.setattr(dreamer.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1))
     line = error_of(capsys, dreamer.main, tiny(dreamer, env_id="walker-walk", renderer="gl"))
     assert "libegl1" in line and "--renderer raycast" in line
@@ -721,7 +721,7 @@ def test_capture_video_films_the_evaluation(script, monkeypatch):
 @pytest.mark.parametrize("repeat", [1, 2, 5])
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_replay_holds_what_was_played(dreamer, repeat, num_envs):
-    """Each episode is of one environment, without gaps, up to its last entry; rewards of repeated actions are summed."""
+    """Each episode is of one environment, from first to last entry; rewards of repeated actions are summed."""
     run_dir = run(dreamer, **VECTORS, num_envs=num_envs, action_repeat=repeat, total_timesteps=120, learning_starts=48)
     stored = episodes(run_dir)
     seen = [episode["obs"][0, 0] for episode in stored]
@@ -776,7 +776,7 @@ def test_global_step_counts_steps_of_the_environment(dreamer, repeat, num_envs):
 
 @pytest.mark.slow
 def test_dreamer_learns_a_tiny_pixel_task(dreamer):
-    """The picture shows the right action, reward is minus the distance: random play gets -8 an episode, perfect play 0."""
+    """The picture shows the right action, reward is minus the distance: random play -8 an episode, perfect 0."""
     run_dir = run(
         dreamer, total_timesteps=2400, learning_starts=240, pretrain_steps=100, train_frequency=12, train_steps=8,
         batch_size=16, batch_length=10, buffer_size=5000, horizon=5, cnn_depth=8, stoch_size=10, deter_size=64,
