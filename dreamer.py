@@ -935,7 +935,7 @@ def act(agent: Agent, obs: np.ndarray, action, is_first, state, generator: torch
         if agent.discrete:
             uniform = actor.sample((torch.zeros_like(stats[0]),), actor.draw_noise((num_envs,), generator))
             swap = torch.rand(num_envs, 1, generator=generator, device=device) < explore
-            action = torch.where(swap, uniform, action)
+            action = torch.where(swap, uniform, action).round()  # straight-through leaves rounding errors
         else:
             noise = torch.randn(action.shape, generator=generator, device=device)
             action = (action + explore * noise).clamp(-1, 1)

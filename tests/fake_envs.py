@@ -7,7 +7,7 @@ import numpy as np
 
 
 class TinyPixels(gym.Env):
-    """A white bar shows a target in [-1, 1]; reward is minus the distance of the action from it (discrete: its bin)."""
+    """A white bar shows a target in [-1, 1]; reward is minus the distance of the action from it (of -1, 0 or 1)."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
 
@@ -24,7 +24,8 @@ class TinyPixels(gym.Env):
 
     def step(self, action):
         self.total_steps += 1
-        distance = abs(float(np.ravel(action)[0]) - self.target)
+        choice = action - 1 if isinstance(self.action_space, gym.spaces.Discrete) else action[0]
+        distance = abs(float(choice) - self.target)
         poisoned = self.nan_after is not None and self.total_steps > self.nan_after
         died = self.deadly and self.np_random.random() < 0.2
         return self.render(), float("nan") if poisoned else -distance, died, False, {}
@@ -82,6 +83,7 @@ BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,
 PAIR = gym.spaces.MultiDiscrete([2, 3])
 register("TinyPixels-v0", TinyPixels, 12)
 register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
+register("TinyChoice-v0", TinyPixels, 12, discrete=True)
 register("NanReward-v0", TinyPixels, 12, nan_after=30)
 register("Counter-v0", Counter, 12)
 register("DeadlyCounter-v0", Counter, 12, fatal=8)

@@ -11,6 +11,7 @@ import torch
 import torch.distributions as td
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import dreamer
 from dreamer import Args, EpisodeRecorder, ReplayBuffer
@@ -751,29 +752,44 @@ def test_update_leaves_its_inputs_alone():
     assert all(v.shape == () and not v.requires_grad for v in metrics.values())
 
 
+@pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
+def test_losses_never_wait_for_a_tensor(action_space):
+    """No host sync: forward and backward run on tensors without content, which refuse item() and branches."""
+    args = tiny_args(cont_head="on")
+    agent, batch, noise = setup(args, IMAGE, action_space)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        batch, noise = ({k: mode.from_tensor(v) for k, v in x.items()} for x in (batch, noise))
+        with pytest.raises(DataDependentOutputException):
+            bool(batch["reward"].sum() > 0)
+        loss, metrics = dreamer.compute_losses(agent, batch, noise, args)
+        loss.backward()
+    assert all(isinstance(value, FakeTensor) for value in metrics.values())
+
+
 def updated(obs_space, action_space=BOX, device: str = "cpu", updates: int = 1, **flags) -> tuple[dict, dict, dict]:
     """Metrics, gradients and weights after updates with flags; a large epsilon makes Adam's step smooth."""
-    args = tiny_args(adam_eps=1.0, model_lr=1.0, actor_lr=1.0, value_lr=1.0, batch_length=4, horizon=2, **flags)
+    args = tiny_args(adam_eps=1.0, model_lr=0.1, actor_lr=0.1, value_lr=0.1, batch_length=4, horizon=2, **flags)
     agent = make_agent(args, obs_space, action_space).to(device).freeze_twins()
     update_fn = dreamer.make_update(agent, dreamer.make_optimizers(agent, args), args)
     for i in range(updates):
         batch, noise = make_batch(agent, args, obs_space, seed=i), make_noise(agent, args, seed=i)
         metrics = update_fn(*({k: v.to(device) for k, v in x.items()} for x in (batch, noise)))
     gradients = {n: p.grad.float() for n, p in agent.named_parameters() if p.grad is not None}
+    metrics = {name: value.cpu() for name, value in metrics.items()}
     return metrics, gradients, {n: p.detach() for n, p in agent.named_parameters()}
 
 
 def test_bfloat16_update_is_close_to_float32():
-    """Losses within 1 %, gradients of each network within 1 degree, weights and metrics still float32."""
+    """Losses within 1 %, gradients of each network within 2 degrees, weights and metrics still float32."""
     metrics, gradients, weights = updated(IMAGE)
     low_metrics, low_gradients, low_weights = updated(IMAGE, bfloat16=True)
     for name in metrics:
         if name.startswith("losses/"):
-            assert low_metrics[name].item() == pytest.approx(metrics[name].item(), rel=0.01), name
+            assert low_metrics[name].item() == pytest.approx(metrics[name].item(), rel=0.01, abs=0.01), name
     for prefix in ("world_model.", "actor.", "value."):
         names = [name for name in gradients if name.startswith(prefix)]
         full, low = (torch.cat([g[n].flatten() for n in names]) for g in (gradients, low_gradients))
-        assert F.cosine_similarity(full, low, 0) > math.cos(math.radians(1)), prefix
+        assert F.cosine_similarity(full, low, 0) > math.cos(math.radians(2)), prefix
         assert full.norm().item() == pytest.approx(low.norm().item(), rel=0.02)
     assert all(x.dtype == torch.float32 for x in (*low_weights.values(), *low_metrics.values()))
     assert any(not torch.equal(weights[n], w) for n, w in low_weights.items())
@@ -814,10 +830,11 @@ def test_compiled_update_equals_eager(obs_space):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("compile", [False, True])
-def test_cuda_graph_updates_equal_eager(compile):
+def test_cuda_graph_updates_equal_eager(compile, monkeypatch):
     """Six updates on six batches, the last three replayed from the graph: same losses and weights."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     eager = updated(IMAGE, device="cuda", updates=6)
-    assert_same_update(updated(IMAGE, device="cuda", updates=6, cudagraphs=True, compile=compile), eager, 1e-2)
+    assert_same_update(updated(IMAGE, device="cuda", updates=6, cudagraphs=True, compile=compile), eager, 1e-3)
 
 
 # --- alignment ---
@@ -970,19 +987,20 @@ def test_replay_episode_longer_than_the_ring_keeps_its_end():
     assert set(map(tuple, batch["obs"].flatten(0, 1).int().tolist())) == {(1, t) for t in range(15, 25)}
 
 
-def test_replay_aliases_nothing():
+@pytest.mark.parametrize("size", [1, 20])
+def test_replay_aliases_nothing(size):
     """Writing into the source arrays or into a sampled batch changes no stored entry."""
     episode = numbered_episode(0, 9)
     buffer = numbered_buffer(30, [])
     buffer.add(episode)
-    expected = {k: v.clone() for k, v in buffer.sample(20, 4, np.random.default_rng(0), CPU).items()}
+    expected = {k: v.clone() for k, v in buffer.sample(size, 4, np.random.default_rng(0), CPU).items()}
     for array in episode.values():
         array += 77
-    batch = buffer.sample(20, 4, np.random.default_rng(0), CPU)
+    batch = buffer.sample(size, 4, np.random.default_rng(0), CPU)
     for name, tensor in batch.items():
         assert torch.equal(tensor, expected[name])
         tensor += 5
-    again = buffer.sample(20, 4, np.random.default_rng(0), CPU)
+    again = buffer.sample(size, 4, np.random.default_rng(0), CPU)
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
@@ -1099,12 +1117,12 @@ def act_input(agent: dreamer.Agent, args: Args, num_envs: int, obs_space=VECTOR)
 @pytest.mark.parametrize("explore", [None, 0.0])
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
 def test_act_treats_each_environment_by_itself(action_space, explore, monkeypatch):
-    """Row i of three environments is what environment i gets alone under the same noise."""
+    """Row i of eight environments is what environment i gets alone under the same noise."""
     args = tiny_args()
     agent = quiet_agent(args, action_space=action_space)
-    obs, action, state = act_input(agent, args, 3)
-    noise = torch.randn(100, 3, agent.action_dim) if explore is None else torch.randn(3, agent.action_dim)
-    dones = np.array([False, True, False])
+    obs, action, state = act_input(agent, args, 8)
+    noise = torch.randn(100, 8, agent.action_dim) if explore is None else torch.randn(8, agent.action_dim)
+    dones = np.arange(8) % 3 == 1
     if explore is None and not agent.discrete:
         with torch.no_grad():
             agent.actor.net[-1].bias[agent.action_dim :] = 0  # std about 5: each row has its own likeliest sample
@@ -1114,9 +1132,9 @@ def test_act_treats_each_environment_by_itself(action_space, explore, monkeypatc
         states = tuple(s[rows] for s in state)
         return dreamer.act(agent, obs[rows], action[rows], dones[rows], states, torch.Generator(), explore)
 
-    together, (stoch, deter) = decide([0, 1, 2])
-    assert together.shape == (3, agent.action_dim) and together.dtype == np.float32
-    for i in range(3):
+    together, (stoch, deter) = decide(list(range(8)))
+    assert together.shape == (8, agent.action_dim) and together.dtype == np.float32
+    for i in range(8):
         alone, alone_state = decide([i])
         np.testing.assert_allclose(together[i], alone[0], atol=1e-5)
         torch.testing.assert_close(stoch[i], alone_state[0][0], atol=1e-5, rtol=1e-5)

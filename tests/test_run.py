@@ -425,14 +425,13 @@ def test_command_line_resume_takes_the_runs_own_settings(script, monkeypatch, ca
 
 def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script):
     """Twelve times kill -9: what is there always loads, its step never goes back, and a resume goes on from it."""
-    settings = TINY[script.__name__] | {"total_timesteps": 10**6, "checkpoint_frequency": 1, "train_steps": 1}
+    settings = TINY[script.__name__] | VECTORS | {"total_timesteps": 10**6, "checkpoint_frequency": 1}
     context = multiprocessing.get_context("forkserver")
     body = importlib.import_module("fake_envs").run_script
     generator, step, run_dir = random.Random(0), -1, None
     for _ in range(12):
         process = context.Process(target=body, args=(script.__name__, settings))
         process.start()
-        started = time.monotonic()
         if run_dir is None:
             wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")))
             run_dir = str(next(Path("runs").iterdir()))
@@ -447,7 +446,6 @@ def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script):
         state = load(run_dir)
         assert state["global_step"] >= step
         step = state["global_step"]
-        assert time.monotonic() - started < 60
     assert step > 24, "the kills were too early to see any training"
     final = resume(script, run_dir, **settings | {"total_timesteps": step + 24})
     assert load(final)["global_step"] == step + 24
