@@ -7,7 +7,7 @@ import numpy as np
 
 
 class TinyPixels(gym.Env):
-    """A white bar shows a target in [-1, 1]; reward is minus the distance of the action from it (of -1, 0 or 1)."""
+    """A white bar shows a target in [-1, 1]; reward is -5 times the action's distance to it."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
 
@@ -28,7 +28,7 @@ class TinyPixels(gym.Env):
         distance = abs(float(choice) - self.target)
         poisoned = self.nan_after is not None and self.total_steps > self.nan_after
         died = self.deadly and self.np_random.random() < 0.2
-        return self.render(), float("nan") if poisoned else -distance, died, False, {}
+        return self.render(), float("nan") if poisoned else -5 * distance, died, False, {}
 
     def render(self):
         image = np.zeros((64, 64, 3), np.uint8)
@@ -83,7 +83,6 @@ BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,
 PAIR = gym.spaces.MultiDiscrete([2, 3])
 register("TinyPixels-v0", TinyPixels, 12)
 register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
-register("TinyChoice-v0", TinyPixels, 12, discrete=True)
 register("NanReward-v0", TinyPixels, 12, nan_after=30)
 register("Counter-v0", Counter, 12)
 register("DeadlyCounter-v0", Counter, 12, fatal=8)

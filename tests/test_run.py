@@ -774,13 +774,13 @@ def test_global_step_counts_steps_of_the_environment(dreamer, repeat, num_envs):
 
 @pytest.mark.slow
 def test_dreamer_learns_a_tiny_pixel_task(dreamer):
-    """The picture shows the right action, reward is minus the distance: random play -8 an episode, perfect 0."""
+    """The picture shows the right action: random play returns -40 an episode, the best constant one -30, perfect 0."""
     run_dir = run(
-        dreamer, total_timesteps=2400, learning_starts=240, pretrain_steps=100, train_frequency=12, train_steps=8,
-        batch_size=16, batch_length=10, buffer_size=5000, horizon=5, cnn_depth=8, stoch_size=10, deter_size=64,
-        dense_size=64, gamma=0.9, model_lr=2e-3, actor_lr=1e-3, value_lr=1e-3, free_nats=1.0, eval_frequency=600,
-        eval_episodes=30, checkpoint_frequency=0,
+        dreamer, total_timesteps=1800, learning_starts=720, pretrain_steps=300, train_frequency=12, train_steps=8,
+        batch_size=16, batch_length=6, buffer_size=5000, horizon=3, cnn_depth=4, stoch_size=8, deter_size=64,
+        dense_size=64, free_nats=1.0, gamma=0.5, model_lr=2e-3, actor_lr=4e-4, value_lr=1e-3, eval_frequency=1800,
+        eval_episodes=20, checkpoint_frequency=0,
     )  # fmt: skip
-    curve = [value for _, value in scalars(run_dir)["eval/episodic_return"]]
-    print(f"evaluation returns: {curve}")
-    assert curve[-1] > -4, curve
+    mean = scalars(run_dir)["eval/episodic_return"][-1][1]
+    print(f"evaluation return {mean:.1f}")
+    assert mean > -20
