@@ -27,6 +27,7 @@ import difflib
 import functools
 import io
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -34,6 +35,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
@@ -84,7 +86,7 @@ class Args:
 
     # Algorithm specific arguments
     env_id: str = "walker-walk"
-    """dm_control task (walker-walk, cup-catch, ...) or Gymnasium id (CarRacing-v3, ALE/Pong-v5, my_module:MyEnv-v0)"""
+    """dm_control task (walker-walk, cup-catch) or Gymnasium id (CarRacing-v3, my_module:MyEnv-v0)"""
     total_timesteps: int = 1_000_000
     """environment steps of the run, action repeats counted"""
     num_envs: int = 1
@@ -173,10 +175,12 @@ def default_action_repeat(args: Args) -> int:
 
 def choose_renderer(args: Args) -> str:
     """Returns "gl", "raycast" or "none"; tries the headless GL libraries in a process of their own, sets MUJOCO_GL."""
-    if not is_dm_control(args.env_id) or (args.obs_mode == "state" and not args.capture_video):
+    if not is_dm_control(args.env_id):
         return "none"
-    if args.renderer == "raycast":
-        return "raycast"
+    pictures = args.obs_mode == "pixels" or args.capture_video
+    if not pictures or args.renderer == "raycast":
+        os.environ["MUJOCO_GL"] = "disable"
+        return "raycast" if pictures else "none"
     headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
     backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"] if headless else ["glfw"]
     probe = [sys.executable, "-c", "from dm_control import _render; _render.Renderer(64, 64).make_current()"]
@@ -186,7 +190,7 @@ def choose_renderer(args: Args) -> str:
             return "gl"
     if args.renderer == "gl":
         fail("--renderer gl finds no OpenGL: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
-    os.environ.pop("MUJOCO_GL", None)  # dm_control would insist on it
+    os.environ["MUJOCO_GL"] = "disable"
     return "raycast"
 
 
@@ -409,11 +413,11 @@ def make_gymnasium(env_id: str) -> gym.Env:
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
 
 
-def make_env(args: Args, renderer: str, video_folder: str | None = None) -> Callable[[], gym.Env]:
+def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[], gym.Env]:
     """Thunk of one environment: observations (64, 64, 3) uint8 or (D,) float32, actions in [-1, 1] or discrete."""
 
     def thunk() -> gym.Env:
-        if torch.multiprocessing.parent_process() is not None:
+        if multiprocessing.parent_process() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which closes the workers
         pixels = is_dm_control(args.env_id) and args.obs_mode == "pixels"
         if is_dm_control(args.env_id):
@@ -428,8 +432,10 @@ def make_env(args: Args, renderer: str, video_folder: str | None = None) -> Call
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), default_action_repeat(args))
         if pixels:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)
-        if video_folder is not None:
-            env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda i: i == 0, disable_logger=True)
+        if video is not None:  # folder/prefix of the MP4
+            folder, prefix = os.path.split(video)
+            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
+            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
         return fit_spaces(env, args.env_id)
 
     return thunk
@@ -458,12 +464,13 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
     return env
 
 
-def make_vector_env(args: Args, renderer: str, num_envs: int, video_folder: str | None = None) -> gym.vector.VectorEnv:
+def make_vector_env(args: Args, renderer: str, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
     """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
-    thunks = [make_env(args, renderer, video_folder if i == 0 else None) for i in range(num_envs)]
+    thunks = [make_env(args, renderer, video if i == 0 else None) for i in range(num_envs)]
     mode = gym.vector.AutoresetMode.DISABLED
     if num_envs == 1:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
     return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
 
 
@@ -1147,8 +1154,8 @@ def evaluate_run(args: Args) -> str:
     trained_on = checkpoint["parts"]["counters"]["renderer"]
     if args.obs_mode == "pixels" and renderer != trained_on:
         fail(f"the run was made with --renderer {trained_on}, here it would be {renderer}")
-    folder = f"{args.evaluate}/videos" if args.capture_video else None
-    envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), folder)
+    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     agent.load_state_dict(checkpoint["parts"]["agent"])
     returns, _ = evaluate(agent, envs, args, device, stop)
@@ -1185,6 +1192,11 @@ def choose_device(args: Args) -> torch.device:
 def setup_run(args: Args) -> tuple[str, torch.device, SummaryWriter, dict | None]:
     """Run folder, device, logs and global seeds; with args.resume also the checkpoint to go on from."""
     checkpoint = None
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track needs Weights and Biases: pip install wandb")
     if args.resume:
         checkpoint = load_checkpoint(args.resume, args)
         free = ("resume", "total_timesteps", "cuda", "track", "eval_frequency", "checkpoint_frequency")
@@ -1192,15 +1204,11 @@ def setup_run(args: Args) -> tuple[str, torch.device, SummaryWriter, dict | None
     run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = run_dir.rstrip("/")
     try:
-        os.makedirs(run_dir, exist_ok=True)
+        os.makedirs(run_dir, exist_ok=args.resume is not None)
         writer = SummaryWriter(run_dir, purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
     except OSError as error:
         fail(f"cannot write the run folder {run_dir}: {error.strerror}")
     if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
         name = os.path.basename(run_dir)
         wandb.init(
             project=args.wandb_project_name,
@@ -1261,10 +1269,13 @@ def load_checkpoint(run_dir: str, args: Args) -> dict:
     if not os.path.isfile(path):
         fail(f"no checkpoint at {path}")
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many types for a damaged or foreign file
+    except Exception as error:  # many types, for a damaged or foreign file
         fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
-    if not isinstance(state, dict) or state.get("version") != 1 or set(state["args"]) != {f.name for f in fields(args)}:
+    if damaged:
+        fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
+    if not isinstance(state, dict) or set(state.get("args", ())) != {field.name for field in fields(args)}:
         fail(f"{path} was written by another script or version")
     return state
 
@@ -1322,15 +1333,15 @@ def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, g
     writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
 
 
-def log_losses(writer: SummaryWriter, metrics: dict[str, torch.Tensor], global_step: int) -> None:
-    """Writes the scalars of one update; stops the run, last checkpoint intact, if one is not finite."""
-    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
-    for name, value in values.items():
-        writer.add_scalar(name, value, global_step)
+def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[str, float]:
+    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
+    values = (
+        dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)) if metrics else {}
+    )  # host sync
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        writer.flush()
         raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+    return values
 
 
 def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, step: int) -> None:
@@ -1382,8 +1393,12 @@ def check_args(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} must be at least {int(name in positive)}, not {getattr(args, name)}")
     if args.horizon < 2:
         fail(f"--horizon must be at least 2, not {args.horizon}")
-    if args.batch_length > args.buffer_size:
-        fail(f"--batch-length {args.batch_length} is longer than the buffer (--buffer-size {args.buffer_size})")
+    if args.action_repeat is not None and args.action_repeat < 1:
+        fail(f"--action-repeat must be at least 1, not {args.action_repeat}")
+    if 2 * args.batch_length > args.buffer_size:  # whole episodes leave the buffer; a sequence must always remain
+        fail(
+            f"--batch-length {args.batch_length} does not fit twice into the buffer (--buffer-size {args.buffer_size})"
+        )
     if args.batch_length * default_action_repeat(args) > args.learning_starts:
         fail(f"--learning-starts {args.learning_starts} must fill a sequence (--batch-length {args.batch_length})")
     if args.cudagraphs and choose_device(args).type != "cuda":
@@ -1395,12 +1410,9 @@ def main(args: Args) -> str:
     if args.evaluate:
         return evaluate_run(args)
     renderer = choose_renderer(args)
+    envs, eval_envs = make_vector_env(args, renderer, args.num_envs), None
     run_dir, device, writer, checkpoint = setup_run(args)
     stop = StopRequest()
-
-    # environments
-    envs = make_vector_env(args, renderer, args.num_envs)
-    eval_envs, videos = None, f"{run_dir}/videos" if args.capture_video else None
     obs_space, repeat = envs.single_observation_space, default_action_repeat(args)
 
     # networks, optimizers, buffer, generators
@@ -1435,16 +1447,17 @@ def main(args: Args) -> str:
 
     update_fn = make_update(agent, optimizers, args)
 
-    metrics, last_report = {}, (counters["num_updates"], global_step, time.perf_counter())
+    metrics, last_report = {}, (global_step, time.perf_counter())
 
     def report() -> None:
-        """Losses of the newest update and steps per second since the last report."""
+        """Losses of the newest update (which must be finite) and steps per second, once for each environment step."""
         nonlocal last_report
-        if counters["num_updates"] > last_report[0]:
-            log_losses(writer, metrics, global_step)
-            now = time.perf_counter()
-            writer.add_scalar("charts/SPS", (global_step - last_report[1]) / (now - last_report[2]), global_step)
-            last_report = counters["num_updates"], global_step, now
+        values, (last_step, last_time), now = require_finite(metrics, global_step), last_report, time.perf_counter()
+        if values and global_step > last_step:
+            values["charts/SPS"] = (global_step - last_step) / (now - last_time)
+            for name, value in values.items():
+                writer.add_scalar(name, value, global_step)
+            last_report = global_step, now
 
     def train() -> None:
         """Makes the updates that are due, once the replay holds the random prefill (again, if it was not saved)."""
@@ -1479,9 +1492,12 @@ def main(args: Args) -> str:
             train()
         if global_step >= next_eval:
             next_eval = next_multiple(global_step, args.eval_frequency)
-            if eval_envs is None:
-                eval_envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), videos)
+            if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
+                video = f"{run_dir}/videos/step-{global_step}" if args.capture_video else None
+                eval_envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
             returns, episodes = evaluate(agent, eval_envs, args, device, stop)
+            if args.capture_video:
+                eval_envs.close()
             if not stop.requested:
                 log_evaluation(writer, progress, returns, global_step)
                 log_open_loop(agent, episodes, args, writer, run_dir, global_step)
@@ -1502,6 +1518,9 @@ def main(args: Args) -> str:
             action, state = act(agent, obs, action, dones, state, rng["act"], explore)
         else:
             action = random_action(agent, args.num_envs, rng["prefill"])
+        if not np.isfinite(action).all():  # a simulator would stop with a less helpful message
+            require_finite(metrics, global_step)
+            raise SystemExit(f"error: not finite at step {global_step}: action; the last checkpoint is intact")
         if args.num_envs == 1:
             obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
         else:
@@ -1517,8 +1536,9 @@ def main(args: Args) -> str:
         if dones.any():
             log_episodes(writer, progress, infos, dones, global_step)
 
-    for vector_env in filter(None, (envs, eval_envs)):
-        vector_env.close()
+    envs.close()
+    if eval_envs is not None and not args.capture_video:
+        eval_envs.close()
     progress.close()
     writer.close()
     if args.save_model:
