@@ -173,31 +173,34 @@ def default_action_repeat(args: Args) -> int:
     return args.action_repeat or (2 if is_dm_control(args.env_id) else 1)
 
 
-def choose_renderer(args: Args) -> str:
-    """Returns "gl", "raycast" or "none"; tries the headless GL libraries in a process of their own, sets MUJOCO_GL."""
-    if not is_dm_control(args.env_id):
-        return "none"
-    pictures = args.obs_mode == "pixels" or args.capture_video
-    if not pictures or args.renderer == "raycast":
-        os.environ["MUJOCO_GL"] = "disable"
-        return "raycast" if pictures else "none"
-    headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
-    backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"] if headless else ["glfw"]
+def choose_renderer(args: Args, checkpoint: dict | None) -> str:
+    """Returns "gl", "raycast" or "none" (no dm_control pictures) and sets MUJOCO_GL; "auto" stays with a saved run's.
+
+    Whether a headless GL library works is tried in a process of its own: a failed import cannot be undone.
+    """
+    wanted = args.renderer
+    if checkpoint and wanted == "auto" and checkpoint["parts"]["counters"]["renderer"] != "none":
+        wanted = checkpoint["parts"]["counters"]["renderer"]
+    pictures = is_dm_control(args.env_id) and (args.obs_mode == "pixels" or args.capture_video)
+    backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa", "glfw"]
     probe = [sys.executable, "-c", "from dm_control import _render; _render.Renderer(64, 64).make_current()"]
-    for backend in backends:
-        if not subprocess.run(probe, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True).returncode:
-            os.environ["MUJOCO_GL"] = backend
-            return "gl"
-    if args.renderer == "gl":
-        fail("--renderer gl finds no OpenGL: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
+    for backend in backends if pictures and wanted != "raycast" else ():
+        try:
+            subprocess.run(probe, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, timeout=60, check=True)
+        except subprocess.SubprocessError:
+            continue
+        os.environ["MUJOCO_GL"] = backend
+        return "gl"
+    if pictures and wanted == "gl":
+        fail("no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
     os.environ["MUJOCO_GL"] = "disable"
-    return "raycast"
+    return "raycast" if pictures else "none"
 
 
 class RayCaster:
     """GL-free picture of a MuJoCo scene: one ray per pixel, flat colour, Lambert shading, checker floor, sky."""
 
-    def __init__(self, model, height=64, width=64, camera_id=0):
+    def __init__(self, model, height, width, camera_id):
         self.model, self.shape = model, (height, width, 3)
         self.camera_id = camera_id if model.ncam else -1
         fovy = model.cam_fovy[camera_id] if self.camera_id >= 0 else model.vis.global_.fovy
@@ -344,8 +347,10 @@ class DMControl(gym.Env):
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
             fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
         self.domain, self.task_name = names[name]
-        self.env = suite.load(self.domain, self.task_name)
-        if renderer != "gl":  # quadruped-escape asks for a GL context at every reset, to upload its terrain
+        self.env = suite.load(self.domain, self.task_name, task_kwargs={"random": 0})  # lqr draws its springs here
+        if (
+            renderer != "gl" and self.domain == "quadruped"
+        ):  # escape asks for a GL context at every reset, to upload its terrain
             type(self.env.physics).contexts = property(lambda physics: None)
         self.renderer, self.size, self.ray_caster = renderer, size, None
         spec = self.env.action_spec()
@@ -394,15 +399,16 @@ class ActionRepeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-def make_gymnasium(env_id: str) -> gym.Env:
+def make_gymnasium(env_id: str, film: bool) -> gym.Env:
     """Any registered Gymnasium environment; Atari games with the usual preprocessing, in colour."""
+    render = {"render_mode": "rgb_array"} if film else {}
     try:
         if not env_id.startswith("ALE/"):
-            return gym.make(env_id, render_mode="rgb_array")
+            return gym.make(env_id, **render)
         import ale_py
 
         gym.register_envs(ale_py)
-        env = gym.make(env_id, render_mode="rgb_array", frameskip=1)
+        env = gym.make(env_id, frameskip=1, **render)
         return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=64, grayscale_obs=False)
     except gym.error.DependencyNotInstalled as error:
         fail(str(error).replace("\n", " "))
@@ -418,15 +424,17 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
 
     def thunk() -> gym.Env:
         if multiprocessing.parent_process() is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which closes the workers
+            os.setsid()  # signals to the process group are for the main process, which closes the workers
         pixels = is_dm_control(args.env_id) and args.obs_mode == "pixels"
         if is_dm_control(args.env_id):
             try:
-                env = DMControl(args.env_id, renderer, size=64 if pixels else 240)
+                env = gym.wrappers.TimeLimit(DMControl(args.env_id, renderer, 64 if pixels else 240), 1000)
             except ImportError as error:
-                fail(f"{args.env_id} needs dm_control: pip install dm_control==1.0.50 'mujoco>=3.17,<4' ({error})")
+                fail(
+                    f"{args.env_id} needs Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4' ({error})"
+                )
         else:
-            env = make_gymnasium(args.env_id)
+            env = make_gymnasium(args.env_id, video is not None)
             if env.spec.max_episode_steps is None:  # an episode must end to be stored; 27,000 as in V1's Atari runs
                 env = gym.wrappers.TimeLimit(env, 27_000)
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), default_action_repeat(args))
@@ -519,7 +527,8 @@ class ReplayBuffer:
         i = rng.integers(len(self.starts), size=batch_size)
         start = self.starts[i] + rng.integers(np.maximum(self.lengths[i] - length, 0) + 1)
         start = np.minimum(start, self.end - length)  # the newest episode, if short, is preceded by its neighbours
-        slots = torch.from_numpy((start + np.arange(length)[:, None]) % self.capacity).to(self.device)
+        slots = torch.from_numpy((start + np.arange(length)[:, None]) % self.capacity)
+        slots = slots.to(self.device, non_blocking=True)
         return {name: tensor[slots].to(device, non_blocking=True) for name, tensor in self.data.items()}
 
     def state_dict(self) -> dict:
@@ -544,22 +553,26 @@ class EpisodeRecorder:
 
     def begin(self, obs: np.ndarray, mask: np.ndarray) -> None:
         for i in np.flatnonzero(mask):
-            self.open[i] = [(obs[i], self.no_action, 0.0, 1.0, 1.0)]
+            self.open[i] = [(obs[i].copy(), self.no_action, 0.0, 1.0, 1.0)]
 
     def add(self, obs, action, rewards, terminations) -> None:
         for i, entries in enumerate(self.open):
-            entries.append((obs[i], action[i], rewards[i], 1.0 - terminations[i], 0.0))
+            entries.append((obs[i].copy(), action[i].copy(), rewards[i], 1.0 - terminations[i], 0.0))
+
+    def episode(self, i: int) -> dict[str, np.ndarray]:
+        """Episode i so far, as arrays (T, ...)."""
+        names = ("obs", "action", "reward", "cont", "is_first")
+        return {name: np.stack(column) for name, column in zip(names, zip(*self.open[i], strict=True), strict=True)}
 
     def end(self, i: int) -> dict[str, np.ndarray]:
-        """Closes episode i and returns it as arrays (T, ...)."""
-        names, entries, self.open[i] = ("obs", "action", "reward", "cont", "is_first"), self.open[i], []
-        return {name: np.stack(column) for name, column in zip(names, zip(*entries, strict=True), strict=True)}
+        """Closes episode i and returns it."""
+        episode, self.open[i] = self.episode(i), []
+        return episode
 
     def state_dict(self) -> list[dict[str, torch.Tensor]]:
-        """The open episodes so far; a simulator cannot be saved, so a resumed run stores them as truncated."""
-        copies = deepcopy(self)
+        """The open episodes; a simulator cannot be saved, so a resumed run stores them as truncated."""
         started = [i for i, entries in enumerate(self.open) if len(entries) > 1]
-        return [{name: torch.from_numpy(array) for name, array in copies.end(i).items()} for i in started]
+        return [{name: torch.from_numpy(array) for name, array in self.episode(i).items()} for i in started]
 
 
 # === Networks ===
@@ -660,8 +673,12 @@ class RSSM(nn.Module):
         return F.linear(embed, self.post_hidden.weight[:, self.deter :], self.post_hidden.bias)
 
     def deter_step(self, stoch: torch.Tensor, deter: torch.Tensor, action_part: torch.Tensor) -> torch.Tensor:
+        """GRU; under autocast its products are bfloat16, while gates and the state that is carried stay float32."""
         x = F.elu_(F.linear(stoch, self.img_in.weight[:, : self.stoch]) + action_part)
-        return self.cell(x, deter)
+        reset_x, update_x, new_x = F.linear(x, self.cell.weight_ih, self.cell.bias_ih).float().chunk(3, -1)
+        reset_h, update_h, new_h = F.linear(deter, self.cell.weight_hh, self.cell.bias_hh).float().chunk(3, -1)
+        new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
+        return new + torch.sigmoid(update_x + update_h) * (deter - new)
 
     def stats(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = out.float().chunk(2, -1)
@@ -776,15 +793,6 @@ class Actor(nn.Module):
         return (stats[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
-def frozen_twin(module: nn.Module) -> nn.Module:
-    """A copy that shares the weights but takes no gradient for them: losses flow through it, not into it."""
-    twin = deepcopy(module)
-    for frozen, live in zip(twin.parameters(), module.parameters(), strict=True):
-        frozen.data = live.data
-        frozen.requires_grad_(False)
-    return twin
-
-
 class Agent(nn.Module):
     """The networks of a run, and frozen twins for the actor's loss to be differentiated through."""
 
@@ -799,8 +807,15 @@ class Agent(nn.Module):
         self.value = mlp(feat_dim, args.dense_size, 3, 1).apply(init_weights)
 
     def freeze_twins(self) -> "Agent":
-        """To be called once the networks are on their device; the twins stay out of parameters() and state_dict()."""
-        self.__dict__["frozen"] = frozen_twin(nn.ModuleDict({"model": self.world_model, "value": self.value}))
+        """Twins share the weights but take no gradient: losses flow through them, not into them.
+
+        To be called once the networks are on their device; the twins stay out of parameters() and state_dict().
+        """
+        live = nn.ModuleDict({"model": self.world_model, "value": self.value})
+        frozen = deepcopy(live).requires_grad_(False)
+        for twin, parameter in zip(frozen.parameters(), live.parameters(), strict=True):
+            twin.data = parameter.data
+        self.__dict__["frozen"] = frozen
         return self
 
 
@@ -940,9 +955,9 @@ def act(agent: Agent, obs: np.ndarray, action, is_first, state, generator: torch
     else:
         action = actor.sample(stats, actor.draw_noise((num_envs,), generator))
         if agent.discrete:
-            uniform = actor.sample((torch.zeros_like(stats[0]),), actor.draw_noise((num_envs,), generator))
+            uniform = torch.randint(agent.action_dim, (num_envs,), generator=generator, device=device)
             swap = torch.rand(num_envs, 1, generator=generator, device=device) < explore
-            action = torch.where(swap, uniform, action).round()  # straight-through leaves rounding errors
+            action = torch.where(swap, F.one_hot(uniform, agent.action_dim), action.round())  # exactly one-hot
         else:
             noise = torch.randn(action.shape, generator=generator, device=device)
             action = (action + explore * noise).clamp(-1, 1)
@@ -1056,17 +1071,15 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
     Returns the returns (episodes,) and the first episode of each environment as replay entries, never trained on.
     """
     generator = torch.Generator(device).manual_seed(args.seed)
-    seeds = iter(range(10**6 * args.seed, 10**9))
-    quota = [
-        len(range(i, args.eval_episodes, envs.num_envs)) for i in range(envs.num_envs)
-    ]  # no bias to short episodes
+    seeds = np.random.default_rng([args.seed, 99])
+    quota = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # fixed, so that short episodes do not win
     returns, episodes = [], {}
     recorder = EpisodeRecorder(envs.num_envs, agent.action_dim)
     dones, state = np.ones(envs.num_envs, bool), agent.world_model.rssm.initial(envs.num_envs)
     action = np.zeros((envs.num_envs, agent.action_dim), np.float32)
-    while any(quota) and not stop.requested:
+    while quota.any() and not stop.requested:
         if dones.any():
-            obs, _ = envs.reset(seed=[next(seeds) for _ in quota], options={"reset_mask": dones})
+            obs, _ = envs.reset(seed=seeds.integers(2**31, size=envs.num_envs).tolist(), options={"reset_mask": dones})
             action = np.where(dones[:, None], np.float32(0), action)
             recorder.begin(obs, dones)
         action, state = act(agent, obs, action, dones, state, generator, explore=None)
@@ -1106,10 +1119,11 @@ def log_open_loop(
     agent: Agent, episodes: list[dict], args: Args, writer: SummaryWriter, run_dir: str, step: int
 ) -> None:
     """Open-loop predictions on held-out episodes: error by horizon (scalars, figure), strips truth / model / error."""
-    length = min(args.batch_length, *(len(episode["reward"]) for episode in episodes))
     context, device = 5, next(agent.parameters()).device
-    if length < context + 2:
+    episodes = [episode for episode in episodes if len(episode["reward"]) > context + 1]
+    if not episodes or args.batch_length < context + 2:
         return
+    length = min(args.batch_length, *(len(episode["reward"]) for episode in episodes))
     chunks = []
     for start in np.linspace(0, 1, 6):  # six chunks, spread over the episodes
         episode = episodes[len(chunks) % len(episodes)]
@@ -1120,7 +1134,7 @@ def log_open_loop(
     truth, model, reward = open_loop(agent, batch, torch.Generator(device).manual_seed(args.seed), context)
     obs_error = ((model - truth) ** 2).flatten(2).mean((1, 2)).cpu().numpy()  # (T,)
     reward_error = (reward - batch["reward"]).abs().mean(1).cpu().numpy()
-    for horizon in (1, 5, 15, length - context):
+    for horizon in (1, 5, 15, 45):
         if context + horizon <= length:
             writer.add_scalar(f"open_loop/obs_mse_horizon_{horizon}", obs_error[context + horizon - 1], step)
             writer.add_scalar(f"open_loop/reward_error_horizon_{horizon}", reward_error[context + horizon - 1], step)
@@ -1147,13 +1161,9 @@ def log_open_loop(
 def evaluate_run(args: Args) -> str:
     """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
     checkpoint = load_checkpoint(args.evaluate, args)
-    refuse_changes(
-        args, checkpoint, ("evaluate", "eval_episodes", "num_envs", "capture_video", "cuda", "seed", "renderer")
-    )
-    device, stop, renderer = choose_device(args), StopRequest(), choose_renderer(args)
-    trained_on = checkpoint["parts"]["counters"]["renderer"]
-    if args.obs_mode == "pixels" and renderer != trained_on:
-        fail(f"the run was made with --renderer {trained_on}, here it would be {renderer}")
+    free = "evaluate eval_episodes num_envs capture_video cuda seed renderer bfloat16 compile cudagraphs buffer_on_gpu"
+    refuse_changes(args, checkpoint, free)
+    device, stop, renderer = choose_device(args), StopRequest(), choose_renderer(args, checkpoint)
     video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
     envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -1189,50 +1199,40 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
 
-def setup_run(args: Args) -> tuple[str, torch.device, SummaryWriter, dict | None]:
-    """Run folder, device, logs and global seeds; with args.resume also the checkpoint to go on from."""
-    checkpoint = None
+def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, SummaryWriter]:
+    """Run folder, device, logs and global seeds; with a checkpoint, that run's folder."""
     if args.track:
         try:
             import wandb
         except ImportError:
             fail("--track needs Weights and Biases: pip install wandb")
-    if args.resume:
-        checkpoint = load_checkpoint(args.resume, args)
-        free = ("resume", "total_timesteps", "cuda", "track", "eval_frequency", "checkpoint_frequency")
-        refuse_changes(args, checkpoint, free)
+    if checkpoint:
+        refuse_changes(args, checkpoint, "resume total_timesteps cuda track eval_frequency checkpoint_frequency")
     run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = run_dir.rstrip("/")
     try:
         os.makedirs(run_dir, exist_ok=args.resume is not None)
-        writer = SummaryWriter(run_dir, purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
     except OSError as error:
         fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    if args.track:
+    if args.track:  # before the writer is made, which it listens to
         name = os.path.basename(run_dir)
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=name,
-            id=name,
-            resume="allow",
-            config=asdict(args),
-            sync_tensorboard=True,
-        )
-    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
+                   config=asdict(args), sync_tensorboard=True)  # fmt: skip
     step = checkpoint["global_step"] if checkpoint else 0
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
+    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    return run_dir, choose_device(args), writer, checkpoint
+    return run_dir, choose_device(args), writer
 
 
-def refuse_changes(args: Args, checkpoint: dict, free: tuple[str, ...]) -> None:
-    """Settings of a saved run that are not `free` must be as they were."""
+def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
+    """Settings of a saved run must be as they were, but for those named in `free`."""
     for name, value in checkpoint["args"].items():
-        if name not in free and getattr(args, name) != value:
+        if name not in free.split() and getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
 
 
@@ -1256,11 +1256,14 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
         },
     }
     path = f"{run_dir}/checkpoint.pt"
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # a full disk, above all
+        raise SystemExit(f"error: cannot write {path}, the last checkpoint is intact: {error}") from error
 
 
 def load_checkpoint(run_dir: str, args: Args) -> dict:
@@ -1275,7 +1278,11 @@ def load_checkpoint(run_dir: str, args: Args) -> dict:
         fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
     if damaged:
         fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
-    if not isinstance(state, dict) or set(state.get("args", ())) != {field.name for field in fields(args)}:
+    if (
+        not isinstance(state, dict)
+        or state.get("version") != 1
+        or set(state.get("args", ())) != {field.name for field in fields(args)}
+    ):
         fail(f"{path} was written by another script or version")
     return state
 
@@ -1284,7 +1291,10 @@ def restore_rng(rng: dict, states: dict) -> None:
     """Sets the named generators to the states of a checkpoint."""
     for name, generator in rng.items():
         if isinstance(generator, torch.Generator):
-            generator.set_state(states[name])
+            if states[name].shape == generator.get_state().shape:
+                generator.set_state(states[name])
+            else:
+                print(f"random generator {name} starts anew: it was saved on another kind of device")
         else:
             generator.bit_generator.state = states[name]
 
@@ -1300,7 +1310,7 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = signum
-        print("\nstopping at the next safe point (again: at once)", file=sys.stderr, flush=True)
+        os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
 
     def exit(self) -> None:
         """Hands the signals back; ends the process with the usual code if one has come."""
@@ -1361,7 +1371,11 @@ def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, s
 
 # === Main ===
 
-CPU_SIZED = "TBD"
+CPU_SIZED = (  # benchmark/dreamer.sh cpu
+    "python dreamer.py --env-id cartpole-swingup --obs-mode state --action-repeat 4 --total-timesteps 150000 "
+    "--batch-size 16 --batch-length 16 --deter-size 100 --dense-size 100 --model-lr 1e-3 --actor-lr 1e-4 "
+    "--value-lr 1e-4 --buffer-size 60000"
+)
 
 
 def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args, device: torch.device) -> None:
@@ -1384,24 +1398,30 @@ def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args, device: torch.d
 
 def check_args(args: Args) -> None:
     """Refuses impossible numbers in one line."""
-    positive = (
-        "total_timesteps num_envs eval_episodes buffer_size train_frequency batch_size batch_length cnn_depth "
-        "stoch_size deter_size dense_size"
-    ).split()
-    for name in [*positive, "eval_frequency", "checkpoint_frequency", "train_steps", "pretrain_steps"]:
-        if getattr(args, name) < (name in positive):
-            fail(f"--{name.replace('_', '-')} must be at least {int(name in positive)}, not {getattr(args, name)}")
-    if args.horizon < 2:
-        fail(f"--horizon must be at least 2, not {args.horizon}")
-    if args.action_repeat is not None and args.action_repeat < 1:
-        fail(f"--action-repeat must be at least 1, not {args.action_repeat}")
+    at_least = {
+        1: "total_timesteps num_envs eval_episodes train_frequency batch_size batch_length cnn_depth stoch_size "
+        "deter_size dense_size action_repeat",
+        0: "seed eval_frequency checkpoint_frequency train_steps pretrain_steps free_nats kl_scale cont_scale gamma "
+        "td_lambda model_lr actor_lr value_lr adam_eps max_grad_norm expl_noise",
+        2: "horizon",
+    }
+    for bound, names in at_least.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not value >= bound:
+                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+    for name in ("gamma", "td_lambda"):
+        if getattr(args, name) > 1:
+            fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
+    if args.expl_epsilon[2] < 1:
+        fail(f"--expl-epsilon must end in at least 1 update, not {args.expl_epsilon[2]}")
     if 2 * args.batch_length > args.buffer_size:  # whole episodes leave the buffer; a sequence must always remain
         fail(
             f"--batch-length {args.batch_length} does not fit twice into the buffer (--buffer-size {args.buffer_size})"
         )
     if args.batch_length * default_action_repeat(args) > args.learning_starts:
         fail(f"--learning-starts {args.learning_starts} must fill a sequence (--batch-length {args.batch_length})")
-    if args.cudagraphs and choose_device(args).type != "cuda":
+    if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 
 
@@ -1409,18 +1429,21 @@ def main(args: Args) -> str:
     check_args(args)
     if args.evaluate:
         return evaluate_run(args)
-    renderer = choose_renderer(args)
+    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    renderer = choose_renderer(args, checkpoint)
     envs, eval_envs = make_vector_env(args, renderer, args.num_envs), None
-    run_dir, device, writer, checkpoint = setup_run(args)
+    run_dir, device, writer = setup_run(args, checkpoint)
     stop = StopRequest()
     obs_space, repeat = envs.single_observation_space, default_action_repeat(args)
 
     # networks, optimizers, buffer, generators
     agent = Agent(obs_space, envs.single_action_space, args).to(device).freeze_twins()
     optimizers = make_optimizers(agent, args)
-    rb = ReplayBuffer(
-        args.buffer_size, obs_space, agent.action_dim, device if args.buffer_on_gpu else torch.device("cpu")
-    )
+    rb_device = device if args.buffer_on_gpu else torch.device("cpu")
+    try:
+        rb = ReplayBuffer(args.buffer_size, obs_space, agent.action_dim, rb_device)
+    except RuntimeError as error:
+        fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {rb_device}: {str(error)[:80]}")
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill", "replay"))}
     rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("act", "update"))}
     recorder, counters = EpisodeRecorder(args.num_envs, agent.action_dim), {"num_updates": 0, "renderer": renderer}
@@ -1438,8 +1461,6 @@ def main(args: Args) -> str:
             rb.load_state_dict(saved["replay"])
             for episode in saved["open_episodes"]:
                 rb.add({name: tensor.numpy() for name, tensor in episode.items()})
-        if saved["counters"]["renderer"] != renderer:
-            fail(f"the run was made with --renderer {saved['counters']['renderer']}, here it would be {renderer}")
         counters = saved["counters"]
         restore_rng(rng, checkpoint["rng"])
     elif device.type == "cpu":
@@ -1462,18 +1483,18 @@ def main(args: Args) -> str:
     def train() -> None:
         """Makes the updates that are due, once the replay holds the random prefill (again, if it was not saved)."""
         nonlocal metrics
-        due = updates_due(global_step, args) if len(rb) >= args.batch_length and filled() else 0
+        due = updates_due(global_step, args) if filled() else 0
         while counters["num_updates"] < due and not stop.requested:
             batch = rb.sample(args.batch_size, args.batch_length, rng["replay"], device)
             metrics = update_fn(batch, draw_noise(agent, args, rng["update"]))
             counters["num_updates"] += 1
-            progress.set_postfix(updates=f"{counters['num_updates']}/{due}", refresh=False)
+            progress.set_description(f"update {counters['num_updates']}/{due}", refresh=False)
             progress.update(0)
             if counters["num_updates"] % 100 == 0:
                 report()
 
     def filled() -> bool:
-        return rb.end * repeat >= args.learning_starts
+        return len(rb) >= args.batch_length and rb.end * repeat >= args.learning_starts
 
     def save() -> None:
         report()  # a loss that is not finite must not reach the checkpoint
@@ -1488,7 +1509,7 @@ def main(args: Args) -> str:
     if not checkpoint:
         save()  # from here on the run folder always holds a checkpoint
     while True:
-        if args.num_envs == 1:  # several environments step in their processes while the networks train, see below
+        if args.num_envs == 1 or global_step >= args.total_timesteps:  # several step while the networks train, below
             train()
         if global_step >= next_eval:
             next_eval = next_multiple(global_step, args.eval_frequency)
@@ -1543,7 +1564,7 @@ def main(args: Args) -> str:
     writer.close()
     if args.save_model:
         torch.save(agent.state_dict(), f"{run_dir}/{args.exp_name}.pt")
-    print(f"checkpoint at step {global_step}; continue with: python {args.exp_name}.py --resume {run_dir}")
+    print(f"checkpoint at step {global_step}; continue with: python {os.path.basename(__file__)} --resume {run_dir}")
     stop.exit()
     return run_dir
 

@@ -2,10 +2,10 @@
 # Every command behind docs/dreamer.md, from the repository root: bash benchmark/dreamer.sh cpu|gpu|speed|pictures
 set -euo pipefail
 
-cpu_sized() { # about 20 minutes on one core for each seed
+cpu_sized() { # about 30 minutes on one core for each seed
   for seed in 1 2 3; do
     OMP_NUM_THREADS=1 python dreamer.py --env-id cartpole-swingup --obs-mode state --action-repeat 4 --seed "$seed" \
-      --total-timesteps 100000 --batch-size 16 --batch-length 16 --deter-size 100 --dense-size 100 \
+      --total-timesteps 150000 --batch-size 16 --batch-length 16 --deter-size 100 --dense-size 100 \
       --model-lr 1e-3 --actor-lr 1e-4 --value-lr 1e-4 --buffer-size 60000
   done
   python benchmark/curves.py docs/dreamer_cpu.png runs/cartpole-swingup__dreamer__*

@@ -26,7 +26,7 @@ def ball(extra="", size=64):
     model = mujoco.MjModel.from_xml_string(BALL.format(extra))
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
-    return model, data, RayCaster(model, size, size)
+    return model, data, RayCaster(model, size, size, 0)
 
 
 @pytest.mark.parametrize("domain,task", suite.ALL_TASKS)
@@ -90,7 +90,7 @@ def test_free_camera_looks_at_the_centre():
     model = mujoco.MjModel.from_xml_string(xml.format(""))
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
-    assert np.abs(RayCaster(model).render(data)[32, 32] - 255 * np.array([0.8, 0.4, 0.2])).max() <= 1
+    assert np.abs(RayCaster(model, 64, 64, 0).render(data)[32, 32] - 255 * np.array([0.8, 0.4, 0.2])).max() <= 1
 
 
 def test_site_sphere_is_drawn_and_hidden():
@@ -100,7 +100,7 @@ def test_site_sphere_is_drawn_and_hidden():
     model = mujoco.MjModel.from_xml_string(xml)
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
-    caster = RayCaster(model)
+    caster = RayCaster(model, 64, 64, 0)
     image = caster.render(data)
     row = int(32 - caster.focal * 0.5 / 2)
     assert image[row, 32, 1] > 200 and image[row, 32, 0] < 20  # in front
