@@ -29,7 +29,10 @@ def ball(extra="", size=64):
     return model, data, RayCaster(model, size, size, 0)
 
 
-@pytest.mark.parametrize("domain,task", suite.ALL_TASKS)
+SAME_SCENE = [("dog", task) for task in ("walk", "trot", "run")]  # as dog-stand, and slow to compile
+
+
+@pytest.mark.parametrize("domain,task", [task for task in suite.ALL_TASKS if task not in SAME_SCENE])
 def test_every_task(domain, task):
     """Every task of the suite has a picture with many colours, the same twice, and the model is left as it was."""
     physics, caster = load(domain, task)

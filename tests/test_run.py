@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import gymnasium as gym
@@ -207,16 +208,15 @@ def start(script, *flags: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def processes_of_session(session: int) -> list[str]:
-    """Ids of the living processes of a session (Linux)."""
+def processes_in(folder: str) -> list[str]:
+    """Ids of the living processes that work in a folder (Linux), the tests' own left out."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for link in Path("/proc").glob("[0-9]*/cwd"):
         try:
-            state, _, _, owner = stat.read_text().rsplit(")", 1)[1].split()[:4]
+            if os.readlink(link) == folder and int(link.parent.name) != os.getpid():
+                found.append(link.parent.name)
         except OSError:  # it has just ended
             continue
-        if int(owner) == session and state != "Z":
-            found.append(stat.parent.name)
     return found
 
 
@@ -276,8 +276,7 @@ def test_dreamer_logs_everything_and_moves_all_parameters(dreamer, kind):
     state = load(run_dir)
     args, saved = tiny(dreamer, **settings), state["parts"]
     assert state["global_step"] == args.total_timesteps
-    before_last = args.total_timesteps - (args.num_envs if args.num_envs > 1 else 0)  # several step while it trains
-    assert saved["counters"]["num_updates"] == dreamer.updates_due(before_last, args) > 0
+    assert saved["counters"]["num_updates"] == dreamer.updates_due(args.total_timesteps, args) > 0
     torch.manual_seed(args.seed)
     envs = dreamer.make_vector_env(args, dreamer.choose_renderer(args, None), 1)
     untrained = dreamer.Agent(envs.single_observation_space, envs.single_action_space, args).state_dict()
@@ -478,20 +477,22 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(script, monkeypatch, whe
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(script, number, num_envs):
-    """Ctrl-C reaches the whole process group, SIGTERM the process: usual exit code, no traceback, no worker left."""
+    """Signals to the whole process group: a checkpoint, the usual exit code, no traceback, no worker left."""
     changes = {"total_timesteps": 10**6, "checkpoint_frequency": 0, "num_envs": num_envs}
+    before = set(processes_in(os.getcwd()))
     process = start(script, *flags_of(tiny(script, **changes)))
     for line in process.stdout:
         if "episodic_return" in line:
             break
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    assert len(set(processes_in(os.getcwd())) - before) > num_envs - 1
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in err and "Error" not in err, err
     run_dir = re.search(rf"python {script.__name__}\.py --resume (\S+)", out).group(1)
     step = load(run_dir)["global_step"]
     assert step >= 12 and f"step {step}" in out
-    wait_for(lambda: not processes_of_session(process.pid), seconds=10)
+    wait_for(lambda: not set(processes_in(os.getcwd())) - before, seconds=10)
     resume(script, run_dir, **changes | {"total_timesteps": step + 24})
     assert load(run_dir)["global_step"] >= step + 24
     assert_healthy(run_dir)
@@ -582,6 +583,11 @@ BAD_DREAMS = {
     "start": ({"learning_starts": 7}, "--learning-starts"),
     "horizon": ({"horizon": 1}, "--horizon"),
     "cudagraphs": ({"cudagraphs": True}, "GPU"),
+    "negative seed": ({"seed": -1}, "--seed"),
+    "gamma": ({"gamma": 1.5}, "--gamma"),
+    "epsilon without steps": ({"expl_epsilon": (0.4, 0.1, 0)}, "--expl-epsilon"),
+    "learning rate": ({"model_lr": -1e-3}, "--model-lr"),
+    "buffer": ({"buffer_size": 10**15}, "--buffer-size"),
     "no repeat": ({"action_repeat": 0}, "--action-repeat"),
     "negative repeat": ({"action_repeat": -1}, "--action-repeat"),
     "no train_steps": ({"train_steps": -1}, "--train-steps"),
@@ -614,6 +620,30 @@ def test_gl_without_opengl_names_the_packages(dreamer, capsys, monkeypatch):
     line = error_of(capsys, dreamer.main, tiny(dreamer, env_id="walker-walk", renderer="gl"))
     assert "libegl1" in line and "--renderer raycast" in line
     assert dreamer.choose_renderer(tiny(dreamer, env_id="walker-walk"), None) == "raycast"
+    saved = {"parts": {"counters": {"renderer": "gl"}}}
+    assert "libegl1" in error_of(capsys, dreamer.choose_renderer, tiny(dreamer, env_id="walker-walk"), saved)
+
+
+def test_a_run_made_by_ray_casting_stays_with_it(dreamer, monkeypatch):
+    """`auto` means what the run began with, also once OpenGL has been installed."""
+    monkeypatch.setattr(dreamer.subprocess, "run", lambda command, **kwargs: None)
+    args, saved = tiny(dreamer, env_id="walker-walk"), {"parts": {"counters": {"renderer": "raycast"}}}
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    assert dreamer.choose_renderer(args, saved) == "raycast"
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    assert dreamer.choose_renderer(args, None) == "gl"
+
+
+def test_tracking_starts_before_the_log_that_it_listens_to(script, monkeypatch):
+    """W&B patches the event writer, so wandb.init must come first; it gets the run's name and all settings."""
+    calls = []
+    writers = len(WRITERS)
+    fake = types.SimpleNamespace(init=lambda **settings: calls.append((len(WRITERS) - writers, settings)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run_dir = run(script, track=True)
+    [(made, settings)] = calls
+    assert made == 0 and settings["name"] == Path(run_dir).name and settings["sync_tensorboard"]
+    assert settings["config"]["batch_size"] == TINY[script.__name__]["batch_size"]
 
 
 def test_missing_optional_packages_are_named(script, capsys, monkeypatch):
@@ -646,6 +676,20 @@ def test_bad_input_as_a_command(script):
         assert process.returncode == 2
         assert words in err and "Traceback" not in err
         assert process is bad_flag or len(err.strip().splitlines()) == 1, err
+
+
+def test_a_full_disk_is_said_in_one_line(script, monkeypatch):
+    """A checkpoint that cannot be written ends the run; the one before stays."""
+    run_dir = run(script)
+    before = Path(run_dir, "checkpoint.pt").read_bytes()
+
+    def full(state, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script.torch, "save", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        resume(script, run_dir, total_timesteps=72)
+    assert Path(run_dir, "checkpoint.pt").read_bytes() == before
 
 
 # === Losses that are not finite ===
@@ -683,6 +727,52 @@ def test_poisoned_parameter_stops_before_anything_is_played_or_saved(dreamer, ch
 
 
 # === Evaluation and videos ===
+
+
+def test_any_seed_evaluates(script):
+    """Large seeds too: training episodes and evaluation episodes come from different seeds of the simulator."""
+    run_dir = run(script, seed=123456789, eval_frequency=24)
+    assert len(scalars(run_dir)["eval/episodic_return"]) == 2
+
+
+def test_speed_flags_do_not_bind_an_evaluation(dreamer, monkeypatch, capsys):
+    """A run made with CUDA graphs can be played without a GPU."""
+    run_dir = run(dreamer)
+    state = load(run_dir)
+    state["args"] |= {"cudagraphs": True, "bfloat16": True}
+    torch.save(state, Path(run_dir, "checkpoint.pt"))
+    command_line(monkeypatch, dreamer, "--evaluate", run_dir)
+    assert "(2 episodes:" in capsys.readouterr().out
+
+
+def test_resume_on_another_kind_of_device(dreamer, capsys):
+    """The state of a GPU's random generator does not fit a CPU's: it starts anew, and says so."""
+    run_dir = run(dreamer)
+    state = load(run_dir)
+    state["rng"]["act"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(state, Path(run_dir, "checkpoint.pt"))
+    resume(dreamer, run_dir, total_timesteps=72)
+    assert "act starts anew" in capsys.readouterr().out and load(run_dir)["global_step"] == 72
+
+
+def test_lqr_ends_and_is_the_same_system_every_time(dreamer):
+    """The one task without a time limit of its own, whose springs are drawn when it is loaded."""
+    args = tiny(dreamer, env_id="lqr-lqr-2-1", obs_mode="state")
+    first, second = (dreamer.make_env(args, "none")() for _ in range(2))
+    stiffness = [env.unwrapped.env.physics.model.jnt_stiffness.copy() for env in (first, second)]
+    assert np.array_equal(*stiffness) and stiffness[0].any()
+    first.reset(seed=1)
+    steps, done = 0, False
+    while not done:
+        _, _, terminated, truncated, _ = first.step(first.action_space.sample())
+        steps, done = steps + 1, terminated or truncated
+    assert steps <= 500
+
+
+def test_environment_without_a_render_mode(dreamer):
+    """Rendering is asked for only where a video is."""
+    gym.register("Plain-v0", lambda: gym.make("Counter-v0").unwrapped, max_episode_steps=12)
+    assert dreamer.make_env(tiny(dreamer, env_id="Plain-v0"), "none")().reset(seed=1)[0].shape == (3,)
 
 
 @pytest.mark.parametrize("changes", [{}, TWO_ENVS], ids=["one", "two"])
