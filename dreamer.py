@@ -348,9 +348,7 @@ class DMControl(gym.Env):
             fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
         self.domain, self.task_name = names[name]
         self.env = suite.load(self.domain, self.task_name, task_kwargs={"random": 0})  # lqr draws its springs here
-        if (
-            renderer != "gl" and self.domain == "quadruped"
-        ):  # escape asks for a GL context at every reset, to upload its terrain
+        if renderer != "gl" and self.domain == "quadruped":  # escape uploads its terrain to any GL context there is
             type(self.env.physics).contexts = property(lambda physics: None)
         self.renderer, self.size, self.ray_caster = renderer, size, None
         spec = self.env.action_spec()
@@ -421,18 +419,18 @@ def make_gymnasium(env_id: str, film: bool) -> gym.Env:
 
 def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[], gym.Env]:
     """Thunk of one environment: observations (64, 64, 3) uint8 or (D,) float32, actions in [-1, 1] or discrete."""
+    main_process = os.getpid()
 
     def thunk() -> gym.Env:
-        if multiprocessing.parent_process() is not None:
+        if os.getpid() != main_process:
             os.setsid()  # signals to the process group are for the main process, which closes the workers
         pixels = is_dm_control(args.env_id) and args.obs_mode == "pixels"
         if is_dm_control(args.env_id):
             try:
                 env = gym.wrappers.TimeLimit(DMControl(args.env_id, renderer, 64 if pixels else 240), 1000)
             except ImportError as error:
-                fail(
-                    f"{args.env_id} needs Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4' ({error})"
-                )
+                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
+                fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_gymnasium(args.env_id, video is not None)
             if env.spec.max_episode_steps is None:  # an episode must end to be stored; 27,000 as in V1's Atari runs
@@ -464,9 +462,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         bounded = np.isfinite(action.low) & np.isfinite(action.high)
         low, high = np.where(bounded, action.low, -1), np.where(bounded, action.high, 1)
         space = gym.spaces.Box(-1, 1, action.shape, np.float32)
-        env = gym.wrappers.TransformAction(
-            env, lambda a: (low + (a + 1) / 2 * (high - low)).astype(action.dtype), space
-        )
+        scale = (high - low) / 2
+        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
     elif not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
         fail(f"{env_id}: actions must be a vector Box or Discrete starting at 0, not {action}")
     return env
@@ -851,9 +848,7 @@ def normal_loss(pred: torch.Tensor, target: torch.Tensor, std: float = 1.0) -> t
     return 0.5 * ((pred - target) / std) ** 2 + math.log(std) + 0.5 * math.log(2 * math.pi)
 
 
-def model_loss(
-    world_model: WorldModel, batch: dict, noise: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict, dict]:
+def model_loss(world_model: WorldModel, batch: dict, noise: torch.Tensor, args: Args) -> tuple:
     """World-model loss (Eq. 10 with free nats) of a batch (L, B, ...). Returns the loss, posterior states, metrics."""
     obs = preprocess(batch["obs"])
     post = world_model.rssm.observe(world_model.embed(obs), batch["action"], batch["is_first"], noise)
@@ -861,9 +856,8 @@ def model_loss(
     prior_mean, prior_std = world_model.rssm.prior(post["deter"])
     kl = kl_divergence(post["mean"], post["std"], prior_mean, prior_std)  # (L, B)
     rewards = torch.tanh(batch["reward"]) if args.clip_rewards == "tanh" else batch["reward"]
-    image = (
-        normal_loss(world_model.decode(feat), obs, world_model.obs_std).flatten(2).sum(-1)
-    )  # (L, B), sum over pixels
+    image = normal_loss(world_model.decode(feat), obs, world_model.obs_std)
+    image = image.flatten(2).sum(-1)  # (L, B), sum over pixels
     reward = normal_loss(world_model.reward(feat).squeeze(-1).float(), rewards)
     losses = {
         "image_loss": image.mean(),
@@ -1115,9 +1109,7 @@ def open_loop(agent: Agent, batch: dict, generator: torch.Generator, context: in
     return truth, model.decode(feat), model.reward(feat).squeeze(-1).float()
 
 
-def log_open_loop(
-    agent: Agent, episodes: list[dict], args: Args, writer: SummaryWriter, run_dir: str, step: int
-) -> None:
+def log_open_loop(agent: Agent, episodes: list[dict], args: Args, writer: SummaryWriter, run_dir: str, step: int):
     """Open-loop predictions on held-out episodes: error by horizon (scalars, figure), strips truth / model / error."""
     context, device = 5, next(agent.parameters()).device
     episodes = [episode for episode in episodes if len(episode["reward"]) > context + 1]
@@ -1141,18 +1133,16 @@ def log_open_loop(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
-    for axis, error, label in zip(
-        figure.subplots(1, 2), (obs_error, reward_error), ("observation MSE", "reward error"), strict=True
-    ):
+    curves = {"observation MSE": obs_error, "reward error": reward_error}
+    for axis, (label, error) in zip(figure.subplots(1, 2), curves.items(), strict=True):
         axis.plot(np.arange(1 - context, length - context + 1), error)
         axis.axvline(0.5, color="grey", linestyle="--")
-        axis.set(xlabel="steps without observation", ylabel=label, ylim=(0, None))
+        axis.set(xlabel="steps since the last observation", ylabel=label, ylim=(0, None))
     figure.savefig(f"{run_dir}/open_loop_error_{step}.png")
     writer.add_figure("open_loop/error", figure, step)
     if batch["obs"].dtype == torch.uint8:
-        strips = torch.cat(
-            [truth + 0.5, (model + 0.5).clamp(0, 1), (model - truth + 1) / 2], -2
-        )  # (T, B, 3, 3 * 64, 64)
+        rows = truth + 0.5, (model + 0.5).clamp(0, 1), ((model - truth + 1) / 2).clamp(0, 1)
+        strips = torch.cat(rows, -2)  # (T, B, 3, 3 * 64, 64)
         frames = strips.permute(0, 3, 1, 4, 2).flatten(2, 3)  # (T, 3 * 64, B * 64, 3)
         log_gif(writer, "open_loop/truth_model_error", (frames * 255).byte().cpu().numpy(), run_dir, step)
         log_gif(writer, "eval/episode", episodes[0]["obs"][:: max(len(episodes[0]["obs"]) // 100, 1)], run_dir, step)
@@ -1171,10 +1161,9 @@ def evaluate_run(args: Args) -> str:
     returns, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
     if len(returns):
-        print(
-            f"{args.env_id} at step {checkpoint['global_step']}: return {returns.mean():.1f} +- {returns.std():.1f} "
-            f"({len(returns)} episodes: {' '.join(f'{r:.1f}' for r in returns)})"
-        )
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}, renderer {renderer}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
     stop.exit()
     return args.evaluate
 
@@ -1278,11 +1267,8 @@ def load_checkpoint(run_dir: str, args: Args) -> dict:
         fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
     if damaged:
         fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
-    if (
-        not isinstance(state, dict)
-        or state.get("version") != 1
-        or set(state.get("args", ())) != {field.name for field in fields(args)}
-    ):
+    names = {field.name for field in fields(args)}
+    if not isinstance(state, dict) or state.get("version") != 1 or set(state.get("args", ())) != names:
         fail(f"{path} was written by another script or version")
     return state
 
@@ -1345,9 +1331,9 @@ def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, g
 
 def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[str, float]:
     """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
-    values = (
-        dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)) if metrics else {}
-    )  # host sync
+    if not metrics:
+        return {}
+    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
