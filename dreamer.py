@@ -1308,8 +1308,8 @@ class StopRequest:
 
 def make_progress(args: Args, global_step: int) -> tqdm:
     """Progress bar in environment steps; into a file it writes a line now and then."""
-    interval = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, mininterval=interval)
+    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
+    return tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
 
 
 def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
