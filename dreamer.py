@@ -352,7 +352,8 @@ class DMControl(gym.Env):
             type(self.env.physics).contexts = property(lambda physics: None)
         self.renderer, self.size, self.ray_caster = renderer, size, None
         spec = self.env.action_spec()
-        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+        bounds = (np.where(np.abs(b) < 1e10, b, np.inf * b) for b in (spec.minimum, spec.maximum))  # 1e10 means none
+        self.action_space = gym.spaces.Box(*(b.astype(np.float32) for b in bounds))
         dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
 
