@@ -1209,7 +1209,10 @@ def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, S
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
                    config=asdict(args), sync_tensorboard=True)  # fmt: skip
     step = checkpoint["global_step"] if checkpoint else 0
-    writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
+    try:
+        writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
+    except OSError as error:
+        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
     table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
     random.seed(args.seed)
