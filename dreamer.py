@@ -1317,10 +1317,14 @@ def make_progress(args: Args, global_step: int) -> tqdm:
 
 
 def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
-    """Prints each episode that ended at this step and logs their mean."""
+    """Prints each episode that ended at this step (more than 16: their mean) and logs their mean."""
     returns, lengths = infos["episode"]["r"][dones], infos["episode"]["l"][dones]
-    for episodic_return, length in zip(returns, lengths, strict=True):
-        progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
+    if len(returns) > 16:
+        mean = f"episodic_return={returns.mean():.1f}, length={lengths.mean():.1f}"
+        progress.write(f"global_step={global_step}, {len(returns)} episodes, mean {mean}")
+    else:
+        for episodic_return, length in zip(returns, lengths, strict=True):
+            progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
     writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
     writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
     progress.set_postfix({"return": f"{returns.mean():.1f}"}, refresh=False)

@@ -1,0 +1,975 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "gymnasium>=1.4", "moviepy>=2.2", "numba>=0.68", "numpy>=2.1", "pygame-ce>=2.5", "tensorboard>=2.20",
+#     "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
+# ]
+# ///
+"""Dyna-Q: a table of action values learned from real steps and, many times more often, from steps of a learned model.
+
+Paper:      Sutton 1990, Integrated Architectures for Learning, Planning, and Reacting, ICML
+            Sutton & Barto 2018, Reinforcement Learning, 2nd edition, chapter 8 (cited as S&B)
+Run:        python dyna_q.py --env-id FrozenLake-v1          (or: uv run dyna_q.py --env-id FrozenLake-v1)
+Resume:     python dyna_q.py --resume runs/<run folder>
+Evaluate:   python dyna_q.py --evaluate runs/<run folder> [--capture-video]
+Watch:      tensorboard --logdir runs
+Deviations from the book, each also marked at the line it concerns:
+  1. The model counts outcomes and planning backs up their expectation (S&B exercise 8.5). Where the world is
+     deterministic this is the book's model; --model last is the book's table, which holds the last outcome alone.
+  2. Prioritized sweeping takes its priorities from the same expectation.
+  3. An episode ends after max_episode_steps, truncated, not terminated: the value of its last state counts.
+It runs on the CPU, compiled: the updates of a learner follow one another, there is nothing to spread over a GPU.
+"""
+
+import ast
+import difflib
+import inspect
+import math
+import os
+import random
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from numba import njit
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of every random generator of the run"""
+    torch_deterministic: bool = True
+    """ask cuDNN for deterministic algorithms"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    track: bool = False
+    """also log to Weights and Biases"""
+    wandb_project_name: str = "model-based-rl"
+    """the project name at Weights and Biases"""
+    wandb_entity: str | None = None
+    """the team at Weights and Biases"""
+    capture_video: bool = False
+    """write an MP4 of the first episode of every evaluation into the run folder"""
+    save_model: bool = False
+    """write the weights alone to {exp_name}.pt in the run folder at the end"""
+    eval_frequency: int = 10_000
+    """environment steps between evaluations, 0 = none"""
+    eval_episodes: int = 10
+    """episodes of one evaluation"""
+    checkpoint_frequency: int = 50_000
+    """environment steps between checkpoints, 0 = only at the end or when interrupted"""
+    save_buffer: bool = True
+    """keep the replay buffer in the checkpoint"""
+    resume: str | None = None
+    """run folder to continue"""
+    evaluate: str | None = None
+    """run folder to evaluate: plays eval_episodes, prints mean and standard deviation, trains nothing"""
+
+    # Algorithm specific arguments
+    env_id: str = "FrozenLake-v1"
+    """Gymnasium id with Discrete observations and actions (my_module:MyEnv-v0), or one of MAZES below"""
+    total_timesteps: int = 50_000
+    """environment steps of the run, summed over all environments"""
+    num_envs: int = 1
+    """environments side by side, each with a learner of its own: num_envs independent runs"""
+    env_kwargs: tuple[str, ...] | None = None
+    """settings of the environment (is_slippery=True map_name=8x8); default by task, see TASKS below"""
+    max_episode_steps: int = 10_000
+    """an episode is truncated here at the latest, in environment steps"""
+    gamma: float | None = None
+    """discount per step; default by task, 0.99 elsewhere"""
+    learning_rate: float | None = None
+    """step size (alpha); default by task, 0.1 elsewhere"""
+    epsilon: float = 0.1
+    """share of random actions"""
+    planning_steps: int = 10
+    """updates from the model after each real step (n); 0 = Q-learning"""
+    model: Literal["counts", "last"] | None = None
+    """all outcomes of a state and action, or the last alone; default by task, counts elsewhere"""
+    kappa: float = 0.0
+    """Dyna-Q+ if > 0: planning adds kappa * sqrt(steps since the pair was tried) to the reward"""
+    prioritized: bool = False
+    """prioritized sweeping: planning takes the pair that would change most"""
+    theta: float = 1e-4
+    """prioritized sweeping: changes up to this size are not queued"""
+    report_frequency: int = 1_000
+    """steps of each environment between reports of losses and model errors"""
+
+
+# === Environment ===
+
+# S start, G goal (reward 1, the end), # wall. Where two mazes stand side by side, the second holds from CHANGES_AT on.
+MAZES = {
+    "DynaMaze-v0": """
+        . . . . . . . # G
+        . . # . . . . # .
+        S . # . . . . # .
+        . . # . . . . . .
+        . . . . . # . . .
+        . . . . . . . . .
+    """,  # S&B example 8.1
+    "BlockingMaze-v0": """
+        . . . . . . . . G    . . . . . . . . G
+        . . . . . . . . .    . . . . . . . . .
+        . . . . . . . . .    . . . . . . . . .
+        # # # # # # # # .    . # # # # # # # #
+        . . . . . . . . .    . . . . . . . . .
+        . . . S . . . . .    . . . S . . . . .
+    """,  # S&B example 8.2
+    "ShortcutMaze-v0": """
+        . . . . . . . . G    . . . . . . . . G
+        . . . . . . . . .    . . . . . . . . .
+        . . . . . . . . .    . . . . . . . . .
+        . # # # # # # # #    . # # # # # # # .
+        . . . . . . . . .    . . . . . . . . .
+        . . . S . . . . .    . . . S . . . . .
+    """,  # S&B example 8.3
+}
+CHANGES_AT = {"BlockingMaze-v0": 1000, "ShortcutMaze-v0": 3000}  # steps of the run
+
+# What a task needs other than the defaults; a flag given on the command line wins.
+CHANGING = {"gamma": 0.95, "learning_rate": 1.0, "model": "last"}  # counts would remember walls that are gone
+TASKS = {
+    "FrozenLake-v1": {"env_kwargs": ("is_slippery=False",)},
+    "FrozenLake8x8-v1": {"env_kwargs": ("is_slippery=False",)},
+    "CliffWalking-v1": {"gamma": 1.0, "learning_rate": 0.5},
+    "CliffWalkingSlippery-v1": {"gamma": 1.0},
+    "Taxi-v4": {"learning_rate": 0.5},
+    "DynaMaze-v0": {"gamma": 0.95},
+    "BlockingMaze-v0": CHANGING,
+    "ShortcutMaze-v0": CHANGING,
+}
+
+
+def with_task_defaults(args: Args) -> Args:
+    """The settings in force: what was not given is filled in from TASKS."""
+    task = {"env_kwargs": (), "gamma": 0.99, "learning_rate": 0.1, "model": "counts"} | TASKS.get(args.env_id, {})
+    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+
+
+class MazeVector(gym.vector.VectorEnv):
+    """Copies of a maze, stepped at once: four moves (up, down, left, right), a wall or border leaves you where you are.
+
+    refine splits each cell into refine x refine. The walls follow the clock `time`, which options["time"] sets.
+    """
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 8}
+
+    def __init__(self, num_envs: int = 1, drawing: str = "", change_at: float = math.inf, refine=1, render_mode=None):
+        self.num_envs, self.change_at, self.render_mode = num_envs, change_at, render_mode
+        rows = [row.split("    ") for row in inspect.cleandoc(drawing).splitlines()]  # a drawing, or two side by side
+        grids = [np.array([cells.split() for cells in grid]) for grid in zip(*rows, strict=True)]
+        self.grids = [grid.repeat(refine, 0).repeat(refine, 1) for grid in grids]
+        self.moves, cells = [self._moves(grid) for grid in self.grids], self.grids[0].ravel()
+        self.start, self.goal = np.argmax(cells == "S"), cells == "G"
+        self.initial_state_distrib = np.arange(len(cells)) == self.start
+        self.single_observation_space = gym.spaces.Discrete(len(cells))
+        self.single_action_space = gym.spaces.Discrete(4)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.position, self.time = np.full(num_envs, self.start), 0
+
+    def _moves(self, grid: np.ndarray) -> np.ndarray:
+        """The cell that each action leads to, (S, A)."""
+        here = np.arange(grid.size).reshape(grid.shape)
+        framed = np.pad(here, 1, mode="edge")
+        ahead = np.stack([framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:]], -1)
+        return np.where(grid.ravel()[ahead] == "#", here[..., None], ahead).reshape(-1, 4)
+
+    @property
+    def layout(self) -> int:
+        return int(self.time >= self.change_at)
+
+    @property
+    def P(self) -> dict:
+        """The dynamics in the form of Gymnasium's toy_text: P[s][a] = [(probability, next, reward, terminated)]."""
+        rows = enumerate(self.moves[self.layout].tolist())
+        return {
+            s: {a: [(1.0, n, float(self.goal[n]), bool(self.goal[n]))] for a, n in enumerate(row)} for s, row in rows
+        }
+
+    def reset(self, *, seed=None, options=None):
+        options = options or {}
+        self.time = options.get("time", self.time)
+        self.position = np.where(options.get("reset_mask", True), self.start, self.position)
+        return self.position, {}
+
+    def step(self, actions):
+        self.position = self.moves[self.layout][self.position, actions]
+        self.time += 1
+        terminations = self.goal[self.position]
+        return self.position, terminations.astype(float), terminations, np.zeros(self.num_envs, bool), {}
+
+
+class Maze(gym.Env):
+    """One maze, for gym.make."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 8}
+
+    def __init__(self, render_mode=None, **kwargs):
+        self.vector, self.render_mode = MazeVector(1, **kwargs), render_mode
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return int(self.vector.reset(options=options)[0][0]), {}
+
+    def step(self, action):
+        obs, rewards, terminations, _, _ = self.vector.step(np.array([action]))
+        return int(obs[0]), float(rewards[0]), bool(terminations[0]), False, {}
+
+    def render(self) -> np.ndarray:
+        """Walls black, goal green, agent blue; (H, W, 3) uint8, 16 pixels a cell."""
+        grid = self.vector.grids[self.vector.layout]
+        image = np.full((*grid.shape, 3), 255, np.uint8)
+        image[grid == "#"], image[grid == "G"] = 0, (90, 200, 90)
+        image.reshape(-1, 3)[self.vector.position[0]] = 70, 110, 220
+        return image.repeat(16, 0).repeat(16, 1)
+
+
+def register_mazes() -> None:
+    """Makes the mazes known to gym.make and gym.make_vec."""
+    for env_id, drawing in MAZES.items():
+        if env_id not in gym.registry:
+            kwargs = {"drawing": drawing, "change_at": CHANGES_AT.get(env_id, math.inf)}
+            plain = {"disable_env_checker": True, "order_enforce": False}
+            gym.register(env_id, Maze, vector_entry_point=MazeVector, kwargs=kwargs, **plain)
+
+
+class EpisodeStatistics(gym.vector.VectorWrapper):
+    """Returns and lengths of the episodes that end, in infos["episode"]; truncates them at max_episode_steps.
+
+    Gymnasium's own RecordEpisodeStatistics loses the other episodes' sums when one of them is reset by a mask.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv, max_episode_steps: int):
+        super().__init__(envs)
+        self.max_episode_steps = max_episode_steps
+        self.returns, self.lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
+
+    def reset(self, *, seed=None, options=None):
+        self.returns[options["reset_mask"]] = 0
+        self.lengths[options["reset_mask"]] = 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, actions):
+        obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        self.returns += rewards
+        self.lengths += 1
+        truncations = truncations | (self.lengths >= self.max_episode_steps)
+        return obs, rewards, terminations, truncations, infos | {"episode": {"r": self.returns, "l": self.lengths}}
+
+
+def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
+    """Thunk of one environment; observations and actions are counted from 0."""
+
+    def thunk() -> gym.Env:
+        env = gym.make(args.env_id, render_mode="rgb_array" if video else None, **parse_kwargs(args))
+        obs, action = env.observation_space, env.action_space
+        if isinstance(obs, gym.spaces.Discrete) and obs.start:
+            env = gym.wrappers.TransformObservation(env, lambda o: o - obs.start, gym.spaces.Discrete(obs.n))
+        if isinstance(action, gym.spaces.Discrete) and action.start:
+            env = gym.wrappers.TransformAction(env, lambda a: a + action.start, gym.spaces.Discrete(action.n))
+        if video:  # folder/prefix of the MP4
+            folder, prefix = os.path.split(video)
+            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
+            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
+        return env
+
+    return thunk
+
+
+def parse_kwargs(args: Args) -> dict:
+    """--env-kwargs name=value ... as keyword arguments; what is no Python literal is a string."""
+    kwargs = {}
+    for setting in args.env_kwargs:
+        name, equals, value = setting.partition("=")
+        if not (name.isidentifier() and equals):
+            fail(f"--env-kwargs takes name=value, not {setting!r}")
+        try:
+            kwargs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            kwargs[name] = value
+    return kwargs
+
+
+def make_vector_env(args: Args, video: str | None = None) -> gym.vector.VectorEnv:
+    """num_envs environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    register_mazes()
+    try:
+        if args.env_id in MAZES and not video:
+            envs = gym.make_vec(args.env_id, args.num_envs, "vector_entry_point", **parse_kwargs(args))
+        else:
+            thunks = [make_env(args, video if i == 0 else None) for i in range(args.num_envs)]
+            envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    except gym.error.DependencyNotInstalled as error:
+        fail(str(error).replace("\n", " "))
+    except ImportError as error:
+        fail(f"{args.env_id} needs a package that is not installed: pip install {error.name or error}")
+    except (gym.error.Error, TypeError) as error:
+        close = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"cannot make {args.env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+    for kind, space in (("observations", envs.single_observation_space), ("actions", envs.single_action_space)):
+        if not isinstance(space, gym.spaces.Discrete):
+            fail(f"{args.env_id}: {kind} must be Discrete, not {space}")
+    return EpisodeStatistics(envs, args.max_episode_steps)
+
+
+# === Replay buffer ===
+
+
+PAIR = np.dtype([("visits", np.int32), ("num_outcomes", np.int32), ("reward", np.float64)])  # reward: the mean
+OUTCOME = np.dtype([("next_obs", np.int32), ("count", np.int32), ("terminations", np.int32)])
+
+
+class Model(NamedTuple):
+    """What N learners know of their worlds: S states, A actions, up to K outcomes of a pair, up to P predecessors.
+
+    It takes the place of a replay buffer. In queue and predecessors the pair (s, a) is the number s * A + a.
+    """
+
+    pairs: np.ndarray  # (N, S, A) of PAIR
+    outcomes: np.ndarray  # (N, S, A, K) of OUTCOME: the states a pair led to, how often, how often by a termination
+    last_tried: np.ndarray  # (N, S, A) step of the run, 0 = never
+    visited: np.ndarray  # (N, S) the states in which an action was taken, in order of appearance
+    num_visited: np.ndarray  # (N,)
+    tried: np.ndarray  # (N, S, A) the actions taken in a state, in order of appearance
+    num_tried: np.ndarray  # (N, S)
+    priority: np.ndarray  # (N, S * A) of the pairs in the queue, 0 = not queued
+    predecessors: np.ndarray  # (N, S, P) the pairs that lead to a state, as far as known
+    num_predecessors: np.ndarray  # (N, S)
+
+
+def make_model(num_learners: int, num_states: int, num_actions: int) -> Model:
+    """A model that knows nothing, with room for one outcome of each pair. Small types: the CPU's cache is the limit."""
+    n, s, a = num_learners, num_states, num_actions
+    return Model(
+        pairs=np.zeros((n, s, a), PAIR),
+        outcomes=np.zeros((n, s, a, 1), OUTCOME),
+        last_tried=np.zeros((n, s, a), np.int64),
+        visited=np.zeros((n, s), np.int32),
+        num_visited=np.zeros(n, np.int32),
+        tried=np.zeros((n, s, a), np.int32),
+        num_tried=np.zeros((n, s), np.int32),
+        priority=np.zeros((n, s * a)),
+        predecessors=np.zeros((n, s, 1), np.int32),
+        num_predecessors=np.zeros((n, s), np.int32),
+    )
+
+
+def grow(model: Model) -> Model:
+    """Twice the room for outcomes and predecessors."""
+    outcomes, predecessors = (np.concatenate([x, np.zeros_like(x)], -1) for x in (model.outcomes, model.predecessors))
+    return model._replace(outcomes=outcomes, predecessors=predecessors)
+
+
+def model_state(model: Model) -> dict[str, torch.Tensor]:
+    """The arrays as tensors of bytes (torch has no records); they share memory with the model."""
+    return {name: torch.from_numpy(array.view(np.uint8)) for name, array in model._asdict().items()}
+
+
+def load_model(state: dict[str, torch.Tensor], like: Model) -> Model:
+    """The inverse; `like` tells the types."""
+    return Model(**{name: state[name].numpy().copy().view(array.dtype) for name, array in like._asdict().items()})
+
+
+@njit
+def find_outcome(model, i, s, a, next_s):
+    """Index of an outcome of the pair, num_outcomes if it has not been seen."""
+    for k in range(model.pairs[i, s, a].num_outcomes):
+        if model.outcomes[i, s, a, k].next_obs == next_s:
+            return k
+    return model.pairs[i, s, a].num_outcomes
+
+
+@njit
+def has_room(model, i, s, a, next_s, rule):
+    """Whether `record` can store this transition without more room."""
+    k, num_outcomes = find_outcome(model, i, s, a, next_s), model.pairs[i, s, a].num_outcomes
+    full = rule.prioritized and model.num_predecessors[i, next_s] == model.predecessors.shape[2]
+    return k < num_outcomes or ((rule.overwrite or k < model.outcomes.shape[3]) and not full)
+
+
+@njit
+def record(model, i, s, a, reward, next_s, terminated, step, rule):
+    """Model learning, S&B box "Tabular Dyna-Q" step (e), with counts in place of the last outcome (deviation 1)."""
+    pair = model.pairs[i, s, a]
+    if pair.visits == 0:
+        if model.num_tried[i, s] == 0:
+            model.visited[i, model.num_visited[i]] = s
+            model.num_visited[i] += 1
+        model.tried[i, s, model.num_tried[i, s]] = a
+        model.num_tried[i, s] += 1
+    elif rule.overwrite:
+        forget(model, i, s, a, rule)
+    k = find_outcome(model, i, s, a, next_s)
+    outcome = model.outcomes[i, s, a, k]
+    if k == pair.num_outcomes:
+        outcome.next_obs, outcome.count, outcome.terminations = next_s, 0, 0
+        pair.num_outcomes += 1
+        if rule.prioritized:
+            model.predecessors[i, next_s, model.num_predecessors[i, next_s]] = s * model.pairs.shape[2] + a
+            model.num_predecessors[i, next_s] += 1
+    outcome.count += 1
+    outcome.terminations += terminated
+    pair.visits += 1
+    pair.reward += (reward - pair.reward) / pair.visits
+    model.last_tried[i, s, a] = step
+
+
+@njit
+def forget(model, i, s, a, rule):
+    """Drops the one outcome that is known of a pair, and the pair from the predecessors of the state it led to."""
+    pair = model.pairs[i, s, a]
+    pair.visits, pair.num_outcomes, pair.reward = 0, 0, 0.0
+    if rule.prioritized:
+        next_s = model.outcomes[i, s, a, 0].next_obs
+        for j in range(model.num_predecessors[i, next_s]):
+            if model.predecessors[i, next_s, j] == s * model.pairs.shape[2] + a:
+                model.num_predecessors[i, next_s] -= 1
+                model.predecessors[i, next_s, j] = model.predecessors[i, next_s, model.num_predecessors[i, next_s]]
+                break
+
+
+# === Targets and losses ===
+
+
+@njit
+def max_value(q, i, s):
+    best = q[i, s, 0]
+    for a in range(1, q.shape[2]):
+        best = max(best, q[i, s, a])
+    return best
+
+
+@njit
+def expected_target(q, pairs, outcomes, i, s, a, gamma):
+    """Expected update of a pair under the model, S&B section 8.5: r + gamma * sum_s' p(s') max_a' Q(s', a').
+
+    Nothing is added beyond a termination. An untried pair leads back to its state with reward 0 (S&B section 8.3).
+    """
+    pair = pairs[i, s, a]
+    if pair.visits == 0:
+        return gamma * max_value(q, i, s)
+    value = 0.0
+    for k in range(pair.num_outcomes):
+        outcome = outcomes[i, s, a, k]
+        value += (outcome.count - outcome.terminations) / pair.visits * max_value(q, i, outcome.next_obs)
+    return pair.reward + gamma * value
+
+
+def model_errors(model: Model, P: dict, start: np.ndarray) -> dict[str, float]:
+    """The learners' models beside the environment's own table P[s][a] = [(probability, next, reward, terminated)].
+
+    missing: share of the table's outcomes that no visit has shown, in states that can be reached from `start` (S,);
+    wrong: share of the model's outcomes that the table does not have, or whose rewards it rules out.
+    """
+    num_outcomes = max(len(outcomes) for row in P.values() for outcomes in row.values())
+    table = np.zeros((*model.pairs.shape[1:], num_outcomes, 4))
+    for s, row in P.items():
+        for a, outcomes in row.items():
+            table[s, a, : len(outcomes)] = outcomes
+    real, next_s, reward, terminal = table[..., 0] > 0, table[..., 1].astype(int), table[..., 2], table[..., 3] > 0
+    live = np.asarray(start) > 0  # (S,)
+    while not live[reached := next_s[live][(real & ~terminal)[live]]].all():
+        live[reached] = True
+
+    pairs, outcomes = model.pairs, model.outcomes
+    known = np.arange(outcomes.shape[3]) < pairs["num_outcomes"][..., None]  # (N, S, A, K)
+    ended, went_on = outcomes["terminations"] > 0, outcomes["count"] > outcomes["terminations"]
+    same = (known[..., None] & real[:, :, None]) & (outcomes["next_obs"][..., None] == next_s[:, :, None])
+    seen = same & np.where(terminal[:, :, None], ended[..., None], went_on[..., None])
+    low, high = np.where(real, reward, np.inf).min(-1) - 1e-9, np.where(real, reward, -np.inf).max(-1) + 1e-9
+    wrong = (ended & ~(same & terminal[:, :, None]).any(-1)) | (went_on & ~(same & ~terminal[:, :, None]).any(-1))
+    wrong = known & (wrong | ((pairs["reward"] < low) | (pairs["reward"] > high))[..., None])
+    missing = (real & ~seen.any(3))[:, live].sum() / (len(pairs) * real[live].sum())
+    return {"model/missing": missing, "model/wrong": wrong.sum() / max(known.sum(), 1)}
+
+
+# === Acting ===
+
+
+@njit
+def act(q, obs, epsilon, uniforms):
+    """Epsilon-greedy actions (N,) in Q (N, S, A) for obs (N,), ties broken at random; uniforms (N, 2) in [0, 1)."""
+    actions = np.zeros(len(obs), np.int64)
+    for i in range(len(obs)):
+        values = q[i, obs[i]]
+        if uniforms[i, 0] < epsilon:
+            actions[i] = int(uniforms[i, 1] * len(values))
+            continue
+        best, ties = max_value(q, i, obs[i]), 0
+        for value in values:
+            ties += value == best
+        rank = int(uniforms[i, 1] * ties)
+        for a in range(len(values)):
+            if values[a] == best:
+                if rank == 0:
+                    actions[i] = a
+                rank -= 1
+    return actions
+
+
+# === Updates ===
+
+
+class Rule(NamedTuple):
+    """The settings of an update."""
+
+    gamma: float
+    learning_rate: float
+    planning_steps: int
+    kappa: float
+    prioritized: bool
+    theta: float
+    overwrite: bool
+
+
+def make_rule(args: Args) -> Rule:
+    return Rule(**{name: getattr(args, name) for name in Rule._fields[:-1]}, overwrite=args.model == "last")
+
+
+@njit
+def dyna_q_step(q, model, sums, obs, actions, rewards, next_obs, terminations, uniforms, step, rule):
+    """One real step of each learner: direct update, model learning, planning; S&B box "Tabular Dyna-Q" (d) to (f).
+
+    Arrays of the transition (N,), uniforms (N, n, 2) in [0, 1), step of the run counted from 1. Changes in place q
+    (N, S, A), model and sums (N, 3), which adds up the absolute TD error of the real step, those of planning, and the
+    updates of planning. Returns False, with nothing changed, if the model must grow first.
+    """
+    for i in range(len(obs)):
+        if not has_room(model, i, obs[i], actions[i], next_obs[i], rule):
+            return False
+    pairs, outcomes, _, visited, num_visited, tried, num_tried, _, _, _ = model
+    for i in range(len(obs)):
+        s, a = obs[i], actions[i]
+        value = 0.0 if terminations[i] else max_value(q, i, next_obs[i])
+        td_error = rewards[i] + rule.gamma * value - q[i, s, a]
+        q[i, s, a] += rule.learning_rate * td_error
+        sums[i, 0] += abs(td_error)
+        record(model, i, s, a, rewards[i], next_obs[i], terminations[i], step, rule)
+        for j in range(rule.planning_steps):  # uniformly: first a visited state, then an action tried in it
+            s = visited[i, int(uniforms[i, j, 0] * num_visited[i])]
+            if rule.kappa > 0:  # Dyna-Q+ (S&B section 8.3): untried actions too, and a bonus for the time since
+                a = int(uniforms[i, j, 1] * q.shape[2])
+                bonus = rule.kappa * math.sqrt(step - model.last_tried[i, s, a])
+            else:
+                a, bonus = tried[i, s, int(uniforms[i, j, 1] * num_tried[i, s])], 0.0
+            td_error = bonus + expected_target(q, pairs, outcomes, i, s, a, rule.gamma) - q[i, s, a]
+            q[i, s, a] += rule.learning_rate * td_error
+            sums[i, 1] += abs(td_error)
+        sums[i, 2] += rule.planning_steps
+    return True
+
+
+@njit
+def push(q, model, i, s, a, rule):
+    """Queues a pair by its absolute TD error if that exceeds theta; one that is queued is raised, never lowered."""
+    priority = abs(expected_target(q, model.pairs, model.outcomes, i, s, a, rule.gamma) - q[i, s, a])  # deviation 2
+    if priority > rule.theta:
+        pair = s * q.shape[2] + a
+        model.priority[i, pair] = max(priority, model.priority[i, pair])
+
+
+@njit
+def prioritized_sweeping_step(q, model, sums, obs, actions, rewards, next_obs, terminations, uniforms, step, rule):
+    """One real step of each learner, S&B box "Prioritized sweeping" (d) to (g). As dyna_q_step; uniforms are not used.
+
+    The highest priority is found by looking at all S * A of them: for tables, shorter than a heap and fast enough.
+    """
+    for i in range(len(obs)):
+        if not has_room(model, i, obs[i], actions[i], next_obs[i], rule):
+            return False
+    for i in range(len(obs)):
+        s, a = obs[i], actions[i]
+        value = 0.0 if terminations[i] else max_value(q, i, next_obs[i])
+        sums[i, 0] += abs(rewards[i] + rule.gamma * value - q[i, s, a])
+        record(model, i, s, a, rewards[i], next_obs[i], terminations[i], step, rule)
+        push(q, model, i, s, a, rule)
+        for _ in range(rule.planning_steps):
+            pair = np.argmax(model.priority[i])
+            if model.priority[i, pair] == 0:
+                break
+            model.priority[i, pair] = 0
+            s, a = pair // q.shape[2], pair % q.shape[2]
+            td_error = expected_target(q, model.pairs, model.outcomes, i, s, a, rule.gamma) - q[i, s, a]
+            q[i, s, a] += rule.learning_rate * td_error
+            sums[i, 1] += abs(td_error)
+            sums[i, 2] += 1
+            for j in range(model.num_predecessors[i, s]):
+                before = model.predecessors[i, s, j]
+                push(q, model, i, before // q.shape[2], before % q.shape[2], rule)
+    return True
+
+
+def update(q: np.ndarray, model: Model, sums: np.ndarray, transition: tuple, step: int, rng, rule: Rule) -> Model:
+    """One real step of all learners, see dyna_q_step; rng is a NumPy generator. Returns the model, grown or not."""
+    learn = prioritized_sweeping_step if rule.prioritized else dyna_q_step
+    uniforms = rng.random((len(q), 0 if rule.prioritized else rule.planning_steps, 2))
+    while not learn(q, model, sums, *transition, uniforms, step, rule):
+        model = grow(model)
+    return model
+
+
+# === Evaluation ===
+
+
+def evaluate(q: np.ndarray, envs: gym.vector.VectorEnv, args: Args, step: int, stop: "StopRequest") -> np.ndarray:
+    """Returns of args.eval_episodes greedy episodes, at least one by each learner, in the world as it is at this step.
+
+    It has generators and seeds of its own: training does not notice.
+    """
+    rng, seeds = np.random.default_rng([args.seed, 98]), np.random.default_rng([args.seed, 99])
+    quota = np.bincount(np.arange(max(args.eval_episodes, len(q))) % len(q))  # fixed, so that short episodes do not win
+    returns, dones = [], np.ones(len(q), bool)
+    while quota.any() and not stop.requested:
+        if dones.any():
+            seed = seeds.integers(2**31, size=len(q)).tolist()
+            obs, _ = envs.reset(seed=seed, options={"reset_mask": dones, "time": step})
+        actions = act(q, obs, 0.0, rng.random((len(q), 2)))
+        obs, _, terminations, truncations, infos = envs.step(actions)
+        dones = terminations | truncations
+        for i in np.flatnonzero(dones & (quota > 0)):
+            quota[i] -= 1
+            returns.append(float(infos["episode"]["r"][i]))
+    return np.array(returns)
+
+
+def evaluate_run(args: Args) -> str:
+    """Plays the greedy policy of a run folder and prints its returns; with args.capture_video one episode is filmed."""
+    checkpoint = load_checkpoint(args.evaluate, args)
+    refuse_changes(args, checkpoint, "evaluate eval_episodes capture_video cuda seed")
+    stop, step = StopRequest(), checkpoint["global_step"] // args.num_envs
+    envs = make_vector_env(args, f"{args.evaluate}/videos/evaluate" if args.capture_video else None)
+    returns = evaluate(checkpoint["parts"]["agent"]["q_table"].numpy(), envs, args, step, stop)
+    envs.close()
+    if len(returns):
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    stop.exit()
+    return args.evaluate
+
+
+# === Run plumbing (same text in all five scripts) ===
+
+
+def fail(message: str) -> NoReturn:
+    """One clear line for a mistake of the user's, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def parse_args() -> Args:
+    """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    args = tyro.cli(Args)
+    folder = args.resume or args.evaluate
+    return tyro.cli(Args, default=Args(**load_checkpoint(folder, args)["args"])) if folder else args
+
+
+def choose_device(args: Args) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+
+def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, SummaryWriter]:
+    """Run folder, device, logs and global seeds; with a checkpoint, that run's folder."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track needs Weights and Biases: pip install wandb")
+    if checkpoint:
+        refuse_changes(args, checkpoint, "resume total_timesteps cuda track eval_frequency checkpoint_frequency")
+    run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = run_dir.rstrip("/")
+    try:
+        os.makedirs(run_dir, exist_ok=args.resume is not None)
+    except OSError as error:
+        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
+    if args.track:  # before the writer is made, which it listens to
+        name = os.path.basename(run_dir)
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
+                   config=asdict(args), sync_tensorboard=True)  # fmt: skip
+    step = checkpoint["global_step"] if checkpoint else 0
+    try:
+        writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
+    except OSError as error:
+        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
+    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    return run_dir, choose_device(args), writer
+
+
+def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
+    """Settings of a saved run must be as they were, but for those named in `free`."""
+    for name, value in checkpoint["args"].items():
+        if name not in free.split() and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
+
+
+def next_multiple(step: int, frequency: int) -> float:
+    """The next multiple of a frequency after this step; 0 = never."""
+    return (step // frequency + 1) * frequency if frequency else math.inf
+
+
+def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
+    """Writes everything a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
+
+    parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
+    """
+    state = {
+        "version": 1,
+        "args": asdict(args) | {"resume": None},
+        "global_step": global_step,
+        "parts": {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()},
+        "rng": {
+            name: g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for name, g in rng.items()
+        },
+    }
+    path = f"{run_dir}/checkpoint.pt"
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # a full disk, above all
+        raise SystemExit(f"error: cannot write {path}, the last checkpoint is intact: {error}") from error
+
+
+def load_checkpoint(run_dir: str, args: Args) -> dict:
+    """Reads a run folder's checkpoint (tensors stay on disk until they are used); names what is wrong in one line."""
+    path = os.path.join(run_dir, "checkpoint.pt")
+    if not os.path.isfile(path):
+        fail(f"no checkpoint at {path}")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # many types, for a damaged or foreign file
+        fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
+    if damaged:
+        fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
+    names = {field.name for field in fields(args)}
+    if not isinstance(state, dict) or state.get("version") != 1 or set(state.get("args", ())) != names:
+        fail(f"{path} was written by another script or version")
+    return state
+
+
+def restore_rng(rng: dict, states: dict) -> None:
+    """Sets the named generators to the states of a checkpoint."""
+    for name, generator in rng.items():
+        if isinstance(generator, torch.Generator):
+            if states[name].shape == generator.get_state().shape:
+                generator.set_state(states[name])
+            else:
+                print(f"random generator {name} starts anew: it was saved on another kind of device")
+        else:
+            generator.bit_generator.state = states[name]
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to stop at its next safe point; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = 0
+        self.previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self, signum: int, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = signum
+        os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+
+    def exit(self) -> None:
+        """Hands the signals back; ends the process with the usual code if one has come."""
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+        if self.requested:
+            raise SystemExit(128 + self.requested)
+
+
+def make_progress(args: Args, global_step: int) -> tqdm:
+    """Progress bar in environment steps; into a file it writes a line now and then."""
+    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
+    return tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
+
+
+def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
+    """Prints each episode that ended at this step (more than 16: their mean) and logs their mean."""
+    returns, lengths = infos["episode"]["r"][dones], infos["episode"]["l"][dones]
+    if len(returns) > 16:
+        mean = f"episodic_return={returns.mean():.1f}, length={lengths.mean():.1f}"
+        progress.write(f"global_step={global_step}, {len(returns)} episodes, mean {mean}")
+    else:
+        for episodic_return, length in zip(returns, lengths, strict=True):
+            progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
+    writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
+    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
+    progress.set_postfix({"return": f"{returns.mean():.1f}"}, refresh=False)
+
+
+def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, global_step: int) -> None:
+    """Prints and logs mean and standard deviation of an evaluation's returns."""
+    progress.write(f"global_step={global_step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
+    writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+    writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+
+
+def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[str, float]:
+    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
+    if not metrics:
+        return {}
+    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+    return values
+
+
+# === Main ===
+
+
+def check_args(args: Args) -> None:
+    """Refuses impossible numbers in one line."""
+    at_least = {
+        1: "total_timesteps num_envs eval_episodes max_episode_steps report_frequency",
+        0: "seed eval_frequency checkpoint_frequency gamma learning_rate epsilon planning_steps kappa theta",
+    }
+    for bound, names in at_least.items():
+        for name in names.split():
+            if not getattr(args, name) >= bound:
+                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(args, name)}")
+    for name in ("gamma", "learning_rate", "epsilon"):
+        if getattr(args, name) > 1:
+            fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
+    if args.prioritized and (args.kappa > 0 or args.planning_steps == 0):
+        fail("--prioritized goes with --planning-steps of at least 1 and without --kappa")
+
+
+def main(args: Args) -> str:
+    args = with_task_defaults(args)
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    envs, eval_envs = make_vector_env(args), None
+    run_dir, _, writer = setup_run(args, checkpoint)
+    stop = StopRequest()
+
+    # tables, generators
+    num_states, num_actions = int(envs.single_observation_space.n), int(envs.single_action_space.n)
+    q = np.zeros((args.num_envs, num_states, num_actions))
+    model, rule = make_model(*q.shape), make_rule(args)
+    sums = np.zeros((args.num_envs, 3))  # since the last report, see learn
+    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act", "planning"))}
+    global_step = 0
+    print(f"{run_dir}: {args.num_envs} learners, {num_states} states, {num_actions} actions, gamma {args.gamma}, "
+          f"alpha {args.learning_rate}, {' '.join(args.env_kwargs)}")  # fmt: skip
+
+    # resume
+    if checkpoint:
+        global_step, saved = checkpoint["global_step"], checkpoint["parts"]
+        q, sums = saved["agent"]["q_table"].numpy().copy(), saved["sums"].numpy().copy()
+        if args.save_buffer:
+            model = load_model(saved["replay"], model)
+        restore_rng(rng, checkpoint["rng"])
+
+    last_report = global_step, time.perf_counter()
+
+    def report() -> None:
+        """TD errors since the last report (which must be finite), model errors, steps per second."""
+        nonlocal last_report
+        (last_step, last_time), now = last_report, time.perf_counter()
+        direct, planning, updates = torch.from_numpy(sums.sum(0))
+        metrics = {"losses/td_error": direct / args.report_frequency / args.num_envs}
+        metrics |= {"model/planning_td_error": planning / updates.clamp(min=1)}
+        values = require_finite(metrics, global_step)
+        values["model/states_visited"] = model.num_visited.mean()
+        values["charts/SPS"] = (global_step - last_step) / (now - last_time)
+        world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
+        if hasattr(world, "P") and hasattr(world, "initial_state_distrib"):
+            values |= model_errors(model, world.P, world.initial_state_distrib)
+        for name, value in values.items():
+            writer.add_scalar(name, value, global_step)
+        last_report = global_step, now
+        sums[:] = 0
+
+    def save() -> None:
+        require_finite({"losses/td_error": torch.tensor(sums.sum())}, global_step)
+        parts = {"agent": {"q_table": torch.from_numpy(q)}, "sums": torch.from_numpy(sums)}
+        if args.save_buffer:
+            parts["replay"] = model_state(model)
+        save_checkpoint(run_dir, args, global_step, parts, rng)
+
+    # the loop
+    progress = make_progress(args, global_step)
+    dones = np.ones(args.num_envs, bool)
+    next_eval = next_multiple(global_step, args.eval_frequency)
+    next_save = next_multiple(global_step, args.checkpoint_frequency)
+    if not checkpoint:
+        save()  # from here on the run folder always holds a checkpoint
+    while True:
+        if global_step >= next_eval:
+            next_eval = next_multiple(global_step, args.eval_frequency)
+            if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
+                video = f"{run_dir}/videos/step-{global_step}" if args.capture_video else None
+                eval_envs = make_vector_env(args, video)
+            returns = evaluate(q, eval_envs, args, global_step // args.num_envs, stop)
+            if args.capture_video:
+                eval_envs.close()
+            if not stop.requested:
+                log_evaluation(writer, progress, returns, global_step)
+        ending = stop.requested or global_step >= args.total_timesteps
+        if ending or (global_step >= next_save and (dones.all() or args.num_envs > 1)):
+            next_save = next_multiple(global_step, args.checkpoint_frequency)
+            save()
+        if ending:
+            break
+
+        step = global_step // args.num_envs
+        if dones.any():
+            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
+            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones, "time": step})
+        actions = act(q, obs, args.epsilon, rng["act"].random((args.num_envs, 2)))
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        transition = obs, actions, rewards, next_obs, terminations
+        model = update(q, model, sums, transition, step + 1, rng["planning"], rule)
+        obs, dones = next_obs, terminations | truncations
+        global_step += args.num_envs
+        progress.update(args.num_envs)
+        if dones.any():
+            log_episodes(writer, progress, infos, dones, global_step)
+        if (step + 1) % args.report_frequency == 0:
+            report()
+
+    envs.close()
+    if eval_envs is not None and not args.capture_video:
+        eval_envs.close()
+    progress.close()
+    writer.close()
+    if args.save_model:
+        torch.save({"q_table": torch.from_numpy(q)}, f"{run_dir}/{args.exp_name}.pt")
+    print(f"checkpoint at step {global_step}; continue with: python {os.path.basename(__file__)} --resume {run_dir}")
+    stop.exit()
+    return run_dir
+
+
+if __name__ == "__main__":
+    main(parse_args())
