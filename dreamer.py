@@ -1492,6 +1492,7 @@ def main(args: Args) -> str:
 
     def save() -> None:
         report()  # a loss that is not finite must not reach the checkpoint
+        writer.flush()  # curves without a gap, should the run be killed and resumed
         save_checkpoint(run_dir, args, global_step, parts | buffer_parts | {"counters": counters}, rng)
 
     # the loop

@@ -916,6 +916,7 @@ def main(args: Args) -> str:
         parts = {"agent": {"q_table": torch.from_numpy(q)}, "sums": torch.from_numpy(sums)}
         if args.save_buffer:
             parts["replay"] = model_state(model)
+        writer.flush()  # curves without a gap, should the run be killed and resumed
         save_checkpoint(run_dir, args, global_step, parts, rng)
 
     # the loop

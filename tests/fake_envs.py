@@ -59,6 +59,59 @@ class Counter(gym.Env):
         return obs, float(self.count), self.count == self.fatal, False, {}
 
 
+class Ladder(gym.Env):
+    """Shows 2 * step + a coin; an action of 1 earns the step's number; step `fatal` terminates and shows 0 or 1 again.
+
+    `first` is the smallest observation and action. Without a table of its dynamics.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, render_mode=None, fatal=None, nan_after=None, first=0):
+        self.render_mode, self.fatal, self.nan_after, self.first = render_mode, fatal, nan_after, first
+        self.observation_space = gym.spaces.Discrete(26, start=first)
+        self.action_space = gym.spaces.Discrete(2, start=first)
+        self.total_steps = 0
+
+    def _observe(self, count: int) -> int:
+        self.obs = self.first + 2 * count + int(self.np_random.integers(2))
+        return self.obs
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return self._observe(0), {}
+
+    def step(self, action):
+        self.count += 1
+        self.total_steps += 1
+        poisoned = self.nan_after is not None and self.total_steps > self.nan_after
+        reward = float("nan") if poisoned else float(self.count * (action - self.first))
+        died = self.count == self.fatal
+        return self._observe(0 if died else self.count), reward, died, False, {}
+
+    def render(self):
+        image = np.zeros((64, 64, 3), np.uint8)
+        image[64 - 5 * self.count :] = 255
+        return image
+
+
+class OneState(gym.Env):
+    """One state, one action, reward 1: every value that is learned can be written down."""
+
+    observation_space = action_space = gym.spaces.Discrete(1)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return 0, {}
+
+    def step(self, action):
+        return 0, 1.0, False, False, {}
+
+
 class OddSpaces(gym.Env):
     """An environment with the spaces it is given."""
 
@@ -80,15 +133,22 @@ def register(name: str, entry_point, max_episode_steps: int | None, **kwargs) ->
 
 
 BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
-PAIR = gym.spaces.MultiDiscrete([2, 3])
+PAIR, THREE = gym.spaces.MultiDiscrete([2, 3]), gym.spaces.Discrete(3)
 register("TinyPixels-v0", TinyPixels, 12)
 register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
 register("NanReward-v0", TinyPixels, 12, nan_after=30)
 register("Counter-v0", Counter, 12)
 register("DeadlyCounter-v0", Counter, 12, fatal=8)
 register("BothEndsCounter-v0", Counter, 12, fatal=12)
+register("Ladder-v0", Ladder, 12)
+register("DeadlyLadder-v0", Ladder, 12, fatal=6)
+register("BothEndsLadder-v0", Ladder, 12, fatal=12)
+register("ShiftedLadder-v0", Ladder, 12, first=5)
+register("NanLadder-v0", Ladder, 12, nan_after=30)
+register("OneState-v0", OneState, 12)
 register("DictObservation-v0", OddSpaces, 12, observation_space=gym.spaces.Dict(a=VECTOR), action_space=BOX)
 register("MultiDiscreteAction-v0", OddSpaces, 12, observation_space=VECTOR, action_space=PAIR)
+register("BoxAction-v0", OddSpaces, 12, observation_space=THREE, action_space=BOX)
 register("MissingPackage-v0", missing_package, 12)
 
 

@@ -31,6 +31,7 @@ COMMON += ["log_episodes", "log_evaluation", "require_finite"]
 FLAGS = "exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity capture_video save_model".split()
 FLAGS += "eval_frequency eval_episodes checkpoint_frequency save_buffer resume evaluate".split()
 FLAGS += "env_id total_timesteps num_envs".split()
+SPEED = {"bfloat16", "compile", "cudagraphs"}  # in a block of their own, which a script without them does without
 LAZY = {"dm_control", "mujoco", "ale_py", "wandb", "moviepy", "cv2", "matplotlib", "PIL", "pygame"}
 OPTIONAL = {"wandb"}  # asked for by a flag; its absence is one line with the pip command
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless"}  # where import and distribution have other names
@@ -202,7 +203,12 @@ def test_common_settings_come_first_and_speed_last(path):
     head = FLAGS[: FLAGS.index("env_id")]
     assert [name for name, _, _ in fields("class Args:\n" + common_args(source))] == head
     assert names[: len(FLAGS)] == FLAGS
-    assert source.index(ALGORITHM) < source.index("    # Speed\n") < source.index("# === ")
+    settings = source.split("@dataclass\nclass Args:\n")[1].split("\n\n\n")[0]
+    _, *blocks = re.split(r"(?m)^    # (.+)\n", settings)
+    headings, last = blocks[::2], blocks[-1]
+    assert ALGORITHM == f"    # {headings[0]}\n" and "Speed" not in headings[:-1]
+    speed = [name for name in names if name in SPEED]
+    assert bool(speed) == (headings[-1] == "Speed") and all(f"    {name}: " in last for name in speed)
 
 
 @each_script

@@ -16,17 +16,20 @@ import time
 import types
 from pathlib import Path
 
+import fake_envs
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [name for name in ("dyna_q", "mbpo", "world_models", "dreamer", "muzero") if (ROOT / f"{name}.py").exists()]
 
-# Settings of a tiny run of each script: 12-step episodes, updates from step 24 on, everything else as small as it goes.
+# Settings of a tiny run of each script: 12-step episodes, updates from step 24 on or earlier, everything else as small
+# as it goes.
 TINY = {
     "dreamer": {
         "env_id": "fake_envs:TinyPixels-v0",
@@ -49,9 +52,39 @@ TINY = {
         "dense_size": 8,
         "free_nats": 0.0,
     },
+    "dyna_q": {
+        "env_id": "fake_envs:Ladder-v0",
+        "total_timesteps": 48,
+        "eval_frequency": 0,
+        "eval_episodes": 2,
+        "checkpoint_frequency": 24,
+        "planning_steps": 3,
+        "report_frequency": 5,  # neither of an episode nor of a checkpoint
+    },
 }
 VECTORS = {"env_id": "fake_envs:Counter-v0"}
 TWO_ENVS = {"num_envs": 2}
+# What else the shared tests must know of a script.
+TRAITS = {
+    "dreamer": {
+        "quick": VECTORS,  # what is learned from in the least time
+        "two": VECTORS | TWO_ENVS,  # two environments side by side
+        "workers": True,  # each of which has a process of its own
+        "kills": 12,
+        "nan reward": {"env_id": "fake_envs:NanReward-v0"},  # from step 31 on
+        "spoiled": "losses/reward_loss",  # by such a reward
+        "fixed": "batch_size",  # one of the settings that a resume may not change
+    },
+    "dyna_q": {
+        "quick": {},
+        "two": TWO_ENVS,
+        "workers": False,
+        "kills": 4,  # each costs a compilation
+        "nan reward": {"env_id": "fake_envs:NanLadder-v0"},
+        "spoiled": "losses/td_error",
+        "fixed": "planning_steps",
+    },
+}
 
 
 WRITERS: list[SummaryWriter] = []
@@ -64,6 +97,7 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "")  # so that what a run sets is undone
     monkeypatch.delenv("MUJOCO_GL")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))  # names sort by age
     init = SummaryWriter.__init__
     monkeypatch.setattr(SummaryWriter, "__init__", lambda self, *a, **k: (WRITERS.append(self), init(self, *a, **k))[1])
     yield
@@ -82,6 +116,11 @@ def close_writers() -> None:
 def script(request):
     """Each script as a module."""
     return importlib.import_module(request.param)
+
+
+def each(cases: dict[str, dict]) -> pytest.MarkDecorator:
+    """Parametrizes a test that takes `name` and `kind` over {script: {kind: ...}}."""
+    return pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in SCRIPTS for kind in cases[name]])
 
 
 def tiny(script, **changes):
@@ -129,6 +168,15 @@ def differences(a, b, path: str = "") -> list[str]:
         same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
         return [] if same else [path]
     return [] if a == b or a != a and b != b else [path]
+
+
+def not_finite(state, path: str = "") -> list[str]:
+    """Paths of the tensors and numbers of a nested state that are not finite."""
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return [found for key, value in items for found in not_finite(value, f"{path}/{key}")]
+    numbers = torch.as_tensor(state) if isinstance(state, torch.Tensor | float) else torch.zeros(1)
+    return [] if numbers.isfinite().all() else [path]
 
 
 def scalars(run_dir: str) -> dict[str, list[tuple[int, float]]]:
@@ -293,12 +341,37 @@ def test_steps_increase_where_many_updates_fall_on_one_step(dreamer):
     assert all(value > 0 for _, value in scalars(run_dir)["charts/SPS"])
 
 
+@pytest.mark.parametrize("count", [1, 16, 17])
+def test_more_than_16_episodes_that_end_together_are_one_line(script, count):
+    """Each is printed up to there, their mean beyond; the mean is logged; those that go on do not count."""
+    returns, lengths, dones = np.full(40, 1e6), np.full(40, 10**6), np.arange(40) % 2 == np.zeros(40)
+    dones &= np.cumsum(dones) <= count
+    returns[dones], lengths[dones] = np.arange(count), 2 * np.arange(count)
+    said, logged = [], {}
+    writer = types.SimpleNamespace(add_scalar=lambda tag, value, step: logged.update({tag: (value, step)}))
+    progress = types.SimpleNamespace(write=said.append, set_postfix=lambda *args, **kwargs: None)
+    script.log_episodes(writer, progress, {"episode": {"r": returns, "l": lengths}}, dones, 80)
+    each = [f"global_step=80, episodic_return={i:.1f}, length={2 * i}" for i in range(count)]
+    mean = "global_step=80, 17 episodes, mean episodic_return=8.0, length=16.0"
+    assert said == (each if count <= 16 else [mean])
+    assert logged == {"charts/episodic_return": ((count - 1) / 2, 80), "charts/episodic_length": (count - 1, 80)}
+
+
+def test_weights_alone_on_request(script):
+    """--save-model: what the checkpoint holds of the agent, named after the experiment; else no file."""
+    run_dir = run(script, save_model=True, exp_name="mine")
+    weights = torch.load(Path(run_dir, "mine.pt"), weights_only=True)
+    assert differences(dict(weights), dict(load(run_dir)["parts"]["agent"])) == [] and weights
+    assert {Path(run(script), name).exists() for name in (f"{script.__name__}.pt", "mine.pt")} == {False}
+
+
 # === Determinism ===
 
 
-@pytest.mark.parametrize("changes", [{}, VECTORS | TWO_ENVS], ids=["one", "two"])
-def test_same_seed_same_run(script, changes):
+@pytest.mark.parametrize("two", [False, True], ids=["one", "two"])
+def test_same_seed_same_run(script, two):
     """The seed fixes losses, parameters, replay and generators; another seed changes them."""
+    changes = TRAITS[script.__name__]["two"] if two else {}
     first, again, other = (run(script, **changes, seed=seed) for seed in (1, 1, 2))
     assert losses(first) == losses(again)
     assert differences(load(first), load(again)) == []
@@ -319,20 +392,35 @@ def test_evaluation_does_not_change_training(script):
 # === Resuming ===
 
 
-@pytest.mark.parametrize("changes", [{}, {"env_id": "CartPole-v1"}, VECTORS], ids=["pixels", "discrete", "vectors"])
-def test_stopped_and_resumed_equals_never_stopped(script, changes):
+RESUMED = {
+    "dreamer": {"pixels": {}, "discrete": {"env_id": "CartPole-v1"}, "vectors": VECTORS},
+    "dyna_q": {
+        "counts": {},
+        "last": {"model": "last"},
+        "kappa": {"kappa": 1e-2},
+        "prioritized": {"prioritized": True},
+        "terminations": {"env_id": "fake_envs:DeadlyLadder-v0"},
+    },
+}
+RESUMED["dyna_q"] |= {"prioritized last": {"prioritized": True, "model": "last"}, "two": TWO_ENVS}
+
+
+@each(RESUMED)
+def test_stopped_and_resumed_equals_never_stopped(name, kind):
     """Parameters, optimizers, replay, counters and generators of the two final checkpoints, bit for bit."""
-    whole = run(script, **changes, total_timesteps=72)
-    stopped = run(script, **changes, total_timesteps=72)
-    halfway = run(script, **changes, total_timesteps=36)
-    resumed = resume(script, halfway, **changes, total_timesteps=72)
-    if changes.get("env_id") == "CartPole-v1":  # stopped in the middle of an episode, which a resume does not replay
-        assert differences(load(whole), load(stopped)) == []
-        assert load(resumed)["global_step"] == 72
-        return
+    script, changes = importlib.import_module(name), RESUMED[name][kind]
+    num_envs = changes.get("num_envs", 1)
+    half, full = 36 * num_envs, 72 * num_envs
+    whole = run(script, **changes, total_timesteps=full)
+    stopped = run(script, **changes, total_timesteps=full)
+    halfway = run(script, **changes, total_timesteps=half)
+    resumed = resume(script, halfway, **changes, total_timesteps=full)
     assert differences(load(whole), load(stopped)) == []
+    if changes.get("env_id") == "CartPole-v1":  # stopped in the middle of an episode, which a resume does not replay
+        assert load(resumed)["global_step"] == full
+        return
     assert differences(load(whole), load(resumed)) == []
-    after = {tag: [value for value in values if value[0] > 36] for tag, values in losses(whole).items()}
+    after = {tag: [value for value in values if value[0] > half] for tag, values in losses(whole).items()}
     assert any(values for tag, values in after.items() if tag.startswith("losses/"))
     for tag, values in after.items():
         assert set(values) <= set(losses(resumed)[tag]), tag
@@ -341,15 +429,22 @@ def test_stopped_and_resumed_equals_never_stopped(script, changes):
 
 @pytest.mark.parametrize("changes", [{}, TWO_ENVS], ids=["one", "two"])
 def test_two_resumes_of_a_checkpoint_are_equal(script, changes):
-    """One environment, and two of which the open episodes are stored as truncated."""
-    steps = 24 + 6 * changes.get("num_envs", 1)  # in the middle of an episode
-    run_dir = run(script, **changes, total_timesteps=steps)
-    before = episodes(run_dir)
-    open_now = load(run_dir)["parts"]["open_episodes"]
-    assert len(open_now) == changes.get("num_envs", 1)
+    """Also in the middle of an episode, or of one each in two environments."""
+    run_dir = run(script, **changes, total_timesteps=24 + 6 * changes.get("num_envs", 1))
     copy = copy_of(run_dir)
     first, second = (load(resume(script, folder, **changes, total_timesteps=60)) for folder in (run_dir, copy))
     assert differences(first, second) == []
+
+
+@pytest.mark.parametrize("changes", [{}, TWO_ENVS], ids=["one", "two"])
+def test_dreamer_keeps_open_episodes_as_truncated(dreamer, changes):
+    """One environment, and two, stopped in the middle of their episodes."""
+    steps = 24 + 6 * changes.get("num_envs", 1)
+    run_dir = run(dreamer, **changes, total_timesteps=steps)
+    before = episodes(run_dir)
+    open_now = load(run_dir)["parts"]["open_episodes"]
+    assert len(open_now) == changes.get("num_envs", 1)
+    resume(dreamer, run_dir, **changes, total_timesteps=60)
     after = episodes(run_dir)
     for old, new in zip(before, after, strict=False):
         assert all(np.array_equal(old[name], new[name]) for name in old)
@@ -392,30 +487,47 @@ def test_resume_replaces_what_was_logged_after_the_checkpoint(script):
     assert steps == [12, 24, 36, 48, 60]
 
 
-def test_without_saved_buffer_a_resume_refills_it(script):
-    """--no-save-buffer: random actions until learning_starts steps are stored again, then the updates that are due."""
-    settings = {"save_buffer": False, **VECTORS}
-    run_dir = run(script, **settings)
+def test_without_saved_buffer_a_resume_goes_on(script):
+    """--no-save-buffer: the replay is not in the file, the rest is; a resume keeps what was learned."""
+    settings = TRAITS[script.__name__]["quick"]
+    run_dir, kept = run(script, **settings, save_buffer=False), load(run(script, **settings))
     saved = load(run_dir)
-    assert "replay" not in saved["parts"] and "open_episodes" not in saved["parts"]
-    resume(script, run_dir, **settings, total_timesteps=108)
+    assert not {"replay", "open_episodes"} & set(saved["parts"])
+    for part in saved["parts"]:
+        assert differences(saved["parts"][part], kept["parts"][part]) == [], part
+    resume(script, run_dir, **settings, save_buffer=False)
+    assert differences(saved, load(run_dir)) == []
+    resume(script, run_dir, **settings, save_buffer=False, total_timesteps=108)
+    assert load(run_dir)["global_step"] == 108
+    assert_healthy(run_dir)
+
+
+def test_dreamer_refills_a_replay_that_was_not_saved(dreamer):
+    """Random actions until learning_starts steps are stored again, then the updates that are due."""
+    settings = {"save_buffer": False, **VECTORS}
+    run_dir = run(dreamer, **settings)
+    saved = load(run_dir)
+    resume(dreamer, run_dir, **settings, total_timesteps=108)
     values = scalars(run_dir)["losses/value_loss"]
     new = [step for step, _ in values if step > 48]
     assert new and min(new) >= 48 + 24 and max(new) == 108
     state = load(run_dir)
     assert state["global_step"] == 108
     assert differences(saved["rng"]["prefill"], state["rng"]["prefill"]) != []
-    assert_healthy(run_dir)
 
 
 def test_command_line_resume_takes_the_runs_own_settings(script, monkeypatch, capsys):
     """--resume needs no other flag; total_timesteps may be given anew; any setting that clashes is named."""
     run_dir = run(script)
+    before = load(run_dir)["args"]
     command_line(monkeypatch, script, "--resume", run_dir, "--total-timesteps", "60")
     state = load(run_dir)
-    assert state["global_step"] == 60 and state["args"]["batch_size"] == TINY[script.__name__]["batch_size"]
-    line = error_of(capsys, command_line, monkeypatch, script, "--resume", run_dir, "--batch-size", "7")
-    assert "--batch-size" in line and "7" in line
+    assert state["global_step"] == 60 and state["args"] == before | {"total_timesteps": 60}
+    name = TRAITS[script.__name__]["fixed"]
+    flag = f"--{name.replace('_', '-')}"
+    assert before[name] == TINY[script.__name__][name]
+    line = error_of(capsys, command_line, monkeypatch, script, "--resume", run_dir, flag, "7")
+    assert f"{flag} 7" in line
     assert differences(state, load(run_dir)) == []
 
 
@@ -423,12 +535,13 @@ def test_command_line_resume_takes_the_runs_own_settings(script, monkeypatch, ca
 
 
 def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script):
-    """Twelve times kill -9: what is there always loads, its step never goes back, and a resume goes on from it."""
-    settings = TINY[script.__name__] | VECTORS | {"total_timesteps": 10**6, "checkpoint_frequency": 1}
+    """Again and again kill -9: what is there always loads, its step never goes back, and a resume goes on from it."""
+    traits = TRAITS[script.__name__]
+    settings = TINY[script.__name__] | traits["quick"] | {"total_timesteps": 10**6, "checkpoint_frequency": 1}
     context = multiprocessing.get_context("forkserver")
     body = importlib.import_module("fake_envs").run_script
     generator, step, run_dir = random.Random(0), -1, None
-    for _ in range(12):
+    for _ in range(traits["kills"]):
         process = context.Process(target=body, args=(script.__name__, settings))
         process.start()
         if run_dir is None:
@@ -474,17 +587,21 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(script, monkeypatch, whe
     assert load(resume(script, run_dir, total_timesteps=72))["global_step"] == 72
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("num_envs", [1, 2])
-def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(script, number, num_envs):
+SIGNALS = [(1, signal.SIGINT), (2, signal.SIGTERM), (1, signal.SIGTERM), (2, signal.SIGINT)]
+SIGNALS = [(name, *case) for name in SCRIPTS for case in SIGNALS[: 4 if TRAITS[name]["workers"] else 2]]
+
+
+@pytest.mark.parametrize(("name", "num_envs", "number"), SIGNALS)
+def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, number):
     """Signals to the whole process group: a checkpoint, the usual exit code, no traceback, no worker left."""
+    script = importlib.import_module(name)
     changes = {"total_timesteps": 10**6, "checkpoint_frequency": 0, "num_envs": num_envs}
     before = set(processes_in(os.getcwd()))
     process = start(script, *flags_of(tiny(script, **changes)))
     for line in process.stdout:
         if "episodic_return" in line:
             break
-    assert len(set(processes_in(os.getcwd())) - before) > num_envs - 1
+    assert len(set(processes_in(os.getcwd())) - before) >= (num_envs if TRAITS[name]["workers"] else 1)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
@@ -512,8 +629,8 @@ def damage(name: str, path: Path, script) -> None:
     elif name == "random bytes":
         path.write_bytes(random.Random(0).randbytes(10_000))
     elif name == "zeros inside":
-        middle = len(good) // 2
-        path.write_bytes(good[: middle - 20_000] + bytes(40_000) + good[middle + 20_000 :])
+        middle, reach = len(good) // 2, min(20_000, len(good) // 4)
+        path.write_bytes(good[: middle - reach] + bytes(2 * reach) + good[middle + reach :])
     elif name == "foreign pickle":
         path.write_bytes(pickle.dumps(Path("somewhere")))
     elif name == "foreign object":
@@ -571,9 +688,14 @@ BAD_INPUT = {
     "package of the environment": ({"env_id": "fake_envs:MissingPackage-v0"}, "package_that_nobody_has"),
     "no environment": ({"num_envs": 0}, "--num-envs"),
     "negative length": ({"total_timesteps": -5}, "--total-timesteps"),
-    "no batch": ({"batch_size": 0}, "--batch-size"),
+    "negative seed": ({"seed": -1}, "--seed"),
+    "negative frequency": ({"eval_frequency": -1}, "--eval-frequency"),
+    "checkpoint frequency": ({"checkpoint_frequency": -1}, "--checkpoint-frequency"),
+    "no evaluation episode": ({"eval_episodes": 0}, "--eval-episodes"),
 }
 BAD_DREAMS = {
+    "no batch": ({"batch_size": 0}, "--batch-size"),
+    "gamma that is no number": ({"gamma": math.nan}, "--gamma"),
     "unknown task": ({"env_id": "walker-wlak", "obs_mode": "state"}, "walker-walk"),
     "discrete observations": ({"env_id": "FrozenLake-v1"}, "observations"),
     "Dict observations": ({"env_id": "fake_envs:DictObservation-v0"}, "observations"),
@@ -583,7 +705,6 @@ BAD_DREAMS = {
     "start": ({"learning_starts": 7}, "--learning-starts"),
     "horizon": ({"horizon": 1}, "--horizon"),
     "cudagraphs": ({"cudagraphs": True}, "GPU"),
-    "negative seed": ({"seed": -1}, "--seed"),
     "gamma": ({"gamma": 1.5}, "--gamma"),
     "epsilon without steps": ({"expl_epsilon": (0.4, 0.1, 0)}, "--expl-epsilon"),
     "learning rate": ({"model_lr": -1e-3}, "--model-lr"),
@@ -591,9 +712,40 @@ BAD_DREAMS = {
     "no repeat": ({"action_repeat": 0}, "--action-repeat"),
     "negative repeat": ({"action_repeat": -1}, "--action-repeat"),
     "no train_steps": ({"train_steps": -1}, "--train-steps"),
-    "negative frequency": ({"eval_frequency": -1}, "--eval-frequency"),
-    "checkpoint frequency": ({"checkpoint_frequency": -1}, "--checkpoint-frequency"),
 }
+LAKE = {"env_id": "FrozenLake-v1"}
+BAD_TABLES = {
+    "Box observations": ({"env_id": "CartPole-v1"}, "observations must be Discrete"),
+    "Box both": ({"env_id": "Pendulum-v1"}, "observations must be Discrete"),
+    "Tuple observations": ({"env_id": "Blackjack-v1"}, "observations must be Discrete"),
+    "Dict observations": ({"env_id": "fake_envs:DictObservation-v0"}, "observations must be Discrete"),
+    "Box actions": ({"env_id": "fake_envs:BoxAction-v0"}, "actions must be Discrete"),
+    "two with Box actions": ({"env_id": "fake_envs:BoxAction-v0", "num_envs": 2}, "actions must be Discrete"),
+    "old version": ({"env_id": "Taxi-v3"}, "Taxi-v4"),
+    "a maze that does not exist": ({"env_id": "DinaMaze-v0"}, "DynaMaze-v0"),
+    "gamma": ({"gamma": 1.5}, "--gamma"),
+    "negative gamma": ({"gamma": -0.1}, "--gamma"),
+    "gamma that is no number": ({"gamma": math.nan}, "--gamma"),
+    "learning rate": ({"learning_rate": 1.1}, "--learning-rate"),
+    "negative learning rate": ({"learning_rate": -0.1}, "--learning-rate"),
+    "epsilon": ({"epsilon": 1.1}, "--epsilon"),
+    "negative epsilon": ({"epsilon": -0.1}, "--epsilon"),
+    "planning": ({"planning_steps": -1}, "--planning-steps"),
+    "kappa": ({"kappa": -1e-3}, "--kappa"),
+    "theta": ({"theta": math.nan}, "--theta"),
+    "no step": ({"max_episode_steps": 0}, "--max-episode-steps"),
+    "no report": ({"report_frequency": 0}, "--report-frequency"),
+    "prioritized with a bonus": ({"prioritized": True, "kappa": 1e-3}, "--kappa"),
+    "prioritized without planning": ({"prioritized": True, "planning_steps": 0}, "--planning-steps"),
+    "no value": ({"env_kwargs": ("is_slippery",), **LAKE}, "--env-kwargs takes name=value, not 'is_slippery'"),
+    "no name": ({"env_kwargs": ("=True",), **LAKE}, "'=True'"),
+    "no word": ({"env_kwargs": ("is slippery=True",), **LAKE}, "'is slippery=True'"),
+    "second of two": ({"env_kwargs": ("is_slippery=True", "8x8"), **LAKE}, "'8x8'"),
+    "unknown setting": ({"env_kwargs": ("slippery=True",), **LAKE}, "slippery"),
+    "unknown setting of a maze": ({"env_kwargs": ("slippery=True",), "env_id": "DynaMaze-v0"}, "slippery"),
+    "a setting that is the script's": ({"env_kwargs": ("num_envs=2",), "env_id": "DynaMaze-v0"}, "num_envs"),
+}
+BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES}
 
 
 @pytest.mark.parametrize("kind", BAD_INPUT)
@@ -601,13 +753,17 @@ def test_bad_input_gets_one_line(script, capsys, kind):
     """Exit code 2, one line that names the flag or the near matches, nothing written."""
     changes, words = BAD_INPUT[kind]
     assert words in error_of(capsys, script.main, tiny(script, **changes))
+    assert os.listdir() == []
 
 
-@pytest.mark.parametrize("kind", BAD_DREAMS)
-def test_dreamer_refuses_in_one_line(dreamer, capsys, kind):
-    """Spaces, sizes and devices that Dreamer cannot use."""
-    changes, words = BAD_DREAMS[kind]
-    assert words in error_of(capsys, dreamer.main, tiny(dreamer, **changes))
+@each(BAD)
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_what_a_script_cannot_use_gets_one_line(name, kind, capsys):
+    """The same for the spaces, sizes, combinations and devices of each."""
+    script = importlib.import_module(name)
+    changes, words = BAD[name][kind]
+    assert words in error_of(capsys, script.main, tiny(script, **changes))
+    assert os.listdir() == [] or kind == "buffer"  # whose lack of memory shows when the run folder exists
 
 
 def test_gl_without_opengl_names_the_packages(dreamer, capsys, monkeypatch):
@@ -643,7 +799,9 @@ def test_tracking_starts_before_the_log_that_it_listens_to(script, monkeypatch):
     run_dir = run(script, track=True)
     [(made, settings)] = calls
     assert made == 0 and settings["name"] == Path(run_dir).name and settings["sync_tensorboard"]
-    assert settings["config"]["batch_size"] == TINY[script.__name__]["batch_size"]
+    given = TINY[script.__name__] | {"track": True}
+    assert {name: settings["config"][name] for name in given} == given
+    assert list(settings["config"]) == [field.name for field in dataclasses.fields(script.Args)]
 
 
 def test_missing_optional_packages_are_named(script, capsys, monkeypatch):
@@ -697,18 +855,18 @@ def test_a_full_disk_is_said_in_one_line(script, monkeypatch):
 
 def test_nan_reward_stops_the_run_and_keeps_the_last_checkpoint(script):
     """The losses are named; the checkpoint from before is finite and loads."""
+    traits = TRAITS[script.__name__]
     with pytest.raises(SystemExit) as stopped:
-        run(script, env_id="fake_envs:NanReward-v0", total_timesteps=240, checkpoint_frequency=12)
+        run(script, **traits["nan reward"], total_timesteps=240, checkpoint_frequency=12)
     assert stopped.value.code not in (0, None)
     message = str(stopped.value.code)
-    assert "losses/reward_loss" in message and "not finite" in message
+    assert traits["spoiled"] in message and "not finite" in message
     run_dir = str(next(Path.cwd().glob("run_0/runs/*")))
     state = load(run_dir)
     assert 0 < state["global_step"] <= 36
-    for name, tensor in state["parts"]["agent"].items():
-        assert tensor.isfinite().all(), name
-    for episode in episodes(run_dir):
-        assert np.isfinite(episode["reward"]).all()
+    assert not_finite(state["parts"]) == []
+    if script.__name__ == "dyna_q":  # its replay is bytes
+        assert np.isfinite(model_of(script, run_dir).pairs["reward"]).all()
 
 
 @pytest.mark.parametrize("changes", [VECTORS, WALKER | {"obs_mode": "state"}], ids=["vectors", "walker"])
@@ -862,6 +1020,369 @@ def test_global_step_counts_steps_of_the_environment(dreamer, repeat, num_envs):
     step = 12 * num_envs
     assert events["charts/episodic_length"] == [(step * (i + 1), 12) for i in range(72 // step)]
     assert events["charts/episodic_return"] == [(step * (i + 1), sum(range(13))) for i in range(72 // step)]
+
+
+# === Dyna-Q ===
+
+
+@pytest.fixture
+def dyna_q():
+    return importlib.import_module("dyna_q")
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """What the ladders of a run play: {environment: [(obs, action, reward, next_obs, terminated)]}, in their order."""
+    logs, step = {}, fake_envs.Ladder.step
+
+    def recorded(self, action):
+        before, result = self.obs, step(self, action)
+        logs.setdefault(self, []).append((before, int(action), result[1], result[0], result[2]))
+        return result
+
+    monkeypatch.setattr(fake_envs.Ladder, "step", recorded)
+    return logs
+
+
+def model_of(dyna_q, run_dir: str):
+    return dyna_q.load_model(load(run_dir)["parts"]["replay"], dyna_q.make_model(1, 1, 1))
+
+
+def q_of(run_dir: str) -> np.ndarray:
+    return load(run_dir)["parts"]["agent"]["q_table"].numpy()
+
+
+def q_learning(steps: list[tuple], shape: tuple[int, int], learning_rate: float, gamma: float):
+    """The book's Q-learning on transitions (s, a, r, s', terminated): Q and the absolute TD errors."""
+    q, errors = np.zeros(shape), []
+    for s, a, reward, next_s, terminated in steps:
+        td_error = reward + (0 if terminated else gamma * max(q[next_s])) - q[s, a]
+        q[s, a] += learning_rate * td_error
+        errors.append(abs(td_error))
+    return q, errors
+
+
+def table_errors(model, P: dict, start) -> tuple[float, float]:
+    """model/missing and model/wrong, outcome by outcome."""
+    live, todo = set(), [int(s) for s in np.flatnonzero(start)]
+    while todo:
+        if (s := todo.pop()) not in live:
+            live.add(s)
+            todo += [n for row in P[s].values() for chance, n, _, end in row if chance > 0 and not end]
+    num_real = num_missing = num_known = num_wrong = 0
+    for i, s, a in np.ndindex(model.pairs.shape):
+        visits, num_outcomes, mean_reward = model.pairs[i, s, a].item()
+        known = [outcome.item() for outcome in model.outcomes[i, s, a, :num_outcomes]]
+        assert sum(count for _, count, _ in known) == visits
+        seen = {(n, True) for n, _, ends in known if ends} | {(n, False) for n, count, ends in known if count > ends}
+        real = [(n, bool(end)) for chance, n, _, end in P[s][a] if chance > 0]
+        rewards = [reward for chance, _, reward, _ in P[s][a] if chance > 0]
+        possible = min(rewards) - 1e-9 <= mean_reward <= max(rewards) + 1e-9
+        num_real += len(real) if s in live else 0
+        num_missing += sum(outcome not in seen for outcome in real) if s in live else 0
+        num_known += num_outcomes
+        num_wrong += sum(not possible or any(o not in real for o in seen if o[0] == n) for n, _, _ in known)
+    return num_missing / num_real, num_wrong / num_known
+
+
+LONG = {"checkpoint_frequency": 0, "report_frequency": 500}  # for runs of thousands of steps
+SLIPPERY = {"env_id": "FrozenLake-v1", "env_kwargs": ("is_slippery=True",)}
+TABLES = {
+    "ladder": {"total_timesteps": 600},
+    "lake": {**SLIPPERY, "total_timesteps": 600},
+    "two lakes": {**SLIPPERY, "num_envs": 2, "total_timesteps": 1200},
+    "lakes that forget": {**SLIPPERY, "model": "last", "num_envs": 3, "total_timesteps": 1800},
+    "changing maze": {"env_id": "BlockingMaze-v0", "max_episode_steps": 60, "total_timesteps": 1800},
+    "taxi": {"env_id": "Taxi-v4", "epsilon": 1.0, "total_timesteps": 600},
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_dyna_q_logs_everything(dyna_q, kind):
+    """Each kind of environment: tags, finite values, growing steps; the model beside the environment's own table."""
+    settings = TABLES[kind] | LONG | {"report_frequency": 100, "eval_frequency": 600}
+    args, run_dir = tiny(dyna_q, **settings), run(dyna_q, **settings)
+    expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    expected |= {"eval/episodic_return", "eval/episodic_return_std"}
+    expected |= {"losses/td_error", "model/planning_td_error", "model/states_visited"}
+    tags = scalars(run_dir)
+    assert set(tags) == expected | (set() if kind == "ladder" else {"model/missing", "model/wrong"})
+    assert_healthy(run_dir)
+    reports = list(range(100 * args.num_envs, args.total_timesteps + 1, 100 * args.num_envs))
+    for tag in set(tags) - {"charts/episodic_return", "charts/episodic_length"}:
+        steps = reports if not tag.startswith("eval/") else list(range(600, args.total_timesteps + 1, 600))
+        assert [step for step, _ in tags[tag]] == steps, tag
+    assert all(value > 0 for _, value in tags["charts/SPS"])
+
+    model = model_of(dyna_q, run_dir)
+    assert model.pairs["visits"].sum() == args.total_timesteps or args.model == "last" or kind == "changing maze"
+    visited = (model.pairs["visits"] > 0).any(-1).sum(-1)
+    assert tags["model/states_visited"][-1][1] == pytest.approx(visited.mean())
+    if kind == "ladder":
+        return
+    dyna_q.register_mazes()
+    world = gym.make(args.env_id, **dyna_q.parse_kwargs(dyna_q.with_task_defaults(args))).unwrapped
+    if kind == "changing maze":
+        world = world.vector
+        world.time = args.total_timesteps
+    missing, wrong = table_errors(model, world.P, world.initial_state_distrib)
+    assert tags["model/missing"][-1][1] == pytest.approx(missing) and 0 < missing < 1
+    assert tags["model/wrong"][-1][1] == pytest.approx(wrong) and (wrong > 0) == (kind == "changing maze")
+    if kind != "changing maze" and args.model != "last":
+        assert all(a >= b for (_, a), (_, b) in zip(tags["model/missing"][:-1], tags["model/missing"][1:], strict=True))
+
+
+ONE_STATE = {"plain": {}, "bonus": {"kappa": 1.0}, "two": TWO_ENVS, "no planning": {"planning_steps": 0}}
+ONE_STATE |= {"prioritized": {"prioritized": True, "theta": 0.5}}
+ONE_STATE |= {"two prioritized": ONE_STATE["prioritized"] | TWO_ENVS}
+
+
+@pytest.mark.parametrize("kind", ONE_STATE)
+def test_reported_errors_are_those_of_the_steps_since_the_last_report(dyna_q, kind):
+    """One state, one action, reward 1: each update takes the same share off the error, so every report is known.
+
+    The third report is of two steps before a resume and three after it.
+    """
+    settings = {"env_id": "fake_envs:OneState-v0", "learning_rate": 0.5, "gamma": 0.9, **ONE_STATE[kind]}
+    args = tiny(dyna_q, **settings)
+    run_dir = run(dyna_q, **settings, total_timesteps=12 * args.num_envs)
+    resume(dyna_q, run_dir, **settings, total_timesteps=20 * args.num_envs)
+    error, expected = 1.0, {"losses/td_error": [], "model/planning_td_error": []}
+    for _ in range(4):
+        direct, planning = [], []
+        for _ in range(5):
+            direct.append(error)
+            if not args.prioritized:
+                error *= 0.95
+            for _ in range(args.planning_steps):
+                if not args.prioritized or error > args.theta:
+                    planning.append(error)
+                    error *= 0.95
+        expected["losses/td_error"].append(np.mean(direct))
+        expected["model/planning_td_error"].append(np.mean(planning) if planning else 0)
+    assert (expected["model/planning_td_error"][-1] == 0) == (args.prioritized or not args.planning_steps)
+    tags = scalars(run_dir)
+    for tag, values in expected.items():
+        assert [value for _, value in tags[tag]] == pytest.approx(values, rel=1e-5), tag
+    assert [value for _, value in tags["model/states_visited"]] == [1] * 4
+    np.testing.assert_allclose(q_of(run_dir), (1 - error) / (1 - 0.9))
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 40])
+@pytest.mark.parametrize(("env_id", "length"), [("Ladder-v0", 12), ("DeadlyLadder-v0", 6), ("BothEndsLadder-v0", 12)])
+def test_each_environment_has_a_learner_of_its_own(dyna_q, played, capsys, num_envs, env_id, length):
+    """Without planning every table is Q-learning on what its own environment played: a truncated episode goes on."""
+    settings = {"env_id": f"fake_envs:{env_id}", "num_envs": num_envs, "planning_steps": 0, "epsilon": 0.5}
+    settings |= {"total_timesteps": 60 * num_envs, "learning_rate": 0.5, "gamma": 0.9, **LONG, "report_frequency": 20}
+    run_dir = run(dyna_q, **settings)
+    said, tags = capsys.readouterr().out, scalars(run_dir)
+    assert len(played) == num_envs and {len(steps) for steps in played.values()} == {60}
+    assert load(run_dir)["global_step"] == 60 * num_envs
+    q, model = q_of(run_dir), model_of(dyna_q, run_dir)
+    assert q.shape == (num_envs, 26, 2)
+    td_errors = []
+    for i, steps in enumerate(played.values()):
+        expected, errors = q_learning(steps, (26, 2), 0.5, 0.9)
+        np.testing.assert_allclose(q[i], expected)
+        td_errors.append(errors)
+        visits, last_tried = np.zeros((2, 26, 2), int)
+        for step, (s, a, *_) in enumerate(steps, 1):
+            visits[s, a] += 1
+            last_tried[s, a] = step
+        assert np.array_equal(model.pairs["visits"][i], visits) and np.array_equal(model.last_tried[i], last_tried)
+    reports = [(20 * num_envs * (j + 1), part.mean()) for j, part in enumerate(np.split(np.array(td_errors), 3, 1))]
+    np.testing.assert_allclose(tags["losses/td_error"], reports, rtol=1e-6)
+
+    returns = np.array([[step[2] for step in steps] for steps in played.values()]).reshape(num_envs, -1, length).sum(-1)
+    ends = [length * num_envs * (j + 1) for j in range(60 // length)]
+    assert tags["charts/episodic_length"] == [(step, length) for step in ends]
+    np.testing.assert_allclose(tags["charts/episodic_return"], list(zip(ends, returns.mean(0), strict=True)), rtol=1e-6)
+    if num_envs == 40:
+        shown = [f"40 episodes, mean episodic_return={mean:.1f}, length={length:.1f}" for mean in returns.mean(0)]
+    else:
+        shown = [f"episodic_return={value:.1f}, length={length}" for column in returns.T for value in column]
+    lines = [line.split(", ", 1) for line in said.splitlines() if "episodic_return" in line]
+    assert [words for _, words in lines] == shown
+    assert [step for step, _ in lines] == [f"global_step={step}" for step in ends for _ in shown[:: len(ends)]]
+
+
+def test_spaces_that_do_not_begin_with_0(dyna_q):
+    """Observations and actions from 5 on are learned as if they began with 0."""
+    plain, shifted = run(dyna_q), run(dyna_q, env_id="fake_envs:ShiftedLadder-v0")
+    assert differences(load(plain)["parts"], load(shifted)["parts"]) == []
+    assert losses(plain) == losses(shifted)
+
+
+def test_dyna_q_begins_new_episodes_after_a_stop_in_the_middle(dyna_q):
+    """Nothing of an open episode is stored; what was played of it has been learned."""
+    run_dir = run(dyna_q, total_timesteps=30)
+    assert list(load(run_dir)["parts"]) == ["agent", "sums", "replay"]
+    assert model_of(dyna_q, run_dir).pairs["visits"].sum() == 30
+    resume(dyna_q, run_dir, total_timesteps=60)
+    assert scalars(run_dir)["charts/episodic_length"] == [(step, 12) for step in (12, 24, 42, 54)]
+    assert model_of(dyna_q, run_dir).pairs["visits"].sum() == 60
+
+
+def test_a_model_that_was_not_saved_is_learned_anew(dyna_q):
+    """--no-save-buffer: the model knows the steps since the resume alone."""
+    forgets, keeps = (run(dyna_q, save_buffer=saves) for saves in (False, True))
+    visits = {}
+    for saves, run_dir in ((False, forgets), (True, keeps)):
+        resume(dyna_q, run_dir, save_buffer=saves, total_timesteps=60)
+        visits[saves] = scalars(run_dir)["model/states_visited"]
+    assert [step for step, _ in visits[False]] == [step for step, _ in visits[True]] == list(range(5, 61, 5))
+    before, after = (max(value for step, value in visits[False] if (step <= 48) == early) for early in (True, False))
+    assert after <= 12 < before
+    assert [value for _, value in visits[True]] == sorted(value for _, value in visits[True])
+
+
+WALLS = {"env_id": "BlockingMaze-v0", "max_episode_steps": 30}
+CHECKPOINTS = {
+    "lake": ({**SLIPPERY, "total_timesteps": 600}, [100, 300]),
+    "prioritized lake": ({**SLIPPERY, "prioritized": True, "total_timesteps": 600}, [300]),
+    "before and after the walls change": ({**WALLS, "total_timesteps": 1500}, [900, 1100]),
+    "bonus": ({**WALLS, "kappa": 1e-3, "total_timesteps": 1500}, [900]),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_resume_from_the_end_of_an_episode_equals_never_stopped(dyna_q, monkeypatch, kind):
+    """Bit for bit from checkpoints on the way; the clock that moves the walls goes on."""
+    settings, wanted = CHECKPOINTS[kind]
+    settings = {"checkpoint_frequency": 1, "planning_steps": 10, **settings}
+    copies, save = {}, dyna_q.save_checkpoint
+
+    def save_and_copy(run_dir, args, global_step, parts, rng):
+        save(run_dir, args, global_step, parts, rng)
+        if len(copies) < len(wanted) and global_step >= wanted[len(copies)]:
+            copies[global_step] = copy_of(os.path.abspath(run_dir))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dyna_q, "save_checkpoint", save_and_copy)
+        whole = run(dyna_q, **settings)
+    assert len(copies) == len(wanted) and max(copies) < max(wanted) + 200
+    assert "walls" not in kind or min(copies) < 1000 < max(copies)
+    for step, folder in copies.items():
+        assert load(folder)["global_step"] == step
+        resume(dyna_q, folder, **settings)
+        assert differences(load(whole), load(folder)) == [], step
+        assert losses(whole) == losses(folder), step
+        assert_healthy(folder)
+
+
+VARIANTS = {"counts": {}, "last": {"model": "last"}, "kappa": {"kappa": 1e-4}, "prioritized": {"prioritized": True}}
+
+
+def test_every_variant_finds_the_way_through_the_maze(dyna_q):
+    """S&B example 8.1: 14 steps. Where nothing is random, counts are the book's table to the last bit."""
+    tables = {}
+    for kind, changes in VARIANTS.items():
+        settings = {"env_id": "DynaMaze-v0", "learning_rate": 0.5, "epsilon": 0.5, "planning_steps": 30, **changes}
+        run_dir = run(dyna_q, **settings, **LONG, total_timesteps=6000, eval_frequency=6000)
+        maze = dyna_q.MazeVector(1, dyna_q.MAZES["DynaMaze-v0"])
+        obs, _ = maze.reset()
+        tables[kind], path = q_of(run_dir), []
+        while not maze.goal[obs[0]] and len(path) < 20:
+            obs = maze.step(np.array([tables[kind][0, obs[0]].argmax()]))[0]
+            path.append(int(obs[0]))
+        assert len(path) == 14 and path[-1] == 8, kind
+        assert scalars(run_dir)["eval/episodic_return"] == [(6000, 1)], kind
+        assert scalars(run_dir)["eval/episodic_return_std"] == [(6000, 0)], kind
+    assert np.array_equal(tables["counts"], tables["last"])
+    for a, b in (("counts", "kappa"), ("counts", "prioritized"), ("kappa", "prioritized")):
+        assert not np.array_equal(tables[a], tables[b]), (a, b)
+
+
+def test_evaluations_show_known_returns(dyna_q):
+    """The best returns of the non-slippery lake and of the cliff; wins and losses on the slippery lake."""
+    lake = scalars(run(dyna_q, **LAKE, **LONG, total_timesteps=3000, eval_frequency=3000))
+    assert lake["eval/episodic_return"] == [(3000, 1)] and lake["eval/episodic_return_std"] == [(3000, 0)]
+    cliff = {"env_id": "CliffWalking-v1", "planning_steps": 10, "total_timesteps": 4000, "max_episode_steps": 500}
+    tags = scalars(run(dyna_q, **cliff, **LONG, eval_frequency=4000))
+    assert tags["eval/episodic_return"] == [(4000, -13)] and tags["eval/episodic_return_std"] == [(4000, 0)]
+    tags = scalars(run(dyna_q, **SLIPPERY, **LONG, total_timesteps=4000, eval_frequency=2000, eval_episodes=50))
+    for (_, mean), (_, std) in zip(tags["eval/episodic_return"], tags["eval/episodic_return_std"], strict=True):
+        assert 0 < mean < 1 and mean * 50 == pytest.approx(round(mean * 50), abs=1e-4)
+        assert std == pytest.approx((mean * (1 - mean)) ** 0.5)
+
+
+def test_every_learner_is_evaluated(dyna_q, monkeypatch, capsys):
+    """At least one episode each; more are shared out evenly."""
+    run_dir = run(dyna_q, num_envs=3)
+    for asked, played in ((1, 3), (3, 3), (7, 7)):
+        capsys.readouterr()
+        command_line(monkeypatch, dyna_q, "--evaluate", run_dir, "--eval-episodes", str(asked))
+        assert f"({played} episodes: " in capsys.readouterr().out
+
+
+FILMS = {
+    "lake": {**SLIPPERY, "total_timesteps": 1000},
+    "maze": {**WALLS, "max_episode_steps": 200, "planning_steps": 50, "kappa": 1e-4, "total_timesteps": 1000},
+}
+
+
+@pytest.mark.parametrize("kind", FILMS)
+def test_films_change_no_figure(dyna_q, monkeypatch, capsys, kind):
+    """Training and evaluations are the same with and without; the maze's way is blocked on the evaluation's clock."""
+    pytest.importorskip("moviepy")
+    settings = FILMS[kind] | LONG | {"eval_frequency": 500}
+    filmed, plain = run(dyna_q, **settings, capture_video=True), run(dyna_q, **settings)
+    assert losses(filmed) == losses(plain)
+    assert differences(load(filmed)["parts"], load(plain)["parts"]) == []
+    videos = list(Path(filmed).rglob("*.mp4"))
+    assert len(videos) == 2 and all(video.stat().st_size > 500 for video in videos)
+    assert not list(Path(plain).rglob("*.mp4"))
+    if kind == "maze":
+        assert scalars(plain)["eval/episodic_return"] == [(500, 1), (1000, 0)]
+    said = []
+    for flags in ((), ("--capture-video",)):
+        capsys.readouterr()
+        command_line(monkeypatch, dyna_q, "--evaluate", plain, *flags)
+        said.append(capsys.readouterr().out.splitlines()[-1])
+    assert said[0] == said[1] and "(2 episodes: " in said[0]
+    assert kind != "maze" or "return 0.0 +- 0.0" in said[0]
+    assert len(list(Path(plain).rglob("*.mp4"))) == 1
+
+
+def test_settings_of_the_environment_on_the_command_line(dyna_q, monkeypatch, capsys):
+    """--env-kwargs replaces the task's own; a resume takes the run's."""
+    flags = ("--total-timesteps", "400", "--eval-frequency", "0", "--eval-episodes", "2", "--save-model")
+    command_line(monkeypatch, dyna_q, "--env-kwargs", "is_slippery=True", "map_name=8x8", *flags)
+    (run_dir,) = map(str, Path("runs").iterdir())
+    assert load(run_dir)["args"]["env_kwargs"] == ("is_slippery=True", "map_name=8x8")
+    model = model_of(dyna_q, run_dir)
+    assert model.pairs.shape == (1, 64, 4) and model.pairs["num_outcomes"].max() > 1
+    command_line(monkeypatch, dyna_q, "--resume", run_dir, "--total-timesteps", "500")
+    state = load(run_dir)
+    assert state["global_step"] == 500 and state["args"]["env_kwargs"] == ("is_slippery=True", "map_name=8x8")
+    for setting in ("is_slippery=False", "is_slippery=True"):
+        line = error_of(capsys, command_line, monkeypatch, dyna_q, "--resume", run_dir, "--env-kwargs", setting)
+        assert "--env-kwargs" in line and setting in line
+    command_line(monkeypatch, dyna_q, "--evaluate", run_dir)
+    assert "(2 episodes: " in capsys.readouterr().out
+    assert differences(state, load(run_dir)) == []
+
+
+def test_settings_of_the_task_stay_in_force(dyna_q, monkeypatch, capsys):
+    """What was left open is filled in and saved: a resume need not give it, may give the same, and nothing else."""
+    short = ("--total-timesteps", "100", "--eval-frequency", "0")
+    command_line(monkeypatch, dyna_q, *short)
+    command_line(monkeypatch, dyna_q, "--env-id", "BlockingMaze-v0", "--learning-rate", "0.5", *short)
+    lake, maze = (str(next(Path("runs").glob(f"{name}*"))) for name in ("FrozenLake", "BlockingMaze"))
+    in_force = {"env_kwargs": ("is_slippery=False",), "gamma": 0.99, "learning_rate": 0.1, "model": "counts"}
+    assert in_force.items() <= load(lake)["args"].items()
+    in_force = {"env_kwargs": (), "gamma": 0.95, "learning_rate": 0.5, "model": "last"}
+    assert in_force.items() <= load(maze)["args"].items()
+    assert model_of(dyna_q, lake).pairs["num_outcomes"].max() == 1
+    for step, flags in ((120, ()), (140, ("--gamma", "0.99", "--env-kwargs", "is_slippery=False"))):
+        command_line(monkeypatch, dyna_q, "--resume", lake, "--total-timesteps", str(step), *flags)
+        assert load(lake)["global_step"] == step
+    for flag, value, saved in (("gamma", "0.5", "0.99"), ("learning-rate", "1.0", "0.1"), ("model", "last", "counts")):
+        line = error_of(capsys, command_line, monkeypatch, dyna_q, "--resume", lake, f"--{flag}", value)
+        assert f"--{flag} {value} clashes" in line and saved in line
+    resume(dyna_q, lake, **LAKE, **dict.fromkeys(("planning_steps",), 10), report_frequency=1000, eval_episodes=10,
+           checkpoint_frequency=50_000, total_timesteps=160)  # fmt: skip
+    assert load(lake)["global_step"] == 160
 
 
 # === Learning ===
