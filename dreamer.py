@@ -1181,6 +1181,8 @@ def fail(message: str) -> NoReturn:
 def parse_args() -> Args:
     """Command line; with --resume or --evaluate the run's own settings are the defaults."""
     args = tyro.cli(Args)
+    if args.resume and args.evaluate:
+        fail("--resume or --evaluate, not both")
     folder = args.resume or args.evaluate
     return tyro.cli(Args, default=Args(**load_checkpoint(folder, args)["args"])) if folder else args
 
@@ -1216,7 +1218,7 @@ def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, S
     table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
     random.seed(args.seed)
-    np.random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     return run_dir, choose_device(args), writer
@@ -1313,7 +1315,10 @@ class StopRequest:
 def make_progress(args: Args, global_step: int) -> tqdm:
     """Progress bar in environment steps; into a file it writes a line now and then."""
     pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
-    return tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
+    if not sys.stderr.isatty():
+        progress.write = print  # tqdm's own draws the bar anew at every line
+    return progress
 
 
 def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:

@@ -80,12 +80,12 @@ class Args:
     # Algorithm specific arguments
     env_id: str = "FrozenLake-v1"
     """Gymnasium id with Discrete observations and actions (my_module:MyEnv-v0), or one of MAZES below"""
-    total_timesteps: int = 50_000
-    """environment steps of the run, summed over all environments"""
+    total_timesteps: int = 20_000
+    """environment steps of the run, summed over all environments: each learner gets its share"""
     num_envs: int = 1
     """environments side by side, each with a learner of its own: num_envs independent runs"""
     env_kwargs: tuple[str, ...] | None = None
-    """settings of the environment (is_slippery=True map_name=8x8); default by task, see TASKS below"""
+    """settings of the environment (is_slippery=true map_name=8x8), added to those in TASKS below"""
     max_episode_steps: int = 10_000
     """an episode is truncated here at the latest, in environment steps"""
     gamma: float | None = None
@@ -104,7 +104,7 @@ class Args:
     """prioritized sweeping: planning takes the pair that would change most"""
     theta: float = 1e-4
     """prioritized sweeping: changes up to this size are not queued"""
-    report_frequency: int = 1_000
+    report_frequency: int = 100
     """steps of each environment between reports of losses and model errors"""
 
 
@@ -154,39 +154,46 @@ TASKS = {
 
 
 def with_task_defaults(args: Args) -> Args:
-    """The settings in force: what was not given is filled in from TASKS."""
-    task = {"env_kwargs": (), "gamma": 0.99, "learning_rate": 0.1, "model": "counts"} | TASKS.get(args.env_id, {})
-    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+    """The settings in force: what was not given is filled in from TASKS, an id without its version completed."""
+    env_id = next((name for name in TASKS if args.env_id in (name, name.rpartition("-v")[0])), args.env_id)
+    task = {"env_kwargs": (), "gamma": 0.99, "learning_rate": 0.1, "model": "counts"} | TASKS.get(env_id, {})
+    given = args.env_kwargs or ()
+    names = {setting.partition("=")[0] for setting in given}
+    env_kwargs = (*(setting for setting in task["env_kwargs"] if setting.partition("=")[0] not in names), *given)
+    missing = {name: value for name, value in task.items() if getattr(args, name) is None}
+    return replace(args, **missing | {"env_id": env_id, "env_kwargs": env_kwargs})
+
+
+def maze_moves(grid: np.ndarray) -> np.ndarray:
+    """The cell that each action leads to, (S, A), for a grid of characters."""
+    here = np.arange(grid.size).reshape(grid.shape)
+    framed = np.pad(here, 1, mode="edge")
+    ahead = np.stack([framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:]], -1)
+    return np.where(grid.ravel()[ahead] == "#", here[..., None], ahead).reshape(-1, 4)
 
 
 class MazeVector(gym.vector.VectorEnv):
     """Copies of a maze, stepped at once: four moves (up, down, left, right), a wall or border leaves you where you are.
 
-    refine splits each cell into refine x refine. The walls follow the clock `time`, which options["time"] sets.
+    refine splits each cell into refine x refine. The walls follow the clock `time`; at a reset options["time"] sets it
+    and options["frozen"] stops it.
     """
 
-    metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 8}
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
-    def __init__(self, num_envs: int = 1, drawing: str = "", change_at: float = math.inf, refine=1, render_mode=None):
-        self.num_envs, self.change_at, self.render_mode = num_envs, change_at, render_mode
+    def __init__(self, num_envs: int = 1, drawing: str = "", change_at: float = math.inf, refine: int = 1):
+        self.num_envs, self.change_at = num_envs, change_at
         rows = [row.split("    ") for row in inspect.cleandoc(drawing).splitlines()]  # a drawing, or two side by side
         grids = [np.array([cells.split() for cells in grid]) for grid in zip(*rows, strict=True)]
         self.grids = [grid.repeat(refine, 0).repeat(refine, 1) for grid in grids]
-        self.moves, cells = [self._moves(grid) for grid in self.grids], self.grids[0].ravel()
+        self.moves, cells = [maze_moves(grid) for grid in self.grids], self.grids[0].ravel()
         self.start, self.goal = np.argmax(cells == "S"), cells == "G"
         self.initial_state_distrib = np.arange(len(cells)) == self.start
         self.single_observation_space = gym.spaces.Discrete(len(cells))
         self.single_action_space = gym.spaces.Discrete(4)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.position, self.time = np.full(num_envs, self.start), 0
-
-    def _moves(self, grid: np.ndarray) -> np.ndarray:
-        """The cell that each action leads to, (S, A)."""
-        here = np.arange(grid.size).reshape(grid.shape)
-        framed = np.pad(here, 1, mode="edge")
-        ahead = np.stack([framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:]], -1)
-        return np.where(grid.ravel()[ahead] == "#", here[..., None], ahead).reshape(-1, 4)
+        self.position, self.time, self.frozen = np.full(num_envs, self.start), 0, False
 
     @property
     def layout(self) -> int:
@@ -202,13 +209,13 @@ class MazeVector(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         options = options or {}
-        self.time = options.get("time", self.time)
+        self.time, self.frozen = options.get("time", self.time), options.get("frozen", False)
         self.position = np.where(options.get("reset_mask", True), self.start, self.position)
         return self.position, {}
 
     def step(self, actions):
         self.position = self.moves[self.layout][self.position, actions]
-        self.time += 1
+        self.time += not self.frozen
         terminations = self.goal[self.position]
         return self.position, terminations.astype(float), terminations, np.zeros(self.num_envs, bool), {}
 
@@ -257,19 +264,27 @@ class EpisodeStatistics(gym.vector.VectorWrapper):
 
     def __init__(self, envs: gym.vector.VectorEnv, max_episode_steps: int):
         super().__init__(envs)
-        self.max_episode_steps = max_episode_steps
+        self.max_episode_steps, self.num_states = max_episode_steps, envs.single_observation_space.n
         self.returns, self.lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
 
     def reset(self, *, seed=None, options=None):
         self.returns[options["reset_mask"]] = 0
         self.lengths[options["reset_mask"]] = 0
-        return self.env.reset(seed=seed, options=options)
+        obs, infos = self.env.reset(seed=seed, options=options)
+        return self.checked(obs), infos
+
+    def checked(self, obs: np.ndarray) -> np.ndarray:
+        """Compiled code does not look where it writes: states outside of the space end the run here."""
+        if obs.dtype.kind != "i" or obs.min() < 0 or obs.max() >= self.num_states:
+            raise SystemExit(f"error: an observation is not in Discrete({self.num_states}): {obs}")
+        return obs
 
     def step(self, actions):
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        self.checked(obs)
         self.returns += rewards
         self.lengths += 1
-        truncations = truncations | (self.lengths >= self.max_episode_steps)
+        truncations = truncations | (self.lengths >= self.max_episode_steps)  # deviation 3
         return obs, rewards, terminations, truncations, infos | {"episode": {"r": self.returns, "l": self.lengths}}
 
 
@@ -300,32 +315,43 @@ def parse_kwargs(args: Args) -> dict:
         if not (name.isidentifier() and equals):
             fail(f"--env-kwargs takes name=value, not {setting!r}")
         try:
-            kwargs[name] = ast.literal_eval(value)
+            kwargs[name] = ast.literal_eval(value.title() if value.lower() in ("true", "false", "none") else value)
         except (ValueError, SyntaxError):
+            if " " in value:
+                fail(f"--env-kwargs takes name=value name=value ..., unquoted, not {setting!r}")
             kwargs[name] = value
     return kwargs
 
 
-def make_vector_env(args: Args, video: str | None = None) -> gym.vector.VectorEnv:
-    """num_envs environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
+    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
     register_mazes()
     try:
         if args.env_id in MAZES and not video:
-            envs = gym.make_vec(args.env_id, args.num_envs, "vector_entry_point", **parse_kwargs(args))
+            envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **parse_kwargs(args))
         else:
-            thunks = [make_env(args, video if i == 0 else None) for i in range(args.num_envs)]
+            thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
             envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
     except gym.error.DependencyNotInstalled as error:
         fail(str(error).replace("\n", " "))
-    except ImportError as error:
-        fail(f"{args.env_id} needs a package that is not installed: pip install {error.name or error}")
-    except (gym.error.Error, TypeError) as error:
+    except ModuleNotFoundError as error:
+        missing = f"pip install {error.name}" if error.name else str(error).partition(".")[0]
+        fail(f"{args.env_id} needs a package that is not installed: {missing}")
+    except Exception as error:  # many types, by environment and settings
         close = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {args.env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+        hint = "" if args.env_id in gym.registry else f" Close: {', '.join(close) or 'none'}"
+        reason = (str(error) or repr(error)).splitlines()[0]
+        fail(f"cannot make {' '.join([repr(args.env_id), *args.env_kwargs])}: {reason}{hint}")
     for kind, space in (("observations", envs.single_observation_space), ("actions", envs.single_action_space)):
         if not isinstance(space, gym.spaces.Discrete):
             fail(f"{args.env_id}: {kind} must be Discrete, not {space}")
     return EpisodeStatistics(envs, args.max_episode_steps)
+
+
+def known_dynamics(envs: gym.vector.VectorEnv):
+    """The environment, if it publishes its table P and initial_state_distrib: to measure the model, never to learn."""
+    world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
+    return world if hasattr(world, "P") and hasattr(world, "initial_state_distrib") else None
 
 
 # === Replay buffer ===
@@ -553,7 +579,7 @@ def dyna_q_step(q, model, sums, obs, actions, rewards, next_obs, terminations, u
     for i in range(len(obs)):
         if not has_room(model, i, obs[i], actions[i], next_obs[i], rule):
             return False
-    pairs, outcomes, _, visited, num_visited, tried, num_tried, _, _, _ = model
+    pairs, outcomes, _, visited, num_visited, tried, num_tried, _, _, _ = model  # model.x in the loop: half the speed
     for i in range(len(obs)):
         s, a = obs[i], actions[i]
         value = 0.0 if terminations[i] else max_value(q, i, next_obs[i])
@@ -628,20 +654,20 @@ def update(q: np.ndarray, model: Model, sums: np.ndarray, transition: tuple, ste
 
 
 def evaluate(q: np.ndarray, envs: gym.vector.VectorEnv, args: Args, step: int, stop: "StopRequest") -> np.ndarray:
-    """Returns of args.eval_episodes greedy episodes, at least one by each learner, in the world as it is at this step.
+    """Returns of args.eval_episodes greedy episodes, dealt to the first learners, in the world as it is at this step.
 
-    It has generators and seeds of its own: training does not notice.
+    q (N, S, A) of as many learners as there are environments. Seeds of its own: training does not notice.
     """
-    rng, seeds = np.random.default_rng([args.seed, 98]), np.random.default_rng([args.seed, 99])
-    quota = np.bincount(np.arange(max(args.eval_episodes, len(q))) % len(q))  # fixed, so that short episodes do not win
-    returns, dones = [], np.ones(len(q), bool)
+    rng, seeds, num_envs = np.random.default_rng([args.seed, 98]), np.random.default_rng([args.seed, 99]), len(q)
+    quota = np.bincount(np.arange(args.eval_episodes) % num_envs)  # fixed, so that short episodes do not win
+    returns, dones = [], np.ones(num_envs, bool)
     while quota.any() and not stop.requested:
         if dones.any():
-            seed = seeds.integers(2**31, size=len(q)).tolist()
-            obs, _ = envs.reset(seed=seed, options={"reset_mask": dones, "time": step})
-        actions = act(q, obs, 0.0, rng.random((len(q), 2)))
+            seed = seeds.integers(2**31, size=num_envs).tolist()
+            obs, _ = envs.reset(seed=seed, options={"reset_mask": dones, "time": step, "frozen": True})
+        actions = act(q, obs, 0.0, rng.random((num_envs, 2)))
         obs, _, terminations, truncations, infos = envs.step(actions)
-        dones = terminations | truncations
+        dones = terminations | truncations | (infos["episode"]["l"] >= 1_000)  # a greedy policy may go in circles
         for i in np.flatnonzero(dones & (quota > 0)):
             quota[i] -= 1
             returns.append(float(infos["episode"]["r"][i]))
@@ -653,8 +679,9 @@ def evaluate_run(args: Args) -> str:
     checkpoint = load_checkpoint(args.evaluate, args)
     refuse_changes(args, checkpoint, "evaluate eval_episodes capture_video cuda seed")
     stop, step = StopRequest(), checkpoint["global_step"] // args.num_envs
-    envs = make_vector_env(args, f"{args.evaluate}/videos/evaluate" if args.capture_video else None)
-    returns = evaluate(checkpoint["parts"]["agent"]["q_table"].numpy(), envs, args, step, stop)
+    players = min(args.num_envs, args.eval_episodes)
+    envs = make_vector_env(args, players, f"{args.evaluate}/videos/evaluate" if args.capture_video else None)
+    returns = evaluate(checkpoint["parts"]["agent"]["q_table"].numpy()[:players], envs, args, step, stop)
     envs.close()
     if len(returns):
         single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
@@ -676,6 +703,8 @@ def fail(message: str) -> NoReturn:
 def parse_args() -> Args:
     """Command line; with --resume or --evaluate the run's own settings are the defaults."""
     args = tyro.cli(Args)
+    if args.resume and args.evaluate:
+        fail("--resume or --evaluate, not both")
     folder = args.resume or args.evaluate
     return tyro.cli(Args, default=Args(**load_checkpoint(folder, args)["args"])) if folder else args
 
@@ -711,7 +740,7 @@ def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, S
     table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
     random.seed(args.seed)
-    np.random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     return run_dir, choose_device(args), writer
@@ -808,7 +837,10 @@ class StopRequest:
 def make_progress(args: Args, global_step: int) -> tqdm:
     """Progress bar in environment steps; into a file it writes a line now and then."""
     pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
-    return tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
+    if not sys.stderr.isatty():
+        progress.write = print  # tqdm's own draws the bar anew at every line
+    return progress
 
 
 def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
@@ -869,19 +901,23 @@ def main(args: Args) -> str:
     if args.evaluate:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume else None
-    envs, eval_envs = make_vector_env(args), None
+    envs, eval_envs, players = make_vector_env(args, args.num_envs), None, min(args.num_envs, args.eval_episodes)
     run_dir, _, writer = setup_run(args, checkpoint)
     stop = StopRequest()
 
     # tables, generators
     num_states, num_actions = int(envs.single_observation_space.n), int(envs.single_action_space.n)
-    q = np.zeros((args.num_envs, num_states, num_actions))
-    model, rule = make_model(*q.shape), make_rule(args)
-    sums = np.zeros((args.num_envs, 3))  # since the last report, see learn
+    try:
+        q = np.zeros((args.num_envs, num_states, num_actions))
+        model, rule = make_model(*q.shape), make_rule(args)
+    except MemoryError as error:
+        fail(f"the tables do not fit into memory: {error}")
+    sums = np.zeros((args.num_envs, 3))  # since the last report, see dyna_q_step
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act", "planning"))}
     global_step = 0
-    print(f"{run_dir}: {args.num_envs} learners, {num_states} states, {num_actions} actions, gamma {args.gamma}, "
-          f"alpha {args.learning_rate}, {' '.join(args.env_kwargs)}")  # fmt: skip
+    print(f"{run_dir}: {args.num_envs} learners, {math.ceil(args.total_timesteps / args.num_envs)} steps each, "
+          f"{num_states} states, {num_actions} actions, gamma {args.gamma}, alpha {args.learning_rate}, "
+          f"{args.model}, {' '.join(args.env_kwargs)}")  # fmt: skip
 
     # resume
     if checkpoint:
@@ -898,13 +934,13 @@ def main(args: Args) -> str:
         nonlocal last_report
         (last_step, last_time), now = last_report, time.perf_counter()
         direct, planning, updates = torch.from_numpy(sums.sum(0))
-        metrics = {"losses/td_error": direct / args.report_frequency / args.num_envs}
+        steps = (global_step // args.num_envs - 1) % args.report_frequency + 1
+        metrics = {"losses/td_error": direct / steps / args.num_envs}
         metrics |= {"model/planning_td_error": planning / updates.clamp(min=1)}
         values = require_finite(metrics, global_step)
         values["model/states_visited"] = model.num_visited.mean()
         values["charts/SPS"] = (global_step - last_step) / (now - last_time)
-        world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
-        if hasattr(world, "P") and hasattr(world, "initial_state_distrib"):
+        if (world := known_dynamics(envs)) is not None:
             values |= model_errors(model, world.P, world.initial_state_distrib)
         for name, value in values.items():
             writer.add_scalar(name, value, global_step)
@@ -931,8 +967,8 @@ def main(args: Args) -> str:
             next_eval = next_multiple(global_step, args.eval_frequency)
             if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
                 video = f"{run_dir}/videos/step-{global_step}" if args.capture_video else None
-                eval_envs = make_vector_env(args, video)
-            returns = evaluate(q, eval_envs, args, global_step // args.num_envs, stop)
+                eval_envs = make_vector_env(args, players, video)
+            returns = evaluate(q[:players], eval_envs, args, global_step // args.num_envs, stop)
             if args.capture_video:
                 eval_envs.close()
             if not stop.requested:
@@ -941,10 +977,12 @@ def main(args: Args) -> str:
         if ending or (global_step >= next_save and (dones.all() or args.num_envs > 1)):
             next_save = next_multiple(global_step, args.checkpoint_frequency)
             save()
+        step = global_step // args.num_envs
         if ending:
+            if step % args.report_frequency and global_step > last_report[0]:  # the rest; a resumed run sums on
+                report()
             break
 
-        step = global_step // args.num_envs
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones, "time": step})

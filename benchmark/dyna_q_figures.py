@@ -22,15 +22,15 @@ class Trial:
 
     def __init__(self, **settings):
         self.args = dyna_q.with_task_defaults(dyna_q.Args(**settings))
-        self.envs, self.rule = dyna_q.make_vector_env(self.args), dyna_q.make_rule(self.args)
+        self.envs, self.rule = dyna_q.make_vector_env(self.args, self.args.num_envs), dyna_q.make_rule(self.args)
         size = self.args.num_envs, self.envs.single_observation_space.n, self.envs.single_action_space.n
         self.q, self.model, self.sums = np.zeros(size), dyna_q.make_model(*size), np.zeros((size[0], 3))
         self.rng = {
             name: np.random.default_rng([self.args.seed, i]) for i, name in enumerate(("reset", "act", "planning"))
         }
         self.dones, self.time = np.ones(size[0], bool), 0
-        world = getattr(self.envs.unwrapped, "envs", [self.envs])[0]
-        self.P, self.start = world.unwrapped.P, np.array(world.unwrapped.initial_state_distrib, float)
+        world = dyna_q.known_dynamics(self.envs)
+        self.P, self.start = world.P, np.array(world.initial_state_distrib, float)
         self.limit = getattr(world.spec, "max_episode_steps", None) or self.args.max_episode_steps
 
     def step(self) -> tuple[np.ndarray, dict]:
