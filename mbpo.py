@@ -1,0 +1,1153 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "dm_control==1.0.50", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2", "mujoco>=3.17,<4", "numpy>=2.1",
+#     "pygame-ce>=2.5", "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
+# ]
+# ///
+"""MBPO: soft actor-critic on short rollouts that an ensemble of dynamics models branches off from real states.
+
+Paper:      Janner et al. 2019, When to Trust Your Model, arXiv 1906.08253   Reference code: jannerm/mbpo (TensorFlow 1)
+Run:        python mbpo.py --env-id Hopper-v5          (or: uv run mbpo.py --env-id Hopper-v5)
+Resume:     python mbpo.py --resume runs/<run folder>
+Evaluate:   python mbpo.py --evaluate runs/<run folder> [--capture-video]
+Watch:      tensorboard --logdir runs
+Deviations from the reference code, each also marked at the line it concerns:
+  1. A rollout step deals its rows to the elites in random groups of equal size (the reference draws one for each row).
+  2. Evaluation by eval_frequency and eval_episodes (the reference: one episode at the end of each epoch).
+"""
+
+import difflib
+import functools
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of every random generator of the run"""
+    torch_deterministic: bool = True
+    """ask cuDNN for deterministic algorithms"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    track: bool = False
+    """also log to Weights and Biases"""
+    wandb_project_name: str = "model-based-rl"
+    """the project name at Weights and Biases"""
+    wandb_entity: str | None = None
+    """the team at Weights and Biases"""
+    capture_video: bool = False
+    """write an MP4 of the first episode of every evaluation into the run folder"""
+    save_model: bool = False
+    """write the weights alone to {exp_name}.pt in the run folder at the end"""
+    eval_frequency: int = 10_000
+    """environment steps between evaluations, 0 = none"""
+    eval_episodes: int = 10
+    """episodes of one evaluation"""
+    checkpoint_frequency: int = 50_000
+    """environment steps between checkpoints, 0 = only at the end or when interrupted"""
+    save_buffer: bool = True
+    """keep the replay buffer in the checkpoint"""
+    resume: str | None = None
+    """run folder to continue"""
+    evaluate: str | None = None
+    """run folder to evaluate: plays eval_episodes, prints mean and standard deviation, trains nothing"""
+
+    # Algorithm specific arguments
+    env_id: str = "Hopper-v5"
+    """Gymnasium id (Hopper-v5, my_module:MyEnv-v0) or dm_control task (walker-walk, cup-catch), observed by state"""
+    total_timesteps: int | None = None
+    """environment steps of the run, the random ones included; default by task, see TASKS below"""
+    num_envs: int = 1
+    """environments played side by side, each in its own process if more than one"""
+    buffer_size: int = 1_000_000
+    """capacity of the replay buffer of real transitions"""
+    learning_starts: int | None = None
+    """environment steps of random actions before learning; default by task, 5000 elsewhere"""
+    epoch_length: int | None = None
+    """environment steps of an epoch, the unit of the rollout schedule; default by task, 1000 elsewhere"""
+    updates_per_step: int | None = None
+    """SAC updates per environment step (G); default by task, 20 elsewhere"""
+    batch_size: int = 256
+    """transitions of a SAC batch, real and model ones together"""
+    real_ratio: float = 0.05
+    """share of real transitions in it; 1 = no model, plain SAC with as many updates"""
+    gamma: float = 0.99
+    """discount per step"""
+    tau: float = 0.005
+    """step of the target critics towards the critics, after every update"""
+    learning_rate: float = 3e-4
+    """learning rate of actor, critics and alpha"""
+    hidden_size: int = 256
+    """units of the two hidden layers of actor and critics"""
+    target_entropy: float | None = None
+    """entropy of the policy that alpha is tuned to, nats; default by task, minus the number of actions elsewhere"""
+    num_nets: int = 7
+    """networks of the ensemble (E)"""
+    num_elites: int = 5
+    """of these, the ones of lowest holdout error make the rollouts"""
+    model_hidden_size: int | None = None
+    """units of the four hidden layers of each; default by task, 200 elsewhere"""
+    model_lr: float = 1e-3
+    """learning rate of the ensemble"""
+    model_batch_size: int = 256
+    """transitions in a batch of each network"""
+    model_train_frequency: int | None = None
+    """environment steps between trainings of the ensemble (F); default by task, 250 elsewhere"""
+    model_patience: int = 5
+    """a training ends after more epochs than this in which no network improved by 1 percent"""
+    model_max_epochs: int | None = None
+    """epochs of a training at most; default unlimited"""
+    holdout_ratio: float = 0.2
+    """share of the real transitions that is held out of a training, at most 5000 of them"""
+    rollout_batch_size: int = 100_000
+    """start states of the rollouts after each training (R)"""
+    rollout_schedule: tuple[int, int, int, int] | None = None
+    """epochs e0 e1, lengths k0 k1: from k0 at e0 linearly to k1 at e1; default by task, length 1 elsewhere"""
+    model_retain_epochs: int | None = None
+    """epochs whose rollouts are kept; default by task, 1 elsewhere"""
+
+    # Speed
+    compile: bool = False
+    """torch.compile the losses"""
+
+
+# === Environment ===
+
+# The published settings by task (name of the environment without its version). A flag on the command line wins.
+DEFAULTS = {
+    "total_timesteps": 125_000, "learning_starts": 5_000, "epoch_length": 1_000, "updates_per_step": 20,
+    "rollout_schedule": (0, 1, 1, 1), "model_train_frequency": 250, "model_retain_epochs": 1, "model_hidden_size": 200,
+}  # fmt: skip
+PENDULUM = {"total_timesteps": 20_500, "learning_starts": 500, "epoch_length": 250}
+TASKS = {
+    "InvertedPendulum": {**PENDULUM, "updates_per_step": 10, "target_entropy": -0.05},
+    "InvertedDoublePendulum": {**PENDULUM, "target_entropy": -0.5},
+    "Hopper": {"total_timesteps": 130_000, "rollout_schedule": (20, 150, 1, 15), "target_entropy": -1.0},
+    "Walker2d": {"total_timesteps": 305_000, "target_entropy": -3.0},
+    "HalfCheetah": {"total_timesteps": 405_000, "updates_per_step": 40, "target_entropy": -3.0},
+    "Ant": {"total_timesteps": 305_000, "rollout_schedule": (20, 100, 1, 25), "target_entropy": -4.0},
+    "Humanoid": {
+        "total_timesteps": 305_000, "rollout_schedule": (20, 300, 1, 25), "target_entropy": -2.0,
+        "model_train_frequency": 1_000, "model_retain_epochs": 5, "model_hidden_size": 400,
+    },
+    "Pendulum": {**PENDULUM, "total_timesteps": 10_000},  # not in the paper
+}  # fmt: skip
+
+# The paper's truncated observations, 27 and 45 numbers, by the environments' own switches.
+ENV_KWARGS = {
+    "Ant-v5": {"include_cfrc_ext_in_observation": False},
+    "Humanoid-v5": {
+        f"include_{part}_in_observation": False for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
+    },
+}
+
+
+def never(o: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(o[..., 0], dtype=torch.bool)
+
+
+def hopper_terminated(o: torch.Tensor) -> torch.Tensor:
+    sane = o.isfinite().all(-1) & (o[..., 1:].abs() < 100).all(-1)
+    return ~(sane & (o[..., 0] > 0.7) & (o[..., 1].abs() < 0.2))
+
+
+def walker2d_terminated(o: torch.Tensor) -> torch.Tensor:
+    return ~((o[..., 0] > 0.8) & (o[..., 0] < 2.0) & (o[..., 1].abs() < 1.0))
+
+
+def ant_terminated(o: torch.Tensor) -> torch.Tensor:
+    return ~(o.isfinite().all(-1) & (o[..., 0] >= 0.2) & (o[..., 0] <= 1.0))
+
+
+def humanoid_terminated(o: torch.Tensor) -> torch.Tensor:
+    return (o[..., 0] < 1.0) | (o[..., 0] > 2.0)
+
+
+def inverted_pendulum_terminated(o: torch.Tensor) -> torch.Tensor:
+    return ~(o.isfinite().all(-1) & (o[..., 1].abs() <= 0.2))
+
+
+def inverted_double_pendulum_terminated(o: torch.Tensor) -> torch.Tensor:
+    first, second = torch.atan2(o[..., 1], o[..., 3]), torch.atan2(o[..., 2], o[..., 4])
+    return 0.6 * (first.cos() + (first + second).cos()) <= 1.0
+
+
+# Observations (..., D) that end an episode. To add a task: one line here and, if it needs other settings, one in TASKS.
+TERMINATIONS = {
+    "Hopper": hopper_terminated,
+    "Walker2d": walker2d_terminated,
+    "Ant": ant_terminated,
+    "Humanoid": humanoid_terminated,
+    "InvertedPendulum": inverted_pendulum_terminated,
+    "InvertedDoublePendulum": inverted_double_pendulum_terminated,
+    "MountainCarContinuous": lambda o: (o[..., 0] >= 0.45) & (o[..., 1] >= 0.0),
+} | dict.fromkeys(("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum"), never)
+
+
+def is_dm_control(env_id: str) -> bool:
+    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
+    return re.search(r"-v\d+$", env_id) is None
+
+
+def task_name(env_id: str) -> str:
+    """my_module:MyEnv-v0 -> MyEnv."""
+    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+
+
+def with_task_defaults(args: Args) -> Args:
+    """The settings in force: what was not given is filled in from TASKS."""
+    task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
+    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+
+
+def termination_function(env_id: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Which next observations end an episode; an environment that is not known is refused, nothing is assumed."""
+    if is_dm_control(env_id) and not env_id.startswith("lqr"):
+        return never
+    if task_name(env_id) not in TERMINATIONS:
+        fail(f"when does {env_id} terminate? Add a function of its observations to TERMINATIONS in {__file__}")
+    return TERMINATIONS[task_name(env_id)]
+
+
+class DMControl(gym.Env):
+    """A task of the dm_control suite with its flattened state as observation.
+
+    An episode of 1000 steps ends by truncation; only a task that says discount 0 terminates.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
+    render_mode = "rgb_array"
+
+    def __init__(self, env_id: str):
+        from dm_control import suite
+
+        names = {f"{domain}-{task}".replace("_", "-"): (domain, task) for domain, task in suite.ALL_TASKS}
+        name = re.sub("^cup-", "ball-in-cup-", env_id.replace("_", "-"))
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
+        self.env = suite.load(*names[name], task_kwargs={"random": 0})
+        spec = self.env.action_spec()
+        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+        dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
+
+    def flatten(self, time_step) -> np.ndarray:
+        return np.concatenate([np.ravel(part) for part in time_step.observation.values()]).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env.task._random = np.random.RandomState(seed)  # what suite.load(task_kwargs={"random": seed}) sets
+        return self.flatten(self.env.reset()), {}
+
+    def step(self, action: np.ndarray):
+        time_step = self.env.step(action)
+        terminated = time_step.last() and time_step.discount == 0.0
+        return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
+
+    def render(self) -> np.ndarray:
+        return self.env.physics.render(240, 240, camera_id=0)
+
+
+def make_gymnasium(env_id: str, film: bool) -> gym.Env:
+    """Any registered Gymnasium environment, with the paper's observations."""
+    render = {"render_mode": "rgb_array"} if film else {}
+    try:
+        return gym.make(env_id, **render, **ENV_KWARGS.get(env_id, {}))
+    except gym.error.DependencyNotInstalled as error:
+        fail(str(error).replace("\n", " "))
+    except ImportError as error:
+        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
+    except gym.error.Error as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+
+
+def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
+    """Thunk of one environment: observations (D,) float32, actions in [-1, 1]."""
+    main_process = os.getpid()
+
+    def thunk() -> gym.Env:
+        if os.getpid() != main_process:
+            os.setsid()  # signals to the process group are for the main process, which closes the workers
+        os.environ.setdefault("MUJOCO_GL", "egl" if video else "disable")
+        if is_dm_control(args.env_id):
+            try:
+                env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
+            except ImportError as error:
+                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
+                fail(f"{args.env_id} needs {package} ({error})")
+        else:
+            env = make_gymnasium(args.env_id, video is not None)
+            if env.spec.max_episode_steps is None:
+                env = gym.wrappers.TimeLimit(env, 1000)
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        if video is not None:  # folder/prefix of the MP4
+            folder, prefix = os.path.split(video)
+            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
+            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
+        return fit_spaces(env, args.env_id)
+
+    return thunk
+
+
+def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
+    """Refuses what MBPO cannot use; makes observations float32 and rescales the action box to [-1, 1]."""
+    obs, action = env.observation_space, env.action_space
+    if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1):
+        fail(f"{env_id}: observations must be vectors (D,), not {obs}")
+    if not (isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and action.is_bounded("both")):
+        fail(f"{env_id}: actions must be a bounded vector Box, not {action}")
+    env = gym.wrappers.DtypeObservation(env, np.float32)
+    low, scale = action.low, (action.high - action.low) / 2
+    space = gym.spaces.Box(-1, 1, action.shape, np.float32)
+    return gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
+
+
+def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
+    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    if video is not None:
+        try:
+            film = make_env(args, video)()
+            film.reset()
+            film.close()
+        except Exception as error:  # many types, by environment and OpenGL library
+            fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
+    mode = gym.vector.AutoresetMode.DISABLED
+    if num_envs == 1:
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
+    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+
+
+# === Replay buffer ===
+
+
+class ReplayBuffer:
+    """Ring of transitions, one row each: obs (D), action (A), reward, next_obs (D), terminated; on the device."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.rows = torch.empty(capacity, sum(self.sizes), device=device)
+        self.end = 0  # rows ever written; row i lives in slot i % capacity
+
+    def __len__(self) -> int:
+        return min(self.end, len(self.rows))
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Rows (B, 2 D + A + 2); the oldest make room."""
+        rows = rows[-len(self.rows) :]
+        slots = (self.end + torch.arange(len(rows), device=rows.device)) % len(self.rows)
+        self.rows[slots] = rows
+        self.end += len(rows)
+
+    def resize(self, capacity: int) -> None:
+        """Another capacity; the newest rows are kept."""
+        if capacity == len(self.rows):
+            return
+        kept = self.newest(min(len(self), capacity))
+        self.rows = torch.empty(capacity, sum(self.sizes), device=kept.device)
+        self.rows[: len(kept)], self.end = kept, len(kept)
+
+    def newest(self, count: int) -> torch.Tensor:
+        """The last `count` rows, oldest first, a copy."""
+        slots = torch.arange(self.end - count, self.end, device=self.rows.device) % len(self.rows)
+        return self.rows[slots]
+
+    def sample(self, *shape: int, generator: torch.Generator) -> torch.Tensor:
+        """Copies of rows drawn uniformly with replacement, (*shape, 2 D + A + 2)."""
+        return self.rows[torch.randint(len(self), shape, generator=generator, device=self.rows.device)]
+
+    def state_dict(self) -> dict:
+        return {"rows": self.newest(len(self)).cpu(), "capacity": len(self.rows), "end": self.end}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows = self.rows.new_empty(state["capacity"], sum(self.sizes))
+        self.end = state["end"] - len(state["rows"])
+        self.add(state["rows"].to(self.rows.device))
+
+
+def model_buffer_size(rollout_length: int, args: Args) -> int:
+    """Rows for the rollouts of the last model_retain_epochs epochs."""
+    trainings = args.epoch_length / args.model_train_frequency
+    return int(args.model_retain_epochs * trainings * args.rollout_batch_size * rollout_length)
+
+
+# === Networks ===
+
+
+class EnsembleLinear(nn.Module):
+    """E linear layers side by side: (E, B, in) -> (E, B, out), one batched matrix product."""
+
+    def __init__(self, num_nets: int, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_nets, in_dim, out_dim))
+        self.bias = nn.Parameter(torch.zeros(num_nets, 1, out_dim))
+
+    def forward(self, x: torch.Tensor, nets: torch.Tensor | None = None) -> torch.Tensor:
+        """nets: indices of the layers to use (E' of them), all if None."""
+        weight, bias = (self.weight, self.bias) if nets is None else (self.weight[nets], self.bias[nets])
+        return torch.baddbmm(bias, x, weight)
+
+
+class DynamicsEnsemble(nn.Module):
+    """E networks that each predict a Gaussian of (reward, next_obs - obs) from (obs, action)."""
+
+    decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # weight decay, layer by layer
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        in_dim, width, out_dim = obs_dim + action_dim, args.model_hidden_size, obs_dim + 1
+        sizes = [in_dim, width, width, width, width, 2 * out_dim]
+        self.layers = nn.ModuleList(
+            EnsembleLinear(args.num_nets, i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)
+        )
+        for layer in self.layers:
+            std = 1 / (2 * math.sqrt(layer.weight.shape[1]))
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+        self.max_logvar = nn.Parameter(torch.full((out_dim,), 0.5))  # shared by the networks, and trained
+        self.min_logvar = nn.Parameter(torch.full((out_dim,), -10.0))
+        self.register_buffer("input_mean", torch.zeros(in_dim))
+        self.register_buffer("input_std", torch.ones(in_dim))
+        self.register_buffer("elites", torch.arange(args.num_elites))
+
+    def fit_normalizer(self, inputs: torch.Tensor) -> None:
+        """Mean and population standard deviation of the training inputs (N, D + A)."""
+        std, mean = torch.std_mean(inputs, 0, correction=0)
+        self.input_mean.copy_(mean)
+        self.input_std.copy_(torch.where(std < 1e-12, torch.ones_like(std), std))
+
+    def forward(self, inputs: torch.Tensor, nets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance (E, B, 1 + D) for inputs (E, B, D + A), or for those networks alone."""
+        h = (inputs - self.input_mean) / self.input_std
+        for layer in self.layers[:-1]:
+            h = F.silu(layer(h, nets))
+        mean, logvar = self.layers[-1](h, nets).chunk(2, -1)
+        logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)
+        return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
+
+
+class Actor(nn.Module):
+    """Tanh-squashed Gaussian policy."""
+
+    def __init__(self, obs_dim: int, action_dim: int, units: int):
+        super().__init__()
+        layers = [nn.Linear(obs_dim, units), nn.Linear(units, units), nn.Linear(units, 2 * action_dim)]
+        for layer in layers:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+    def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions (B, A) in [-1, 1] for obs (B, D) and normal noise (B, A), and their log-probabilities (B,)."""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        log_std = log_std.clamp(-20, 2)
+        x = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2)
+        return torch.tanh(x), log_prob.sum(-1)
+
+    def mode(self, obs: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.net(obs).chunk(2, -1)[0])
+
+
+class Critics(nn.Module):
+    """Two action values, side by side."""
+
+    def __init__(self, obs_dim: int, action_dim: int, units: int):
+        super().__init__()
+        sizes = [obs_dim + action_dim, units, units, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        for layer in self.layers:
+            bound = math.sqrt(6 / sum(layer.weight.shape[1:]))  # Glorot uniform
+            nn.init.uniform_(layer.weight, -bound, bound)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Values (2, B) of obs (B, D) and actions (B, A)."""
+        h = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            h = F.relu(layer(h))
+        return self.layers[-1](h).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """Everything that is learned: ensemble, actor, critics and their targets, temperature."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.ensemble = DynamicsEnsemble(obs_dim, action_dim, args)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_size)
+        self.critics = Critics(obs_dim, action_dim, args.hidden_size)
+        self.target_critics = deepcopy(self.critics).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.target_entropy = args.target_entropy
+
+    def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rows of a buffer (..., 2 D + A + 2) as obs, actions, rewards (...), next_obs, terminations (...)."""
+        obs, actions, rewards, next_obs, terminations = rows.split(self.sizes, -1)
+        return obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1)
+
+
+# === Targets and losses ===
+
+
+def model_loss(ensemble: DynamicsEnsemble, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Gaussian negative log-likelihood of targets (E, B, 1 + D), summed over the networks, without its constants.
+
+    The log-variance bounds are drawn together by 0.01 of their sums. Weight decay is left to the optimizer.
+    """
+    mean, logvar = ensemble(inputs)
+    nll = ((mean - targets) ** 2 * torch.exp(-logvar) + logvar).mean((1, 2)).sum()
+    return nll + 0.01 * ensemble.max_logvar.sum() - 0.01 * ensemble.min_logvar.sum()
+
+
+def critic_loss(agent: Agent, batch: tuple, noise: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the squared error (2,) towards r + gamma * (min Q' - alpha log pi), r at a termination; values (2, B)."""
+    obs, actions, rewards, next_obs, terminations = batch
+    with torch.no_grad():
+        next_actions, log_prob = agent.actor(next_obs, noise)
+        next_values = agent.target_critics(next_obs, next_actions).amin(0) - agent.log_alpha.exp() * log_prob
+        returns = rewards + gamma * (1 - terminations) * next_values
+    values = agent.critics(obs, actions)
+    return 0.5 * ((values - returns) ** 2).mean(1), values
+
+
+def actor_loss(agent: Agent, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of alpha log pi - min Q; log-probabilities (B,)."""
+    actions, log_prob = agent.actor(obs, noise)
+    frozen = {name: parameter.detach() for name, parameter in agent.critics.named_parameters()}
+    values = torch.func.functional_call(agent.critics, frozen, (obs, actions))
+    return (agent.log_alpha.exp().detach() * log_prob - values.amin(0)).mean(), log_prob
+
+
+def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: float) -> torch.Tensor:
+    return -(log_alpha * (log_prob.detach() + target_entropy)).mean()
+
+
+def sac_losses(agent: Agent, batch: tuple, noise: torch.Tensor, gamma: float) -> tuple[torch.Tensor, dict]:
+    """The sum of all losses, and each of them detached."""
+    qf_losses, values = critic_loss(agent, batch, noise[0], gamma)
+    pi_loss, log_prob = actor_loss(agent, batch[0], noise[1])
+    temperature_loss = alpha_loss(agent.log_alpha, log_prob, agent.target_entropy)
+    metrics = {"qf1_loss": qf_losses[0], "qf2_loss": qf_losses[1], "qf_loss": qf_losses.mean(), "actor_loss": pi_loss}
+    metrics |= {"alpha_loss": temperature_loss, "alpha": agent.log_alpha.exp(), "qf_values": values.mean()}
+    return qf_losses.sum() + pi_loss + temperature_loss, {f"losses/{k}": v.detach() for k, v in metrics.items()}
+
+
+def rollout_length(global_step: int, args: Args) -> int:
+    """k of the schedule: k0 up to epoch e0, linearly to k1 at e1, cut to an integer."""
+    first, last, k0, k1 = args.rollout_schedule
+    epoch = (global_step - args.learning_starts) // args.epoch_length
+    share = min(max((epoch - first) / max(last - first, 1), 0.0), 1.0)
+    return int(k0 + share * (k1 - k0))
+
+
+# === Acting ===
+
+
+@torch.no_grad()
+def act(agent: Agent, obs: np.ndarray, device: torch.device, generator: torch.Generator | None) -> np.ndarray:
+    """Actions (N, A) in [-1, 1] for obs (N, D): sampled, or the policy's mode without a generator."""
+    obs = torch.as_tensor(obs, device=device)
+    if generator is None:
+        return agent.actor.mode(obs).cpu().numpy()  # host sync
+    noise = torch.randn(len(obs), agent.sizes[1], generator=generator, device=device)
+    return agent.actor(obs, noise)[0].cpu().numpy()  # host sync
+
+
+@torch.no_grad()
+def model_step(ensemble: DynamicsEnsemble, obs: torch.Tensor, actions: torch.Tensor, order: torch.Tensor, noise):
+    """Next obs (B, D) and rewards (B,), sampled for each row from the Gaussian of one elite.
+
+    order (B,): the rows as they are dealt to the elites, in groups of equal size (deviation 1); noise (B, 1 + D).
+    """
+    groups, size = len(ensemble.elites), -(-len(obs) // len(ensemble.elites))
+    dealt = order[torch.arange(groups * size, device=obs.device) % len(obs)]  # the last group is filled up
+    inputs = torch.cat([obs, actions], -1)[dealt].unflatten(0, (groups, size))
+    mean, logvar = ensemble(inputs, ensemble.elites)
+    sample = (mean + torch.exp(0.5 * logvar) * noise[dealt].unflatten(0, (groups, size))).flatten(0, 1)[: len(obs)]
+    sample = torch.empty_like(sample).index_copy_(0, order, sample)
+    return obs + sample[:, 1:], sample[:, 0]
+
+
+@torch.no_grad()
+def rollout(agent: Agent, obs: torch.Tensor, length: int, terminated_fn: Callable, generator: torch.Generator):
+    """Yields the rows of each step of rollouts from obs (R, D) under the current policy; what terminated is dropped."""
+    device, normal = obs.device, functools.partial(torch.randn, generator=generator, device=obs.device)
+    for _ in range(length):
+        actions, _ = agent.actor(obs, normal(len(obs), agent.sizes[1]))
+        order = torch.randperm(len(obs), generator=generator, device=device)
+        next_obs, rewards = model_step(agent.ensemble, obs, actions, order, normal(len(obs), agent.sizes[0] + 1))
+        terminations = terminated_fn(next_obs)
+        yield torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None].float()], 1)
+        obs = next_obs[~terminations]  # host sync
+        if not len(obs):
+            return
+
+
+# === Updates ===
+
+
+def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Adam]:
+    """Adam for the ensemble, whose weights decay as in L2 regularisation, and for actor, critics and alpha."""
+    ensemble = agent.ensemble
+    groups = [{"params": [ensemble.max_logvar, ensemble.min_logvar, *(layer.bias for layer in ensemble.layers)]}]
+    groups += [
+        {"params": [layer.weight], "weight_decay": decay}
+        for layer, decay in zip(ensemble.layers, ensemble.decays, strict=True)
+    ]
+    policy = [*agent.actor.parameters(), *agent.critics.parameters(), agent.log_alpha]
+    adam = functools.partial(torch.optim.Adam, fused=True)
+    return {"model": adam(groups, args.model_lr), "policy": adam(policy, args.learning_rate)}
+
+
+def holdout_errors(ensemble: DynamicsEnsemble, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Errors (E,) of each network on the same rows: MSE, MSE over the predicted variance; their disagreement."""
+    with torch.no_grad():
+        mean, logvar = ensemble(inputs.expand(len(ensemble.layers[0].weight), -1, -1))
+        error = (mean - targets) ** 2
+        weighted = (error * torch.exp(-logvar)).mean((1, 2))
+        return {"mse": error.mean((1, 2)), "weighted_mse": weighted, "disagreement": mean.std(0).mean()}
+
+
+def train_model(agent: Agent, optimizer, rows: torch.Tensor, generator, args: Args, loss_fn=model_loss) -> dict:
+    """Trains the ensemble on all real rows (N, ...) until no network improves; returns the holdout errors.
+
+    Each network has its own bootstrap of the training split and is restored to its own best snapshot by holdout MSE.
+    """
+    ensemble, device = agent.ensemble, rows.device
+    rows = rows[torch.randperm(len(rows), generator=generator, device=device)]
+    obs, actions, rewards, next_obs, _ = agent.unpack(rows)
+    inputs, targets = torch.cat([obs, actions], -1), torch.cat([rewards[:, None], next_obs - obs], -1)
+    held = min(int(args.holdout_ratio * len(rows)), 5_000)
+    holdout, inputs, targets = (inputs[:held], targets[:held]), inputs[held:], targets[held:]
+    ensemble.fit_normalizer(inputs)
+    shape = args.num_nets, len(inputs)
+    bootstrap = torch.randint(len(inputs), shape, generator=generator, device=device)
+    networks = [p for p in ensemble.parameters() if p.dim() == 3]  # all but the shared bounds
+    best, snapshot = torch.full((args.num_nets,), 1e10, device=device), [p.detach().clone() for p in networks]
+    epoch = without_improvement = 0
+    while without_improvement <= args.model_patience and epoch != args.model_max_epochs:
+        order = bootstrap.gather(1, torch.rand(shape, generator=generator, device=device).argsort(1))
+        for batch in order.split(args.model_batch_size, 1):
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_fn(ensemble, inputs[batch], targets[batch])
+            loss.backward()
+            optimizer.step()
+        mse = holdout_errors(ensemble, *holdout)["mse"]
+        improved = (best - mse) / best > 0.01
+        best = torch.where(improved, mse, best)
+        for saved, parameter in zip(snapshot, networks, strict=True):
+            saved.copy_(torch.where(improved[:, None, None], parameter, saved).detach())
+        epoch += 1
+        without_improvement = 0 if improved.any() else without_improvement + 1  # host sync
+    with torch.no_grad():
+        for saved, parameter in zip(snapshot, networks, strict=True):
+            parameter.copy_(saved)
+    errors = holdout_errors(ensemble, *holdout)
+    ensemble.elites.copy_(errors["mse"].argsort()[: args.num_elites])
+    return errors | {"loss": loss.detach(), "epochs": torch.tensor(float(epoch))}
+
+
+def update(agent: Agent, optimizer, rows: torch.Tensor, noise: torch.Tensor, args: Args, losses_fn) -> dict:
+    """One SAC update of critics, actor and alpha from the same parameters, then of the targets. No host sync.
+
+    rows (B, 2 D + A + 2), noise (2, B, A). Returns detached scalars.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss, metrics = losses_fn(agent, agent.unpack(rows), noise, args.gamma)
+    loss.backward()  # the critics in the actor's loss are frozen: each gradient goes to its own network
+    optimizer.step()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(agent.target_critics.parameters()), list(agent.critics.parameters()), args.tau)
+    return metrics
+
+
+# === Evaluation ===
+
+
+def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch.device, stop: "StopRequest"):
+    """Plays args.eval_episodes with the policy's mode, on seeds of its own: training does not notice.
+
+    Returns the returns (episodes,) and the trajectories of each environment's first episode: obs (T + 1, D), actions
+    (T, A), rewards (T,).
+    """
+    seeds = np.random.default_rng([args.seed, 99])
+    quota = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # fixed, so that short episodes do not win
+    returns, trajectories, dones = [], {}, np.ones(envs.num_envs, bool)
+    tracks = [[] for _ in quota]
+    while quota.any() and not stop.requested:
+        if dones.any():
+            obs, _ = envs.reset(seed=seeds.integers(2**31, size=envs.num_envs).tolist(), options={"reset_mask": dones})
+        actions = act(agent, obs, device, None)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        for i, track in enumerate(tracks):
+            track.append((obs[i].copy(), actions[i], rewards[i]))
+        obs, dones = next_obs, terminations | truncations
+        for i in np.flatnonzero(dones):
+            if i not in trajectories:
+                past, acted, earned = (np.stack(column) for column in zip(*tracks[i], strict=True))
+                trajectories[i] = np.concatenate([past, next_obs[i][None]]), acted, earned.astype(np.float32)
+            if quota[i] > 0:
+                quota[i] -= 1
+                returns.append(float(infos["episode"]["r"][i]))
+    return np.array(returns), list(trajectories.values())
+
+
+@torch.no_grad()
+def open_loop_errors(ensemble: DynamicsEnsemble, obs: torch.Tensor, actions: torch.Tensor, rewards: torch.Tensor):
+    """Error of each elite's mean prediction, k = 1 ... K steps after the last observation.
+
+    obs (K + 1, B, D), actions (K, B, A), rewards (K, B). Returns, for each k, the root mean square error of obs in
+    standard deviations of the training inputs and the mean absolute error of the reward: (K,), (K,).
+    """
+    std = ensemble.input_std[: obs.shape[-1]]
+    predicted, obs_errors, reward_errors = obs[0].expand(len(ensemble.elites), -1, -1), [], []
+    for next_obs, action, reward in zip(obs[1:], actions, rewards, strict=True):
+        inputs = torch.cat([predicted, action.expand(len(predicted), -1, -1)], -1)
+        mean, _ = ensemble(inputs, ensemble.elites)
+        predicted = predicted + mean[..., 1:]
+        obs_errors.append((((predicted - next_obs) / std) ** 2).mean().sqrt())
+        reward_errors.append((mean[..., 0] - reward).abs().mean())
+    return torch.stack(obs_errors), torch.stack(reward_errors)
+
+
+def log_open_loop(agent: Agent, trajectories: list, writer: SummaryWriter, run_dir: str, step: int) -> None:
+    """Open-loop errors up to 25 steps on evaluation episodes, never trained on: scalars and a picture."""
+    device, length = agent.log_alpha.device, 25
+    pieces = [
+        (obs[t : t + length + 1], actions[t : t + length], rewards[t : t + length])
+        for obs, actions, rewards in trajectories
+        for t in range(0, len(rewards) - length + 1, 5)
+    ]
+    if not pieces:
+        return
+    obs, actions, rewards = (torch.from_numpy(np.stack(part, 1)).to(device) for part in zip(*pieces, strict=True))
+    errors = [error.cpu().numpy() for error in open_loop_errors(agent.ensemble, obs, actions, rewards)]
+    for k in (1, 5, 10, 25):
+        writer.add_scalar(f"open_loop/obs_error_{k}", errors[0][k - 1], step)
+        writer.add_scalar(f"open_loop/reward_error_{k}", errors[1][k - 1], step)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    labels = "observation error (standard deviations)", "reward error"
+    for axis, label, error in zip(figure.subplots(1, 2), labels, errors, strict=True):
+        axis.plot(np.arange(1, length + 1), error)
+        axis.set(xlabel="steps since the last observation", ylabel=label, ylim=(0, None))
+    figure.savefig(f"{run_dir}/open_loop_error_{step}.png")
+    writer.add_figure("open_loop/error", figure, step)
+
+
+def evaluate_run(args: Args) -> str:
+    """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
+    checkpoint = load_checkpoint(args.evaluate, args)
+    refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed compile")
+    device, stop = choose_device(args), StopRequest()
+    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0], args).to(device)
+    agent.load_state_dict(checkpoint["parts"]["agent"])
+    returns, _ = evaluate(agent, envs, args, device, stop)
+    envs.close()
+    if len(returns):
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    stop.exit()
+    return args.evaluate
+
+
+# === Run plumbing (same text in all five scripts) ===
+
+
+def fail(message: str) -> NoReturn:
+    """One clear line for a mistake of the user's, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def parse_args() -> Args:
+    """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    args = tyro.cli(Args)
+    if args.resume and args.evaluate:
+        fail("--resume or --evaluate, not both")
+    folder = args.resume or args.evaluate
+    return tyro.cli(Args, default=Args(**load_checkpoint(folder, args)["args"])) if folder else args
+
+
+def choose_device(args: Args) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+
+def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, SummaryWriter]:
+    """Run folder, device, logs and global seeds; with a checkpoint, that run's folder."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track needs Weights and Biases: pip install wandb")
+    if checkpoint:
+        refuse_changes(args, checkpoint, "resume total_timesteps cuda track eval_frequency checkpoint_frequency")
+    run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = run_dir.rstrip("/")
+    try:
+        os.makedirs(run_dir, exist_ok=args.resume is not None)
+    except OSError as error:
+        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
+    if args.track:  # before the writer is made, which it listens to
+        name = os.path.basename(run_dir)
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
+                   config=asdict(args), sync_tensorboard=True)  # fmt: skip
+    step = checkpoint["global_step"] if checkpoint else 0
+    try:
+        writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
+    except OSError as error:
+        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
+    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    return run_dir, choose_device(args), writer
+
+
+def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
+    """Settings of a saved run must be as they were, but for those named in `free`."""
+    for name, value in checkpoint["args"].items():
+        if name not in free.split() and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
+
+
+def next_multiple(step: int, frequency: int) -> float:
+    """The next multiple of a frequency after this step; 0 = never."""
+    return (step // frequency + 1) * frequency if frequency else math.inf
+
+
+def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
+    """Writes everything a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
+
+    parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
+    """
+    state = {
+        "version": 1,
+        "args": asdict(args) | {"resume": None},
+        "global_step": global_step,
+        "parts": {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()},
+        "rng": {
+            name: g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for name, g in rng.items()
+        },
+    }
+    path = f"{run_dir}/checkpoint.pt"
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # a full disk, above all
+        raise SystemExit(f"error: cannot write {path}, the last checkpoint is intact: {error}") from error
+
+
+def load_checkpoint(run_dir: str, args: Args) -> dict:
+    """Reads a run folder's checkpoint (tensors stay on disk until they are used); names what is wrong in one line."""
+    path = os.path.join(run_dir, "checkpoint.pt")
+    if not os.path.isfile(path):
+        fail(f"no checkpoint at {path}")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # many types, for a damaged or foreign file
+        fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
+    if damaged:
+        fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
+    names = {field.name for field in fields(args)}
+    if not isinstance(state, dict) or state.get("version") != 1 or set(state.get("args", ())) != names:
+        fail(f"{path} was written by another script or version")
+    return state
+
+
+def restore_rng(rng: dict, states: dict) -> None:
+    """Sets the named generators to the states of a checkpoint."""
+    for name, generator in rng.items():
+        if isinstance(generator, torch.Generator):
+            if states[name].shape == generator.get_state().shape:
+                generator.set_state(states[name])
+            else:
+                print(f"random generator {name} starts anew: it was saved on another kind of device")
+        else:
+            generator.bit_generator.state = states[name]
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to stop at its next safe point; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = 0
+        self.previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self, signum: int, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = signum
+        os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+
+    def exit(self) -> None:
+        """Hands the signals back; ends the process with the usual code if one has come."""
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+        if self.requested:
+            raise SystemExit(128 + self.requested)
+
+
+def make_progress(args: Args, global_step: int) -> tqdm:
+    """Progress bar in environment steps; into a file it writes a line now and then."""
+    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
+    if not sys.stderr.isatty():
+        progress.write = print  # tqdm's own draws the bar anew at every line
+    return progress
+
+
+def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
+    """Prints each episode that ended at this step (more than 16: their mean) and logs their mean."""
+    returns, lengths = infos["episode"]["r"][dones], infos["episode"]["l"][dones]
+    if len(returns) > 16:
+        mean = f"episodic_return={returns.mean():.1f}, length={lengths.mean():.1f}"
+        progress.write(f"global_step={global_step}, {len(returns)} episodes, mean {mean}")
+    else:
+        for episodic_return, length in zip(returns, lengths, strict=True):
+            progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
+    writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
+    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
+    progress.set_postfix({"return": f"{returns.mean():.1f}"}, refresh=False)
+
+
+def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, global_step: int) -> None:
+    """Prints and logs mean and standard deviation of an evaluation's returns."""
+    progress.write(f"global_step={global_step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
+    writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+    writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+
+
+def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[str, float]:
+    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
+    if not metrics:
+        return {}
+    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+    return values
+
+
+# === Main ===
+
+
+def check_args(args: Args) -> None:
+    """Refuses impossible numbers in one line."""
+    at_least = {
+        1: "total_timesteps num_envs eval_episodes buffer_size epoch_length batch_size hidden_size num_nets num_elites "
+        "model_hidden_size model_batch_size model_train_frequency model_max_epochs rollout_batch_size "
+        "model_retain_epochs",
+        0: "seed eval_frequency checkpoint_frequency updates_per_step real_ratio gamma tau learning_rate model_lr "
+        "model_patience holdout_ratio",
+        2: "learning_starts",
+    }
+    for bound, names in at_least.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not value >= bound:
+                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+    for name, bound in (("real_ratio", 1), ("gamma", 1), ("tau", 1), ("num_elites", args.num_nets)):
+        if getattr(args, name) > bound:
+            fail(f"--{name.replace('_', '-')} must be at most {bound}, not {getattr(args, name)}")
+    if not 0 < int(args.holdout_ratio * args.learning_starts) < args.learning_starts:
+        fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to train or to test on")
+    if min(args.rollout_schedule[2:]) < 1:
+        fail(f"--rollout-schedule must end in lengths of at least 1, not {args.rollout_schedule[2:]}")
+
+
+def main(args: Args) -> str:
+    args = with_task_defaults(args)
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    envs, eval_envs = make_vector_env(args, args.num_envs), None
+    terminated_fn = termination_function(args.env_id)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    if args.target_entropy is None:
+        args = replace(args, target_entropy=-float(action_dim))
+    run_dir, device, writer = setup_run(args, checkpoint)
+    stop = StopRequest()
+
+    # networks, optimizers, buffers, generators
+    agent = Agent(obs_dim, action_dim, args).to(device)
+    optimizers = make_optimizers(agent, args)
+    rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    model_rb = ReplayBuffer(model_buffer_size(1, args), obs_dim, action_dim, device)
+    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
+    names = ("act", "model", "rollout", "replay", "update")
+    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(names)}
+    global_step, counters = 0, {"num_updates": 0, "trained_at": -1}
+    print(f"{run_dir}: {device}, {obs_dim} observations, {action_dim} actions, target entropy {agent.target_entropy}")
+
+    # resume
+    parts = {"agent": agent, **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}}
+    buffer_parts = {"replay": rb, "model_replay": model_rb} if args.save_buffer else {}
+    if checkpoint:
+        global_step, saved = checkpoint["global_step"], checkpoint["parts"]
+        for name, part in (parts | buffer_parts).items():
+            part.load_state_dict(saved[name])
+        counters = saved["counters"]
+        restore_rng(rng, checkpoint["rng"])
+
+    # executables
+    model_loss_fn, losses_fn = (torch.compile(f) if args.compile else f for f in (model_loss, sac_losses))
+
+    metrics, last_report = {}, (global_step, time.perf_counter())
+
+    def report() -> None:
+        """Losses of the newest update (which must be finite) and steps per second."""
+        nonlocal last_report
+        values, (last_step, last_time), now = require_finite(metrics, global_step), last_report, time.perf_counter()
+        if values and global_step > last_step:
+            values["charts/SPS"] = (global_step - last_step) / (now - last_time)
+            for name, value in values.items():
+                writer.add_scalar(name, value, global_step)
+            last_report = global_step, now
+
+    def learn_model() -> None:
+        """Trains the ensemble on all real transitions, then fills the model buffer with rollouts of the policy."""
+        errors = train_model(agent, optimizers["model"], rb.newest(len(rb)), rng["model"], args, model_loss_fn)
+        length = rollout_length(global_step, args)
+        model_rb.resize(model_buffer_size(length, args))
+        start, rows = agent.unpack(rb.sample(args.rollout_batch_size, generator=rng["rollout"]))[0], 0
+        for step_rows in rollout(agent, start, length, terminated_fn, rng["rollout"]):
+            model_rb.add(step_rows)
+            rows += len(step_rows)
+        values = {
+            "losses/model_nll": errors["loss"], "losses/model_holdout_mse": errors["mse"].mean(),
+            "model/weighted_mse": errors["weighted_mse"].mean(), "model/disagreement": errors["disagreement"],
+            "model/max_logvar": agent.ensemble.max_logvar.mean(), "model/min_logvar": agent.ensemble.min_logvar.mean(),
+            "model/epochs": errors["epochs"],
+        } | {f"model/holdout_mse_{i}": mse for i, mse in enumerate(errors["mse"])}  # fmt: skip
+        values |= {f"model/weighted_mse_{i}": mse for i, mse in enumerate(errors["weighted_mse"])}
+        values = require_finite({name: value.detach().float() for name, value in values.items()}, global_step)
+        values |= {"model/rollout_length": length, "model/mean_rollout": rows / args.rollout_batch_size}
+        for name, value in values.items():
+            writer.add_scalar(name, value, global_step)
+
+    def learn_policy(count: int) -> None:
+        """SAC updates on real and model transitions, all drawn at once."""
+        nonlocal metrics
+        real = int(args.batch_size * args.real_ratio)
+        rows = rb.sample(count, real, generator=rng["replay"])
+        if real < args.batch_size:
+            rows = torch.cat([rows, model_rb.sample(count, args.batch_size - real, generator=rng["replay"])], 1)
+        noise = torch.randn(count, 2, args.batch_size, action_dim, generator=rng["update"], device=device)
+        for i in range(count):
+            metrics = update(agent, optimizers["policy"], rows[i], noise[i], args, losses_fn)
+        counters["num_updates"] += count
+
+    def save() -> None:
+        report()  # a loss that is not finite must not reach the checkpoint
+        writer.flush()  # curves without a gap, should the run be killed and resumed
+        save_checkpoint(run_dir, args, global_step, parts | buffer_parts | {"counters": counters}, rng)
+
+    # the loop
+    progress = make_progress(args, global_step)
+    dones = np.ones(args.num_envs, bool)
+    next_eval = next_multiple(global_step, args.eval_frequency)
+    next_save = next_multiple(global_step, args.checkpoint_frequency)
+    if not checkpoint:
+        save()  # from here on the run folder always holds a checkpoint
+    while True:
+        if global_step >= next_eval:
+            next_eval = next_multiple(global_step, args.eval_frequency)
+            if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
+                video = f"{run_dir}/videos/step-{global_step}" if args.capture_video else None
+                eval_envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+            returns, trajectories = evaluate(agent, eval_envs, args, device, stop)
+            if args.capture_video:
+                eval_envs.close()
+            if not stop.requested:
+                log_evaluation(writer, progress, returns, global_step)
+                if counters["trained_at"] >= 0:
+                    log_open_loop(agent, trajectories, writer, run_dir, global_step)
+        ending = stop.requested or global_step >= args.total_timesteps
+        if ending or (global_step >= next_save and (dones.all() or args.num_envs > 1)):
+            next_save = next_multiple(global_step, args.checkpoint_frequency)
+            save()
+        if ending:
+            break
+
+        if dones.any():
+            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
+            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
+        learning = global_step >= args.learning_starts
+        trainings = (global_step - args.learning_starts) // args.model_train_frequency
+        if learning and args.real_ratio < 1 and trainings > counters["trained_at"]:
+            counters["trained_at"] = trainings
+            learn_model()
+        if learning:
+            actions = act(agent, obs, device, rng["act"])
+        else:
+            actions = rng["prefill"].uniform(-1, 1, (args.num_envs, action_dim)).astype(np.float32)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        if not (np.isfinite(next_obs).all() and np.isfinite(rewards).all()):
+            raise SystemExit(f"error: not finite at step {global_step}: the environment's observation or reward")
+        columns = obs, actions, rewards[:, None], next_obs, terminations[:, None]
+        rb.add(torch.from_numpy(np.concatenate(columns, 1).astype(np.float32)).to(device))
+        obs, dones = next_obs, terminations | truncations
+        global_step += args.num_envs
+        progress.update(args.num_envs)
+        if dones.any():
+            log_episodes(writer, progress, infos, dones, global_step)
+        if learning:
+            learn_policy(args.updates_per_step * args.num_envs)
+            if counters["num_updates"] % 1000 < args.updates_per_step * args.num_envs:
+                report()
+
+    envs.close()
+    if eval_envs is not None and not args.capture_video:
+        eval_envs.close()
+    progress.close()
+    writer.close()
+    if args.save_model:
+        torch.save(agent.state_dict(), f"{run_dir}/{args.exp_name}.pt")
+    print(f"checkpoint at step {global_step}; continue with: python {os.path.basename(__file__)} --resume {run_dir}")
+    stop.exit()
+    return run_dir
+
+
+if __name__ == "__main__":
+    main(parse_args())
