@@ -78,7 +78,7 @@ class Args:
 
     # Algorithm specific arguments
     env_id: str = "Hopper-v5"
-    """Gymnasium id (Hopper-v5, my_module:MyEnv-v0) or dm_control task (walker-walk, cup-catch), observed by state"""
+    """Gymnasium id (Hopper-v5, my_module:MyEnv-v0) or dm_control task (walker-walk), observed by state"""
     total_timesteps: int | None = None
     """environment steps of the run, the random ones included; default by task, see TASKS below"""
     num_envs: int = 1
@@ -323,7 +323,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         fail(f"{env_id}: observations must be vectors (D,), not {obs}")
     if not (isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and action.is_bounded("both")):
         fail(f"{env_id}: actions must be a bounded vector Box, not {action}")
-    env = gym.wrappers.DtypeObservation(env, np.float32)
+    unbounded = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda o: np.asarray(o, np.float32), unbounded)
     low, scale = action.low, (action.high - action.low) / 2
     space = gym.spaces.Box(-1, 1, action.shape, np.float32)
     return gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
@@ -991,8 +992,16 @@ def check_args(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} must be at most {bound}, not {getattr(args, name)}")
     if not 0 < int(args.holdout_ratio * args.learning_starts) < args.learning_starts:
         fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to train or to test on")
+    if model_buffer_size(1, args) < 1:
+        fail(f"--rollout-batch-size {args.rollout_batch_size} leaves no room for rollouts in an epoch's buffer")
     if min(args.rollout_schedule[2:]) < 1:
         fail(f"--rollout-schedule must end in lengths of at least 1, not {args.rollout_schedule[2:]}")
+
+
+def require_finite_arrays(global_step: int, *arrays: np.ndarray) -> None:
+    """Stops the run before an observation or a reward that is not finite gets into the replay."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise SystemExit(f"error: not finite at step {global_step}: the environment's observation or reward")
 
 
 def main(args: Args) -> str:
@@ -1012,8 +1021,11 @@ def main(args: Args) -> str:
     # networks, optimizers, buffers, generators
     agent = Agent(obs_dim, action_dim, args).to(device)
     optimizers = make_optimizers(agent, args)
-    rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    model_rb = ReplayBuffer(model_buffer_size(1, args), obs_dim, action_dim, device)
+    try:
+        rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+        model_rb = ReplayBuffer(model_buffer_size(1, args), obs_dim, action_dim, device)
+    except RuntimeError as error:
+        fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {device}: {str(error)[:80]}")
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
     names = ("act", "model", "rollout", "replay", "update")
     rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(names)}
@@ -1091,6 +1103,17 @@ def main(args: Args) -> str:
     if not checkpoint:
         save()  # from here on the run folder always holds a checkpoint
     while True:
+        learning = rb.end >= args.learning_starts  # again random steps first, if the buffer was not saved
+        trainings = (global_step - args.learning_starts) // args.model_train_frequency
+        ending = stop.requested or global_step >= args.total_timesteps
+        if (
+            learning
+            and not ending
+            and args.real_ratio < 1
+            and (trainings > counters["trained_at"] or not len(model_rb))
+        ):
+            counters["trained_at"] = trainings
+            learn_model()
         if global_step >= next_eval:
             next_eval = next_multiple(global_step, args.eval_frequency)
             if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
@@ -1113,18 +1136,13 @@ def main(args: Args) -> str:
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
-        learning = global_step >= args.learning_starts
-        trainings = (global_step - args.learning_starts) // args.model_train_frequency
-        if learning and args.real_ratio < 1 and trainings > counters["trained_at"]:
-            counters["trained_at"] = trainings
-            learn_model()
+            require_finite_arrays(global_step, obs)
         if learning:
             actions = act(agent, obs, device, rng["act"])
         else:
             actions = rng["prefill"].uniform(-1, 1, (args.num_envs, action_dim)).astype(np.float32)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        if not (np.isfinite(next_obs).all() and np.isfinite(rewards).all()):
-            raise SystemExit(f"error: not finite at step {global_step}: the environment's observation or reward")
+        require_finite_arrays(global_step, next_obs, rewards)
         columns = obs, actions, rewards[:, None], next_obs, terminations[:, None]
         rb.add(torch.from_numpy(np.concatenate(columns, 1).astype(np.float32)).to(device))
         obs, dones = next_obs, terminations | truncations

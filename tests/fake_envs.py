@@ -1,6 +1,7 @@
 """Tiny environments for the tests, registered on import: `gym.make("fake_envs:TinyPixels-v0")` works in any process."""
 
 import importlib
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -112,6 +113,51 @@ class OneState(gym.Env):
         return 0, 1.0, False, False, {}
 
 
+POINT_ENDS = {"Point": np.inf, "NanPoint": np.inf, "DeadlyPoint": 1.2}  # how far from 0 a point may be
+
+
+class Point(gym.Env):
+    """A point on a line (position, speed, step / 12) that actions push; reward is minus its distance to 0.
+
+    Beyond `edge` the episode terminates. mbpo.py, which must know such things, is told when a point is made.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+
+    def __init__(self, render_mode=None, edge=np.inf, nan_after=None):
+        self.render_mode, self.edge, self.nan_after = render_mode, edge, nan_after
+        self.total_steps = 0
+        for script in map(sys.modules.get, ("__main__", "mbpo")):
+            if hasattr(script, "TERMINATIONS"):
+                script.TERMINATIONS.update({name: beyond(edge) for name, edge in POINT_ENDS.items()})
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = np.array([self.np_random.uniform(-0.5, 0.5), 0.0, 0.0])
+        return self.state, {}
+
+    def step(self, action):
+        self.total_steps += 1
+        position, speed, time = self.state
+        speed += 0.1 * float(action[0])
+        self.state = np.array([position + speed, speed, time + 1 / 12])
+        poisoned = self.nan_after is not None and self.total_steps > self.nan_after
+        reward = float("nan") if poisoned else -abs(self.state[0])
+        return self.state, reward, bool(abs(self.state[0]) > self.edge), False, {}
+
+    def render(self):
+        image = np.zeros((64, 64, 3), np.uint8)
+        image[:, int(np.clip(32 + 20 * self.state[0], 0, 63))] = 255
+        return image
+
+
+def beyond(edge: float):
+    return lambda obs: obs[..., 0].abs() > edge
+
+
 class OddSpaces(gym.Env):
     """An environment with the spaces it is given."""
 
@@ -145,6 +191,9 @@ register("DeadlyLadder-v0", Ladder, 12, fatal=6)
 register("BothEndsLadder-v0", Ladder, 12, fatal=12)
 register("ShiftedLadder-v0", Ladder, 12, first=5)
 register("NanLadder-v0", Ladder, 12, nan_after=30)
+register("Point-v0", Point, 12)
+register("DeadlyPoint-v0", Point, 12, edge=POINT_ENDS["DeadlyPoint"])
+register("NanPoint-v0", Point, 12, nan_after=30)
 register("OneState-v0", OneState, 12)
 register("DictObservation-v0", OddSpaces, 12, observation_space=gym.spaces.Dict(a=VECTOR), action_space=BOX)
 register("MultiDiscreteAction-v0", OddSpaces, 12, observation_space=VECTOR, action_space=PAIR)

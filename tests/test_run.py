@@ -61,6 +61,28 @@ TINY = {
         "planning_steps": 3,
         "report_frequency": 5,  # neither of an episode nor of a checkpoint
     },
+    "mbpo": {
+        "env_id": "fake_envs:Point-v0",
+        "cuda": False,
+        "total_timesteps": 48,
+        "eval_frequency": 0,
+        "eval_episodes": 2,
+        "checkpoint_frequency": 24,
+        "buffer_size": 200,
+        "learning_starts": 24,
+        "epoch_length": 12,
+        "updates_per_step": 1,
+        "batch_size": 16,
+        "real_ratio": 0.25,
+        "hidden_size": 8,
+        "num_nets": 3,
+        "num_elites": 2,
+        "model_hidden_size": 8,
+        "model_batch_size": 16,
+        "model_train_frequency": 12,
+        "model_max_epochs": 2,
+        "rollout_batch_size": 20,
+    },
 }
 VECTORS = {"env_id": "fake_envs:Counter-v0"}
 TWO_ENVS = {"num_envs": 2}
@@ -83,6 +105,15 @@ TRAITS = {
         "nan reward": {"env_id": "fake_envs:NanLadder-v0"},
         "spoiled": "losses/td_error",
         "fixed": "planning_steps",
+    },
+    "mbpo": {
+        "quick": {},
+        "two": TWO_ENVS,
+        "workers": True,
+        "kills": 6,
+        "nan reward": {"env_id": "fake_envs:NanPoint-v0"},
+        "spoiled": "the environment's observation or reward",
+        "fixed": "batch_size",
     },
 }
 
@@ -401,6 +432,13 @@ RESUMED = {
         "prioritized": {"prioritized": True},
         "terminations": {"env_id": "fake_envs:DeadlyLadder-v0"},
     },
+}
+RESUMED["mbpo"] = {
+    "plain": {},
+    "no model": {"real_ratio": 1.0},
+    "all model": {"real_ratio": 0.0},
+    "longer rollouts": {"rollout_schedule": (0, 3, 1, 4), "model_retain_epochs": 2},
+    "two": TWO_ENVS,
 }
 RESUMED["dyna_q"] |= {"prioritized last": {"prioritized": True, "model": "last"}, "two": TWO_ENVS}
 
@@ -761,7 +799,38 @@ BAD_TABLES = {
     "unknown setting of a maze": ({"env_kwargs": ("slippery=True",), "env_id": "DynaMaze-v0"}, "slippery"),
     "a setting that is the script's": ({"env_kwargs": ("num_envs=2",), "env_id": "DynaMaze-v0"}, "num_envs"),
 }
-BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES}
+BAD_MODELS = {
+    "discrete actions": ({"env_id": "CartPole-v1"}, "actions must be"),
+    "two with discrete actions": ({"env_id": "CartPole-v1", "num_envs": 2}, "actions must be"),
+    "images": ({"env_id": "fake_envs:TinyPixels-v0"}, "observations must be vectors"),
+    "discrete observations": ({"env_id": "FrozenLake-v1"}, "observations must be vectors"),
+    "Dict observations": ({"env_id": "fake_envs:DictObservation-v0"}, "observations must be vectors"),
+    "MultiDiscrete actions": ({"env_id": "fake_envs:MultiDiscreteAction-v0"}, "actions must be"),
+    "unknown termination": ({"env_id": "fake_envs:Counter-v0"}, "to TERMINATIONS in "),
+    "two with unknown termination": ({"env_id": "fake_envs:Counter-v0", "num_envs": 2}, "to TERMINATIONS in "),
+    "unknown task": ({"env_id": "walker-wlak"}, "walker-walk"),
+    "no batch": ({"batch_size": 0}, "--batch-size"),
+    "no model batch": ({"model_batch_size": 0}, "--model-batch-size"),
+    "no rollouts": ({"rollout_batch_size": 0}, "--rollout-batch-size"),
+    "no epoch": ({"epoch_length": 0}, "--epoch-length"),
+    "no training": ({"model_train_frequency": 0}, "--model-train-frequency"),
+    "no epochs": ({"model_max_epochs": 0}, "--model-max-epochs"),
+    "no networks": ({"num_nets": 0}, "--num-nets"),
+    "more elites than networks": ({"num_elites": 4}, "--num-elites"),
+    "no elites": ({"num_elites": 0}, "--num-elites"),
+    "gamma": ({"gamma": 1.5}, "--gamma"),
+    "gamma that is no number": ({"gamma": math.nan}, "--gamma"),
+    "tau": ({"tau": 1.1}, "--tau"),
+    "share": ({"real_ratio": 1.1}, "--real-ratio"),
+    "negative share": ({"real_ratio": -0.1}, "--real-ratio"),
+    "learning rate": ({"model_lr": -1e-3}, "--model-lr"),
+    "start": ({"learning_starts": 1}, "--learning-starts"),
+    "no holdout": ({"holdout_ratio": 0.0}, "--holdout-ratio"),
+    "nothing but holdout": ({"holdout_ratio": 1.0}, "--holdout-ratio"),
+    "no length": ({"rollout_schedule": (0, 1, 0, 1)}, "--rollout-schedule"),
+    "negative updates": ({"updates_per_step": -1}, "--updates-per-step"),
+}
+BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES, "mbpo": BAD_MODELS}
 
 
 @pytest.mark.parametrize("kind", BAD_INPUT)
@@ -1415,6 +1484,112 @@ def test_settings_of_the_task_stay_in_force(dyna_q, monkeypatch, capsys):
     resume(dyna_q, lake, **LAKE, **dict.fromkeys(("planning_steps",), 10), report_frequency=100, eval_episodes=10,
            checkpoint_frequency=50_000, total_timesteps=160)  # fmt: skip
     assert load(lake)["global_step"] == 160
+
+
+# === MBPO ===
+
+CONTROL = {"learning_starts": 200, "total_timesteps": 400, "epoch_length": 100, "model_train_frequency": 100}
+CONTROL |= {"eval_frequency": 400, "eval_episodes": 1, "checkpoint_frequency": 0}
+LATE = CONTROL | {"total_timesteps": 1000, "learning_starts": 800, "eval_frequency": 1000}
+MODELS = {
+    "point": {"eval_frequency": 24},
+    "two points": {"eval_frequency": 24, "total_timesteps": 72, **TWO_ENVS},
+    "deadly": {"env_id": "fake_envs:DeadlyPoint-v0", "eval_frequency": 24},
+    "Pendulum": {"env_id": "Pendulum-v1", **CONTROL},
+    "Hopper": {"env_id": "Hopper-v5", **CONTROL},
+    "walker": {"env_id": "walker-walk", **LATE},
+}
+
+
+@pytest.fixture
+def mbpo():
+    return importlib.import_module("mbpo")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_mbpo_logs_everything_and_moves_all_parameters(mbpo, kind):
+    """Each kind of environment: tags, finite values, growing steps, files in the run folder, trained parameters."""
+    settings = MODELS[kind]
+    args, run_dir = mbpo.with_task_defaults(tiny(mbpo, **settings)), run(mbpo, **settings)
+    expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    expected |= {"eval/episodic_return", "eval/episodic_return_std"}
+    expected |= {f"losses/{name}" for name in ("qf1_loss", "qf2_loss", "qf_loss", "actor_loss", "alpha_loss", "alpha")}
+    expected |= {"losses/qf_values", "losses/model_nll", "losses/model_holdout_mse"}
+    expected |= {f"model/{name}" for name in ("weighted_mse", "disagreement", "max_logvar", "min_logvar", "epochs")}
+    expected |= {"model/rollout_length", "model/mean_rollout"}
+    expected |= {f"model/{name}_{i}" for name in ("holdout_mse", "weighted_mse") for i in range(3)}
+    curves = {f"open_loop/{name}_error_{k}" for name in ("obs", "reward") for k in (1, 5, 10, 25)}
+    tags = scalars(run_dir)
+    assert expected <= set(tags) <= expected | curves
+    long = kind in ("Pendulum", "walker")
+    assert curves <= set(tags) or not long
+    assert image_tags(run_dir) == ({"open_loop/error"} if curves & set(tags) else set())
+    assert not long or f"open_loop_error_{args.total_timesteps}.png" in os.listdir(run_dir)
+    assert_healthy(run_dir)
+    trained = list(range(args.learning_starts, args.total_timesteps, args.model_train_frequency))
+    assert [step for step, _ in tags["losses/model_nll"]] == trained
+    state = load(run_dir)
+    saved = state["parts"]
+    assert state["global_step"] == args.total_timesteps
+    assert saved["counters"]["num_updates"] == args.total_timesteps - args.learning_starts > 0
+    envs = mbpo.make_vector_env(args, 1)
+    torch.manual_seed(args.seed)
+    spaces = envs.single_observation_space, envs.single_action_space
+    untrained = mbpo.Agent(*(space.shape[0] for space in spaces), args).state_dict()
+    envs.close()
+    assert untrained.keys() == saved["agent"].keys()
+    still = [name for name, tensor in untrained.items() if torch.equal(tensor, saved["agent"][name])]
+    assert set(still) <= {"ensemble.elites"}
+
+
+def test_mbpo_begins_where_its_random_steps_end(mbpo):
+    """The first point of every curve of a model is learning_starts; rollouts of one step are as long as that."""
+    tags = scalars(run(mbpo))
+    assert tags["losses/model_nll"][0][0] == 24
+    for tag in ("model/rollout_length", "model/mean_rollout"):
+        assert tags[tag] == [(24, 1), (36, 1)]
+
+
+def test_mbpo_without_a_model_trains_none(mbpo):
+    """--real-ratio 1: plain SAC, with as many updates and no curve of a model."""
+    run_dir = run(mbpo, real_ratio=1.0, eval_frequency=24)
+    assert not [tag for tag in scalars(run_dir) if tag.startswith(("model/", "open_loop/", "losses/model"))]
+    assert "losses/qf_loss" in scalars(run_dir) and load(run_dir)["parts"]["counters"]["num_updates"] == 24
+    assert load(run_dir)["parts"]["model_replay"]["end"] == 0
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_mbpo_replay_holds_what_was_played(mbpo, monkeypatch, num_envs):
+    """Each environment's steps in their order; a time limit is no termination, death is."""
+    for name, fatal in (("Counter", None), ("DeadlyCounter", 8), ("BothEndsCounter", 12)):
+        ends = (lambda o: o[..., 1] == 8) if fatal == 8 else mbpo.never
+        monkeypatch.setitem(mbpo.TERMINATIONS, name, ends)
+        settings = {"env_id": f"fake_envs:{name}-v0", "num_envs": num_envs, "total_timesteps": 96}
+        run_dir = run(mbpo, **settings, learning_starts=95, updates_per_step=0)
+        rows = load(run_dir)["parts"]["replay"]["rows"].reshape(-1, num_envs, 9)
+        obs, action, reward, next_obs, terminated = rows.split([3, 1, 1, 3, 1], -1)
+        length = 8 if fatal == 8 else 12
+        count = (torch.arange(96 // num_envs) % length + 1)[:, None].expand(-1, num_envs)
+        assert (obs[..., 1] == count - 1).all() and (next_obs[..., 1] == count).all()
+        assert (reward[..., 0] == count).all() and (obs[..., 0] == next_obs[..., 0]).all()
+        assert torch.equal(terminated[..., 0].bool(), count == (fatal or -1))
+        torch.testing.assert_close(next_obs[..., 2], 2 * action[..., 0])  # the Box is [-2, 2]
+        assert (obs[1:, :, 2] == next_obs[:-1, :, 2])[count[1:, 0] > 1].all() and (action.abs() <= 1).all()
+
+
+@pytest.mark.parametrize("kind", ["actor.net.0.weight", "ensemble.layers.0.weight"])
+def test_mbpo_stops_where_a_loss_is_not_finite(mbpo, kind):
+    """A poisoned parameter is reported as a loss; the checkpoint from before stays."""
+    run_dir = run(mbpo)
+    path = Path(run_dir, "checkpoint.pt")
+    state = load(run_dir)
+    state["parts"]["agent"][kind][:] = math.nan
+    torch.save(state, path)
+    poisoned = path.read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        resume(mbpo, run_dir, total_timesteps=96)
+    assert re.search(r"not finite at step \d+: ", str(stopped.value.code))
+    assert path.read_bytes() == poisoned
 
 
 # === Learning ===

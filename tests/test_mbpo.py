@@ -1,0 +1,1183 @@
+"""Numbers of mbpo.py: each piece against plain loops from the equations, torch.distributions, or the simulator."""
+
+import dataclasses
+import math
+import os
+from collections import deque
+from fractions import Fraction
+from types import SimpleNamespace
+
+import fake_envs
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Normal, TransformedDistribution
+from torch.distributions.transforms import TanhTransform
+
+import mbpo
+from mbpo import Args, ReplayBuffer
+
+CPU = torch.device("cpu")
+D, A = 3, 2  # numbers of observations and actions, unless a test says otherwise
+SMALL = {"num_nets": 5, "num_elites": 3, "model_hidden_size": 8, "hidden_size": 8, "model_batch_size": 16}
+SMALL |= {"learning_starts": 24, "target_entropy": -1.5, "model_max_epochs": 3}
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Where runs, and MuJoCo with its warnings, may write."""
+    monkeypatch.chdir(tmp_path)
+
+
+def make_args(**changes) -> Args:
+    return mbpo.with_task_defaults(Args(**SMALL | changes))
+
+
+def published(env_id: str, **changes) -> Args:
+    """The settings of a task as a user gets them."""
+    return mbpo.with_task_defaults(Args(env_id=env_id, **changes))
+
+
+def generator(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+@pytest.fixture
+def args():
+    return make_args()
+
+
+@pytest.fixture
+def agent(args):
+    return make_agent(args)
+
+
+def make_agent(args: Args, obs_dim: int = D, action_dim: int = A, seed: int = 1):
+    """Biases, bounds, normaliser, targets and temperature are moved off their round initial values."""
+    torch.manual_seed(seed)
+    agent = mbpo.Agent(obs_dim, action_dim, args)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        agent.ensemble.input_mean.normal_()
+        agent.ensemble.input_std.uniform_(0.5, 2)
+        agent.ensemble.elites.copy_(torch.randperm(args.num_nets)[: args.num_elites])
+    return agent
+
+
+def make_batch(size: int, seed: int = 1) -> torch.Tensor:
+    """Rows (size, 2 D + A + 2): actions in [-1, 1], every third row terminated."""
+    rows = normal(size, 2 * D + A + 2, seed=seed)
+    rows[:, D : D + A].tanh_()
+    rows[:, -1] = (torch.arange(size) % 3 == 0).float()
+    return rows
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def forward(ensemble, net: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance (1 + D) of one network for one input (D + A)."""
+    h = (x - ensemble.input_mean) / ensemble.input_std
+    for i, layer in enumerate(ensemble.layers):
+        h = h @ layer.weight[net] + layer.bias[net, 0]
+        h = h * torch.sigmoid(h) if i < 4 else h
+    mean, logvar = h[: len(h) // 2], h[len(h) // 2 :]
+    logvar = ensemble.max_logvar - torch.log1p(torch.exp(ensemble.max_logvar - logvar))
+    return mean, ensemble.min_logvar + torch.log1p(torch.exp(logvar - ensemble.min_logvar))
+
+
+def policy(actor, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One action (A) and its log-probability, by torch.distributions."""
+    mean, log_std = actor.net(obs).split(len(noise))
+    std = log_std.clamp(-20, 2).exp()
+    distribution = TransformedDistribution(Normal(mean, std), TanhTransform(cache_size=1))
+    action = torch.tanh(mean + std * noise)
+    return action, distribution.log_prob(action).sum()
+
+
+def value(critics, net: int, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    h = torch.cat([obs, action])
+    for i, layer in enumerate(critics.layers):
+        h = h @ layer.weight[net] + layer.bias[net, 0]
+        h = h.clamp(min=0) if i < 2 else h
+    return h[0]
+
+
+# === Sizes and initial values ===
+
+SIZES = {
+    "InvertedPendulum-v5": (4, 1, 123_810, 866_680, 67_586, 67_585, 337_926),
+    "Hopper-v5": (11, 3, 128_424, 898_992, 70_406, 69_889, 349_962),
+    "HalfCheetah-v5": (17, 6, 132_636, 928_488, 73_484, 72_193, 362_256),
+    "Ant-v5": (27, 8, 139_056, 973_448, 77_072, 75_265, 378_132),
+    "Humanoid-v5": (45, 17, 543_292, 3_803_136, 86_306, 82_177, 415_014),
+}
+
+
+@pytest.mark.parametrize("env_id", SIZES)
+def test_parameter_counts(env_id):
+    """Those of the official networks: one net, the ensemble with its bounds, actor, critic, all of SAC."""
+    obs_dim, action_dim, net, ensemble, actor, critic, everything = SIZES[env_id]
+    settings = published(env_id)
+    agent = mbpo.Agent(obs_dim, action_dim, settings)
+    envs = mbpo.make_vector_env(settings, 1)
+    assert (envs.single_observation_space.shape, envs.single_action_space.shape) == ((obs_dim,), (action_dim,))
+    envs.close()
+    assert (count(agent.ensemble) - 2 * (obs_dim + 1)) / 7 == net and count(agent.ensemble) == ensemble
+    assert count(agent.actor) == actor and count(agent.critics) / 2 == critic
+    assert count(agent.actor) + count(agent.critics) + count(agent.target_critics) == everything
+
+
+def test_initial_weights_are_truncated_normal():
+    """Never beyond 2 sigma, nothing piled up there, standard deviation 0.8796 sigma; nets differ; biases are 0."""
+    ensemble = mbpo.Agent(D, A, published("Hopper-v5")).ensemble
+    for layer in ensemble.layers:
+        weight = layer.weight.detach()
+        sigma = 1 / (2 * math.sqrt(weight.shape[1]))
+        size = weight.abs() / sigma
+        assert size.max() <= 2 + 1e-6 and (size > 2 - 1e-5).float().mean() < 1e-3
+        assert weight.std().item() == pytest.approx(0.8796 * sigma, rel=0.05 if weight.numel() < 10**5 else 0.01)
+        assert weight.mean().abs() < 0.1 * sigma and (layer.bias == 0).all()
+        assert len(weight.flatten(1).unique(dim=0)) == 7
+    assert (ensemble.max_logvar == 0.5).all() and (ensemble.min_logvar == -10).all()
+
+
+def test_initial_policy():
+    """Glorot uniform weights, zero biases, targets equal to the critics, alpha 1."""
+    agent = mbpo.Agent(D, A, published("Hopper-v5"))
+    weights = [(layer.weight, layer.bias) for layer in (*agent.actor.net[::2], *agent.critics.layers)]
+    for weight, bias in weights:
+        bound = math.sqrt(6 / sum(weight.shape[-2:]))
+        assert weight.abs().max() <= bound and weight.abs().max() > 0.95 * bound and (bias == 0).all()
+    assert not torch.equal(*agent.critics.layers[0].weight)
+    for live, target in zip(agent.critics.parameters(), agent.target_critics.parameters(), strict=True):
+        assert torch.equal(live, target) and live.data_ptr() != target.data_ptr() and not target.requires_grad
+    assert agent.log_alpha.exp() == 1
+
+
+# === Ensemble ===
+
+
+def test_ensemble_equals_its_networks_one_by_one(agent):
+    """One batched product, each network with its own inputs; or those asked for, in their order."""
+    inputs = normal(5, 4, D + A)
+    mean, logvar = agent.ensemble(inputs)
+    some = torch.tensor([3, 0, 3])
+    some_mean, some_logvar = agent.ensemble(inputs[:3], some)
+    for e, b in np.ndindex(5, 4):
+        for got, expected in zip((mean, logvar), forward(agent.ensemble, e, inputs[e, b]), strict=True):
+            torch.testing.assert_close(got[e, b], expected)
+    for i, e in enumerate(some.tolist()):
+        alone = [forward(agent.ensemble, e, x) for x in inputs[i]]
+        torch.testing.assert_close(some_mean[i], torch.stack([mean for mean, _ in alone]))
+        torch.testing.assert_close(some_logvar[i], torch.stack([logvar for _, logvar in alone]))
+
+
+def test_soft_clamp_of_the_log_variance(args):
+    """max - softplus(max - x), then min + softplus(x - min): close to x between the bounds, beyond it one of them."""
+    ensemble = mbpo.Agent(D, A, args).ensemble
+    with torch.no_grad():
+        ensemble.layers[-1].weight.zero_()
+        ensemble.max_logvar.copy_(torch.tensor([0.5, 1.0, -1.0, 2.0]))
+        ensemble.min_logvar.copy_(torch.tensor([-10.0, -9.0, -12.0, -8.0]))
+        for x in (-1e4, -30.0, -10.0, -5.0, 0.0, 3.0, 1e4):
+            ensemble.layers[-1].bias[..., D + 1 :] = x
+            logvar = ensemble(torch.zeros(5, 1, D + A))[1][2, 0].double().numpy()
+            high, low = (bound.double().numpy() for bound in (ensemble.max_logvar, ensemble.min_logvar))
+            expected = high - np.logaddexp(0, high - x)
+            np.testing.assert_allclose(logvar, low + np.logaddexp(0, expected - low), rtol=1e-5)
+            assert (logvar >= low).all() and (logvar <= high + 1e-3).all()
+            if abs(x) == 1e4:
+                np.testing.assert_allclose(logvar, high if x > 0 else low, atol=1e-3)
+            elif x == -5:
+                np.testing.assert_allclose(logvar, x, atol=0.05)
+
+
+def test_model_loss_is_the_negative_log_likelihood(agent):
+    """Twice the Gaussian's, less log 2 pi, mean over rows and outputs, summed over networks; 0.01 of the bounds."""
+    ensemble, inputs, targets = agent.ensemble, normal(5, 6, D + A), normal(5, 6, D + 1, seed=2)
+    expected = 0.0
+    for e in range(5):
+        terms = []
+        for b in range(6):
+            mean, logvar = forward(ensemble, e, inputs[e, b])
+            nll = -Normal(mean, torch.exp(logvar / 2)).log_prob(targets[e, b])
+            terms.append(2 * nll - math.log(2 * math.pi))
+        expected += torch.stack(terms).mean()
+    bounds = 0.01 * sum(ensemble.max_logvar) - 0.01 * sum(ensemble.min_logvar)
+    loss = mbpo.model_loss(ensemble, inputs, targets)
+    torch.testing.assert_close(loss, expected + bounds)
+    loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in ensemble.parameters()), "the bounds are trained too"
+
+
+def test_bounds_are_drawn_together(args):
+    """Where the likelihood does not feel them, their gradients are +0.01 and -0.01."""
+    ensemble = mbpo.Agent(D, A, args).ensemble
+    with torch.no_grad():
+        ensemble.max_logvar.fill_(200)
+        ensemble.min_logvar.fill_(-200)
+    mbpo.model_loss(ensemble, normal(5, 4, D + A), normal(5, 4, D + 1)).backward()
+    torch.testing.assert_close(ensemble.max_logvar.grad, torch.full((D + 1,), 0.01))
+    torch.testing.assert_close(ensemble.min_logvar.grad, torch.full((D + 1,), -0.01))
+
+
+def test_weight_decay_is_in_the_gradient_that_adam_sees(agent, args):
+    """After the first step Adam's mean is (1 - beta1) (g + lambda W), layer by layer; no decay elsewhere."""
+    optimizers = mbpo.make_optimizers(agent, args)
+    weights = [id(layer.weight) for layer in agent.ensemble.layers]
+    decays = dict(zip(weights, (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4), strict=True))
+    owned = {}
+    for name, optimizer in optimizers.items():
+        owned[name] = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        before = {}
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = 1e-4 * normal(*p.shape, seed=i)
+            before[p] = p.detach().clone()
+        optimizer.step()
+        for p, old in before.items():
+            expected = 0.1 * (p.grad + decays.get(id(p), 0) * old)
+            torch.testing.assert_close(optimizer.state[p]["exp_avg"], expected, rtol=1e-4, atol=1e-10)
+    assert owned["model"] == {id(p) for p in agent.ensemble.parameters()}
+    assert owned["policy"] == {id(p) for p in (*agent.actor.parameters(), *agent.critics.parameters(), agent.log_alpha)}
+    assert [optimizers[name].defaults["lr"] for name in ("model", "policy")] == [1e-3, 3e-4]
+
+
+def test_normalizer():
+    """Mean and population standard deviation; one below 1e-12 becomes 1."""
+    ensemble = mbpo.Agent(D, A, make_args()).ensemble
+    x = normal(50, D + A) * torch.tensor([1.0, 10, 0.1, 1e-13, 0]) + torch.tensor([0.0, 5, -1, 0, 3])
+    ensemble.fit_normalizer(x)
+    np.testing.assert_allclose(ensemble.input_mean, x.numpy().mean(0), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(ensemble.input_std, [*x.numpy()[:, :3].std(0), 1, 1], rtol=1e-5)
+
+
+# === Training of the ensemble ===
+
+
+class Recorder:
+    """Trains on rows whose first observation is their number; keeps what each network saw and how it was tested.
+
+    table (epochs, E): errors that the tests of the epochs are made to return, and last those of the restored networks.
+    """
+
+    def __init__(self, monkeypatch, num_rows: int, table=None, **changes):
+        self.args = make_args(**changes)
+        self.agent = make_agent(self.args)
+        self.rows = make_batch(num_rows)
+        self.rows[:, 0] = torch.arange(num_rows)
+        self.rows[:, 1] = 7  # without variance
+        self.epochs, self.tests, self.states, self.sizes, self.holdouts = [[]], 0, [], [[]], []
+        errors = mbpo.holdout_errors
+
+        def tested(ensemble, inputs, targets):
+            self.tests += 1
+            self.epochs.append([])
+            self.sizes.append([])
+            self.states.append({name: p.detach().clone() for name, p in ensemble.named_parameters()})
+            self.holdouts.append(inputs[:, 0].long().tolist())
+            self.holdout = inputs, targets
+            found = errors(ensemble, inputs, targets)
+            return found if table is None else found | {"mse": torch.tensor(table[min(self.tests, len(table)) - 1])}
+
+        def loss(ensemble, inputs, targets):
+            self.epochs[-1].append(inputs[..., 0].long())
+            self.sizes[-1].append(inputs.shape[1])
+            numbers = inputs[..., 0].long()
+            expected = torch.cat([self.rows[:, D + A, None], self.rows[:, -1 - D : -1] - self.rows[:, :D]], 1)
+            assert torch.equal(targets, expected[numbers])
+            assert torch.equal(inputs, self.rows[:, : D + A][numbers])
+            return mbpo.model_loss(ensemble, inputs, targets)
+
+        monkeypatch.setattr(mbpo, "holdout_errors", tested)
+        optimizer = mbpo.make_optimizers(self.agent, self.args)["model"]
+        self.result = mbpo.train_model(self.agent, optimizer, self.rows, generator(), self.args, loss)
+        self.epochs = [torch.cat(epoch, 1) for epoch in self.epochs if epoch]
+
+
+def test_each_network_sees_its_own_bootstrap(monkeypatch):
+    """Drawn once with replacement from the training split; each epoch is another order of it, for each network."""
+    recorder = Recorder(monkeypatch, 100)
+    assert len(recorder.epochs) == 3
+    first = recorder.epochs[0]
+    assert first.shape == (5, 80) and len(first.sort(1)[0].unique(dim=0)) == 5
+    for row in first:
+        assert 0.5 * 80 < len(row.unique()) < 0.75 * 80, "63 percent of the rows are expected"
+    for epoch in recorder.epochs[1:]:
+        assert torch.equal(epoch.sort(1)[0], first.sort(1)[0])
+        assert all((a != b).any() for a, b in zip(epoch, first, strict=True))
+    shuffles = [recorder.epochs[1][e].argsort(stable=True) for e in range(5)]
+    assert len(torch.stack(shuffles).unique(dim=0)) == 5
+
+
+def test_the_last_short_batch_is_kept(monkeypatch):
+    """80 rows in batches of 16 are 5; 84 are 6, the last of 4."""
+    assert Recorder(monkeypatch, 100).sizes[0] == [16] * 5
+    assert Recorder(monkeypatch, 105).sizes[0] == [16] * 5 + [4]
+
+
+@pytest.mark.parametrize(("num_rows", "held"), [(24, 4), (100, 20), (24_999, 4999), (25_000, 5000), (26_000, 5000)])
+def test_holdout_is_a_fifth_and_at_most_5000(monkeypatch, num_rows, held):
+    """The same rows in every epoch, common to all networks, never trained on, drawn at random."""
+    recorder = Recorder(monkeypatch, num_rows, model_max_epochs=2, model_batch_size=8192)
+    (holdout,) = {tuple(rows) for rows in recorder.holdouts}
+    assert len(set(holdout)) == len(holdout) == held
+    trained = set(torch.stack(recorder.epochs).unique().tolist())
+    assert not trained & set(holdout) and trained <= set(range(num_rows))
+    assert list(holdout) != sorted(holdout) and max(holdout) - min(holdout) > num_rows / 2
+
+
+def test_normalizer_is_fitted_on_the_training_split(monkeypatch):
+    """On all of its rows, each once."""
+    recorder = Recorder(monkeypatch, 100)
+    inputs = recorder.rows[sorted(set(range(100)) - set(recorder.holdouts[0]))][:, : D + A]
+    assert len(inputs) == 80
+    torch.testing.assert_close(recorder.agent.ensemble.input_mean, inputs.mean(0))
+    std = inputs.std(0, correction=0)
+    std[1] = 1
+    torch.testing.assert_close(recorder.agent.ensemble.input_std, std)
+
+
+def test_holdout_errors(agent):
+    """MSE, MSE over the predicted variance, standard deviation of the networks' means; row by row."""
+    inputs, targets = normal(7, D + A), normal(7, D + 1, seed=2)
+    errors = mbpo.holdout_errors(agent.ensemble, inputs, targets)
+    means = torch.stack([torch.stack([forward(agent.ensemble, e, x)[0] for x in inputs]) for e in range(5)])
+    logvars = torch.stack([torch.stack([forward(agent.ensemble, e, x)[1] for x in inputs]) for e in range(5)])
+    for e in range(5):
+        torch.testing.assert_close(errors["mse"][e], F.mse_loss(means[e], targets))
+        weighted = ((means[e] - targets) ** 2 / logvars[e].exp()).mean()
+        torch.testing.assert_close(errors["weighted_mse"][e], weighted)
+    torch.testing.assert_close(errors["disagreement"], means.std(0).mean())
+    assert not any(error.requires_grad for error in errors.values())
+
+
+FINAL = [0.5, 0.2, 0.9, 0.1, 0.3]
+TABLES = {
+    "each at its own epoch": [
+        [1.0, 1.0, 1.0, 1.0, 1.0],
+        [0.9, 1.1, 1.0, 0.5, 0.995],  # 0.995 is not 1 percent better
+        [0.8, 0.9, 1.2, 0.6, 0.98],
+        [0.795, 0.95, 1.2, 0.4, 0.98],
+        *[[2.0] * 5] * 20,
+    ],
+    "one goes on": [[1.0] * 5, *[[2.0, 2.0, 2.0, 2.0, 0.9**i] for i in range(1, 10)], *[[2.0] * 5] * 20],
+    "slow gains add up": [[1.0, 2, 2, 2, 2], *[[1 - 0.004 * i, 2, 2, 2, 2] for i in range(1, 8)], *[[2.0] * 5] * 20],
+    "worse is no best": [[1.0] * 5, [2, 1, 1, 1, 0.5], [1.5, 1, 1, 1, 0.4], [1.2, 1, 1, 1, 0.3], *[[2.0] * 5] * 20],
+    "small errors": [[1e-3] * 5, [5e-4, 2e-3, 9.8e-4, 1e-3, 9.95e-4], *[[2.0] * 5] * 20],
+    "never": [[1.0] * 5] * 30,
+}
+
+
+@pytest.mark.parametrize("patience", [0, 2, 5])
+@pytest.mark.parametrize("kind", TABLES)
+def test_each_network_is_restored_to_its_own_best(monkeypatch, kind, patience):
+    """More than 1 percent better than its own best is a snapshot; patience + 1 epochs without one end the training."""
+    table = np.array(TABLES[kind])
+    best, best_epoch, since, epoch = np.full(5, 1e10), np.zeros(5, int), 0, 0
+    while since <= patience:
+        better = [e for e in range(5) if (best[e] - table[epoch, e]) / best[e] > 0.01]
+        for e in better:
+            best[e], best_epoch[e] = table[epoch, e], epoch
+        epoch, since = epoch + 1, 0 if better else since + 1
+    table = [*table[:epoch].astype(np.float32).tolist(), FINAL]
+    recorder = Recorder(monkeypatch, 40, table, model_patience=patience, model_max_epochs=None)
+    assert recorder.tests == epoch + 1 == recorder.result["epochs"] + 1
+    for name, parameter in recorder.agent.ensemble.named_parameters():
+        if "logvar" in name:
+            assert torch.equal(parameter, recorder.states[epoch - 1][name]), "the shared bounds are the last ones"
+            continue
+        for e in range(5):
+            assert torch.equal(parameter[e], recorder.states[best_epoch[e]][name][e]), (name, e)
+        assert len({hash(state[name][0].numpy().tobytes()) for state in recorder.states[:epoch]}) == epoch
+    assert recorder.agent.ensemble.elites.tolist() == [3, 1, 4], "the lowest errors of the restored networks"
+
+
+def test_errors_and_elites_are_those_of_the_restored_networks(monkeypatch):
+    """Without a script: the errors that are returned are those of the final networks on the holdout."""
+    recorder = Recorder(monkeypatch, 200, model_max_epochs=8)
+    monkeypatch.undo()
+    found = mbpo.holdout_errors(recorder.agent.ensemble, *recorder.holdout)
+    assert torch.equal(found["mse"], recorder.result["mse"])
+    assert torch.equal(found["mse"].sort()[1][:3], recorder.agent.ensemble.elites)
+
+
+def test_training_goes_on_from_the_weights_and_the_optimizer_of_the_last(agent):
+    """Adam counts its steps over trainings; all errors go down on rows that can be predicted."""
+    args = make_args(model_max_epochs=10)
+    rows = make_batch(200)
+    rows[:, -1 - D : -1] = rows[:, :D] + rows[:, D : D + 1]
+    rows[:, D + A] = rows[:, 0]
+    optimizer, rng = mbpo.make_optimizers(agent, args)["model"], generator()
+    errors = [mbpo.train_model(agent, optimizer, rows, rng, args)["mse"] for _ in range(3)]
+    assert (errors[2] < errors[1]).all() and (errors[1] < errors[0]).all()
+    steps = {int(state["step"]) for state in optimizer.state.values()}
+    assert steps == {3 * 10 * 10}
+
+
+def test_training_leaves_the_policy_alone(agent, args):
+    """No parameter but the ensemble's gets a gradient or moves."""
+    before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+    mbpo.train_model(agent, mbpo.make_optimizers(agent, args)["model"], make_batch(60), generator(), args)
+    for name, p in agent.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith("ensemble"), name
+        assert name.startswith("ensemble") or p.grad is None
+
+
+# === Schedules and settings ===
+
+
+def test_rollout_lengths_at_published_points():
+    """Hopper 1 to 15 over epochs 20 to 150, Ant to 25 at 100, Humanoid to 25 at 300, else 1."""
+    points = {
+        "Hopper-v5": {0: 1, 20: 1, 29: 1, 30: 2, 85: 8, 125: 12, 149: 14, 150: 15, 400: 15},
+        "Ant-v5": {0: 1, 20: 1, 60: 13, 99: 24, 100: 25, 300: 25},
+        "Humanoid-v5": {0: 1, 20: 1, 160: 13, 299: 24, 300: 25},
+        "HalfCheetah-v5": {0: 1, 100: 1, 400: 1},
+        "Walker2d-v5": {300: 1},
+        "InvertedPendulum-v5": {80: 1},
+    }
+    for env_id, lengths in points.items():
+        args = published(env_id)
+        for epoch, k in lengths.items():
+            first = args.learning_starts + epoch * args.epoch_length
+            last = first + args.epoch_length - 1
+            assert mbpo.rollout_length(first, args) == mbpo.rollout_length(last, args) == k, (env_id, epoch)
+        assert mbpo.rollout_length(0, args) == 1
+
+
+@pytest.mark.parametrize("schedule", [(20, 150, 1, 15), (20, 100, 1, 25), (20, 300, 1, 25), (0, 1, 1, 1), (5, 5, 2, 7)])
+def test_rollout_length_is_linear_and_cut(schedule):
+    """k0 + (epoch - e0) / (e1 - e0) (k1 - k0), exactly, cut to an integer; a jump where e0 = e1."""
+    args = published("Hopper-v5", rollout_schedule=schedule)
+    e0, e1, k0, k1 = schedule
+    for epoch in range(400):
+        share = min(max(Fraction(epoch - e0, max(e1 - e0, 1)), Fraction(0)), Fraction(1))
+        assert mbpo.rollout_length(5000 + 1000 * epoch, args) == int(k0 + share * (k1 - k0)), epoch
+
+
+def test_model_buffer_sizes():
+    """400,000 k rows; Humanoid 5 epochs of one training of 100,000 k; the pendulums one of 100,000."""
+    for k in (1, 2, 15, 25):
+        assert mbpo.model_buffer_size(k, published("Hopper-v5")) == 400_000 * k
+        assert mbpo.model_buffer_size(k, published("Humanoid-v5")) == 500_000 * k
+    assert mbpo.model_buffer_size(1, published("InvertedPendulum-v5")) == 100_000
+    odd = published("Hopper-v5", model_train_frequency=300, rollout_batch_size=90)
+    assert mbpo.model_buffer_size(3, odd) == int(1000 / 300 * 90 * 3)
+
+
+TABLE = {  # G, schedule, target entropy, F, retained epochs, units, random steps, E
+    "InvertedPendulum": (10, (0, 1, 1, 1), -0.05, 250, 1, 200, 500, 250),
+    "InvertedDoublePendulum": (20, (0, 1, 1, 1), -0.5, 250, 1, 200, 500, 250),
+    "Hopper": (20, (20, 150, 1, 15), -1, 250, 1, 200, 5000, 1000),
+    "Walker2d": (20, (0, 1, 1, 1), -3, 250, 1, 200, 5000, 1000),
+    "HalfCheetah": (40, (0, 1, 1, 1), -3, 250, 1, 200, 5000, 1000),
+    "Ant": (20, (20, 100, 1, 25), -4, 250, 1, 200, 5000, 1000),
+    "Humanoid": (20, (20, 300, 1, 25), -2, 1000, 5, 400, 5000, 1000),
+}
+COLUMNS = ["updates_per_step", "rollout_schedule", "target_entropy", "model_train_frequency", "model_retain_epochs"]
+COLUMNS += ["model_hidden_size", "learning_starts", "epoch_length"]
+
+
+@pytest.mark.parametrize("task", TABLE)
+def test_published_settings(task):
+    """The official configuration of each task, and what is common to all."""
+    args = published(f"{task}-v5")
+    assert tuple(getattr(args, name) for name in COLUMNS) == TABLE[task]
+    assert (args.num_nets, args.num_elites, args.rollout_batch_size, args.real_ratio) == (7, 5, 100_000, 0.05)
+    assert (args.gamma, args.tau, args.learning_rate, args.model_lr) == (0.99, 0.005, 3e-4, 1e-3)
+    assert (args.batch_size, args.model_batch_size, args.hidden_size, args.model_patience) == (256, 256, 256, 5)
+    assert args.model_max_epochs is None and args.holdout_ratio == 0.2 and args.buffer_size == 10**6
+
+
+def test_a_flag_wins_over_the_task():
+    """Also one that is falsy; elsewhere the defaults; the module of an environment does not matter."""
+    args = published("Humanoid-v5", model_hidden_size=16, rollout_schedule=(1, 2, 3, 4), updates_per_step=0)
+    assert (args.model_hidden_size, args.rollout_schedule, args.updates_per_step) == (16, (1, 2, 3, 4), 0)
+    assert args.model_train_frequency == 1000 and args.target_entropy == -2
+    for env_id in ("walker-walk", "fake_envs:Unknown-v3"):
+        args = published(env_id)
+        assert {name: getattr(args, name) for name in mbpo.DEFAULTS} == mbpo.DEFAULTS
+        assert args.target_entropy is None
+    assert published("my_module:Hopper-v4").rollout_schedule == (20, 150, 1, 15)
+    args = Args(env_id="Hopper-v5")
+    mbpo.with_task_defaults(args)
+    assert args.updates_per_step is None, "settings are not changed in place"
+
+
+def test_every_task_is_made_of_settings():
+    """No entry of TASKS has a name that Args lacks or a value of another type."""
+    names = {field.name for field in dataclasses.fields(Args)}
+    for task in (mbpo.DEFAULTS, *mbpo.TASKS.values()):
+        assert set(task) <= names
+    assert set(mbpo.TASKS) <= set(mbpo.TERMINATIONS)
+
+
+# === Replay buffer ===
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5, 8, 33])
+def test_buffer_is_a_ring(capacity):
+    """Against a deque: the newest `capacity` rows in their order, whatever the sizes of what is added."""
+    rb, kept, rng, step = ReplayBuffer(capacity, D, A, CPU), deque(maxlen=capacity), np.random.default_rng(1), 0
+    width = 2 * D + A + 2
+    assert len(rb) == 0 and rb.rows.shape == (capacity, width)
+    for size in rng.integers(0, 12, 60).tolist():
+        rows = torch.arange(step, step + size)[:, None].expand(-1, width).float()
+        rb.add(rows)
+        kept.extend(range(step, step + size))
+        step += size
+        assert len(rb) == len(kept)
+        for n in {0, 1, len(kept) // 2, len(kept)} if kept else {0}:
+            newest = rb.newest(n)
+            assert newest[:, 0].tolist() == list(kept)[len(kept) - n :] and newest.shape == (n, width)
+
+
+@pytest.mark.parametrize("added", [0, 3, 5, 12])
+def test_resize_keeps_the_newest(added):
+    """Smaller, larger and back; then the ring goes on, also after it had wrapped."""
+    for sizes in ((3, 9), (9, 3), (5,), (20, 2, 7)):
+        rb, expected = ReplayBuffer(5, D, A, CPU), deque(maxlen=5)
+        numbers = list(range(added))
+        expected.extend(numbers)
+        rb.add(torch.tensor(numbers).float()[:, None].expand(-1, 2 * D + A + 2))
+        for capacity in sizes:
+            rb.resize(capacity)
+            expected = deque(expected, maxlen=capacity)
+            assert rb.newest(len(rb))[:, 0].tolist() == list(expected) and len(rb.rows) == capacity
+            for number in range(100, 104):
+                rb.add(torch.full((1, 2 * D + A + 2), float(number)))
+                expected.append(number)
+                assert rb.newest(len(rb))[:, 0].tolist() == list(expected)
+
+
+def test_buffer_hands_out_copies():
+    """Changing what was added, sampled, read or saved changes nothing stored."""
+    rb, rows = ReplayBuffer(8, D, A, CPU), make_batch(8)
+    original = rows.clone()
+    rb.add(rows)
+    saved = rb.state_dict()
+    loaded = ReplayBuffer(8, D, A, CPU)
+    loaded.load_state_dict(saved)
+    for handed_out in (rows, rb.newest(8), rb.newest(3), rb.sample(4, generator=generator()), saved["rows"]):
+        handed_out.fill_(math.nan)
+    assert torch.equal(rb.newest(8), original) and torch.equal(loaded.newest(8), original)
+
+
+@pytest.mark.parametrize("added", [0, 3, 8, 21])
+def test_buffer_state_round_trip(added):
+    """Bit exact, also after wrapping and into another capacity: the same rows, the same samples, the same future."""
+    rb, other = ReplayBuffer(8, D, A, CPU), ReplayBuffer(3, D, A, CPU)
+    for i in range(added):
+        rb.add(make_batch(1, seed=i))
+    other.load_state_dict(rb.state_dict())
+    assert len(other.rows) == 8
+    for i in range(12):
+        assert torch.equal(rb.newest(len(rb)), other.newest(len(other))) and rb.end == other.end
+        if len(rb):
+            assert torch.equal(rb.sample(3, 4, generator=generator(i)), other.sample(3, 4, generator=generator(i)))
+        for buffer in (rb, other):
+            buffer.add(make_batch(1 + i % 3, seed=100 + i))
+
+
+def test_samples_are_uniform_over_what_is_there():
+    """Shape as asked; every stored row, no other, with replacement."""
+    rb = ReplayBuffer(50, D, A, CPU)
+    rb.add(torch.arange(10.0)[:, None].expand(-1, 2 * D + A + 2))
+    rows = rb.sample(100, 200, generator=generator())
+    assert rows.shape == (100, 200, 2 * D + A + 2)
+    counts = rows[..., 0].long().flatten().bincount()
+    assert len(counts) == 10 and ((counts - 2000) ** 2 / 2000).sum() < 27.9  # once in 1,000 times, 9 degrees
+
+
+def test_rows_come_apart_as_they_were_put_together(agent):
+    """The columns of a row, in their order."""
+    row = torch.arange(2 * D + A + 2.0)
+    parts = agent.unpack(row.expand(4, 2, -1))
+    assert [part.shape[2:] for part in parts] == [(D,), (A,), (), (D,), ()]
+    assert torch.equal(torch.cat([part.reshape(8, -1)[0] for part in parts]), row)
+
+
+# === Policy ===
+
+
+def test_log_probabilities(agent):
+    """Tanh-squashed Gaussian of torch.distributions; the log standard deviation is cut at -20 and 2."""
+    obs, noise = normal(16, D), normal(16, A, seed=2)
+    actor = agent.actor.double()
+    for scale in (1, 5):
+        with torch.no_grad():
+            actor.net[-1].bias[A:] *= scale
+        actions, log_prob = actor(obs.double(), noise.double())
+        for i in range(16):
+            action, expected = policy(actor, obs[i].double(), noise[i].double())
+            torch.testing.assert_close(actions[i], action)
+            torch.testing.assert_close(log_prob[i], expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        actor.net[-1].weight.zero_()
+        for x, std in ((-50.0, math.exp(-20)), (50.0, math.exp(2))):
+            actor.net[-1].bias.copy_(torch.tensor([0.0, 0, x, x]))
+            actions, log_prob = actor(obs.double(), 0.1 * noise.double())
+            torch.testing.assert_close(actions, torch.tanh(std * 0.1 * noise.double()))
+            gaussian = Normal(0.0, torch.tensor(std).double()).log_prob(std * 0.1 * noise.double())
+            torch.testing.assert_close(log_prob, (gaussian - torch.log1p(-(actions**2))).sum(-1))
+
+
+def test_log_probabilities_of_saturated_actions_are_finite(agent):
+    """tanh(x) is 1 in float32, log(1 - tanh(x)^2) is about -2 |x| + log 4."""
+    with torch.no_grad():
+        agent.actor.net[-1].weight.zero_()
+        agent.actor.net[-1].bias.copy_(torch.tensor([60.0, -60.0, 0, 0]))
+    actions, log_prob = agent.actor(normal(4, D), torch.zeros(4, A))
+    assert actions.tolist() == [[1, -1]] * 4
+    torch.testing.assert_close(log_prob, torch.full((4,), 2 * (120 - math.log(4)) - math.log(2 * math.pi)))
+
+
+def test_acting(agent):
+    """Sampled with a generator, the mode without; float32 arrays."""
+    obs = normal(4, D).numpy()
+    mode = mbpo.act(agent, obs, CPU, None)
+    mean = agent.actor.net(torch.from_numpy(obs))[:, :A]
+    np.testing.assert_allclose(mode, torch.tanh(mean).detach().numpy(), rtol=1e-6)
+    sampled = mbpo.act(agent, obs, CPU, generator(3))
+    expected, _ = agent.actor(torch.from_numpy(obs), torch.randn(4, A, generator=generator(3)))
+    assert np.array_equal(sampled, expected.detach().numpy()) and not np.allclose(sampled, mode)
+    assert sampled.dtype == mode.dtype == np.float32
+
+
+def sac_reference(agent, rows, noise, gamma):
+    """Losses of the two critics, actor and alpha, one transition at a time."""
+    alpha, obs, size = agent.log_alpha.exp().item(), rows[:, :D], len(rows)
+    critic_losses, actor_terms, alpha_terms = [[], []], [], []
+    for i in range(size):
+        action, reward, next_obs, terminated = rows[i].split([D, A, 1, D, 1])[1:]
+        next_action, next_log_prob = policy(agent.actor, next_obs, noise[0, i])
+        next_value = min(value(agent.target_critics, c, next_obs, next_action).item() for c in (0, 1))
+        target = reward.item()
+        if not terminated:
+            target += gamma * (next_value - alpha * next_log_prob.item())
+        for c in (0, 1):
+            critic_losses[c].append((value(agent.critics, c, obs[i], action).item() - target) ** 2 / 2)
+        new_action, log_prob = policy(agent.actor, obs[i], noise[1, i])
+        q = min(value(agent.critics, c, obs[i], new_action).item() for c in (0, 1))
+        actor_terms.append(alpha * log_prob.item() - q)
+        alpha_terms.append(-agent.log_alpha.item() * (log_prob.item() + agent.target_entropy))
+    return np.mean(critic_losses, 1), np.mean(actor_terms), np.mean(alpha_terms)
+
+
+def test_sac_losses_against_a_plain_loop(agent):
+    """Critics, actor and alpha from the equations; the sum is what is minimised, the parts are what is logged."""
+    rows, noise = make_batch(12), normal(2, 12, A, seed=3)
+    total, metrics = mbpo.sac_losses(agent, agent.unpack(rows), noise, 0.9)
+    critics, actor, alpha = sac_reference(agent, rows, noise, 0.9)
+    expected = {"qf1_loss": critics[0], "qf2_loss": critics[1], "qf_loss": critics.mean(), "actor_loss": actor}
+    expected |= {"alpha_loss": alpha, "alpha": agent.log_alpha.exp().item()}
+    for name, number in expected.items():
+        assert metrics[f"losses/{name}"].item() == pytest.approx(number, rel=1e-3, abs=1e-4), name
+    assert total.item() == pytest.approx(critics.sum() + actor + alpha, rel=1e-3)
+    assert not any(metric.requires_grad for metric in metrics.values())
+    values = [value(agent.critics, c, row[:D], row[D : D + A]).item() for row in rows for c in (0, 1)]
+    assert metrics["losses/qf_values"].item() == pytest.approx(np.mean(values), rel=1e-4, abs=1e-5)
+
+
+def test_terminations_cut_the_target(agent):
+    """At a termination nothing of the next observation counts; elsewhere gamma does."""
+    rows, noise = make_batch(9), normal(9, A)
+    rows[:, -1] = 1
+    (a, _), (b, _) = (mbpo.critic_loss(agent, agent.unpack(rows), noise, gamma) for gamma in (0.99, 0.0))
+    other = rows.clone()
+    other[:, -1 - D : -1] = 50.0
+    c, _ = mbpo.critic_loss(agent, agent.unpack(other), noise, 0.99)
+    assert torch.equal(a, b) and torch.equal(a, c)
+    other[:, -1] = 0
+    assert not torch.equal(mbpo.critic_loss(agent, agent.unpack(other), noise, 0.99)[0], c)
+
+
+def grads(agent) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in agent.named_parameters() if p.grad is not None}
+
+
+def test_each_gradient_goes_to_its_own_network(agent):
+    """Actor loss to the actor, critic losses to the critics, alpha loss to alpha; none to model and targets."""
+    rows, noise = make_batch(12), normal(2, 12, A, seed=3)
+    batch, found = agent.unpack(rows), {}
+
+    def backward(name, loss):
+        agent.zero_grad(set_to_none=True)
+        loss.backward()
+        found[name] = grads(agent)
+
+    backward("critics", mbpo.critic_loss(agent, batch, noise[0], 0.9)[0].sum())
+    loss, log_prob = mbpo.actor_loss(agent, batch[0], noise[1])
+    backward("actor", loss)
+    backward("log_alpha", mbpo.alpha_loss(agent.log_alpha, mbpo.actor_loss(agent, batch[0], noise[1])[1], -1.5))
+    for part, gradients in found.items():
+        names = {name for name, _ in agent.named_parameters() if name.startswith(part)}
+        assert set(gradients) == names and all(g.abs().sum() > 0 for g in gradients.values())
+    backward("all", mbpo.sac_losses(agent, batch, noise, 0.9)[0])
+    expected = found["critics"] | found["actor"] | found["log_alpha"]
+    assert set(found["all"]) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found["all"][name], gradient)
+
+
+def test_the_actor_follows_the_smaller_value_and_the_entropy(agent):
+    """Its gradient is that of alpha log pi - min Q with the actions' dependence on the noise (autograd of the loop)."""
+    rows, noise = make_batch(6), normal(6, A, seed=3)
+    mbpo.actor_loss(agent, rows[:, :D], noise)[0].backward()
+    gradient = agent.actor.net[0].weight.grad.clone()
+    agent.zero_grad(set_to_none=True)
+    terms = []
+    for obs, z in zip(rows[:, :D], noise, strict=True):
+        mean, log_std = agent.actor.net(obs).split(A)
+        x = mean + log_std.exp() * z
+        action = torch.tanh(x)
+        log_prob = (Normal(mean, log_std.exp()).log_prob(x) - torch.log(1 - action**2)).sum()
+        q = torch.minimum(*(value(agent.critics, c, obs, action) for c in (0, 1)))
+        terms.append(agent.log_alpha.exp().detach() * log_prob - q)
+    torch.stack(terms).mean().backward()
+    torch.testing.assert_close(agent.actor.net[0].weight.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_alpha_goes_to_the_target_entropy():
+    """Its gradient is minus the mean of log pi + target: too random lowers alpha, too certain raises it."""
+    log_alpha = torch.tensor(0.3, requires_grad=True)
+    log_prob = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    mbpo.alpha_loss(log_alpha, log_prob, -1.5).backward()
+    assert log_alpha.grad.item() == pytest.approx(-(3 - 1.5)) and log_prob.grad is None
+
+
+def test_update(agent, args):
+    """One Adam step of critics, actor and alpha from the same parameters; targets move by 0.005; the model does not."""
+    rows, noise = make_batch(12), normal(2, 12, A, seed=3)
+    twin = make_agent(args)
+    optimizer, plain = (mbpo.make_optimizers(a, args)["policy"] for a in (agent, twin))
+    for step in range(3):
+        before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+        metrics = mbpo.update(agent, optimizer, rows, noise, args, mbpo.sac_losses)
+        loss, expected = mbpo.sac_losses(twin, twin.unpack(rows), noise, args.gamma)
+        plain.zero_grad()
+        loss.backward()
+        plain.step()
+        for name, p in agent.named_parameters():
+            if name.startswith("target_critics"):
+                live = agent.get_parameter(name.removeprefix("target_"))
+                torch.testing.assert_close(p, 0.995 * before[name] + 0.005 * live)
+                twin.get_parameter(name).data.copy_(p)
+                assert not torch.equal(p, before[name])
+            else:
+                torch.testing.assert_close(p, twin.get_parameter(name))
+                assert torch.equal(p, before[name]) == name.startswith("ensemble"), (name, step)
+        assert {k: v.item() for k, v in metrics.items()} == pytest.approx({k: v.item() for k, v in expected.items()})
+
+
+# === Rollouts ===
+
+
+class Labelled:
+    """Stands in for an ensemble whose elite i predicts the reward i and stays where it is."""
+
+    def __init__(self, num_elites: int):
+        self.elites = torch.arange(num_elites) + 2
+
+    def __call__(self, inputs, nets):
+        mean = torch.zeros(*inputs.shape[:2], D + 1)
+        mean[..., 0] = nets[:, None]
+        return mean, torch.zeros_like(mean)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 6, 7, 10, 13, 100])
+@pytest.mark.parametrize("num_elites", [1, 3, 5])
+def test_every_row_goes_to_one_elite_in_equal_groups(size, num_elites):
+    """By its place in the order; the last groups are short where the rows are not a multiple of the elites."""
+    order, noise = torch.randperm(size, generator=generator()), torch.zeros(size, D + 1)
+    obs = normal(size, D)
+    next_obs, rewards = mbpo.model_step(Labelled(num_elites), obs, torch.zeros(size, A), order, noise)
+    group = math.ceil(size / num_elites)
+    assert rewards[order].tolist() == [2 + i // group for i in range(size)]
+    assert torch.equal(next_obs, obs)
+    if size % num_elites == 0:
+        assert rewards.long().bincount()[2:].tolist() == [group] * num_elites
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 12, 13])
+def test_model_step_against_one_row_at_a_time(agent, size):
+    """Mean plus noise times the standard deviation of the row's own elite: next observation and reward."""
+    obs, actions, noise = normal(size, D), normal(size, A, seed=2).tanh(), normal(size, D + 1, seed=3)
+    order = torch.randperm(size, generator=generator())
+    next_obs, rewards = mbpo.model_step(agent.ensemble, obs, actions, order, noise)
+    assert next_obs.shape == (size, D) and rewards.shape == (size,)
+    for place, row in enumerate(order.tolist()):
+        elite = agent.ensemble.elites[place // math.ceil(size / 3)]
+        mean, logvar = forward(agent.ensemble, elite, torch.cat([obs[row], actions[row]]))
+        sample = mean + noise[row] * torch.exp(logvar / 2)
+        torch.testing.assert_close(next_obs[row], obs[row] + sample[1:])
+        torch.testing.assert_close(rewards[row], sample[0])
+
+
+def far(o: torch.Tensor) -> torch.Tensor:
+    return o[..., 0].abs() > 1
+
+
+@pytest.mark.parametrize(("size", "length"), [(1, 4), (2, 3), (20, 6), (41, 3), (41, 1)])
+def test_rollouts_against_one_row_at_a_time(agent, size, length):
+    """Same noise, same order; rows that terminated are handed out with their flag, and not continued."""
+    start, rng = normal(size, D) * 0.5, generator(4)
+    steps = list(mbpo.rollout(agent, start, length, far, generator(4)))
+    live, ended = list(start), 0
+    for rows in steps:
+        n = len(live)
+        action_noise, order = torch.randn(n, A, generator=rng), torch.randperm(n, generator=rng)
+        model_noise, place = torch.randn(n, D + 1, generator=rng), order.argsort()
+        assert rows.shape == (n, 2 * D + A + 2) and not rows.requires_grad
+        following = []
+        for i, obs in enumerate(live):
+            action, _ = policy(agent.actor, obs, action_noise[i])
+            elite = agent.ensemble.elites[place[i] // math.ceil(n / 3)]
+            mean, logvar = forward(agent.ensemble, elite, torch.cat([obs, action]))
+            sample = mean + model_noise[i] * torch.exp(logvar / 2)
+            next_obs = obs + sample[1:]
+            done = bool(abs(next_obs[0]) > 1)
+            expected = torch.cat([obs, action, sample[:1], next_obs, torch.tensor([float(done)])])
+            torch.testing.assert_close(rows[i], expected.detach(), rtol=1e-4, atol=1e-5)
+            ended += done
+            if not done:
+                following.append(rows[i, -1 - D : -1])
+        live = following
+    assert len(steps) == length or not live
+    assert ended or size < 20
+
+
+def test_rollouts_stop_when_none_is_left(agent):
+    """Everything terminates at once: one step, all of it stored; nothing does: every row, every step."""
+    everywhere = mbpo.rollout(agent, normal(6, D), 5, lambda o: torch.ones(len(o), dtype=torch.bool), generator())
+    (rows,) = everywhere
+    assert len(rows) == 6 and (rows[:, -1] == 1).all()
+    steps = list(mbpo.rollout(agent, normal(6, D), 5, mbpo.never, generator()))
+    assert [len(rows) for rows in steps] == [6] * 5 and not torch.cat(steps)[:, -1].any()
+    for a, b in zip(steps[:-1], steps[1:], strict=True):
+        assert torch.equal(a[:, -1 - D : -1], b[:, :D])
+
+
+def test_rows_change_their_elite(agent, monkeypatch):
+    """A new order at every step: the groups of two steps are not the same."""
+    orders, step = [], mbpo.model_step
+    monkeypatch.setattr(mbpo, "model_step", lambda *args: (orders.append(args[3]), step(*args))[1])
+    list(mbpo.rollout(agent, normal(30, D), 4, mbpo.never, generator()))
+    assert len(torch.stack(orders).unique(dim=0)) == 4
+    assert all(order.sort()[0].tolist() == list(range(30)) for order in orders)
+
+
+def test_open_loop_errors_against_a_loop(agent):
+    """Mean predictions of each elite, fed back; observations in standard deviations of the inputs, rewards plain."""
+    K, B = 4, 3
+    obs, actions, rewards = normal(K + 1, B, D), normal(K, B, A, seed=2).tanh(), normal(K, B, seed=3)
+    obs_errors, reward_errors = mbpo.open_loop_errors(agent.ensemble, obs, actions, rewards)
+    squares, misses = np.zeros((K, 3, B, D)), np.zeros((K, 3, B))
+    for i, elite in enumerate(agent.ensemble.elites.tolist()):
+        for b in range(B):
+            predicted = obs[0, b]
+            for k in range(K):
+                mean, _ = forward(agent.ensemble, elite, torch.cat([predicted, actions[k, b]]))
+                predicted = predicted + mean[1:]
+                difference = (predicted - obs[k + 1, b]) / agent.ensemble.input_std[:D]
+                squares[k, i, b] = difference.detach().numpy() ** 2
+                misses[k, i, b] = abs((mean[0] - rewards[k, b]).item())
+    np.testing.assert_allclose(obs_errors, np.sqrt(squares.mean((1, 2, 3))), rtol=1e-4)
+    np.testing.assert_allclose(reward_errors, misses.mean((1, 2)), rtol=1e-4)
+    assert not obs_errors.requires_grad
+
+
+def test_open_loop_pieces_are_cut_from_the_trajectories(agent, monkeypatch, tmp_path):
+    """25 steps from every fifth step on that has so many left; shorter episodes give none, and no log at all."""
+    asked, logged = [], {}
+
+    def errors(ensemble, *parts):
+        asked.append(parts)
+        return torch.arange(1.0, 26), -torch.arange(1.0, 26)
+
+    def add_scalar(tag, number, step):
+        logged[tag] = number, step
+
+    writer = SimpleNamespace(add_scalar=add_scalar, add_figure=lambda tag, figure, step: add_scalar(tag, None, step))
+    monkeypatch.setattr(mbpo, "open_loop_errors", errors)
+    trajectories = []
+    for number, length in enumerate((24, 25, 36)):
+        count = np.arange(length + 1, dtype=np.float32) + 100 * number
+        trajectories.append((count[:, None].repeat(D, 1), count[:-1, None].repeat(A, 1), count[:-1]))
+    mbpo.log_open_loop(agent, trajectories[:1], writer, str(tmp_path), 7)
+    assert not asked and not logged and os.listdir(tmp_path) == []
+    mbpo.log_open_loop(agent, trajectories, writer, str(tmp_path), 7)
+    ((obs, actions, rewards),) = asked
+    starts = torch.tensor([100.0, 200, 205, 210])
+    for part, length in ((obs[..., 0], 26), (actions[..., 0], 25), (rewards, 25)):
+        assert torch.equal(part, starts + torch.arange(float(length))[:, None])
+    points = {f"open_loop/obs_error_{k}": (k, 7) for k in (1, 5, 10, 25)}
+    points |= {f"open_loop/reward_error_{k}": (-k, 7) for k in (1, 5, 10, 25)}
+    assert logged == points | {"open_loop/error": (None, 7)} and os.listdir(tmp_path) == ["open_loop_error_7.png"]
+
+
+# === Terminations ===
+
+HEIGHTS = {  # index of the height or angle in qpos, and from where to where it is set now and then
+    "Hopper-v5": (1, 0.6, 1.3),
+    "Walker2d-v5": (1, 0.7, 2.1),
+    "Ant-v5": (2, 0.1, 1.2),
+    "Humanoid-v5": (2, 0.8, 2.2),
+    "InvertedPendulum-v5": (1, -0.3, 0.3),
+    "InvertedDoublePendulum-v5": (1, -1.0, 1.0),
+}
+
+
+def count_disagreements(env_id: str, steps: int) -> tuple[int, int]:
+    """Steps at which the function of observations and the environment disagree, and terminations."""
+    env = mbpo.make_env(published(env_id))()
+    function, wrong, ended, done = mbpo.termination_function(env_id), 0, 0, True
+    index, low, high = HEIGHTS.get(env_id, (None, 0, 0))
+    rng = np.random.default_rng(1)
+    env.action_space.seed(1)
+    for step in range(steps):
+        if done:
+            env.reset(seed=step)
+        if index is not None and step % 7 == 0:
+            qpos, qvel = env.unwrapped.data.qpos.copy(), env.unwrapped.data.qvel.copy()
+            qpos[index] = rng.uniform(low, high)
+            env.unwrapped.set_state(qpos, qvel)
+        obs, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        wrong += bool(function(torch.from_numpy(obs))) != bool(terminated)
+        ended += bool(terminated)
+        done = terminated or truncated
+    env.close()
+    return wrong, ended
+
+
+@pytest.mark.parametrize("env_id", HEIGHTS)
+def test_terminations_are_those_of_the_environment(env_id):
+    """300 random steps, some from heights and angles near the limits: no disagreement, both answers."""
+    wrong, ended = count_disagreements(env_id, 300)
+    assert wrong == 0 and 10 < ended < 290
+
+
+NEVER = ["HalfCheetah-v5", "Swimmer-v5", "Reacher-v5", "Pusher-v5", "Pendulum-v1", "walker-walk", "cheetah-run"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", [*HEIGHTS, *NEVER, "MountainCarContinuous-v0"])
+def test_terminations_over_8000_steps(env_id):
+    """The same, longer, and where nothing ever terminates; random play does not climb the mountain."""
+    wrong, ended = count_disagreements(env_id, 8000)
+    assert wrong == 0 and (ended > 0) == (env_id in HEIGHTS)
+
+
+def test_terminations_at_and_beyond_their_limits():
+    """Values on either side of each limit, NaN and infinity; any leading shape; the tables of the official code."""
+    hopper, walker, ant, humanoid = (torch.zeros(2, 3, n) for n in (11, 17, 27, 45))
+    hopper[..., 0] = walker[..., 0] = humanoid[..., 0] = 1.2
+    ant[..., 0] = 0.6
+    cases = [
+        ("Hopper", hopper, {(0, 0.71): 0, (0, 0.69): 1, (1, 0.199): 0, (1, -0.201): 1, (1, 0.201): 1, (5, 99.0): 0}),
+        ("Hopper", hopper, {(5, 101.0): 1, (10, -101.0): 1, (0, math.inf): 1, (3, math.nan): 1, (0, 50.0): 0}),
+        ("Walker2d", walker, {(0, 0.81): 0, (0, 0.79): 1, (0, 1.99): 0, (0, 2.01): 1, (1, -0.99): 0, (1, 1.01): 1}),
+        ("Walker2d", walker, {(0, math.nan): 1, (9, 500.0): 0}),
+        ("Ant", ant, {(0, 0.2): 0, (0, 0.199): 1, (0, 1.0): 0, (0, 1.001): 1, (20, math.inf): 1, (20, 500.0): 0}),
+        ("Humanoid", humanoid, {(0, 1.0): 0, (0, 0.999): 1, (0, 2.0): 0, (0, 2.001): 1, (20, 500.0): 0}),
+        ("InvertedPendulum", torch.zeros(2, 3, 4), {(1, 0.2): 0, (1, -0.201): 1, (3, math.nan): 1, (0, 9.0): 0}),
+    ]
+    for name, obs, expected in cases:
+        function = mbpo.TERMINATIONS[name]
+        assert function(obs).tolist() == [[False] * 3] * 2 and function(obs).dtype == torch.bool
+        for (index, number), ends in expected.items():
+            changed = obs.clone()
+            changed[1, 2, index] = number
+            assert function(changed).tolist() == [[False] * 3, [False, False, bool(ends)]], (name, index, number)
+
+
+def test_unknown_terminations_are_refused(capsys):
+    """One line that names the table; also dm_control's lqr, which terminates; versions and modules do not matter."""
+    for env_id in ("fake_envs:Counter-v0", "CartPole-v1", "lqr-lqr-2-1"):
+        with pytest.raises(SystemExit) as stopped:
+            mbpo.termination_function(env_id)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and env_id in line and "TERMINATIONS" in line
+    assert mbpo.termination_function("some_module:Hopper-v4") is mbpo.hopper_terminated
+    assert mbpo.termination_function("walker-walk") is mbpo.termination_function("HalfCheetah-v5") is mbpo.never
+
+
+# === Whole runs ===
+
+TINY = {
+    "env_id": "fake_envs:Point-v0", "cuda": False, "total_timesteps": 60, "eval_frequency": 0, "epoch_length": 12,
+    "checkpoint_frequency": 0, "updates_per_step": 2, "model_train_frequency": 12, "rollout_batch_size": 20,
+    "model_max_epochs": 2, "num_nets": 3, "num_elites": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """What runs do: (name, environment steps so far, data) of each training, sample and update."""
+    calls, steps, added = [], [0], []
+    train, sample, update, step = mbpo.train_model, ReplayBuffer.sample, mbpo.update, fake_envs.Point.step
+
+    def trained(agent, optimizer, rows, *args):
+        calls.append(("train", steps[0], rows.clone()))
+        return train(agent, optimizer, rows, *args)
+
+    def sampled(self, *shape, **kwargs):
+        rows = sample(self, *shape, **kwargs)
+        calls.append(("sample", steps[0], (len(self.rows), rows)))
+        return rows
+
+    def updated(agent, optimizer, rows, *args):
+        calls.append(("update", steps[0], rows.clone()))
+        return update(agent, optimizer, rows, *args)
+
+    def stepped(self, action):
+        before, result = self.state, step(self, action)
+        added.append([*before, action[0] / 2, result[1], *result[0], result[2]])
+        steps[0] += 1
+        return result
+
+    for owner, name, function in (
+        (mbpo, "train_model", trained), (ReplayBuffer, "sample", sampled), (mbpo, "update", updated),
+        (fake_envs.Point, "step", stepped),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, function)
+    calls.append(added)
+    return calls
+
+
+def run(**changes) -> dict:
+    run_dir = mbpo.main(Args(**SMALL | TINY | changes))
+    return torch.load(os.path.join(run_dir, "checkpoint.pt"), weights_only=True)
+
+
+def test_order_and_amount_of_work(played):
+    """Trainings on all real rows before steps 24, 36 and 48, then rollouts from real states; G updates a step."""
+    state = run()
+    added = played.pop(0)
+    assert [(at, len(rows)) for name, at, rows in played if name == "train"] == [(24, 24), (36, 36), (48, 48)]
+    updates = [at for name, at, _ in played if name == "update"]
+    assert updates == [at for at in range(25, 61) for _ in range(2)]
+    assert state["parts"]["counters"]["num_updates"] == 72
+    real = np.array(added, np.float32)
+    np.testing.assert_allclose(state["parts"]["replay"]["rows"], real, rtol=1e-6, atol=1e-7)
+    starts = [rows for name, _, (_, rows) in (call for call in played if call[0] == "sample") if rows.dim() == 2]
+    assert [len(rows) for rows in starts] == [20] * 3 and played[0][0] == "train"
+    assert torch.equal(state["parts"]["model_replay"]["rows"][:, :3], starts[-1][:, :3])
+
+
+@pytest.mark.parametrize(("share", "num_real"), [(0.05, 12), (0.0, 0), (0.5, 128), (1.0, 256)])
+def test_batches_mix_real_and_model_rows(played, share, num_real):
+    """256 rows, the first int(256 share) of them played, the others imagined; 1 trains no model at all."""
+    run(real_ratio=share, batch_size=256)
+    known = np.array(played.pop(0), np.float32)
+    batches = [rows for name, _, rows in played if name == "update"]
+    assert len(batches) == 72
+    for rows in batches:
+        distance = np.abs(rows.numpy()[:, None] - known).max(-1).min(1)
+        assert rows.shape == (256, 9) and (distance[:num_real] < 1e-6).all() and (distance[num_real:] > 1e-6).all()
+    assert any(name == "train" for name, *_ in played) == (share < 1)
+
+
+def test_terminations_are_stored_and_truncations_are_not(played):
+    """A point that goes too far is terminated; the time limit is not."""
+    state = run(env_id="fake_envs:DeadlyPoint-v0", total_timesteps=96)
+    rows, edge = state["parts"]["replay"]["rows"], fake_envs.POINT_ENDS["DeadlyPoint"]
+    assert torch.equal(rows[:, -1].bool(), rows[:, 5].abs() > edge) and 0 < rows[:, -1].sum() < 48
+    truncated = rows[:, 7].isclose(torch.tensor(1.0)) & (rows[:, -1] == 0)
+    assert truncated.any()
+    imagined = state["parts"]["model_replay"]["rows"]
+    assert torch.equal(imagined[:, -1].bool(), imagined[:, 5].abs() > edge)
+
+
+def test_model_buffer_grows_with_the_rollouts(played):
+    """Its size follows the length at each training; the rows of the last epochs stay."""
+    state = run(total_timesteps=72, rollout_schedule=(0, 3, 1, 4), model_retain_epochs=2)
+    kept = state["parts"]["model_replay"]
+    assert kept["capacity"] == 2 * 20 * 4 and len(kept["rows"]) == 20 * (3 + 4) + 20
+    sizes = [data[0] for name, _, data in played[1:] if name == "sample" and data[0] != 10**6]
+    assert sorted(set(sizes)) == [40, 80, 120, 160] and sizes == sorted(sizes)
+
+
+def test_two_environments_do_twice_the_updates():
+    """G updates for each step of each environment."""
+    state = run(num_envs=2, total_timesteps=72)
+    assert state["parts"]["counters"]["num_updates"] == 2 * (72 - 24) and state["global_step"] == 72
+
+
+def test_target_entropy_elsewhere_is_minus_the_number_of_actions():
+    """And it is saved with the settings."""
+    assert run(target_entropy=None)["args"]["target_entropy"] == -1
+    assert run(target_entropy=-0.3, seed=2)["args"]["target_entropy"] == pytest.approx(-0.3)
+
+
+def test_evaluation_plays_the_mode_and_returns_whole_trajectories(args):
+    """T + 1 observations, T actions and rewards of each environment's first episode; returns are their sums."""
+    agent = make_agent(args, 3, 1)
+    settings = make_args(**TINY | {"eval_episodes": 3})
+    envs = mbpo.make_vector_env(settings, 1)
+    stop = SimpleNamespace(requested=0)
+    returns, ((obs, actions, rewards),) = mbpo.evaluate(agent, envs, settings, CPU, stop)
+    again, _ = mbpo.evaluate(agent, envs, settings, CPU, stop)
+    envs.close()
+    assert np.array_equal(returns, again) and len(returns) == 3 and len(set(returns)) == 3
+    assert obs.shape == (13, 3) and actions.shape == (12, 1) and rewards.shape == (12,)
+    assert returns[0] == pytest.approx(rewards.sum(), rel=1e-5)
+    np.testing.assert_allclose(obs[:, 2], np.arange(13) / 12, atol=1e-6)
+    np.testing.assert_allclose(np.diff(obs[:, 1]), 0.2 * actions[:, 0], atol=1e-5)  # the Box is [-2, 2]
+    np.testing.assert_allclose(actions, agent.actor.mode(torch.from_numpy(obs[:-1])).detach().numpy(), atol=1e-6)
+
+
+def test_paper_observations_of_ant_and_humanoid():
+    """The environments' own switches leave 27 and 45 numbers; other versions are left as they are."""
+    for env_id, size in (("Ant-v5", 27), ("Humanoid-v5", 45)):
+        env = mbpo.make_env(published(env_id))()
+        assert env.observation_space.shape == (size,) and env.observation_space.dtype == np.float32
+        env.close()
+
+
+def test_actions_are_rescaled_to_the_box():
+    """-1, 0 and 1 are the ends and the middle of each dimension."""
+    seen = []
+    box = gym.spaces.Box(np.float32([-3, 0]), np.float32([1, 5]))
+    env = fake_envs.OddSpaces(fake_envs.VECTOR, box)
+    env.step = lambda action: (seen.append(action), (np.zeros(3), 0.0, False, False, {}))[1]
+    fitted = mbpo.fit_spaces(env, "Odd-v0")
+    assert fitted.action_space == gym.spaces.Box(-1, 1, (2,), np.float32)
+    for action in ([-1, -1], [0, 0], [1, 1]):
+        fitted.step(np.float32(action))
+    assert np.array_equal(seen, [[-3, 0], [-1, 2.5], [1, 5]])
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_an_observation_that_is_not_finite_stops_the_run(monkeypatch, number):
+    """At the step that shows it; the checkpoint from before stays."""
+    step = fake_envs.Point.step
+
+    def spoiled(self, action):
+        obs, *rest = step(self, action)
+        return (obs * number if self.total_steps == 30 else obs), *rest
+
+    monkeypatch.setattr(fake_envs.Point, "step", spoiled)
+    with pytest.raises(SystemExit, match="not finite at step 29: the environment's observation"):
+        run(checkpoint_frequency=12)
+    (run_dir,) = os.listdir("runs")
+    assert torch.load(f"runs/{run_dir}/checkpoint.pt", weights_only=True)["global_step"] == 24
+
+
+def test_compile_compiles_the_losses(monkeypatch):
+    """--compile: both losses, and nothing else is changed."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: (compiled.append(function), function)[1])
+    eager, fast = run(seed=3), run(compile=True, exp_name="compiled", seed=3)
+    assert compiled == [mbpo.model_loss, mbpo.sac_losses]
+    for name, tensor in eager["parts"]["agent"].items():
+        assert torch.equal(tensor, fast["parts"]["agent"][name]), name
