@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 from pathlib import Path
 
 import fake_envs
@@ -647,6 +648,11 @@ def damage(name: str, path: Path, script) -> None:
     elif name == "zeros inside":
         middle, reach = len(good) // 2, min(20_000, len(good) // 4)
         path.write_bytes(good[: middle - reach] + bytes(2 * reach) + good[middle + reach :])
+    elif name == "one wrong bit":
+        with zipfile.ZipFile(path) as archive:
+            data = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
+        middle = good.index(data) + len(data) // 2
+        path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
     elif name == "foreign pickle":
         path.write_bytes(pickle.dumps(Path("somewhere")))
     elif name == "foreign object":
@@ -668,8 +674,8 @@ def damage(name: str, path: Path, script) -> None:
         path.unlink()
 
 
-DAMAGES = ("truncated", "empty", "random bytes", "zeros inside", "foreign pickle", "foreign object", "tensor")
-DAMAGES += ("weights", "other version", "other settings", "version only", "folder", "missing")
+DAMAGES = ("truncated", "empty", "random bytes", "zeros inside", "one wrong bit", "foreign pickle", "foreign object")
+DAMAGES += ("tensor", "weights", "other version", "other settings", "version only", "folder", "missing")
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
