@@ -352,7 +352,8 @@ def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.
 def known_dynamics(envs: gym.vector.VectorEnv):
     """The environment, if it publishes its table P and initial_state_distrib: to measure the model, never to learn."""
     world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
-    return world if hasattr(world, "P") and hasattr(world, "initial_state_distrib") else None
+    known = isinstance(getattr(world, "P", None), dict) and hasattr(world, "initial_state_distrib")
+    return world if known else None
 
 
 # === Replay buffer ===

@@ -650,7 +650,8 @@ def damage(name: str, path: Path, script) -> None:
         path.write_bytes(good[: middle - reach] + bytes(2 * reach) + good[middle + reach :])
     elif name == "one wrong bit":
         with zipfile.ZipFile(path) as archive:
-            data = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
+            tensors = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+            data = archive.read(max(tensors, key=lambda entry: entry.file_size))
         middle = good.index(data) + len(data) // 2
         path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
     elif name == "foreign pickle":
