@@ -197,7 +197,7 @@ class MazeVector(gym.vector.VectorEnv):
 
     @property
     def layout(self) -> int:
-        return int(self.time >= self.change_at)
+        return int(len(self.moves) > 1 and self.time >= self.change_at)
 
     @property
     def P(self) -> dict:

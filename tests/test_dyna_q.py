@@ -1045,6 +1045,12 @@ def test_task_defaults():
     assert odd.env_kwargs == ("is_slippery=a=b",)
 
 
+def test_a_maze_of_one_drawing_does_not_change():
+    """change_at has nothing to change to there."""
+    maze = MazeVector(1, "S . G", change_at=1)
+    assert [int(maze.step(np.array([RIGHT]))[0][0]) for _ in range(2)] == [1, 2]
+
+
 def test_an_environment_without_a_render_mode(register):
     """Rendering is asked for only where there is a video."""
     register("TestPlain-v0", lambda: Offset())
