@@ -182,7 +182,7 @@ class MazeVector(gym.vector.VectorEnv):
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
     def __init__(self, num_envs: int = 1, drawing: str = "", change_at: float = math.inf, refine: int = 1):
-        self.num_envs, self.change_at = num_envs, change_at
+        self.num_envs, self.change_at = num_envs, float(change_at)
         rows = [row.split("    ") for row in inspect.cleandoc(drawing).splitlines()]  # a drawing, or two side by side
         grids = [np.array([cells.split() for cells in grid]) for grid in zip(*rows, strict=True)]
         self.grids = [grid.repeat(refine, 0).repeat(refine, 1) for grid in grids]
@@ -197,7 +197,7 @@ class MazeVector(gym.vector.VectorEnv):
 
     @property
     def layout(self) -> int:
-        return int(self.time >= self.change_at)
+        return int(len(self.moves) > 1 and self.time >= self.change_at)
 
     @property
     def P(self) -> dict:
@@ -225,7 +225,7 @@ class Maze(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 8}
 
-    def __init__(self, render_mode=None, **kwargs):
+    def __init__(self, render_mode: str | None = None, **kwargs):
         self.vector, self.render_mode = MazeVector(1, **kwargs), render_mode
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
@@ -292,7 +292,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
     """Thunk of one environment; observations and actions are counted from 0."""
 
     def thunk() -> gym.Env:
-        env = gym.make(args.env_id, render_mode="rgb_array" if video else None, **parse_kwargs(args))
+        film = {"render_mode": "rgb_array"} if video else {}
+        env = gym.make(args.env_id, **film, **parse_kwargs(args))
         obs, action = env.observation_space, env.action_space
         if isinstance(obs, gym.spaces.Discrete) and obs.start:
             env = gym.wrappers.TransformObservation(env, lambda o: o - obs.start, gym.spaces.Discrete(obs.n))
@@ -339,7 +340,7 @@ def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.
         fail(f"{args.env_id} needs a package that is not installed: {missing}")
     except Exception as error:  # many types, by environment and settings
         close = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.5)
-        hint = "" if args.env_id in gym.registry else f" Close: {', '.join(close) or 'none'}"
+        hint = "" if args.env_id.split(":")[-1] in gym.registry else f" Close: {', '.join(close) or 'none'}"
         reason = (str(error) or repr(error)).splitlines()[0]
         fail(f"cannot make {' '.join([repr(args.env_id), *args.env_kwargs])}: {reason}{hint}")
     for kind, space in (("observations", envs.single_observation_space), ("actions", envs.single_action_space)):
@@ -351,7 +352,8 @@ def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.
 def known_dynamics(envs: gym.vector.VectorEnv):
     """The environment, if it publishes its table P and initial_state_distrib: to measure the model, never to learn."""
     world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
-    return world if hasattr(world, "P") and hasattr(world, "initial_state_distrib") else None
+    known = isinstance(getattr(world, "P", None), dict) and hasattr(world, "initial_state_distrib")
+    return world if known else None
 
 
 # === Replay buffer ===

@@ -1041,6 +1041,21 @@ def test_task_defaults():
         assert dyna_q.with_task_defaults(given) == given
     merged = dyna_q.with_task_defaults(Args(env_id="FrozenLake", env_kwargs=("map_name=8x8",)))
     assert (merged.env_id, merged.env_kwargs) == ("FrozenLake-v1", ("is_slippery=False", "map_name=8x8"))
+    odd = dyna_q.with_task_defaults(Args(env_kwargs=("is_slippery=a=b",)))  # the first = divides here too
+    assert odd.env_kwargs == ("is_slippery=a=b",)
+
+
+def test_a_maze_of_one_drawing_does_not_change():
+    """change_at has nothing to change to there."""
+    maze = MazeVector(1, "S . G", change_at=1)
+    assert [int(maze.step(np.array([RIGHT]))[0][0]) for _ in range(2)] == [1, 2]
+
+
+def test_an_environment_without_a_render_mode(register):
+    """Rendering is asked for only where there is a video."""
+    register("TestPlain-v0", lambda: Offset())
+    args = dyna_q.with_task_defaults(Args(env_id="TestPlain-v0"))
+    assert dyna_q.make_vector_env(args, 1).single_observation_space == gym.spaces.Discrete(3)
 
 
 def test_states_outside_of_the_space_end_the_run():
@@ -1141,6 +1156,7 @@ def assert_refused(call, capsys, *words):
         ("TestMixed-v0", (), ("TestMixed-v0", "actions must be Discrete", "Box")),
         ("FrozenLake-v1", ("is_slipery=True",), ("FrozenLake-v1", "is_slipery")),
         ("DynaMaze-v0", ("fog=True",), ("DynaMaze-v0", "fog")),
+        ("DynaMaze-v0", ("change_at=soon",), ("DynaMaze-v0", "soon")),
         ("FrozenLake-v1", ("is_slippery",), ("name=value",)),
         ("DynaMaze-v1", (), ("DynaMaze-v1", "DynaMaze-v0")),
         ("FrozenLak-v1", (), ("FrozenLak-v1", "FrozenLake-v1")),

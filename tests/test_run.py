@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 from pathlib import Path
 
 import fake_envs
@@ -685,6 +686,12 @@ def damage(name: str, path: Path, script) -> None:
     elif name == "zeros inside":
         middle, reach = len(good) // 2, min(20_000, len(good) // 4)
         path.write_bytes(good[: middle - reach] + bytes(2 * reach) + good[middle + reach :])
+    elif name == "one wrong bit":
+        with zipfile.ZipFile(path) as archive:
+            tensors = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+            data = archive.read(max(tensors, key=lambda entry: entry.file_size))
+        middle = good.index(data) + len(data) // 2
+        path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
     elif name == "foreign pickle":
         path.write_bytes(pickle.dumps(Path("somewhere")))
     elif name == "foreign object":
@@ -706,8 +713,8 @@ def damage(name: str, path: Path, script) -> None:
         path.unlink()
 
 
-DAMAGES = ("truncated", "empty", "random bytes", "zeros inside", "foreign pickle", "foreign object", "tensor")
-DAMAGES += ("weights", "other version", "other settings", "version only", "folder", "missing")
+DAMAGES = ("truncated", "empty", "random bytes", "zeros inside", "one wrong bit", "foreign pickle", "foreign object")
+DAMAGES += ("tensor", "weights", "other version", "other settings", "version only", "folder", "missing")
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -797,6 +804,9 @@ BAD_TABLES = {
     "second of two": ({"env_kwargs": ("is_slippery=True", "8x8"), **LAKE}, "'8x8'"),
     "unknown setting": ({"env_kwargs": ("slippery=True",), **LAKE}, "slippery"),
     "unknown setting of a maze": ({"env_kwargs": ("slippery=True",), "env_id": "DynaMaze-v0"}, "slippery"),
+    "unknown map": ({"env_kwargs": ("map_name=9x9",), **LAKE}, "9x9"),
+    "a maze of nothing": ({"env_kwargs": ("refine=0",), "env_id": "DynaMaze-v0"}, "refine=0"),
+    "two settings in one": ({"env_kwargs": ("is_slippery=true map_name=8x8",), **LAKE}, "unquoted"),
     "a setting that is the script's": ({"env_kwargs": ("num_envs=2",), "env_id": "DynaMaze-v0"}, "num_envs"),
 }
 BAD_MODELS = {
@@ -972,9 +982,16 @@ def test_poisoned_parameter_stops_before_anything_is_played_or_saved(dreamer, ch
 # === Evaluation and videos ===
 
 
+def test_resume_and_evaluate_are_two_things(script, monkeypatch, capsys):
+    """Not both in one command."""
+    run_dir = run(script)
+    line = error_of(capsys, command_line, monkeypatch, script, "--resume", run_dir, "--evaluate", run_dir)
+    assert "--resume" in line and "--evaluate" in line
+
+
 def test_any_seed_evaluates(script):
     """Large seeds too: training episodes and evaluation episodes come from different seeds of the simulator."""
-    run_dir = run(script, seed=123456789, eval_frequency=24)
+    run_dir = run(script, seed=2**32 + 123456789, eval_frequency=24)
     assert len(scalars(run_dir)["eval/episodic_return"]) == 2
 
 
@@ -1171,6 +1188,21 @@ def table_errors(model, P: dict, start) -> tuple[float, float]:
 
 
 LONG = {"checkpoint_frequency": 0, "report_frequency": 500}  # for runs of thousands of steps
+BLOCKED = "........G ......... ......... .######## ......... ...S....."  # S&B example 8.2, from step 1000 on
+
+
+def maze_table(rows: list[str]) -> tuple[dict, list[bool]]:
+    """P of a drawing, cell by cell, and where it begins."""
+    cells = {(y, x): (y * len(rows[0]) + x, cell) for y, row in enumerate(rows) for x, cell in enumerate(row)}
+    P = {s: {} for s, _ in cells.values()}
+    for (y, x), (s, cell) in cells.items():
+        for a, (dy, dx) in enumerate(((-1, 0), (1, 0), (0, -1), (0, 1))):
+            n, ahead = cells.get((y + dy, x + dx), (s, cell))
+            n, ahead = (s, cell) if ahead == "#" else (n, ahead)
+            P[s][a] = [(1.0, n, float(ahead == "G"), ahead == "G")]
+    return P, [cell == "S" for _, cell in cells.values()]
+
+
 SLIPPERY = {"env_id": "FrozenLake-v1", "env_kwargs": ("is_slippery=True",)}
 TABLES = {
     "ladder": {"total_timesteps": 600},
@@ -1208,12 +1240,12 @@ def test_dyna_q_logs_everything(dyna_q, kind):
     assert tags["model/states_visited"][-1][1] == pytest.approx(visited.mean())
     if kind == "ladder":
         return
-    dyna_q.register_mazes()
-    world = gym.make(args.env_id, **dyna_q.parse_kwargs(dyna_q.with_task_defaults(args))).unwrapped
     if kind == "changing maze":
-        world = world.vector
-        world.time = args.total_timesteps
-    missing, wrong = table_errors(model, world.P, world.initial_state_distrib)
+        table = maze_table(BLOCKED.split())
+    else:
+        world = gym.make(args.env_id, **dyna_q.parse_kwargs(dyna_q.with_task_defaults(args))).unwrapped
+        table = world.P, world.initial_state_distrib
+    missing, wrong = table_errors(model, *table)
     assert tags["model/missing"][-1][1] == pytest.approx(missing) and 0 < missing < 1
     assert tags["model/wrong"][-1][1] == pytest.approx(wrong) and (wrong > 0) == (kind == "changing maze")
     if kind != "changing maze" and args.model != "last":
@@ -1445,6 +1477,38 @@ def test_films_change_no_figure(dyna_q, monkeypatch, capsys, kind):
     assert len(list(Path(plain).rglob("*.mp4"))) == 1
 
 
+def test_the_clock_of_the_walls_is_that_of_the_run(dyna_q, monkeypatch):
+    """In the middle of an episode, over its end, over a stop and beside evaluations, for all learners at once."""
+    times, step = [], dyna_q.MazeVector.step
+
+    def recorded(self, actions):
+        times.extend([self.time] if not self.frozen else [])
+        return step(self, actions)
+
+    monkeypatch.setattr(dyna_q.MazeVector, "step", recorded)
+    settings = {"env_id": "BlockingMaze-v0", "max_episode_steps": 30, "num_envs": 2, "eval_frequency": 40}
+    run_dir = run(dyna_q, **settings, total_timesteps=100)
+    resume(dyna_q, run_dir, **settings, total_timesteps=200)
+    assert times == list(range(100))
+
+
+@pytest.mark.parametrize("video", [None, "videos/film"], ids=["plain", "filmed"])
+def test_the_walls_stand_still_while_an_evaluation_plays(dyna_q, video):
+    """Two learners on the way that is open until step 1000, one of them late at times, evaluated 5 steps before it."""
+    if video:
+        pytest.importorskip("moviepy")
+    settings = {"env_id": "BlockingMaze-v0", "max_episode_steps": 60, "eval_episodes": 10}
+    args, stop = dyna_q.with_task_defaults(tiny(dyna_q, **settings)), types.SimpleNamespace(requested=0)
+    q = np.zeros((2, 54, 4))
+    q[:, 45:53, 3] = q[:, [53, 44, 35, 26, 17], 0] = 1  # right along the last row, then up
+    q[1, 48] = 0  # where it begins, any direction is as good
+    q[1, 39, 1] = 1
+    for evaluated, expected in ((995, 1.0), (1000, 0.0)):
+        envs = dyna_q.make_vector_env(args, 2, video)
+        assert dyna_q.evaluate(q, envs, args, evaluated, stop).tolist() == [expected] * 10
+        envs.close()
+
+
 def test_settings_of_the_environment_on_the_command_line(dyna_q, monkeypatch, capsys):
     """--env-kwargs replaces the task's own; a resume takes the run's."""
     flags = ("--total-timesteps", "400", "--eval-frequency", "0", "--eval-episodes", "2", "--save-model")
@@ -1462,6 +1526,20 @@ def test_settings_of_the_environment_on_the_command_line(dyna_q, monkeypatch, ca
     command_line(monkeypatch, dyna_q, "--evaluate", run_dir)
     assert "(2 episodes: " in capsys.readouterr().out
     assert differences(state, load(run_dir)) == []
+
+
+def test_settings_are_added_to_those_of_the_task(dyna_q):
+    """An id without its version is the task's; what is set anew replaces the task's own setting, the rest stays."""
+    for given, in_force in (
+        (("map_name=8x8",), ("is_slippery=False", "map_name=8x8")),
+        (("is_slippery=true",), ("is_slippery=true",)),
+        (("is_slippery=false",), ("is_slippery=false",)),
+    ):
+        run_dir = run(dyna_q, env_id="FrozenLake", env_kwargs=given, epsilon=1.0, total_timesteps=400)
+        args, model = load(run_dir)["args"], model_of(dyna_q, run_dir)
+        assert args["env_id"] == "FrozenLake-v1" and args["env_kwargs"] == in_force
+        assert model.pairs.shape == (1, 64 if "8x8" in given[0] else 16, 4)
+        assert (model.pairs["num_outcomes"].max() > 1) == ("true" in given[0])
 
 
 def test_settings_of_the_task_stay_in_force(dyna_q, monkeypatch, capsys):
