@@ -104,7 +104,7 @@ class Args:
     hidden_size: int = 256
     """units of the two hidden layers of actor and critics"""
     target_entropy: float | None = None
-    """entropy of the policy that alpha is tuned to, nats; default by task, minus the number of actions elsewhere"""
+    """entropy that alpha is tuned to, nats; default by task, minus the number of actions elsewhere"""
     num_nets: int = 7
     """networks of the ensemble (E)"""
     num_elites: int = 5
@@ -126,7 +126,7 @@ class Args:
     rollout_batch_size: int = 100_000
     """start states of the rollouts after each training (R)"""
     rollout_schedule: tuple[int, int, int, int] | None = None
-    """epochs e0 e1, lengths k0 k1: from k0 at e0 linearly to k1 at e1; default by task, length 1 elsewhere"""
+    """epochs e0 e1, lengths k0 k1: linearly from k0 at e0 to k1 at e1; default by task, 1 elsewhere"""
     model_retain_epochs: int | None = None
     """epochs whose rollouts are kept; default by task, 1 elsewhere"""
 
@@ -1045,7 +1045,7 @@ def main(args: Args) -> str:
     # executables
     model_loss_fn, losses_fn = (torch.compile(f) if args.compile else f for f in (model_loss, sac_losses))
 
-    metrics, last_report = {}, (global_step, time.perf_counter())
+    metrics, model_metrics, last_report = {}, {}, (global_step, time.perf_counter())
 
     def report() -> None:
         """Losses of the newest update (which must be finite) and steps per second."""
@@ -1074,9 +1074,7 @@ def main(args: Args) -> str:
         } | {f"model/holdout_mse_{i}": mse for i, mse in enumerate(errors["mse"])}  # fmt: skip
         values |= {f"model/weighted_mse_{i}": mse for i, mse in enumerate(errors["weighted_mse"])}
         values = require_finite({name: value.detach().float() for name, value in values.items()}, global_step)
-        values |= {"model/rollout_length": length, "model/mean_rollout": rows / args.rollout_batch_size}
-        for name, value in values.items():
-            writer.add_scalar(name, value, global_step)
+        model_metrics.update(values, **{"model/rollout_length": length, "model/mean_rollout": rows / len(start)})
 
     def learn_policy(count: int) -> None:
         """SAC updates on real and model transitions, all drawn at once."""
@@ -1148,6 +1146,8 @@ def main(args: Args) -> str:
         obs, dones = next_obs, terminations | truncations
         global_step += args.num_envs
         progress.update(args.num_envs)
+        while model_metrics:  # logged after the step: the training is due again if a run resumes before it
+            writer.add_scalar(*model_metrics.popitem(), global_step)
         if dones.any():
             log_episodes(writer, progress, infos, dones, global_step)
         if learning:

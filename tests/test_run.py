@@ -1605,7 +1605,7 @@ def test_mbpo_logs_everything_and_moves_all_parameters(mbpo, kind):
     assert not long or f"open_loop_error_{args.total_timesteps}.png" in os.listdir(run_dir)
     assert_healthy(run_dir)
     trained = list(range(args.learning_starts, args.total_timesteps, args.model_train_frequency))
-    assert [step for step, _ in tags["losses/model_nll"]] == trained
+    assert [step for step, _ in tags["losses/model_nll"]] == [step + args.num_envs for step in trained]
     state = load(run_dir)
     saved = state["parts"]
     assert state["global_step"] == args.total_timesteps
@@ -1621,11 +1621,11 @@ def test_mbpo_logs_everything_and_moves_all_parameters(mbpo, kind):
 
 
 def test_mbpo_begins_where_its_random_steps_end(mbpo):
-    """The first point of every curve of a model is learning_starts; rollouts of one step are as long as that."""
+    """A model's curves begin one step after learning_starts; rollouts of one step are as long as that."""
     tags = scalars(run(mbpo))
-    assert tags["losses/model_nll"][0][0] == 24
+    assert tags["losses/model_nll"][0][0] == 25
     for tag in ("model/rollout_length", "model/mean_rollout"):
-        assert tags[tag] == [(24, 1), (36, 1)]
+        assert tags[tag] == [(25, 1), (37, 1)]
 
 
 def test_mbpo_without_a_model_trains_none(mbpo):
