@@ -1027,8 +1027,8 @@ def main(args: Args) -> str:
     except RuntimeError as error:
         fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {device}: {str(error)[:80]}")
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
-    names = ("act", "model", "rollout", "replay", "update")
-    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(names)}
+    for i, name in enumerate(("act", "model", "rollout", "replay", "update")):
+        rng[name] = torch.Generator(device).manual_seed(args.seed + i)
     global_step, counters = 0, {"num_updates": 0, "trained_at": -1}
     print(f"{run_dir}: {device}, {obs_dim} observations, {action_dim} actions, target entropy {agent.target_entropy}")
 
@@ -1042,9 +1042,7 @@ def main(args: Args) -> str:
         counters = saved["counters"]
         restore_rng(rng, checkpoint["rng"])
 
-    # executables
     model_loss_fn, losses_fn = (torch.compile(f) if args.compile else f for f in (model_loss, sac_losses))
-
     metrics, model_metrics, last_report = {}, {}, (global_step, time.perf_counter())
 
     def report() -> None:
