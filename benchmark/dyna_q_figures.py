@@ -255,6 +255,7 @@ def ice(_: str) -> None:
         "Q-learning, n = 0": ({"planning_steps": 0}, "0.639 (.17)", "0.811 (.07)"),
         "last outcome, n = 10": ({"model": "last"}, "0.311 (.28)", "0.432 (.23)"),
         "counts, n = 10": ({}, "0.739 (.01)", "0.853 (.04)"),
+        "counts, n = 50": ({"planning_steps": 50}, "", ""),
     }
     print("| | 4x4, 2,000 episodes, 100 learners | expected | 8x8, 10,000 episodes, 20 learners | expected |")
     print("|---|---|---|---|---|")
