@@ -133,6 +133,8 @@ class Args:
     # Speed
     compile: bool = False
     """torch.compile the losses"""
+    cudagraphs: bool = False
+    """replay the updates of a step, and those of the ensemble, as one CUDA graph each (GPU only)"""
 
 
 # === Environment ===
@@ -599,18 +601,22 @@ def model_step(ensemble: DynamicsEnsemble, obs: torch.Tensor, actions: torch.Ten
 
 
 @torch.no_grad()
-def rollout(agent: Agent, obs: torch.Tensor, length: int, terminated_fn: Callable, generator: torch.Generator):
-    """Yields the rows of each step of rollouts from obs (R, D) under the current policy; what terminated is dropped."""
-    device, normal = obs.device, functools.partial(torch.randn, generator=generator, device=obs.device)
-    for _ in range(length):
-        actions, _ = agent.actor(obs, normal(len(obs), agent.sizes[1]))
-        order = torch.randperm(len(obs), generator=generator, device=device)
-        next_obs, rewards = model_step(agent.ensemble, obs, actions, order, normal(len(obs), agent.sizes[0] + 1))
-        terminations = terminated_fn(next_obs)
-        yield torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None].float()], 1)
-        obs = next_obs[~terminations]  # host sync
-        if not len(obs):
-            return
+def rollout(agent: Agent, starts: torch.Tensor, length: int, terminated_fn: Callable, generator: torch.Generator):
+    """Yields the rows of each step of rollouts from starts (R, D) under the current policy; what terminated is dropped.
+
+    In blocks: a CPU takes twice as long for all rows at once, in page faults.
+    """
+    device, normal = starts.device, functools.partial(torch.randn, generator=generator, device=starts.device)
+    for obs in starts.split(20_000):
+        for _ in range(length):
+            actions, _ = agent.actor(obs, normal(len(obs), agent.sizes[1]))
+            order = torch.randperm(len(obs), generator=generator, device=device)
+            next_obs, rewards = model_step(agent.ensemble, obs, actions, order, normal(len(obs), agent.sizes[0] + 1))
+            terminations = terminated_fn(next_obs)
+            yield torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None].float()], 1)
+            obs = next_obs[~terminations]  # host sync
+            if not len(obs):
+                break
 
 
 # === Updates ===
@@ -625,7 +631,7 @@ def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Adam]:
         for layer, decay in zip(ensemble.layers, ensemble.decays, strict=True)
     ]
     policy = [*agent.actor.parameters(), *agent.critics.parameters(), agent.log_alpha]
-    adam = functools.partial(torch.optim.Adam, fused=True)
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=agent.log_alpha.is_cuda)
     return {"model": adam(groups, args.model_lr), "policy": adam(policy, args.learning_rate)}
 
 
@@ -638,10 +644,20 @@ def holdout_errors(ensemble: DynamicsEnsemble, inputs: torch.Tensor, targets: to
         return {"mse": error.mean((1, 2)), "weighted_mse": weighted, "disagreement": mean.std(0).mean()}
 
 
-def train_model(agent: Agent, optimizer, rows: torch.Tensor, generator, args: Args, loss_fn=model_loss) -> dict:
+def update_model(agent: Agent, optimizer, inputs: torch.Tensor, targets: torch.Tensor, loss_fn) -> torch.Tensor:
+    """One gradient step of the ensemble on inputs (E, B, D + A) and targets (E, B, 1 + D); the loss. No host sync."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_fn(agent.ensemble, inputs, targets)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def train_model(agent: Agent, rows: torch.Tensor, generator: torch.Generator, args: Args, update_fn: Callable) -> dict:
     """Trains the ensemble on all real rows (N, ...) until no network improves; returns the holdout errors.
 
     Each network has its own bootstrap of the training split and is restored to its own best snapshot by holdout MSE.
+    update_fn: (inputs, targets) -> loss, a step of `update_model`.
     """
     ensemble, device = agent.ensemble, rows.device
     rows = rows[torch.randperm(len(rows), generator=generator, device=device)]
@@ -658,10 +674,7 @@ def train_model(agent: Agent, optimizer, rows: torch.Tensor, generator, args: Ar
     while without_improvement <= args.model_patience and epoch != args.model_max_epochs:
         order = bootstrap.gather(1, torch.rand(shape, generator=generator, device=device).argsort(1))
         for batch in order.split(args.model_batch_size, 1):
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_fn(ensemble, inputs[batch], targets[batch])
-            loss.backward()
-            optimizer.step()
+            loss = update_fn(inputs[batch], targets[batch])
         mse = holdout_errors(ensemble, *holdout)["mse"]
         improved = (best - mse) / best > 0.01
         best = torch.where(improved, mse, best)
@@ -674,7 +687,7 @@ def train_model(agent: Agent, optimizer, rows: torch.Tensor, generator, args: Ar
             parameter.copy_(saved)
     errors = holdout_errors(ensemble, *holdout)
     ensemble.elites.copy_(errors["mse"].argsort()[: args.num_elites])
-    return errors | {"loss": loss.detach(), "epochs": torch.tensor(float(epoch))}
+    return errors | {"loss": loss, "epochs": torch.tensor(float(epoch))}
 
 
 def update(agent: Agent, optimizer, rows: torch.Tensor, noise: torch.Tensor, args: Args, losses_fn) -> dict:
@@ -689,6 +702,54 @@ def update(agent: Agent, optimizer, rows: torch.Tensor, noise: torch.Tensor, arg
     with torch.no_grad():
         torch._foreach_lerp_(list(agent.target_critics.parameters()), list(agent.critics.parameters()), args.tau)
     return metrics
+
+
+def update_policy(agent: Agent, optimizer, rows: torch.Tensor, noise: torch.Tensor, args: Args, losses_fn) -> dict:
+    """The G updates of a step, on rows (G, B, 2 D + A + 2) with noise (G, 2, B, A); the scalars of the last."""
+    metrics = {}
+    for batch, batch_noise in zip(rows, noise, strict=True):
+        metrics = update(agent, optimizer, batch, batch_noise, args, losses_fn)
+    return metrics
+
+
+class GraphedUpdate:
+    """A function of tensors as one CUDA graph: three real calls on a side stream, then one is captured and replayed.
+
+    Calls with tensors of another shape than the first (the last batch of an epoch) stay eager.
+    """
+
+    def __init__(self, update_fn: Callable):
+        self.update_fn, self.graph, self.static, self.calls = update_fn, None, None, 0
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *tensors: torch.Tensor):
+        if self.static is None:
+            self.static = [tensor.clone() for tensor in tensors]
+        if tensors[0].shape != self.static[0].shape:
+            return self.update_fn(*tensors)
+        for static, new in zip(self.static, tensors, strict=True):
+            static.copy_(new)
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.update_fn(*self.static)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.update_fn(*self.static)
+        self.graph.replay()
+        return self.result
+
+
+def make_updates(agent: Agent, optimizers: dict, args: Args) -> tuple[Callable, Callable]:
+    """`update_model` and `update_policy` as functions of their tensors, made fast as the flags ask."""
+    losses = [torch.compile(f) if args.compile else f for f in (model_loss, sac_losses)]
+    model_fn = functools.partial(update_model, agent, optimizers["model"], loss_fn=losses[0])
+    policy_fn = functools.partial(update_policy, agent, optimizers["policy"], args=args, losses_fn=losses[1])
+    return tuple(GraphedUpdate(f) if args.cudagraphs else f for f in (model_fn, policy_fn))
 
 
 # === Evaluation ===
@@ -741,18 +802,19 @@ def open_loop_errors(ensemble: DynamicsEnsemble, obs: torch.Tensor, actions: tor
 
 
 def log_open_loop(agent: Agent, trajectories: list, writer: SummaryWriter, run_dir: str, step: int) -> None:
-    """Open-loop errors up to 25 steps on evaluation episodes, never trained on: scalars and a picture."""
-    device, length = agent.log_alpha.device, 25
+    """Open-loop errors on evaluation episodes, never trained on, as scalars and as a picture.
+
+    25 steps from every fifth step of each episode on, or as many as the longest episode has.
+    """
+    device, length = agent.log_alpha.device, min(25, max(len(rewards) for _, _, rewards in trajectories))
     pieces = [
         (obs[t : t + length + 1], actions[t : t + length], rewards[t : t + length])
         for obs, actions, rewards in trajectories
         for t in range(0, len(rewards) - length + 1, 5)
     ]
-    if not pieces:
-        return
     obs, actions, rewards = (torch.from_numpy(np.stack(part, 1)).to(device) for part in zip(*pieces, strict=True))
     errors = [error.cpu().numpy() for error in open_loop_errors(agent.ensemble, obs, actions, rewards)]
-    for k in (1, 5, 10, 25):
+    for k in range(1, length + 1):
         writer.add_scalar(f"open_loop/obs_error_{k}", errors[0][k - 1], step)
         writer.add_scalar(f"open_loop/reward_error_{k}", errors[1][k - 1], step)
     from matplotlib.figure import Figure
@@ -769,7 +831,7 @@ def log_open_loop(agent: Agent, trajectories: list, writer: SummaryWriter, run_d
 def evaluate_run(args: Args) -> str:
     """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
     checkpoint = load_checkpoint(args.evaluate, args)
-    refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed compile")
+    refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed compile cudagraphs")
     device, stop = choose_device(args), StopRequest()
     video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
     envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
@@ -982,6 +1044,8 @@ def check_args(args: Args) -> None:
         "model_patience holdout_ratio",
         2: "learning_starts",
     }
+    if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
+        fail("--cudagraphs needs a GPU")
     for bound, names in at_least.items():
         for name in names.split():
             value = getattr(args, name)
@@ -1042,7 +1106,8 @@ def main(args: Args) -> str:
         counters = saved["counters"]
         restore_rng(rng, checkpoint["rng"])
 
-    model_loss_fn, losses_fn = (torch.compile(f) if args.compile else f for f in (model_loss, sac_losses))
+    # executables
+    update_model_fn, update_policy_fn = make_updates(agent, optimizers, args)
     metrics, model_metrics, last_report = {}, {}, (global_step, time.perf_counter())
 
     def report() -> None:
@@ -1057,11 +1122,11 @@ def main(args: Args) -> str:
 
     def learn_model() -> None:
         """Trains the ensemble on all real transitions, then fills the model buffer with rollouts of the policy."""
-        errors = train_model(agent, optimizers["model"], rb.newest(len(rb)), rng["model"], args, model_loss_fn)
+        errors = train_model(agent, rb.newest(len(rb)), rng["model"], args, update_model_fn)
         length = rollout_length(global_step, args)
         model_rb.resize(model_buffer_size(length, args))
-        start, rows = agent.unpack(rb.sample(args.rollout_batch_size, generator=rng["rollout"]))[0], 0
-        for step_rows in rollout(agent, start, length, terminated_fn, rng["rollout"]):
+        starts, rows = agent.unpack(rb.sample(args.rollout_batch_size, generator=rng["rollout"]))[0], 0
+        for step_rows in rollout(agent, starts, length, terminated_fn, rng["rollout"]):
             model_rb.add(step_rows)
             rows += len(step_rows)
         values = {
@@ -1072,7 +1137,7 @@ def main(args: Args) -> str:
         } | {f"model/holdout_mse_{i}": mse for i, mse in enumerate(errors["mse"])}  # fmt: skip
         values |= {f"model/weighted_mse_{i}": mse for i, mse in enumerate(errors["weighted_mse"])}
         values = require_finite({name: value.detach().float() for name, value in values.items()}, global_step)
-        model_metrics.update(values, **{"model/rollout_length": length, "model/mean_rollout": rows / len(start)})
+        model_metrics.update(values, **{"model/rollout_length": length, "model/mean_rollout": rows / len(starts)})
 
     def learn_policy(count: int) -> None:
         """SAC updates on real and model transitions, all drawn at once."""
@@ -1082,8 +1147,7 @@ def main(args: Args) -> str:
         if real < args.batch_size:
             rows = torch.cat([rows, model_rb.sample(count, args.batch_size - real, generator=rng["replay"])], 1)
         noise = torch.randn(count, 2, args.batch_size, action_dim, generator=rng["update"], device=device)
-        for i in range(count):
-            metrics = update(agent, optimizers["policy"], rows[i], noise[i], args, losses_fn)
+        metrics = update_policy_fn(rows, noise)
         counters["num_updates"] += count
 
     def save() -> None:

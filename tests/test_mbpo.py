@@ -1,8 +1,10 @@
 """Numbers of mbpo.py: each piece against plain loops from the equations, torch.distributions, or the simulator."""
 
 import dataclasses
+import functools
 import math
 import os
+import shutil
 from collections import deque
 from fractions import Fraction
 from types import SimpleNamespace
@@ -263,6 +265,12 @@ def test_normalizer():
 # === Training of the ensemble ===
 
 
+def train(agent, rows, rng, args, loss_fn=mbpo.model_loss, optimizer=None) -> dict:
+    optimizer = optimizer or mbpo.make_optimizers(agent, args)["model"]
+    step = functools.partial(mbpo.update_model, agent, optimizer, loss_fn=loss_fn)
+    return mbpo.train_model(agent, rows, rng, args, step)
+
+
 class Recorder:
     """Trains on rows whose first observation is their number; keeps what each network saw and how it was tested.
 
@@ -298,8 +306,7 @@ class Recorder:
             return mbpo.model_loss(ensemble, inputs, targets)
 
         monkeypatch.setattr(mbpo, "holdout_errors", tested)
-        optimizer = mbpo.make_optimizers(self.agent, self.args)["model"]
-        self.result = mbpo.train_model(self.agent, optimizer, self.rows, generator(), self.args, loss)
+        self.result = train(self.agent, self.rows, generator(), self.args, loss)
         self.epochs = [torch.cat(epoch, 1) for epoch in self.epochs if epoch]
 
 
@@ -417,7 +424,7 @@ def test_training_goes_on_from_the_weights_and_the_optimizer_of_the_last(agent):
     rows[:, -1 - D : -1] = rows[:, :D] + rows[:, D : D + 1]
     rows[:, D + A] = rows[:, 0]
     optimizer, rng = mbpo.make_optimizers(agent, args)["model"], generator()
-    errors = [mbpo.train_model(agent, optimizer, rows, rng, args)["mse"] for _ in range(3)]
+    errors = [train(agent, rows, rng, args, optimizer=optimizer)["mse"] for _ in range(3)]
     assert (errors[2] < errors[1]).all() and (errors[1] < errors[0]).all()
     steps = {int(state["step"]) for state in optimizer.state.values()}
     assert steps == {3 * 10 * 10}
@@ -426,7 +433,7 @@ def test_training_goes_on_from_the_weights_and_the_optimizer_of_the_last(agent):
 def test_training_leaves_the_policy_alone(agent, args):
     """No parameter but the ensemble's gets a gradient or moves."""
     before = {name: p.detach().clone() for name, p in agent.named_parameters()}
-    mbpo.train_model(agent, mbpo.make_optimizers(agent, args)["model"], make_batch(60), generator(), args)
+    train(agent, make_batch(60), generator(), args)
     for name, p in agent.named_parameters():
         assert torch.equal(p, before[name]) != name.startswith("ensemble"), name
         assert name.startswith("ensemble") or p.grad is None
@@ -867,6 +874,17 @@ def test_rollouts_stop_when_none_is_left(agent):
         assert torch.equal(a[:, -1 - D : -1], b[:, :D])
 
 
+def test_large_rollouts_go_block_by_block(agent):
+    """Every start once and in order; the second step of a block goes on from its own first one; nobody is lost."""
+    starts, ends = normal(45_000, D), lambda o: o[:, 0] > 1.5
+    steps = list(mbpo.rollout(agent, starts, 2, ends, generator()))
+    assert [len(first) for first in steps[::2]] == [20_000, 20_000, 5_000]
+    assert torch.equal(torch.cat(steps[::2])[:, :D], starts)
+    for first, second in zip(steps[::2], steps[1::2], strict=True):
+        assert 0 < first[:, -1].sum() < len(first)
+        assert torch.equal(second[:, :D], first[first[:, -1] == 0][:, -1 - D : -1])
+
+
 def test_rows_change_their_elite(agent, monkeypatch):
     """A new order at every step: the groups of two steps are not the same."""
     orders, step = [], mbpo.model_step
@@ -897,12 +915,13 @@ def test_open_loop_errors_against_a_loop(agent):
 
 
 def test_open_loop_pieces_are_cut_from_the_trajectories(agent, monkeypatch, tmp_path):
-    """25 steps from every fifth step on that has so many left; shorter episodes give none, and no log at all."""
+    """25 steps from every fifth step on that has so many left; if no episode has 25 steps, as many as the longest."""
     asked, logged = [], {}
 
     def errors(ensemble, *parts):
         asked.append(parts)
-        return torch.arange(1.0, 26), -torch.arange(1.0, 26)
+        count = torch.arange(1.0, len(parts[1]) + 1)
+        return count, -count
 
     def add_scalar(tag, number, step):
         logged[tag] = number, step
@@ -913,16 +932,16 @@ def test_open_loop_pieces_are_cut_from_the_trajectories(agent, monkeypatch, tmp_
     for number, length in enumerate((24, 25, 36)):
         count = np.arange(length + 1, dtype=np.float32) + 100 * number
         trajectories.append((count[:, None].repeat(D, 1), count[:-1, None].repeat(A, 1), count[:-1]))
-    mbpo.log_open_loop(agent, trajectories[:1], writer, str(tmp_path), 7)
-    assert not asked and not logged and os.listdir(tmp_path) == []
-    mbpo.log_open_loop(agent, trajectories, writer, str(tmp_path), 7)
-    ((obs, actions, rewards),) = asked
-    starts = torch.tensor([100.0, 200, 205, 210])
-    for part, length in ((obs[..., 0], 26), (actions[..., 0], 25), (rewards, 25)):
-        assert torch.equal(part, starts + torch.arange(float(length))[:, None])
-    points = {f"open_loop/obs_error_{k}": (k, 7) for k in (1, 5, 10, 25)}
-    points |= {f"open_loop/reward_error_{k}": (-k, 7) for k in (1, 5, 10, 25)}
-    assert logged == points | {"open_loop/error": (None, 7)} and os.listdir(tmp_path) == ["open_loop_error_7.png"]
+    for number, (known, length, starts) in enumerate(((3, 25, [100, 200, 205, 210]), (1, 24, [0]))):
+        logged.clear()
+        mbpo.log_open_loop(agent, trajectories[:known], writer, str(tmp_path), number)
+        obs, actions, rewards = asked.pop()
+        for part, steps in ((obs[..., 0], length + 1), (actions[..., 0], length), (rewards, length)):
+            assert torch.equal(part, torch.tensor(starts) + torch.arange(float(steps))[:, None])
+        points = {f"open_loop/obs_error_{k}": (k, number) for k in range(1, length + 1)}
+        points |= {f"open_loop/reward_error_{k}": (-k, number) for k in range(1, length + 1)}
+        assert logged == points | {"open_loop/error": (None, number)}
+    assert sorted(os.listdir(tmp_path)) == ["open_loop_error_0.png", "open_loop_error_1.png"]
 
 
 # === Terminations ===
@@ -1026,9 +1045,9 @@ def played(monkeypatch):
     calls, steps, added = [], [0], []
     train, sample, update, step = mbpo.train_model, ReplayBuffer.sample, mbpo.update, fake_envs.Point.step
 
-    def trained(agent, optimizer, rows, *args):
+    def trained(agent, rows, *args):
         calls.append(("train", steps[0], rows.clone()))
-        return train(agent, optimizer, rows, *args)
+        return train(agent, rows, *args)
 
     def sampled(self, *shape, **kwargs):
         rows = sample(self, *shape, **kwargs)
@@ -1171,6 +1190,52 @@ def test_an_observation_that_is_not_finite_stops_the_run(monkeypatch, number):
         run(checkpoint_frequency=12)
     (run_dir,) = os.listdir("runs")
     assert torch.load(f"runs/{run_dir}/checkpoint.pt", weights_only=True)["global_step"] == 24
+
+
+def test_updates_of_a_step_are_single_ones_in_order(args):
+    """`update_policy` on three batches is `update` three times; the scalars are those of the last; none for none."""
+    rows, noise = make_batch(36).unflatten(0, (3, 12)), normal(3, 2, 12, A, seed=3)
+    together, single = make_agent(args), make_agent(args)
+    optimizers = [mbpo.make_optimizers(agent, args)["policy"] for agent in (together, single)]
+    metrics = mbpo.update_policy(together, optimizers[0], rows, noise, args, mbpo.sac_losses)
+    for i in range(3):
+        expected = mbpo.update(single, optimizers[1], rows[i], noise[i], args, mbpo.sac_losses)
+    assert all(torch.equal(metrics[name], expected[name]) for name in expected)
+    assert all(torch.equal(a, b) for a, b in zip(together.parameters(), single.parameters(), strict=True))
+    assert mbpo.update_policy(together, optimizers[0], rows[:0], noise[:0], args, mbpo.sac_losses) == {}
+
+
+def learned(device="cpu", steps: int = 1, **flags) -> list[torch.Tensor]:
+    """Scalars and parameters after `steps` steps of three policy updates and of a full and a short ensemble batch."""
+    args = make_args(**flags)
+    agent = make_agent(args).to(device)
+    update_model, update_policy = mbpo.make_updates(agent, mbpo.make_optimizers(agent, args), args)
+    result = []
+    for step in range(steps):
+        rows, noise = make_batch(36, seed=step).unflatten(0, (3, 12)), normal(3, 2, 12, A, seed=step)
+        inputs, targets = normal(5, 16, D + A, seed=step), normal(5, 16, D + 1, seed=step + 99)
+        result += [v.clone() for v in update_policy(rows.to(device), noise.to(device)).values()]
+        for count in (16, 4):
+            batch = (tensor[:, :count].to(device) for tensor in (inputs, targets))
+            result.append(update_model(*batch).clone())
+    return [tensor.detach().cpu() for tensor in (*result, *agent.parameters())]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_updates_equal_eager():
+    """Losses and parameters after one step through generated code, to rounding."""
+    torch._dynamo.reset()
+    for fast, eager in zip(learned(compile=True), learned(), strict=True):
+        torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_graph_updates_equal_eager(compile):
+    """Six steps, the last three of them replayed from the graphs: the same losses and parameters."""
+    for fast, eager in zip(learned("cuda", 6, cudagraphs=True, compile=compile), learned("cuda", 6), strict=True):
+        torch.testing.assert_close(fast, eager, rtol=1e-3, atol=1e-4)
 
 
 def test_compile_compiles_the_losses(monkeypatch):

@@ -839,6 +839,7 @@ BAD_MODELS = {
     "nothing but holdout": ({"holdout_ratio": 1.0}, "--holdout-ratio"),
     "no length": ({"rollout_schedule": (0, 1, 0, 1)}, "--rollout-schedule"),
     "negative updates": ({"updates_per_step": -1}, "--updates-per-step"),
+    "cudagraphs": ({"cudagraphs": True}, "GPU"),
 }
 BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES, "mbpo": BAD_MODELS}
 
