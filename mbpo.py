@@ -15,6 +15,10 @@ Watch:      tensorboard --logdir runs
 Deviations from the reference code, each also marked at the line it concerns:
   1. A rollout step deals its rows to the elites in random groups of equal size (the reference draws one for each row).
   2. Evaluation by eval_frequency and eval_episodes (the reference: one episode at the end of each epoch).
+  3. A transition is in the replay at once, and there are exactly learning_starts random ones (the reference adds whole
+     episodes when they end); updates begin right after them (the reference waits for 1,000, twice the pendulums' 500).
+  4. Critics, actor and temperature step from the same parameters (the reference's single call has no defined order).
+  5. Both angles of the double pendulum's termination are normalised, and Hopper's bound of 100 holds on both sides.
 """
 
 import difflib
@@ -172,41 +176,29 @@ def never(o: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(o[..., 0], dtype=torch.bool)
 
 
+def between(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return (x > low) & (x < high)
+
+
 def hopper_terminated(o: torch.Tensor) -> torch.Tensor:
-    sane = o.isfinite().all(-1) & (o[..., 1:].abs() < 100).all(-1)
-    return ~(sane & (o[..., 0] > 0.7) & (o[..., 1].abs() < 0.2))
-
-
-def walker2d_terminated(o: torch.Tensor) -> torch.Tensor:
-    return ~((o[..., 0] > 0.8) & (o[..., 0] < 2.0) & (o[..., 1].abs() < 1.0))
-
-
-def ant_terminated(o: torch.Tensor) -> torch.Tensor:
-    return ~(o.isfinite().all(-1) & (o[..., 0] >= 0.2) & (o[..., 0] <= 1.0))
-
-
-def humanoid_terminated(o: torch.Tensor) -> torch.Tensor:
-    return (o[..., 0] < 1.0) | (o[..., 0] > 2.0)
-
-
-def inverted_pendulum_terminated(o: torch.Tensor) -> torch.Tensor:
-    return ~(o.isfinite().all(-1) & (o[..., 1].abs() <= 0.2))
+    sane = (o[..., 1:].abs() < 100).all(-1)  # deviation 5
+    return ~(sane & (o[..., 0] > 0.7) & (o[..., 0] < math.inf) & (o[..., 1].abs() < 0.2))
 
 
 def inverted_double_pendulum_terminated(o: torch.Tensor) -> torch.Tensor:
-    first, second = torch.atan2(o[..., 1], o[..., 3]), torch.atan2(o[..., 2], o[..., 4])
-    return 0.6 * (first.cos() + (first + second).cos()) <= 1.0
+    first, second = torch.atan2(o[..., 1], o[..., 3]), torch.atan2(o[..., 2], o[..., 4])  # deviation 5
+    return ~(0.6 * (first.cos() + (first + second).cos()) > 1.0)
 
 
-# Observations (..., D) that end an episode. To add a task: one line here and, if it needs other settings, one in TASKS.
+# Next observations (..., D) that end an episode; one that is not a number does, too. To add a task: one line here and,
+# if it needs other settings, one in TASKS.
 TERMINATIONS = {
     "Hopper": hopper_terminated,
-    "Walker2d": walker2d_terminated,
-    "Ant": ant_terminated,
-    "Humanoid": humanoid_terminated,
-    "InvertedPendulum": inverted_pendulum_terminated,
+    "Walker2d": lambda o: ~(between(o[..., 0], 0.8, 2.0) & between(o[..., 1], -1.0, 1.0)),
+    "Ant": lambda o: ~(o.isfinite().all(-1) & (o[..., 0] >= 0.2) & (o[..., 0] <= 1.0)),
+    "Humanoid": lambda o: ~((o[..., 0] >= 1.0) & (o[..., 0] <= 2.0)),
+    "InvertedPendulum": lambda o: ~(o.isfinite().all(-1) & (o[..., 1].abs() <= 0.2)),
     "InvertedDoublePendulum": inverted_double_pendulum_terminated,
-    "MountainCarContinuous": lambda o: (o[..., 0] >= 0.45) & (o[..., 1] >= 0.0),
 } | dict.fromkeys(("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum"), never)
 
 
@@ -375,6 +367,7 @@ class ReplayBuffer:
         if capacity == len(self.rows):
             return
         kept = self.newest(min(len(self), capacity))
+        self.rows = kept  # the old ones are freed before the new ones are made
         self.rows = torch.empty(capacity, sum(self.sizes), device=kept.device)
         self.rows[: len(kept)], self.end = kept, len(kept)
 
@@ -586,15 +579,16 @@ def act(agent: Agent, obs: np.ndarray, device: torch.device, generator: torch.Ge
 
 
 @torch.no_grad()
-def model_step(ensemble: DynamicsEnsemble, obs: torch.Tensor, actions: torch.Tensor, order: torch.Tensor, noise):
+def model_step(ensemble: DynamicsEnsemble, obs: torch.Tensor, actions: torch.Tensor, order, elites, noise):
     """Next obs (B, D) and rewards (B,), sampled for each row from the Gaussian of one elite.
 
-    order (B,): the rows as they are dealt to the elites, in groups of equal size (deviation 1); noise (B, 1 + D).
+    The rows in the order (B,) are dealt to the elites (E',) in groups of equal size, but for the last ones (deviation
+    1); noise (B, 1 + D).
     """
-    groups, size = len(ensemble.elites), -(-len(obs) // len(ensemble.elites))
+    groups, size = len(elites), -(-len(obs) // len(elites))
     dealt = order[torch.arange(groups * size, device=obs.device) % len(obs)]  # the last group is filled up
     inputs = torch.cat([obs, actions], -1)[dealt].unflatten(0, (groups, size))
-    mean, logvar = ensemble(inputs, ensemble.elites)
+    mean, logvar = ensemble(inputs, elites)
     sample = (mean + torch.exp(0.5 * logvar) * noise[dealt].unflatten(0, (groups, size))).flatten(0, 1)[: len(obs)]
     sample = torch.empty_like(sample).index_copy_(0, order, sample)
     return obs + sample[:, 1:], sample[:, 0]
@@ -606,12 +600,14 @@ def rollout(agent: Agent, starts: torch.Tensor, length: int, terminated_fn: Call
 
     In blocks: a CPU takes twice as long for all rows at once, in page faults.
     """
-    device, normal = starts.device, functools.partial(torch.randn, generator=generator, device=starts.device)
+    device, elites = starts.device, agent.ensemble.elites
+    normal = functools.partial(torch.randn, generator=generator, device=device)
     for obs in starts.split(20_000):
         for _ in range(length):
             actions, _ = agent.actor(obs, normal(len(obs), agent.sizes[1]))
-            order = torch.randperm(len(obs), generator=generator, device=device)
-            next_obs, rewards = model_step(agent.ensemble, obs, actions, order, normal(len(obs), agent.sizes[0] + 1))
+            order, deal = (torch.randperm(n, generator=generator, device=device) for n in (len(obs), len(elites)))
+            noise = normal(len(obs), agent.sizes[0] + 1)
+            next_obs, rewards = model_step(agent.ensemble, obs, actions, order, elites[deal], noise)
             terminations = terminated_fn(next_obs)
             yield torch.cat([obs, actions, rewards[:, None], next_obs, terminations[:, None].float()], 1)
             obs = next_obs[~terminations]  # host sync
@@ -635,13 +631,13 @@ def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Adam]:
     return {"model": adam(groups, args.model_lr), "policy": adam(policy, args.learning_rate)}
 
 
+@torch.no_grad()
 def holdout_errors(ensemble: DynamicsEnsemble, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     """Errors (E,) of each network on the same rows: MSE, MSE over the predicted variance; their disagreement."""
-    with torch.no_grad():
-        mean, logvar = ensemble(inputs.expand(len(ensemble.layers[0].weight), -1, -1))
-        error = (mean - targets) ** 2
-        weighted = (error * torch.exp(-logvar)).mean((1, 2))
-        return {"mse": error.mean((1, 2)), "weighted_mse": weighted, "disagreement": mean.std(0).mean()}
+    mean, logvar = ensemble(inputs.expand(len(ensemble.layers[0].weight), -1, -1))
+    error, disagreement = (mean - targets) ** 2, mean.std(0, correction=0).mean()
+    weighted = (error * torch.exp(-logvar)).mean((1, 2))
+    return {"mse": error.mean((1, 2)), "weighted_mse": weighted, "disagreement": disagreement}
 
 
 def update_model(agent: Agent, optimizer, inputs: torch.Tensor, targets: torch.Tensor, loss_fn) -> torch.Tensor:
@@ -654,7 +650,9 @@ def update_model(agent: Agent, optimizer, inputs: torch.Tensor, targets: torch.T
 
 
 def train_model(agent: Agent, rows: torch.Tensor, generator: torch.Generator, args: Args, update_fn: Callable) -> dict:
-    """Trains the ensemble on all real rows (N, ...) until no network improves; returns the holdout errors.
+    """Trains the ensemble on all real rows (N, ...) until no network improves.
+
+    Returns the holdout errors, the mean loss of the last epoch and the number of epochs.
 
     Each network has its own bootstrap of the training split and is restored to its own best snapshot by holdout MSE.
     update_fn: (inputs, targets) -> loss, a step of `update_model`.
@@ -673,8 +671,8 @@ def train_model(agent: Agent, rows: torch.Tensor, generator: torch.Generator, ar
     epoch = without_improvement = 0
     while without_improvement <= args.model_patience and epoch != args.model_max_epochs:
         order = bootstrap.gather(1, torch.rand(shape, generator=generator, device=device).argsort(1))
-        for batch in order.split(args.model_batch_size, 1):
-            loss = update_fn(inputs[batch], targets[batch])
+        batches = order.split(args.model_batch_size, 1)
+        loss = sum(update_fn(inputs[batch], targets[batch]) for batch in batches) / len(batches)
         mse = holdout_errors(ensemble, *holdout)["mse"]
         improved = (best - mse) / best > 0.01
         best = torch.where(improved, mse, best)
@@ -687,11 +685,11 @@ def train_model(agent: Agent, rows: torch.Tensor, generator: torch.Generator, ar
             parameter.copy_(saved)
     errors = holdout_errors(ensemble, *holdout)
     ensemble.elites.copy_(errors["mse"].argsort()[: args.num_elites])
-    return errors | {"loss": loss, "epochs": torch.tensor(float(epoch))}
+    return errors | {"loss": loss, "epochs": epoch}
 
 
 def update(agent: Agent, optimizer, rows: torch.Tensor, noise: torch.Tensor, args: Args, losses_fn) -> dict:
-    """One SAC update of critics, actor and alpha from the same parameters, then of the targets. No host sync.
+    """One SAC update of critics, actor and alpha (deviation 4), then of the targets. No host sync.
 
     rows (B, 2 D + A + 2), noise (2, B, A). Returns detached scalars.
     """
@@ -715,7 +713,8 @@ def update_policy(agent: Agent, optimizer, rows: torch.Tensor, noise: torch.Tens
 class GraphedUpdate:
     """A function of tensors as one CUDA graph: three real calls on a side stream, then one is captured and replayed.
 
-    Calls with tensors of another shape than the first (the last batch of an epoch) stay eager.
+    The graph is of the largest shape seen; smaller calls (the last batch of an epoch) stay eager. Returned tensors are
+    overwritten by the next call.
     """
 
     def __init__(self, update_fn: Callable):
@@ -723,8 +722,8 @@ class GraphedUpdate:
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *tensors: torch.Tensor):
-        if self.static is None:
-            self.static = [tensor.clone() for tensor in tensors]
+        if self.static is None or tensors[0].numel() > self.static[0].numel():
+            self.static, self.graph, self.calls = [tensor.clone() for tensor in tensors], None, 0
         if tensors[0].shape != self.static[0].shape:
             return self.update_fn(*tensors)
         for static, new in zip(self.static, tensors, strict=True):
@@ -756,14 +755,13 @@ def make_updates(agent: Agent, optimizers: dict, args: Args) -> tuple[Callable, 
 
 
 def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch.device, stop: "StopRequest"):
-    """Plays args.eval_episodes with the policy's mode, on seeds of its own: training does not notice.
+    """Plays args.eval_episodes with the policy's mode, on seeds of its own: training does not notice (deviation 2).
 
-    Returns the returns (episodes,) and the trajectories of each environment's first episode: obs (T + 1, D), actions
-    (T, A), rewards (T,).
+    Returns the returns (episodes,) and the trajectories: obs (T + 1, D), actions (T, A), rewards (T,) of each episode.
     """
     seeds = np.random.default_rng([args.seed, 99])
     quota = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # fixed, so that short episodes do not win
-    returns, trajectories, dones = [], {}, np.ones(envs.num_envs, bool)
+    returns, trajectories, dones = [], [], np.ones(envs.num_envs, bool)
     tracks = [[] for _ in quota]
     while quota.any() and not stop.requested:
         if dones.any():
@@ -774,13 +772,13 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
             track.append((obs[i].copy(), actions[i], rewards[i]))
         obs, dones = next_obs, terminations | truncations
         for i in np.flatnonzero(dones):
-            if i not in trajectories:
-                past, acted, earned = (np.stack(column) for column in zip(*tracks[i], strict=True))
-                trajectories[i] = np.concatenate([past, next_obs[i][None]]), acted, earned.astype(np.float32)
             if quota[i] > 0:
                 quota[i] -= 1
                 returns.append(float(infos["episode"]["r"][i]))
-    return np.array(returns), list(trajectories.values())
+                past, acted, earned = (np.stack(column) for column in zip(*tracks[i], strict=True))
+                trajectories.append((np.concatenate([past, next_obs[i][None]]), acted, earned.astype(np.float32)))
+            tracks[i].clear()
+    return np.array(returns), trajectories
 
 
 @torch.no_grad()
@@ -801,7 +799,7 @@ def open_loop_errors(ensemble: DynamicsEnsemble, obs: torch.Tensor, actions: tor
     return torch.stack(obs_errors), torch.stack(reward_errors)
 
 
-def log_open_loop(agent: Agent, trajectories: list, writer: SummaryWriter, run_dir: str, step: int) -> None:
+def log_open_loop(agent: Agent, trajectories: list, writer: SummaryWriter, step: int) -> None:
     """Open-loop errors on evaluation episodes, never trained on, as scalars and as a picture.
 
     25 steps from every fifth step of each episode on, or as many as the longest episode has.
@@ -820,11 +818,10 @@ def log_open_loop(agent: Agent, trajectories: list, writer: SummaryWriter, run_d
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
-    labels = "observation error (standard deviations)", "reward error"
+    labels = "observation error (std)", "reward error"
     for axis, label, error in zip(figure.subplots(1, 2), labels, errors, strict=True):
         axis.plot(np.arange(1, length + 1), error)
         axis.set(xlabel="steps since the last observation", ylabel=label, ylim=(0, None))
-    figure.savefig(f"{run_dir}/open_loop_error_{step}.png")
     writer.add_figure("open_loop/error", figure, step)
 
 
@@ -877,7 +874,7 @@ def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, S
         except ImportError:
             fail("--track needs Weights and Biases: pip install wandb")
     if checkpoint:
-        refuse_changes(args, checkpoint, "resume total_timesteps cuda track eval_frequency checkpoint_frequency")
+        refuse_changes(args, checkpoint, "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs")
     run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = run_dir.rstrip("/")
     try:
@@ -1054,6 +1051,8 @@ def check_args(args: Args) -> None:
     for name, bound in (("real_ratio", 1), ("gamma", 1), ("tau", 1), ("num_elites", args.num_nets)):
         if getattr(args, name) > bound:
             fail(f"--{name.replace('_', '-')} must be at most {bound}, not {getattr(args, name)}")
+    if args.buffer_size < args.learning_starts:
+        fail(f"--buffer-size {args.buffer_size} does not hold the {args.learning_starts} steps of --learning-starts")
     if not 0 < int(args.holdout_ratio * args.learning_starts) < args.learning_starts:
         fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to train or to test on")
     if model_buffer_size(1, args) < 1:
@@ -1062,10 +1061,23 @@ def check_args(args: Args) -> None:
         fail(f"--rollout-schedule must end in lengths of at least 1, not {args.rollout_schedule[2:]}")
 
 
-def require_finite_arrays(global_step: int, *arrays: np.ndarray) -> None:
-    """Stops the run before an observation or a reward that is not finite gets into the replay."""
+def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) -> None:
+    """Stops the run before what is not finite gets into the replay."""
     if not all(np.isfinite(array).all() for array in arrays):
-        raise SystemExit(f"error: not finite at step {global_step}: the environment's observation or reward")
+        raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
+
+
+def training_metrics(agent: Agent, errors: dict, global_step: int) -> dict[str, float]:
+    """What `train_model` returned, which must be finite, and the bounds of the log-variance."""
+    values = {
+        "losses/model_nll": errors["loss"], "losses/model_holdout_mse": errors["mse"].mean(),
+        "model/weighted_mse": errors["weighted_mse"].mean(), "model/disagreement": errors["disagreement"],
+        "model/max_logvar": agent.ensemble.max_logvar.mean(), "model/min_logvar": agent.ensemble.min_logvar.mean(),
+    }  # fmt: skip
+    for name, key in (("holdout_mse", "mse"), ("weighted_mse", "weighted_mse")):
+        values |= {f"model/{name}_{i}": error for i, error in enumerate(errors[key])}
+    values = require_finite({name: value.detach() for name, value in values.items()}, global_step)
+    return values | {"model/epochs": errors["epochs"]}
 
 
 def main(args: Args) -> str:
@@ -1087,13 +1099,14 @@ def main(args: Args) -> str:
     optimizers = make_optimizers(agent, args)
     try:
         rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-        model_rb = ReplayBuffer(model_buffer_size(1, args), obs_dim, action_dim, device)
+        largest = model_buffer_size(rollout_length(args.total_timesteps, args), args)
+        model_rb = ReplayBuffer(largest, obs_dim, action_dim, device)  # resized at the first training
     except RuntimeError as error:
-        fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {device}: {str(error)[:80]}")
+        fail(f"--buffer-size {args.buffer_size} and rollouts do not fit into the memory of {device}: {str(error)[:80]}")
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
     for i, name in enumerate(("act", "model", "rollout", "replay", "update")):
-        rng[name] = torch.Generator(device).manual_seed(args.seed + i)
-    global_step, counters = 0, {"num_updates": 0, "trained_at": -1}
+        rng[name] = torch.Generator(device).manual_seed(10 * args.seed + i)
+    global_step, counters = 0, {"num_updates": 0, "trained_at": -1, "unlogged": {}}
     print(f"{run_dir}: {device}, {obs_dim} observations, {action_dim} actions, target entropy {agent.target_entropy}")
 
     # resume
@@ -1108,7 +1121,7 @@ def main(args: Args) -> str:
 
     # executables
     update_model_fn, update_policy_fn = make_updates(agent, optimizers, args)
-    metrics, model_metrics, last_report = {}, {}, (global_step, time.perf_counter())
+    metrics, last_report = {}, (global_step, time.perf_counter())
 
     def report() -> None:
         """Losses of the newest update (which must be finite) and steps per second."""
@@ -1129,15 +1142,8 @@ def main(args: Args) -> str:
         for step_rows in rollout(agent, starts, length, terminated_fn, rng["rollout"]):
             model_rb.add(step_rows)
             rows += len(step_rows)
-        values = {
-            "losses/model_nll": errors["loss"], "losses/model_holdout_mse": errors["mse"].mean(),
-            "model/weighted_mse": errors["weighted_mse"].mean(), "model/disagreement": errors["disagreement"],
-            "model/max_logvar": agent.ensemble.max_logvar.mean(), "model/min_logvar": agent.ensemble.min_logvar.mean(),
-            "model/epochs": errors["epochs"],
-        } | {f"model/holdout_mse_{i}": mse for i, mse in enumerate(errors["mse"])}  # fmt: skip
-        values |= {f"model/weighted_mse_{i}": mse for i, mse in enumerate(errors["weighted_mse"])}
-        values = require_finite({name: value.detach().float() for name, value in values.items()}, global_step)
-        model_metrics.update(values, **{"model/rollout_length": length, "model/mean_rollout": rows / len(starts)})
+        counters["unlogged"] = training_metrics(agent, errors, global_step)
+        counters["unlogged"] |= {"model/rollout_length": length, "model/mean_rollout": rows / len(starts)}
 
     def learn_policy(count: int) -> None:
         """SAC updates on real and model transitions, all drawn at once."""
@@ -1165,13 +1171,8 @@ def main(args: Args) -> str:
     while True:
         learning = rb.end >= args.learning_starts  # again random steps first, if the buffer was not saved
         trainings = (global_step - args.learning_starts) // args.model_train_frequency
-        ending = stop.requested or global_step >= args.total_timesteps
-        if (
-            learning
-            and not ending
-            and args.real_ratio < 1
-            and (trainings > counters["trained_at"] or not len(model_rb))
-        ):
+        due = learning and args.real_ratio < 1 and (trainings > counters["trained_at"] or not len(model_rb))
+        if due and not stop.requested and global_step < args.total_timesteps:
             counters["trained_at"] = trainings
             learn_model()
         if global_step >= next_eval:
@@ -1185,7 +1186,7 @@ def main(args: Args) -> str:
             if not stop.requested:
                 log_evaluation(writer, progress, returns, global_step)
                 if counters["trained_at"] >= 0:
-                    log_open_loop(agent, trajectories, writer, run_dir, global_step)
+                    log_open_loop(agent, trajectories, writer, global_step)
         ending = stop.requested or global_step >= args.total_timesteps
         if ending or (global_step >= next_save and (dones.all() or args.num_envs > 1)):
             next_save = next_multiple(global_step, args.checkpoint_frequency)
@@ -1196,20 +1197,23 @@ def main(args: Args) -> str:
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
-            require_finite_arrays(global_step, obs)
+            require_finite_arrays(global_step, "the environment's observation", obs)
         if learning:
             actions = act(agent, obs, device, rng["act"])
+            require_finite_arrays(global_step, "the policy's action", actions)
         else:
             actions = rng["prefill"].uniform(-1, 1, (args.num_envs, action_dim)).astype(np.float32)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        require_finite_arrays(global_step, next_obs, rewards)
+        require_finite_arrays(global_step, "the environment's observation or reward", next_obs, rewards)
         columns = obs, actions, rewards[:, None], next_obs, terminations[:, None]
         rb.add(torch.from_numpy(np.concatenate(columns, 1).astype(np.float32)).to(device))
         obs, dones = next_obs, terminations | truncations
         global_step += args.num_envs
         progress.update(args.num_envs)
-        while model_metrics:  # logged after the step: the training is due again if a run resumes before it
-            writer.add_scalar(*model_metrics.popitem(), global_step)
+        while counters[
+            "unlogged"
+        ]:  # after the step: a resume from before it trains again, or has this in its checkpoint
+            writer.add_scalar(*counters["unlogged"].popitem(), global_step)
         if dones.any():
             log_episodes(writer, progress, infos, dones, global_step)
         if learning:

@@ -1,7 +1,8 @@
 """Evaluation curves of run folders as one PNG, and their last evaluation as a Markdown table.
 
 Run:  python benchmark/curves.py docs/dreamer_cpu.png runs/cheetah-run__dreamer__*
-Runs of the same task are one curve: the mean over seeds, a thin line for each seed. Figures come from the event files.
+Runs of the same task and experiment are one curve: the mean over seeds, a thin line for each seed; experiments of the
+same task share a picture. Figures come from the event files.
 """
 
 import json
@@ -23,30 +24,37 @@ def read_run(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def main(picture: str, folders: list[str]) -> None:
-    tasks = defaultdict(list)
+    tasks = defaultdict(lambda: defaultdict(list))
     for folder in sorted(folders):
-        task, script, seed, _ = Path(folder).name.split("__")
-        tasks[f"{script} {task}"].append((seed, *read_run(folder)))
+        task, experiment, seed, _ = Path(folder).name.split("__")
+        tasks[task][experiment].append((seed, *read_run(folder)))
     figure = Figure(figsize=(5 * len(tasks), 3.5), layout="constrained")
-    for axis, (task, runs) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
-        shortest = min(len(steps) for _, steps, _, _ in runs)
-        for _, steps, mean, _ in runs:
-            axis.plot(steps, mean, color="tab:blue", alpha=0.35, linewidth=1)
-        axis.plot(runs[0][1][:shortest], np.mean([mean[:shortest] for _, _, mean, _ in runs], 0), color="tab:blue")
-        axis.set(
-            title=f"{task}, {len(runs)} seeds", xlabel="environment steps", ylabel="evaluation return", ylim=(0, None)
-        )
+    for axis, (task, experiments) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
+        for i, (experiment, runs) in enumerate(experiments.items()):
+            shortest = min(len(steps) for _, steps, _, _ in runs)
+            for _, steps, mean, _ in runs:
+                assert (steps[:shortest] == runs[0][1][:shortest]).all(), f"{task}: evaluations at different steps"
+                axis.plot(steps, mean, color=f"C{i}", alpha=0.35, linewidth=1)
+            label = f"{experiment}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+            average = np.mean([mean[:shortest] for _, _, mean, _ in runs], 0)
+            axis.plot(runs[0][1][:shortest], average, color=f"C{i}", label=label)
+        axis.set(title=task, xlabel="environment steps", ylabel="evaluation return")
+        axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
-    print("| run | seed | steps | last evaluation (mean +- std over episodes) |\n|---|---|---|---|")
-    for task, runs in tasks.items():
-        for seed, steps, mean, std in runs:
-            print(f"| {task} | {seed} | {steps[-1]:,} | {mean[-1]:.1f} +- {std[-1]:.1f} |")
-        last = [mean[-1] for _, _, mean, _ in runs]
-        print(f"| {task} | all {len(last)} | | {np.mean(last):.1f} +- {np.std(last):.1f} over seeds |")
-    print(
-        json.dumps({task: {seed: mean.round(1).tolist() for seed, _, mean, _ in runs} for task, runs in tasks.items()})
-    )
+    print("| task | experiment | seed | steps | last evaluation (mean +- std over episodes) |\n|---|---|---|---|---|")
+    for task, experiments in tasks.items():
+        for experiment, runs in experiments.items():
+            for seed, steps, mean, std in runs:
+                print(f"| {task} | {experiment} | {seed} | {steps[-1]:,} | {mean[-1]:.1f} +- {std[-1]:.1f} |")
+            last = [mean[-1] for _, _, mean, _ in runs]
+            over = f"{np.mean(last):.1f} +- {np.std(last):.1f} over seeds"
+            print(f"| {task} | {experiment} | all {len(last)} | | {over} |")
+    for task, experiments in tasks.items():
+        for experiment, runs in experiments.items():
+            for seed, steps, mean, _ in runs:
+                points = dict(zip(steps.tolist(), mean.round(1).tolist(), strict=True))
+                print(json.dumps({"task": task, "experiment": experiment, "seed": seed, "returns": points}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Numbers of mbpo.py: each piece against plain loops from the equations, torch.distributions, or the simulator."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
@@ -363,7 +365,7 @@ def test_holdout_errors(agent):
         torch.testing.assert_close(errors["mse"][e], F.mse_loss(means[e], targets))
         weighted = ((means[e] - targets) ** 2 / logvars[e].exp()).mean()
         torch.testing.assert_close(errors["weighted_mse"][e], weighted)
-    torch.testing.assert_close(errors["disagreement"], means.std(0).mean())
+    torch.testing.assert_close(errors["disagreement"], means.std(0, correction=0).mean())
     assert not any(error.requires_grad for error in errors.values())
 
 
@@ -789,16 +791,11 @@ def test_update(agent, args):
 # === Rollouts ===
 
 
-class Labelled:
-    """Stands in for an ensemble whose elite i predicts the reward i and stays where it is."""
-
-    def __init__(self, num_elites: int):
-        self.elites = torch.arange(num_elites) + 2
-
-    def __call__(self, inputs, nets):
-        mean = torch.zeros(*inputs.shape[:2], D + 1)
-        mean[..., 0] = nets[:, None]
-        return mean, torch.zeros_like(mean)
+def labelled(inputs, nets):
+    """Stands in for an ensemble whose network i predicts the reward i and stays where it is."""
+    mean = torch.zeros(*inputs.shape[:2], D + 1)
+    mean[..., 0] = nets[:, None]
+    return mean, torch.zeros_like(mean)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 6, 7, 10, 13, 100])
@@ -806,8 +803,8 @@ class Labelled:
 def test_every_row_goes_to_one_elite_in_equal_groups(size, num_elites):
     """By its place in the order; the last groups are short where the rows are not a multiple of the elites."""
     order, noise = torch.randperm(size, generator=generator()), torch.zeros(size, D + 1)
-    obs = normal(size, D)
-    next_obs, rewards = mbpo.model_step(Labelled(num_elites), obs, torch.zeros(size, A), order, noise)
+    obs, elites = normal(size, D), torch.arange(num_elites) + 2
+    next_obs, rewards = mbpo.model_step(labelled, obs, torch.zeros(size, A), order, elites, noise)
     group = math.ceil(size / num_elites)
     assert rewards[order].tolist() == [2 + i // group for i in range(size)]
     assert torch.equal(next_obs, obs)
@@ -819,12 +816,13 @@ def test_every_row_goes_to_one_elite_in_equal_groups(size, num_elites):
 def test_model_step_against_one_row_at_a_time(agent, size):
     """Mean plus noise times the standard deviation of the row's own elite: next observation and reward."""
     obs, actions, noise = normal(size, D), normal(size, A, seed=2).tanh(), normal(size, D + 1, seed=3)
-    order = torch.randperm(size, generator=generator())
-    next_obs, rewards = mbpo.model_step(agent.ensemble, obs, actions, order, noise)
+    order, elites = torch.randperm(size, generator=generator()), torch.tensor([4, 0, 3])
+    next_obs, rewards = mbpo.model_step(agent.ensemble, obs, actions, order, elites, noise)
     assert next_obs.shape == (size, D) and rewards.shape == (size,)
     for place, row in enumerate(order.tolist()):
-        elite = agent.ensemble.elites[place // math.ceil(size / 3)]
-        mean, logvar = forward(agent.ensemble, elite, torch.cat([obs[row], actions[row]]))
+        mean, logvar = forward(
+            agent.ensemble, elites[place // math.ceil(size / 3)], torch.cat([obs[row], actions[row]])
+        )
         sample = mean + noise[row] * torch.exp(logvar / 2)
         torch.testing.assert_close(next_obs[row], obs[row] + sample[1:])
         torch.testing.assert_close(rewards[row], sample[0])
@@ -843,12 +841,13 @@ def test_rollouts_against_one_row_at_a_time(agent, size, length):
     for rows in steps:
         n = len(live)
         action_noise, order = torch.randn(n, A, generator=rng), torch.randperm(n, generator=rng)
+        elites = agent.ensemble.elites[torch.randperm(3, generator=rng)]
         model_noise, place = torch.randn(n, D + 1, generator=rng), order.argsort()
         assert rows.shape == (n, 2 * D + A + 2) and not rows.requires_grad
         following = []
         for i, obs in enumerate(live):
             action, _ = policy(agent.actor, obs, action_noise[i])
-            elite = agent.ensemble.elites[place[i] // math.ceil(n / 3)]
+            elite = elites[place[i] // math.ceil(n / 3)]
             mean, logvar = forward(agent.ensemble, elite, torch.cat([obs, action]))
             sample = mean + model_noise[i] * torch.exp(logvar / 2)
             next_obs = obs + sample[1:]
@@ -886,12 +885,17 @@ def test_large_rollouts_go_block_by_block(agent):
 
 
 def test_rows_change_their_elite(agent, monkeypatch):
-    """A new order at every step: the groups of two steps are not the same."""
-    orders, step = [], mbpo.model_step
-    monkeypatch.setattr(mbpo, "model_step", lambda *args: (orders.append(args[3]), step(*args))[1])
+    """A new order of rows and of elites at every step: also a single row meets each of them equally often."""
+    orders, dealt, step = [], [], mbpo.model_step
+    monkeypatch.setattr(mbpo, "model_step", lambda *a: (orders.append(a[3]), dealt.append(a[4]), step(*a))[2])
     list(mbpo.rollout(agent, normal(30, D), 4, mbpo.never, generator()))
     assert len(torch.stack(orders).unique(dim=0)) == 4
     assert all(order.sort()[0].tolist() == list(range(30)) for order in orders)
+    list(mbpo.rollout(agent, normal(1, D), 600, mbpo.never, generator()))
+    elites = agent.ensemble.elites.sort()[0].tolist()
+    assert all(sorted(elite.tolist()) == elites for elite in dealt)
+    firsts = [elite[0].item() for elite in dealt[4:]]
+    assert all(150 < firsts.count(elite) < 250 for elite in elites), "200 are expected, with a deviation of 12"
 
 
 def test_open_loop_errors_against_a_loop(agent):
@@ -914,7 +918,7 @@ def test_open_loop_errors_against_a_loop(agent):
     assert not obs_errors.requires_grad
 
 
-def test_open_loop_pieces_are_cut_from_the_trajectories(agent, monkeypatch, tmp_path):
+def test_open_loop_pieces_are_cut_from_the_trajectories(agent, monkeypatch):
     """25 steps from every fifth step on that has so many left; if no episode has 25 steps, as many as the longest."""
     asked, logged = [], {}
 
@@ -934,14 +938,13 @@ def test_open_loop_pieces_are_cut_from_the_trajectories(agent, monkeypatch, tmp_
         trajectories.append((count[:, None].repeat(D, 1), count[:-1, None].repeat(A, 1), count[:-1]))
     for number, (known, length, starts) in enumerate(((3, 25, [100, 200, 205, 210]), (1, 24, [0]))):
         logged.clear()
-        mbpo.log_open_loop(agent, trajectories[:known], writer, str(tmp_path), number)
+        mbpo.log_open_loop(agent, trajectories[:known], writer, number)
         obs, actions, rewards = asked.pop()
         for part, steps in ((obs[..., 0], length + 1), (actions[..., 0], length), (rewards, length)):
             assert torch.equal(part, torch.tensor(starts) + torch.arange(float(steps))[:, None])
         points = {f"open_loop/obs_error_{k}": (k, number) for k in range(1, length + 1)}
         points |= {f"open_loop/reward_error_{k}": (-k, number) for k in range(1, length + 1)}
         assert logged == points | {"open_loop/error": (None, number)}
-    assert sorted(os.listdir(tmp_path)) == ["open_loop_error_0.png", "open_loop_error_1.png"]
 
 
 # === Terminations ===
@@ -989,9 +992,9 @@ NEVER = ["HalfCheetah-v5", "Swimmer-v5", "Reacher-v5", "Pusher-v5", "Pendulum-v1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env_id", [*HEIGHTS, *NEVER, "MountainCarContinuous-v0"])
+@pytest.mark.parametrize("env_id", [*HEIGHTS, *NEVER])
 def test_terminations_over_8000_steps(env_id):
-    """The same, longer, and where nothing ever terminates; random play does not climb the mountain."""
+    """The same, longer, and where nothing ever terminates."""
     wrong, ended = count_disagreements(env_id, 8000)
     assert wrong == 0 and (ended > 0) == (env_id in HEIGHTS)
 
@@ -1003,13 +1006,16 @@ def test_terminations_at_and_beyond_their_limits():
     ant[..., 0] = 0.6
     cases = [
         ("Hopper", hopper, {(0, 0.71): 0, (0, 0.69): 1, (1, 0.199): 0, (1, -0.201): 1, (1, 0.201): 1, (5, 99.0): 0}),
-        ("Hopper", hopper, {(5, 101.0): 1, (10, -101.0): 1, (0, math.inf): 1, (3, math.nan): 1, (0, 50.0): 0}),
+        ("Hopper", hopper, {(5, 101.0): 1, (10, -101.0): 1, (0, math.inf): 1, (3, math.nan): 1, (0, 150.0): 0}),
         ("Walker2d", walker, {(0, 0.81): 0, (0, 0.79): 1, (0, 1.99): 0, (0, 2.01): 1, (1, -0.99): 0, (1, 1.01): 1}),
         ("Walker2d", walker, {(0, math.nan): 1, (9, 500.0): 0}),
         ("Ant", ant, {(0, 0.2): 0, (0, 0.199): 1, (0, 1.0): 0, (0, 1.001): 1, (20, math.inf): 1, (20, 500.0): 0}),
-        ("Humanoid", humanoid, {(0, 1.0): 0, (0, 0.999): 1, (0, 2.0): 0, (0, 2.001): 1, (20, 500.0): 0}),
+        ("Humanoid", humanoid, {(0, 1.0): 0, (0, 0.999): 1, (0, 2.0): 0, (0, 2.001): 1, (0, math.nan): 1}),
         ("InvertedPendulum", torch.zeros(2, 3, 4), {(1, 0.2): 0, (1, -0.201): 1, (3, math.nan): 1, (0, 9.0): 0}),
     ]
+    double = torch.zeros(2, 3, 9)
+    double[..., 3:5] = 1  # upright: height 1.2
+    cases.append(("InvertedDoublePendulum", double, {(1, 0.5): 0, (1, 0.7): 1, (4, -1.0): 1, (2, math.nan): 1}))
     for name, obs, expected in cases:
         function = mbpo.TERMINATIONS[name]
         assert function(obs).tolist() == [[False] * 3] * 2 and function(obs).dtype == torch.bool
@@ -1042,8 +1048,9 @@ TINY = {
 @pytest.fixture
 def played(monkeypatch):
     """What runs do: (name, environment steps so far, data) of each training, sample and update."""
-    calls, steps, added = [], [0], []
+    calls, steps, added, noises, actions = [], [0], [], [], []
     train, sample, update, step = mbpo.train_model, ReplayBuffer.sample, mbpo.update, fake_envs.Point.step
+    act = mbpo.act
 
     def trained(agent, rows, *args):
         calls.append(("train", steps[0], rows.clone()))
@@ -1054,9 +1061,14 @@ def played(monkeypatch):
         calls.append(("sample", steps[0], (len(self.rows), rows)))
         return rows
 
-    def updated(agent, optimizer, rows, *args):
+    def updated(agent, optimizer, rows, noise, *args):
         calls.append(("update", steps[0], rows.clone()))
-        return update(agent, optimizer, rows, *args)
+        noises.append(noise.clone())
+        return update(agent, optimizer, rows, noise, *args)
+
+    def acted(agent, obs, device, generator):
+        actions.append(generator)
+        return act(agent, obs, device, generator)
 
     def stepped(self, action):
         before, result = self.state, step(self, action)
@@ -1066,11 +1078,13 @@ def played(monkeypatch):
 
     for owner, name, function in (
         (mbpo, "train_model", trained), (ReplayBuffer, "sample", sampled), (mbpo, "update", updated),
-        (fake_envs.Point, "step", stepped),
+        (fake_envs.Point, "step", stepped), (mbpo, "act", acted),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, function)
     calls.append(added)
-    return calls
+    yield calls
+    assert len({noise.numpy().tobytes() for noise in noises}) == len(noises), "each update has noise of its own"
+    assert actions and None not in actions, "actions are sampled"
 
 
 def run(**changes) -> dict:
@@ -1087,6 +1101,7 @@ def test_order_and_amount_of_work(played):
     assert updates == [at for at in range(25, 61) for _ in range(2)]
     assert state["parts"]["counters"]["num_updates"] == 72
     real = np.array(added, np.float32)
+    assert real[:24, 3].min() < -0.7 and real[:24, 3].max() > 0.7 and abs(real[:24, 3]).max() <= 1, "random at first"
     np.testing.assert_allclose(state["parts"]["replay"]["rows"], real, rtol=1e-6, atol=1e-7)
     starts = [rows for name, _, (_, rows) in (call for call in played if call[0] == "sample") if rows.dim() == 2]
     assert [len(rows) for rows in starts] == [20] * 3 and played[0][0] == "train"
@@ -1139,20 +1154,21 @@ def test_target_entropy_elsewhere_is_minus_the_number_of_actions():
 
 
 def test_evaluation_plays_the_mode_and_returns_whole_trajectories(args):
-    """T + 1 observations, T actions and rewards of each environment's first episode; returns are their sums."""
+    """T + 1 observations, T actions and rewards of each episode; returns are their sums."""
     agent = make_agent(args, 3, 1)
     settings = make_args(**TINY | {"eval_episodes": 3})
     envs = mbpo.make_vector_env(settings, 1)
     stop = SimpleNamespace(requested=0)
-    returns, ((obs, actions, rewards),) = mbpo.evaluate(agent, envs, settings, CPU, stop)
+    returns, trajectories = mbpo.evaluate(agent, envs, settings, CPU, stop)
     again, _ = mbpo.evaluate(agent, envs, settings, CPU, stop)
     envs.close()
     assert np.array_equal(returns, again) and len(returns) == 3 and len(set(returns)) == 3
-    assert obs.shape == (13, 3) and actions.shape == (12, 1) and rewards.shape == (12,)
-    assert returns[0] == pytest.approx(rewards.sum(), rel=1e-5)
-    np.testing.assert_allclose(obs[:, 2], np.arange(13) / 12, atol=1e-6)
-    np.testing.assert_allclose(np.diff(obs[:, 1]), 0.2 * actions[:, 0], atol=1e-5)  # the Box is [-2, 2]
-    np.testing.assert_allclose(actions, agent.actor.mode(torch.from_numpy(obs[:-1])).detach().numpy(), atol=1e-6)
+    for total, (obs, actions, rewards) in zip(returns, trajectories, strict=True):
+        assert obs.shape == (13, 3) and actions.shape == (12, 1) and rewards.shape == (12,)
+        assert total == pytest.approx(rewards.sum(), rel=1e-5)
+        np.testing.assert_allclose(obs[:, 2], np.arange(13) / 12, atol=1e-6)
+        np.testing.assert_allclose(np.diff(obs[:, 1]), 0.2 * actions[:, 0], atol=1e-5)  # the Box is [-2, 2]
+        np.testing.assert_allclose(actions, agent.actor.mode(torch.from_numpy(obs[:-1])).detach().numpy(), atol=1e-6)
 
 
 def test_paper_observations_of_ant_and_humanoid():
@@ -1174,6 +1190,21 @@ def test_actions_are_rescaled_to_the_box():
     for action in ([-1, -1], [0, 0], [1, 1]):
         fitted.step(np.float32(action))
     assert np.array_equal(seen, [[-3, 0], [-1, 2.5], [1, 5]])
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "spoil", "source"),
+    [
+        (fake_envs.Point, "reset", lambda found: (found[0] * math.nan, found[1]), "the environment's observation"),
+        (mbpo, "act", lambda found: found * math.nan, "the policy's action"),
+    ],
+)
+def test_first_observations_and_actions_must_be_finite(monkeypatch, owner, name, spoil, source):
+    """Whose fault it is, before anything enters the replay."""
+    function = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: spoil(function(*args, **kwargs)))
+    with pytest.raises(SystemExit, match=f"not finite at step (0|24): {source}; the last checkpoint is intact"):
+        run()
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
@@ -1230,6 +1261,47 @@ def test_compiled_updates_equal_eager():
         torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
 
 
+def test_graphs_are_of_the_largest_shape(monkeypatch):
+    """With stand-ins for CUDA: three eager calls, then replays on the new numbers; smaller calls stay eager."""
+    eager, captured = [], []
+
+    class Graph:
+        def replay(self):
+            captured[-1].result.copy_(captured[-1].static[0].sum() + captured[-1].static[1].sum())
+
+    class Capture(contextlib.nullcontext):
+        def __enter__(self):
+            captured.append(graphed)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: Capture())
+
+    def add(x, y):
+        eager.append(x.numel())
+        return x.sum() + y.sum()
+
+    graphed = mbpo.GraphedUpdate(add)
+    for i, size in enumerate([2, 2, 4, 2, 4, 4, 4, 2, 4]):
+        x, y = normal(size, seed=i), normal(size, seed=i + 50)
+        torch.testing.assert_close(graphed(x, y), x.sum() + y.sum())
+    assert eager == [2, 2, 4, 2, 4, 4, 4, 2], "the fourth of size 4 is captured, the fifth only replayed"
+    assert len(captured) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cudagraphs", [False, True])
+def test_whole_runs_on_a_gpu(cudagraphs):
+    """Trainings, rollouts, updates, an evaluation and a resume."""
+    settings = SMALL | TINY | {"cuda": True, "cudagraphs": cudagraphs, "eval_frequency": 30}
+    run_dir = mbpo.main(Args(**settings | {"total_timesteps": 36}))
+    mbpo.main(Args(**settings | {"resume": run_dir}))
+    state = torch.load(os.path.join(run_dir, "checkpoint.pt"), weights_only=True)
+    assert state["parts"]["counters"]["num_updates"] == 72
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("compile", [False, True])
 def test_cuda_graph_updates_equal_eager(compile):
@@ -1246,3 +1318,15 @@ def test_compile_compiles_the_losses(monkeypatch):
     assert compiled == [mbpo.model_loss, mbpo.sac_losses]
     for name, tensor in eager["parts"]["agent"].items():
         assert torch.equal(tensor, fast["parts"]["agent"][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("env_id", "steps", "expected"), [("InvertedPendulum-v5", 4_000, 950), ("Pendulum-v1", 2_500, -300)]
+)
+def test_learns(env_id, steps, expected):
+    """Published settings, about ten minutes on one core: the last evaluation, where random play has 20 and -1,200."""
+    run_dir = mbpo.main(Args(env_id=env_id, total_timesteps=steps, eval_frequency=steps, eval_episodes=5, cuda=False))
+    events = EventAccumulator(run_dir)
+    events.Reload()
+    assert events.Scalars("eval/episodic_return")[-1].value > expected
