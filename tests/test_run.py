@@ -1006,6 +1006,17 @@ def test_speed_flags_do_not_bind_an_evaluation(dreamer, monkeypatch, capsys):
     assert "(2 episodes:" in capsys.readouterr().out
 
 
+def test_speed_flags_do_not_bind_a_resume(monkeypatch):
+    """A run made with CUDA graphs goes on without a GPU, if asked to."""
+    script = importlib.import_module("mbpo")
+    run_dir = run(script)
+    state = load(run_dir)
+    state["args"] |= {"cudagraphs": True}
+    torch.save(state, Path(run_dir, "checkpoint.pt"))
+    command_line(monkeypatch, script, "--resume", run_dir, "--no-cudagraphs", "--total-timesteps", "60")
+    assert load(run_dir)["global_step"] == 60
+
+
 def test_resume_on_another_kind_of_device(dreamer, capsys):
     """The state of a GPU's random generator does not fit a CPU's: it starts anew, and says so."""
     run_dir = run(dreamer)
