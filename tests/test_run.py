@@ -1644,6 +1644,14 @@ def test_mbpo_begins_where_its_random_steps_end(mbpo):
     assert np.mean(errors, 0) == pytest.approx([value for _, value in tags["losses/model_holdout_mse"]])
 
 
+def test_mbpo_trains_again_once_a_replay_is_refilled(mbpo):
+    """Without the saved buffers there is nothing to sample from: the ensemble is trained although it is not yet due."""
+    settings = {"save_buffer": False, "learning_starts": 6, "model_train_frequency": 24}
+    run_dir = run(mbpo, **settings, total_timesteps=36)
+    resume(mbpo, run_dir, **settings, total_timesteps=48)
+    assert [step for step, _ in scalars(run_dir)["losses/model_nll"]] == [7, 31, 43]
+
+
 def test_mbpo_rollouts_end_where_everything_dies(mbpo, monkeypatch):
     """The mean length of rollouts is what was rolled, not what was planned."""
     monkeypatch.setitem(fake_envs.POINT_ENDS, "Point", -1.0)
