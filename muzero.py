@@ -600,14 +600,15 @@ def edge_discount(args: Args) -> float:
 
 
 def transform(x: torch.Tensor) -> torch.Tensor:
-    """h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x."""
-    return torch.sign(x) * (torch.sqrt(torch.abs(x) + 1) - 1) + 0.001 * x
+    """h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x, written so that no digits are lost near 0."""
+    return x / (torch.sqrt(torch.abs(x) + 1) + 1) + 0.001 * x
 
 
 def inverse_transform(y: torch.Tensor) -> torch.Tensor:
-    """The x with h(x) = y, in the rewritten form that loses no digits near 0."""
-    root = torch.sqrt(1 + 0.004 * (torch.abs(y) + 1.001))
-    return torch.sign(y) * (((root - 1) / 0.002) ** 2 - 1)
+    """The x with h(x) = y: u = sqrt(|x| + 1) solves 0.001 u^2 + u = |y| + 1.001."""
+    c = torch.abs(y) + 1.001
+    u = 2 * c / (1 + torch.sqrt(1 + 0.004 * c))
+    return torch.sign(y) * (u * u - 1)
 
 
 def two_hot(x: torch.Tensor, support_size: int) -> torch.Tensor:
