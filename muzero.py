@@ -322,8 +322,6 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv | BoardGame:
     """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
     if args.env_id in BOARD_GAMES:
-        if video is not None:
-            fail(f"{args.env_id} has no pictures for --capture-video")
         return BoardGame(args.env_id, num_envs)
     if video is not None:
         try:
@@ -1350,8 +1348,8 @@ def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[s
 def check_args(args: Args) -> None:
     """Refuses impossible numbers in one line."""
     at_least = {
-        1: "total_timesteps num_envs eval_episodes batch_size td_steps unroll_steps support_size hidden_size num_blocks "
-        "num_simulations max_considered_actions target_network_frequency",
+        1: "total_timesteps num_envs eval_episodes batch_size td_steps unroll_steps support_size hidden_size "
+        "num_blocks num_simulations max_considered_actions target_network_frequency",
         0: "seed eval_frequency checkpoint_frequency learning_starts replay_ratio learning_rate weight_decay "
         "max_grad_norm gamma value_scale c_visit c_scale pb_c_init dirichlet_fraction temperature_moves "
         "priority_alpha priority_beta reanalyze_ratio",
@@ -1371,6 +1369,8 @@ def check_args(args: Args) -> None:
     if args.buffer_size < rows:
         fail(f"--buffer-size {args.buffer_size} is too small: {args.num_envs} environments with --unroll-steps and "
              f"--td-steps need {rows}")  # fmt: skip
+    if args.capture_video and args.env_id in BOARD_GAMES:
+        fail(f"{args.env_id} has no pictures for --capture-video")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 
@@ -1388,9 +1388,8 @@ def check_support(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
         return
     if largest > reach:
         enough = math.ceil(transform(torch.tensor(largest, dtype=torch.float64)).item())
-        fail(
-            f"--support-size {args.support_size} holds values up to {reach:.0f}, but returns reach {largest:.0f}: {enough}"
-        )
+        wide = f"returns reach {largest:.0f}, which needs {enough}"
+        fail(f"--support-size {args.support_size} holds values up to {reach:.0f}: {wide}")
 
 
 def require_finite_arrays(global_step: int, *arrays: np.ndarray) -> None:
@@ -1541,8 +1540,9 @@ def main(args: Args) -> str:
             rb.add(closing_rows(dones, terminations), np.flatnonzero(dones), closing=True)
             log_episodes(writer, progress, infos, dones, global_step)
         if rb.ready.any() and len(rb) >= args.learning_starts:  # again, if the buffer was not saved
+            before = counters["num_updates"]
             learn(updates_due(global_step, args) - updates_due(global_step - args.num_envs, args))
-            if counters["num_updates"] % 100 < args.replay_ratio * args.num_envs:
+            if counters["num_updates"] // 100 > before // 100:
                 report()
 
     envs.close()

@@ -3,13 +3,15 @@
 import itertools
 import math
 import shutil
+import sys
 import types
 
 import gymnasium as gym
-import muzero
 import numpy as np
 import pytest
 import torch
+
+import muzero
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -27,12 +29,15 @@ def hand_model(rewards, values, discount, dtype=F64):
     prior, rewards, values = (torch.tensor(x, dtype=dtype) for x in ((0.2, 0.5, 0.3), rewards, values))
 
     def model(latent, action):
-        return latent, rewards[action], torch.full_like(rewards[action], discount), prior.log().expand(len(action), 3), values[action]  # fmt: skip
+        reward = rewards[action]
+        return latent, reward, torch.full_like(reward, discount), prior.log().expand(len(action), 3), values[action]
 
     return model, prior.log()[None]
 
 
-def hand_search(search, num_simulations, root_value=0.3, problem=((0.5, 0, 0), (0.1, 0.2, 0.8), 0.9), dtype=F64, **kwargs):
+def hand_search(
+    search, num_simulations, root_value=0.3, problem=((0.5, 0, 0), (0.1, 0.2, 0.8), 0.9), dtype=F64, **kwargs
+):
     model, logits = hand_model(*problem, dtype)
     root = torch.zeros(1, 1, dtype=dtype), logits, torch.tensor([root_value], dtype=dtype)
     args = make_args(num_simulations=num_simulations, c_scale=kwargs.pop("c_scale", 0.1))
@@ -162,7 +167,9 @@ def test_eligible_counts_by_hand():
 # === Degenerate problems ===
 
 
-@pytest.mark.parametrize("problem", [((0, 0, 0), (0.7, 0.7, 0.7), 1.0), ((0.0021, 0.0021, 0.0021), (0.7, 0.7, 0.7), 0.997)])
+@pytest.mark.parametrize(
+    "problem", [((0, 0, 0), (0.7, 0.7, 0.7), 1.0), ((0.0021, 0.0021, 0.0021), (0.7, 0.7, 0.7), 0.997)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_equal_values_leave_the_choice_to_the_prior(problem, dtype):
     """Rounding must not become a preference: visits as if Q were not there, in float32 too."""
@@ -217,7 +224,8 @@ class Problem:
     def __call__(self, latent, action):
         state = latent[:, 0].long()
         new = self.next[state, action]
-        return new[:, None].double(), self.reward[state, action], self.discount[state, action], self.logits[new], self.value[new]  # fmt: skip
+        reward, discount = self.reward[state, action], self.discount[state, action]
+        return new[:, None].double(), reward, discount, self.logits[new], self.value[new]
 
     def roots(self, rows):
         state = self.start[rows]
@@ -314,7 +322,7 @@ def plain_gumbel(problem: Problem, row: int, num_simulations: int, max_considere
                 if spent < num_simulations:
                     behind = [a for a in np.flatnonzero(legal) if root.N[a] == rounds]
                     scores = g + plain_scores(root, problem.value_range)
-                    first = max(behind, key=lambda a: scores[a])  # noqa: B023
+                    first = max(behind, key=lambda a: scores[a])
                     plain_simulation(problem, root, lambda node: first if node is root else interior(node))  # noqa: B023
                     spent += 1
             rounds += 1
@@ -352,9 +360,7 @@ def test_gumbel_equals_a_plain_recursion(num_actions, num_simulations, two_playe
     """Visits, Q, improved policy and action of every root of a batch."""
     problem = Problem(num_actions * 1000 + num_simulations, num_actions, two_players, 6, mask)
     args, rows = make_args(num_simulations=num_simulations), torch.arange(6)
-    result = muzero.gumbel_search(
-        problem, problem.roots(rows), problem.legal, problem.noise, args, problem.value_range
-    )
+    result = muzero.gumbel_search(problem, problem.roots(rows), problem.legal, problem.noise, args, problem.value_range)
     for row in range(6):
         root, policy, action = plain_gumbel(problem, row, num_simulations)
         assert result.visit_counts[row].tolist() == root.N.tolist()
@@ -386,7 +392,9 @@ def test_a_row_of_a_batch_equals_the_same_row_alone(search):
 def test_depth_is_that_of_the_nodes():
     """One action: a chain of depths 1 ... S."""
     problem = Problem(0, 1, False, 2, False)
-    result = muzero.puct_search(problem, problem.roots(torch.arange(2)), problem.legal, None, None, make_args(num_simulations=9))
+    result = muzero.puct_search(
+        problem, problem.roots(torch.arange(2)), problem.legal, None, None, make_args(num_simulations=9)
+    )
     assert result.depth.tolist() == [5.0, 5.0]
 
 
@@ -446,7 +454,9 @@ def test_noise_is_that_of_its_distributions():
     expected = np.random.default_rng(1).dirichlet([0.3] * 3, size=20_000)
     np.testing.assert_allclose(dirichlet[:, [0, 1, 3]].mean(0), 1 / 3, atol=0.01)
     np.testing.assert_allclose(dirichlet[:, 0].std(), expected[:, 0].std(), atol=0.01)
-    assert gumbel.mean() == pytest.approx(0.5772, abs=0.02) and gumbel.std() == pytest.approx(math.pi / 6**0.5, abs=0.02)
+    assert gumbel.mean() == pytest.approx(0.5772, abs=0.02) and gumbel.std() == pytest.approx(
+        math.pi / 6**0.5, abs=0.02
+    )
     assert muzero.draw_noise(np.zeros((1, 4), bool), args, np.random.default_rng(0))[:, 0].tolist() == [[0.0] * 4]
 
 
@@ -492,7 +502,9 @@ TWO_HOT = {  # (value, support): {index: probability}
 def test_two_hot_by_hand(value, support):
     found = muzero.two_hot(torch.tensor([value], dtype=F64), support)[0]
     assert found.shape == (2 * support + 1,)
-    assert {i.item(): found[i].item() for i in found.nonzero()[:, 0]} == pytest.approx(TWO_HOT[value, support], abs=5e-7)
+    assert {i.item(): found[i].item() for i in found.nonzero()[:, 0]} == pytest.approx(
+        TWO_HOT[value, support], abs=5e-7
+    )
 
 
 def test_distributions_decode_to_what_was_encoded():
@@ -512,14 +524,21 @@ def test_distributions_decode_to_what_was_encoded():
 
 def rows_of(rewards, values, ends) -> tuple[torch.Tensor, ...]:
     """Columns of one sequence, (L, 1)."""
-    return (torch.tensor(rewards, dtype=F64)[:, None], torch.tensor(values, dtype=F64)[:, None], torch.tensor(ends)[:, None])
+    return (
+        torch.tensor(rewards, dtype=F64)[:, None],
+        torch.tensor(values, dtype=F64)[:, None],
+        torch.tensor(ends)[:, None],
+    )
 
 
 def test_n_step_returns_by_hand():
     """Terminal after the fifth reward; rows after the end are another episode's."""
     rewards, values = [1, 0, 2, 0, 1, 0] + [7] * 16, [5, 4.5, 4, 3, 1, 9] + [8] * 16
     ends = [0] * 5 + [muzero.TERMINATED] + [0] * 16
-    for n, expected in ((2, (4.976036, 4.976027, 2.994009, 0.997, 1, 0)), (10, (3.976072, 2.985027, 2.994009, 0.997, 1, 0))):
+    for n, expected in (
+        (2, (4.976036, 4.976027, 2.994009, 0.997, 1, 0)),
+        (10, (3.976072, 2.985027, 2.994009, 0.997, 1, 0)),
+    ):
         found = muzero.n_step_returns(*rows_of(rewards, values, ends), n, 0.997)[:, 0]
         assert found[:6].tolist() == pytest.approx(expected, abs=5e-7)
         assert found[6:].tolist() == [0] * (len(found) - 6)
@@ -781,7 +800,9 @@ def test_networks(kind):
     for a, b in zip(alone, (latent, logits, value), strict=True):
         torch.testing.assert_close(a[0], b[2], rtol=1e-4, atol=1e-5)
     for step in range(3):
-        assert torch.allclose(latent.flatten(1).amin(1), torch.zeros(5)) and torch.allclose(latent.flatten(1).amax(1), torch.ones(5))
+        assert torch.allclose(latent.flatten(1).amin(1), torch.zeros(5)) and torch.allclose(
+            latent.flatten(1).amax(1), torch.ones(5)
+        )
         latent, reward, discount, logits, value = muzero.recurrent(agent, latent, torch.full((5,), step % A))
         assert reward.shape == value.shape == (5,) and logits.shape == (5, A)
         assert (discount == (-1.0 if kind == "boards" else 0.997)).all()
@@ -791,7 +812,10 @@ def test_networks(kind):
 
 def test_an_untrained_agent_knows_nothing():
     """Uniform policy, value and reward 0."""
-    for envs, args in ((TinyVector(2), make_args()), (muzero.BoardGame("connect_four", 2), make_args(env_id="connect_four"))):
+    for envs, args in (
+        (TinyVector(2), make_args()),
+        (muzero.BoardGame("connect_four", 2), make_args(env_id="connect_four")),
+    ):
         agent = muzero.Agent(envs, args)
         obs = torch.rand(2, *envs.single_observation_space.shape)
         latent, logits, value = agent.initial(obs)
@@ -938,7 +962,9 @@ def test_update_descends():
     optimizer = muzero.make_optimizer(agent, args)
     rows = rb.sample(16, 1.0, torch.Generator().manual_seed(0))
     losses = [
-        muzero.update(agent, optimizer, rb, rows, torch.zeros(2, 16, dtype=torch.long), args, muzero.compute_losses)["losses/loss"]
+        muzero.update(agent, optimizer, rb, rows, torch.zeros(2, 16, dtype=torch.long), args, muzero.compute_losses)[
+            "losses/loss"
+        ]
         for _ in range(60)
     ]
     assert losses[-1] < 0.7 * losses[0]
@@ -1083,6 +1109,7 @@ def test_search_on_boards_plays_legal_moves():
 
 def test_a_search_with_the_true_rules_finds_the_win():
     """The search takes any model: the rules of tic-tac-toe, one move from the end, for either player."""
+
     def rules(latent, action):
         games = muzero.BoardGame("tictactoe", len(action))
         games.stones = latent.clone()
@@ -1185,7 +1212,13 @@ def test_open_loop_errors_against_a_loop():
 
 def test_support_is_checked_against_the_largest_return(capsys):
     """CartPole with gamma 0.997: 259.1 -> h = 15.39; 10 bins would saturate at 117.4."""
-    for support, gamma, fits in ((10, 0.997, False), (15, 0.997, False), (16, 0.997, True), (10, 0.99, True), (9, 0.99, False)):
+    for support, gamma, fits in (
+        (10, 0.997, False),
+        (15, 0.997, False),
+        (16, 0.997, True),
+        (10, 0.99, True),
+        (9, 0.99, False),
+    ):
         args = make_args(support_size=support, gamma=gamma)
         envs = muzero.make_vector_env(args, 1)
         if fits:
@@ -1217,7 +1250,9 @@ def test_compiled_equals_eager():
     legal = torch.ones(6, 3, dtype=torch.bool)
     for search in ("puct", "gumbel"):
         settings = make_args(num_simulations=4, search=search)
-        results = [muzero.act(agent, obs, legal, noise, torch.ones(6), settings, f) for f in (muzero.Executables(), fns)]
+        results = [
+            muzero.act(agent, obs, legal, noise, torch.ones(6), settings, f) for f in (muzero.Executables(), fns)
+        ]
         assert torch.equal(results[0].visit_counts, results[1].visit_counts)
         torch.testing.assert_close(results[0].policy, results[1].policy, rtol=1e-4, atol=1e-5)
     gradients = []
@@ -1246,3 +1281,21 @@ def test_captured_search_equals_eager(search):
         inputs = [x.cuda() for x in inputs]
         for a, b in zip(graphed(*inputs), act_fn(*inputs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_missing_atari_package_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    with pytest.raises(SystemExit):
+        muzero.make_vector_env(make_args(env_id="ALE/Pong-v5"), 1)
+    assert "pip install ale_py" in capsys.readouterr().err
+
+
+def test_atari_frames():
+    """Four frames of 96 x 96 in colour, the first repeated after a reset; games played out, not one life."""
+    pytest.importorskip("ale_py")
+    envs = muzero.make_vector_env(make_args(env_id="ALE/Pong-v5"), 2)
+    obs, _ = envs.reset(seed=[1, 2])
+    assert obs.shape == (2, 4, 96, 96, 3) and obs.dtype == np.uint8 and (obs == obs[:, :1]).all()
+    before = obs.copy()
+    obs, rewards, terminations, truncations, _ = envs.step(np.array([2, 3]))
+    assert np.array_equal(obs[:, :3], before[:, 1:]) and envs.single_action_space.n == 6
