@@ -85,13 +85,13 @@ class Args:
 
     # Algorithm specific arguments
     env_id: str = "CartPole-v1"
-    """Gymnasium id with Discrete actions (CartPole-v1, ALE/Pong-v5, my_module:MyEnv-v0), tictactoe or connect_four"""
+    """Gymnasium id with Discrete actions (ALE/Pong-v5, my_module:MyEnv-v0), tictactoe or connect_four"""
     total_timesteps: int | None = None
     """environment steps of the run; default by task, see TASKS below"""
     num_envs: int = 16
     """environments or games played side by side, one search for all"""
-    buffer_size: int = 100_000
-    """capacity of the replay buffer in environment steps"""
+    buffer_size: int | None = None
+    """capacity of the replay buffer in environment steps; default by task"""
     learning_starts: int = 1_000
     """environment steps before learning"""
     replay_ratio: float | None = None
@@ -160,29 +160,30 @@ class Args:
 
 # Settings by task (name of the environment without its version). A flag on the command line wins.
 DEFAULTS = {
-    "total_timesteps": 200_000, "replay_ratio": 0.25, "batch_size": 128, "learning_rate": 1e-3, "gamma": 0.997,
-    "td_steps": 10, "support_size": 300, "hidden_size": 128, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1,
-    "dirichlet_alpha": 0.25, "temperature_steps": (50_000, 100_000), "priority_alpha": 1.0,
+    "total_timesteps": 200_000, "buffer_size": 50_000, "replay_ratio": 0.25, "batch_size": 128, "learning_rate": 1e-3,
+    "gamma": 0.997, "td_steps": 20, "support_size": 300, "hidden_size": 64, "num_blocks": 1, "num_simulations": 16,
+    "c_scale": 0.1, "dirichlet_alpha": 0.25, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,
 }  # fmt: skip
 BOARD = {
-    "gamma": 1.0, "support_size": 1, "c_scale": 1.0, "priority_alpha": 0.0, "temperature_steps": (10**9, 10**9),
-    "batch_size": 256,
+    "gamma": 1.0, "support_size": 1, "c_scale": 1.0, "temperature_steps": (10**9, 10**9), "batch_size": 256,
+    "dirichlet_alpha": 1.0,
 }  # fmt: skip
 TASKS = {
-    "CartPole": {"total_timesteps": 60_000, "support_size": 20, "td_steps": 20},
+    "CartPole": {
+        "total_timesteps": 40_000, "buffer_size": 20_000, "support_size": 20, "temperature_steps": (10_000, 20_000),
+    },
     "LunarLander": {"total_timesteps": 500_000, "support_size": 30, "num_simulations": 25},
     "tictactoe": BOARD | {
-        "total_timesteps": 200_000, "td_steps": 9, "hidden_size": 32, "num_simulations": 25, "dirichlet_alpha": 1.0,
-        "temperature_moves": 6,
+        "total_timesteps": 200_000, "td_steps": 9, "hidden_size": 32, "num_simulations": 25, "temperature_moves": 6,
     },
     "connect_four": BOARD | {
-        "total_timesteps": 500_000, "td_steps": 42, "hidden_size": 32, "num_blocks": 2, "num_simulations": 32,
-        "dirichlet_alpha": 1.0, "temperature_moves": 12,
+        "total_timesteps": 500_000, "buffer_size": 100_000, "td_steps": 42, "hidden_size": 32, "num_blocks": 2,
+        "num_simulations": 32, "temperature_moves": 12,
     },
 }  # fmt: skip
 ATARI = {
-    "total_timesteps": 500_000, "batch_size": 256, "td_steps": 5, "hidden_size": 64, "num_simulations": 50,
-    "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000),
+    "total_timesteps": 500_000, "buffer_size": 100_000, "batch_size": 256, "td_steps": 5, "num_simulations": 50,
+    "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000), "priority_alpha": 1.0,
 }  # fmt: skip
 MAX_REWARD = {"CartPole": 1.0, "Acrobot": 1.0, "MountainCar": 1.0}  # largest |reward| of a step, where it is known
 BOARD_GAMES = {"tictactoe": (3, 3, 3, False), "connect_four": (6, 7, 4, True)}  # rows, columns, in a row, gravity
@@ -789,8 +790,8 @@ def simulate(tree: Tree, n: int, model: Callable, choice: torch.Tensor) -> None:
 
 def rescale(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """Q to [0, 1] by its bounds; 0 where these are equal up to rounding, so that the prior decides."""
-    noise = 1e-5 * torch.maximum(torch.maximum(low.abs(), high.abs()), torch.ones_like(low))
-    return torch.where(high - low > noise, (q - low) / (high - low).clamp_min(1e-30), 0)
+    noise = 1e-5 * torch.maximum(low.abs(), high.abs()).clamp_min(1)
+    return (q - low) * torch.where(high - low > noise, 1 / (high - low), 0)
 
 
 def puct_choice(prior, visit_counts, qvalues, node_visits, edge_values, legal, value_range, c1: float, c2: float):
@@ -805,7 +806,7 @@ def puct_choice(prior, visit_counts, qvalues, node_visits, edge_values, legal, v
         low, high = (torch.full_like(edge_values[0], bound) for bound in value_range)
     factor = torch.sqrt(node_visits) * (c1 + torch.log((node_visits + c2 + 1) / c2))
     scores = torch.where(visit_counts > 0, rescale(qvalues, low, high), 0)
-    scores += prior * factor[:, None] / (1 + visit_counts)
+    scores = torch.addcdiv(scores, prior * factor[:, None], 1 + visit_counts)
     scores[0] = torch.where(legal, scores[0], -torch.inf)
     return scores.max(1).indices
 
@@ -1145,7 +1146,7 @@ def evaluate_run(args: Args) -> str:
     )
     device, stop = choose_device(args), StopRequest()
     video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
-    envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+    envs = make_vector_env(args, min(args.eval_episodes, 100), video)
     agent = Agent(envs, args).to(device)
     agent.load_state_dict(checkpoint["parts"]["agent"])
     returns, _ = evaluate(agent, envs, args, device, stop, Executables())
@@ -1501,7 +1502,7 @@ def main(args: Args) -> str:
             next_eval = next_multiple(global_step, args.eval_frequency)
             if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
                 video = f"{run_dir}/videos/step-{global_step}" if args.capture_video else None
-                eval_envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+                eval_envs = make_vector_env(args, min(args.eval_episodes, 100), video)
             returns, trajectories = evaluate(agent, eval_envs, args, device, stop, fns)
             if args.capture_video:
                 eval_envs.close()
