@@ -382,6 +382,8 @@ class ReplayBuffer:
     def add(self, rows: dict[str, torch.Tensor], envs: np.ndarray, closing: bool = False) -> None:
         """Appends one row to each of the environments `envs` (M,); tensors (N, ...), missing columns are 0."""
         device = self.priority.device
+        if self.stack > 1:
+            rows = rows | {"obs": rows["obs"][:, -1]}  # the newest frame
         slots, index = (torch.from_numpy(x).to(device) for x in (self.ends[envs] % self.capacity, envs))
         for name, column in self.data.items():
             if name != "age":
@@ -943,6 +945,15 @@ def temperature_of(moves: np.ndarray, global_step: int, args: Args) -> np.ndarra
     return np.where(early, 0.5**falls, 0).astype(np.float32)
 
 
+@torch.no_grad()
+def closing_rows(agent: Agent, obs: np.ndarray, dones: np.ndarray, terminations: np.ndarray, device) -> dict:
+    """Replay rows (N, ...) that close episodes with their final observations, valued by the network (deviation 4)."""
+    obs = torch.as_tensor(obs, device=device)
+    value = agent.initial(obs)[2] * torch.as_tensor(~terminations, device=device)
+    end = torch.as_tensor(np.where(terminations, TERMINATED, TRUNCATED) * dones, device=device)
+    return {"obs": obs, "value": value, "end": end.to(torch.uint8)}
+
+
 class GraphedSearch:
     """`act` as one CUDA graph for constant shapes: three calls on a side stream, then one is captured and replayed."""
 
@@ -1025,15 +1036,15 @@ def updates_due(global_step: int, args: Args) -> int:
 # === Evaluation ===
 
 
-def random_player(envs: BoardGame, rng: np.random.Generator) -> np.ndarray:
-    """A legal move (N,) for each game, uniformly."""
-    return np.where(envs.legal, rng.random(envs.legal.shape), -1).argmax(1)
+def random_player(envs: BoardGame, games: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A legal move for each of these games (M,), uniformly."""
+    return np.where(envs.legal[games], rng.random((len(games), envs.legal.shape[1])), -1).argmax(1)
 
 
 def evaluate(agent, envs, args: Args, device, stop: "StopRequest", fns: Executables, opponent=random_player):
     """Plays args.eval_episodes greedily, without noise, on seeds of its own: training does not notice.
 
-    Board games are played against `opponent(envs, rng)`, from either seat in turn. Returns the agent's returns
+    Board games are played against `opponent(envs, games, rng)`, from either seat in turn. Returns the agent's returns
     (episodes,) and the first episode of each environment: obs (T, ...), action (T,), reward (T,), policy (T, A), value
     (T,) of the search, and realized (T,), the discounted return from there on. Of a game both players' moves are in it.
     """
@@ -1049,7 +1060,8 @@ def evaluate(agent, envs, args: Args, device, stop: "StopRequest", fns: Executab
         columns = [x.cpu().numpy() for x in (result.action, result.policy, result.value, result.depth)]  # host sync
         actions = columns[0]
         if isinstance(envs, BoardGame):
-            actions = np.where(envs.moves.numpy() % 2 == seat, actions, opponent(envs, rng))
+            theirs = np.flatnonzero(envs.moves.numpy() % 2 != seat)
+            actions[theirs] = opponent(envs, theirs, rng)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         for i, track in enumerate(tracks):
             track.append((obs[i].copy(), actions[i], rewards[i], *(column[i] for column in columns[1:])))
@@ -1460,14 +1472,6 @@ def main(args: Args) -> str:
                 )
             last_report = global_step, now
 
-    def closing_rows(mask: np.ndarray, terminations: np.ndarray) -> dict[str, torch.Tensor]:
-        """Rows that close episodes with `obs`: of what has not terminated, the network's value is known."""
-        with torch.no_grad():
-            frames = torch.as_tensor(obs, device=device)
-            value = agent.initial(frames)[2] * torch.as_tensor(~terminations, device=device)
-        end = torch.as_tensor(np.where(terminations, TERMINATED, TRUNCATED) * mask, device=device)
-        return {"obs": frames[:, -1] if rb.stack > 1 else frames, "value": value, "end": end.to(torch.uint8)}
-
     def learn(count: int) -> None:
         nonlocal metrics
         for _ in range(count):
@@ -1486,7 +1490,8 @@ def main(args: Args) -> str:
         writer.flush()  # curves without a gap, should the run be killed and resumed
         saved = parts | buffer_parts | {"counters": counters}
         if args.save_buffer:
-            saved["open_episodes"] = {} if dones.all() else closing_rows(~dones, np.zeros_like(dones))
+            never = np.zeros_like(dones)
+            saved["open_episodes"] = {} if dones.all() else closing_rows(agent, obs, ~dones, never, device)
         save_checkpoint(run_dir, args, global_step, saved, rng)
 
     # the loop
@@ -1528,7 +1533,7 @@ def main(args: Args) -> str:
         next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())  # host sync
         require_finite_arrays(global_step, next_obs, rewards)
         step_rows = {
-            "obs": inputs[0][:, -1] if rb.stack > 1 else inputs[0], "legal": inputs[1], "action": result.action,
+            "obs": inputs[0], "legal": inputs[1], "action": result.action,
             "policy": result.policy, "value": result.value,
             "reward": torch.as_tensor(rewards, device=device, dtype=torch.float32),
         }  # fmt: skip
@@ -1538,7 +1543,7 @@ def main(args: Args) -> str:
         global_step += args.num_envs
         progress.update(args.num_envs)
         if dones.any():
-            rb.add(closing_rows(dones, terminations), np.flatnonzero(dones), closing=True)
+            rb.add(closing_rows(agent, obs, dones, terminations, device), np.flatnonzero(dones), closing=True)
             log_episodes(writer, progress, infos, dones, global_step)
         if rb.ready.any() and len(rb) >= args.learning_starts:  # again, if the buffer was not saved
             before = counters["num_updates"]

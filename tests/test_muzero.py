@@ -1,10 +1,12 @@
 """muzero.py in numbers: the searches against hand-worked tables and a plain recursion, targets, replay, boards."""
 
+import importlib.util
 import itertools
 import math
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -619,10 +621,16 @@ def fill(rb: muzero.ReplayBuffer, num_steps: int, seed: int = 0, mean_length: in
     """Plays random episodes into the replay; returns what each environment has written, episode by episode."""
     rng, N = np.random.default_rng(seed), rb.num_envs
     A, frame = rb.data["policy"].shape[2], rb.data["obs"].shape[2:]
+    shape = (N, rb.stack, *frame) if rb.stack > 1 else (N, *frame)
+
+    def newest(rows: dict, i: int) -> dict:
+        """What the replay keeps of row i."""
+        return {name: column[i, -1] if name == "obs" and rb.stack > 1 else column[i] for name, column in rows.items()}
+
     written = [[[]] for _ in range(N)]
     for _ in range(num_steps):
         rows = {
-            "obs": torch.from_numpy(rng.integers(0, 255, size=(N, *frame))).to(rb.data["obs"].dtype),
+            "obs": torch.from_numpy(rng.integers(0, 255, size=shape)).to(rb.data["obs"].dtype),
             "action": torch.from_numpy(rng.integers(A, size=N)),
             "reward": torch.from_numpy(rng.normal(size=N).astype(np.float32)),
             "policy": torch.from_numpy(rng.dirichlet(np.ones(A), size=N).astype(np.float32)),
@@ -631,23 +639,24 @@ def fill(rb: muzero.ReplayBuffer, num_steps: int, seed: int = 0, mean_length: in
         }
         rb.add(rows, np.arange(N))
         for i in range(N):
-            written[i][-1].append({name: column[i] for name, column in rows.items()} | {"end": torch.tensor(0)})
+            written[i][-1].append(newest(rows, i) | {"end": torch.tensor(0)})
         done = np.flatnonzero(rng.random(N) < 1 / mean_length)
         if len(done):
             last = {
-                "obs": torch.from_numpy(rng.integers(0, 255, size=(N, *frame))).to(rb.data["obs"].dtype),
+                "obs": torch.from_numpy(rng.integers(0, 255, size=shape)).to(rb.data["obs"].dtype),
                 "value": torch.from_numpy(rng.normal(size=N).astype(np.float32)),
                 "end": torch.from_numpy(rng.integers(1, 3, size=N)).to(torch.uint8),
             }
             rb.add(last, done, closing=True)
             for i in done:
-                written[i][-1].append({name: column[i] for name, column in last.items()})
+                written[i][-1].append(newest(last, i))
                 written[i].append([])
     return written
 
 
 def make_rb(num_envs=3, capacity=300, shape=(2,), dtype=np.float32, **changes) -> muzero.ReplayBuffer:
-    args = make_args(**{"buffer_size": capacity, "unroll_steps": 2, "td_steps": 3} | changes)
+    args = {"buffer_size": capacity, "unroll_steps": 2, "td_steps": 3, "priority_alpha": 1.0} | changes
+    args = make_args(**args)
     return muzero.ReplayBuffer(TinyVector(num_envs, shape, dtype=dtype), args, CPU)
 
 
@@ -1146,9 +1155,9 @@ def test_evaluation_of_a_board_game_takes_both_seats():
     agent, args, _ = board_agent(eval_episodes=6)
     seen = []
 
-    def opponent(envs, rng):
-        seen.append(envs.moves.clone())
-        return muzero.random_player(envs, rng)
+    def opponent(envs, games, rng):
+        seen.append(envs.moves[games].clone())
+        return muzero.random_player(envs, games, rng)
 
     game = muzero.BoardGame("tictactoe", 4)
     stop = types.SimpleNamespace(requested=0)
@@ -1299,3 +1308,84 @@ def test_atari_frames():
     before = obs.copy()
     obs, rewards, terminations, truncations, _ = envs.step(np.array([2, 3]))
     assert np.array_equal(obs[:, :3], before[:, 1:]) and envs.single_action_space.n == 6
+
+
+# === Players of benchmark/muzero_boards.py ===
+
+
+@pytest.fixture(scope="module")
+def boards():
+    path = Path(__file__).parent.parent / "benchmark" / "muzero_boards.py"
+    spec = importlib.util.spec_from_file_location("muzero_boards", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def first_of_the_best(boards):
+    return lambda game: np.array([boards.solve(*map(boards.bits, game.stones[i]))[1][0] for i in range(game.num_envs)])
+
+
+def first_legal(game: muzero.BoardGame) -> np.ndarray:
+    return game.legal.argmax(1)
+
+
+@pytest.mark.parametrize("seat", [0, 1])
+def test_walk_meets_every_reply(boards, seat):
+    """Against a plain recursion; a perfect chooser never loses, one that takes the first empty cell does."""
+
+    def plain(choose, stones, move, found):
+        game = muzero.BoardGame("tictactoe", 1)
+        game.stones[:], game.moves[:] = stones, move
+        for action in choose(game) if move % 2 == seat else np.flatnonzero(game.legal[0]):
+            turn = muzero.BoardGame("tictactoe", 1)
+            turn.stones[:], turn.moves[:] = stones, move
+            _, rewards, terminations, _, _ = turn.step(np.array([action]))
+            if terminations[0]:
+                end = "drawn" if not rewards[0] else "won" if move % 2 == seat else "lost"
+                found[end].add((move, *turn.stones.flatten().tolist()))
+            else:
+                plain(choose, turn.stones, move + 1, found)
+
+    for choose, safe in ((first_of_the_best(boards), True), (first_legal, False)):
+        found = {"won": set(), "drawn": set(), "lost": set()}
+        plain(choose, torch.zeros(1, 2, 9), 0, found)
+        ends = boards.walk(choose, seat)
+        assert {name: ends[name] for name in found} == {name: len(positions) for name, positions in found.items()}
+        assert (ends["lost"] == 0) == safe and ends["positions"] > 10
+
+
+def test_tic_tac_toe_is_a_draw(boards):
+    assert boards.solve(0, 0) == (0, tuple(range(9)))
+    assert boards.solve(0b000000011, 0b000011000) == (1, (2,)) and boards.solve(0b011, 0b000010100)[0] == 0
+
+
+def test_perfect_player_never_loses(boards):
+    """Against random play, from both seats: an agent that knows nothing wins no game."""
+    _, args, _ = board_agent(eval_episodes=40, num_simulations=2)
+    agent = muzero.Agent(muzero.BoardGame("tictactoe", 1), args)
+    stop = types.SimpleNamespace(requested=0)
+    game = muzero.BoardGame("tictactoe", 40)
+    returns, _ = muzero.evaluate(agent, game, args, CPU, stop, muzero.Executables(), boards.perfect_player)
+    assert returns.max() <= 0 and returns.mean() < -0.5
+
+
+@pytest.mark.parametrize("name", ["tictactoe", "connect_four"])
+def test_mcts_player_beats_an_agent_that_knows_nothing(boards, name):
+    pytest.importorskip("pyspiel", reason="OpenSpiel is not installed")
+    args = make_args(env_id=name, eval_episodes=6, num_simulations=2, hidden_size=8, num_blocks=1)
+    agent = muzero.Agent(muzero.BoardGame(name, 1), args)
+    game, stop = muzero.BoardGame(name, 3), types.SimpleNamespace(requested=0)
+    player = boards.MCTSPlayer(name, 100)
+    returns, _ = muzero.evaluate(agent, game, args, CPU, stop, muzero.Executables(), player)
+    assert returns.mean() < 0
+
+
+def test_the_solver_judges_moves(boards):
+    """Connect four is won in the middle and lost at the border; three on three is answered or lost."""
+    pytest.importorskip("bitbully", reason="bitbully is not installed")
+    tracks = [{"action": np.array([action])} for action in (3, 0, 2, 6)]
+    assert boards.kept_values(tracks, [0] * 4) == (1, 4)
+    blocked, open_ = ({"action": np.array([3, 0, 3, 0, 3, reply])} for reply in (3, 0))
+    assert boards.kept_values([blocked], [1])[1] == boards.kept_values([open_], [1])[1] == 3
+    assert boards.kept_values([blocked], [1])[0] > boards.kept_values([open_], [1])[0] - 1
