@@ -697,8 +697,8 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     loss = policy_loss + args.value_scale * value_loss + reward_loss
     values = from_distribution(value_logits[0].detach(), args.support_size)
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "reward_loss": reward_loss, "loss": loss}
-    limit = inverse_transform(torch.full_like(weights[0], args.support_size))
-    metrics["clipped_targets"] = (targets["returns"].abs() > limit * (1 + 1e-5)).float().mean()
+    limit = inverse_transform(torch.full_like(weights[0], args.support_size + 1e-4))
+    metrics["clipped_targets"] = (torch.cat([targets["returns"], targets["rewards"]]).abs() > limit).float().mean()
     return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}, values
 
 
@@ -1045,46 +1045,41 @@ def evaluate(agent, envs, args: Args, device, stop: "StopRequest", fns: Executab
     """Plays args.eval_episodes greedily, without noise, on seeds of its own: training does not notice.
 
     Board games are played against `opponent(envs, games, rng)`, from either seat in turn. Returns the agent's returns
-    (episodes,) and the first episode of each environment: obs (T, ...), action (T,), reward (T,), policy (T, A), value
-    (T,) of the search, and realized (T,), the discounted return from there on. Of a game both players' moves are in it.
+    (episodes,) and the first episodes of the first ten environments, in a game with the moves of both: action, reward,
+    value, depth (T,) and policy (T, A) of the search, realized (T,), the discounted return from there on, and obs
+    (T, ...) of the first 500 steps at most.
     """
     rng = np.random.default_rng([args.seed, 99])
     quota = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # fixed, so that short episodes do not win
-    returns, trajectories, tracks = [], {}, [[] for _ in quota]
+    returns, trajectories, open_tracks = [], {}, {i: [] for i in range(min(envs.num_envs, 10))}
     dones, seat = np.ones(envs.num_envs, bool), np.arange(envs.num_envs) % 2
     while quota.any() and not stop.requested:
         if dones.any():
             obs, _ = envs.reset(seed=rng.integers(2**31, size=envs.num_envs).tolist(), options={"reset_mask": dones})
         legal = torch.as_tensor(legal_actions(envs), device=device)
         result = act(agent, torch.as_tensor(obs, device=device), legal, None, None, args, fns)
-        columns = [x.cpu().numpy() for x in (result.action, result.policy, result.value, result.depth)]  # host sync
-        actions = columns[0]
+        actions, *columns = (x.cpu().numpy() for x in (result.action, result.policy, result.value, result.depth))
         if isinstance(envs, BoardGame):
             theirs = np.flatnonzero(envs.moves.numpy() % 2 != seat)
             actions[theirs] = opponent(envs, theirs, rng)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        for i, track in enumerate(tracks):
-            track.append((obs[i].copy(), actions[i], rewards[i], *(column[i] for column in columns[1:])))
+        for i, track in open_tracks.items():
+            frame = obs[i].copy() if len(track) < 500 else None
+            track.append((frame, actions[i], rewards[i], *(column[i] for column in columns)))
         obs, dones = next_obs, terminations | truncations
-        for i in np.flatnonzero(dones):
-            if i not in trajectories:
-                columns = [np.stack(column) for column in zip(*tracks[i], strict=True)]
-                names = "obs action reward policy value depth".split()
-                trajectories[i] = dict(zip(names, columns, strict=True))
-                with torch.no_grad():
-                    last = (
-                        0.0
-                        if terminations[i]
-                        else agent.initial(torch.as_tensor(next_obs[i : i + 1], device=device))[2].item()
-                    )
-                trajectories[i]["realized"] = discounted_sums(trajectories[i]["reward"], last, agent.discount)
+        for i in np.flatnonzero(dones).tolist():
+            if i in open_tracks:
+                frames, *rest = zip(*open_tracks.pop(i), strict=True)
+                track = dict(zip("action reward policy value depth".split(), map(np.stack, rest), strict=True))
+                ahead = closing_rows(agent, obs[i : i + 1], dones[i : i + 1], terminations[i : i + 1], device)["value"]
+                track["realized"] = discounted_sums(track["reward"], ahead.item(), agent.discount)
+                trajectories[i] = track | {"obs": np.stack(frames[:500])}
             if quota[i] > 0:
                 quota[i] -= 1
-                returns.append(
-                    float(infos["episode"]["r"][i]) * (1 - 2 * seat[i] if isinstance(envs, BoardGame) else 1)
-                )
+                sign = 1 - 2 * seat[i] if isinstance(envs, BoardGame) else 1
+                returns.append(float(infos["episode"]["r"][i]) * sign)
                 seat[i] = 1 - seat[i]
-    return np.array(returns), list(trajectories.values())
+    return np.array(returns), [trajectories[i] for i in sorted(trajectories)]
 
 
 def discounted_sums(rewards: np.ndarray, last: float, d: float) -> np.ndarray:
@@ -1096,30 +1091,29 @@ def discounted_sums(rewards: np.ndarray, last: float, d: float) -> np.ndarray:
 
 
 @torch.no_grad()
-def open_loop_errors(
-    agent: Agent, trajectories: list[dict], length: int, device: torch.device
-) -> dict[str, np.ndarray]:
+def open_loop_errors(agent: Agent, trajectories: list[dict], length: int) -> dict[str, np.ndarray]:
     """Errors of the model k = 0 ... length steps after the last observation, mean over all starts that last so long.
 
     value: |value head - realized return|; policy: KL from the search's policy there, nats; reward: |reward head -
     reward| of the step that led there (k >= 1).
     """
+    device = next(agent.parameters()).device
     sums = {name: np.zeros(length + 1) for name in ("value", "policy", "reward")}
     counts = np.zeros(length + 1)
     for track in trajectories:
         T = len(track["action"])
         latent, logits, value = agent.initial(torch.as_tensor(track["obs"], device=device))
-        reward = None
         for k in range(min(length + 1, T)):
-            policy = torch.as_tensor(track["policy"][k:], device=device)
-            divergence = (torch.xlogy(policy, policy) - policy * logits.log_softmax(-1)).sum(-1)
-            sums["value"][k] += np.abs(value.cpu().numpy() - track["realized"][k:]).sum()
+            starts = min(len(track["obs"]), T - k)
+            if k > 0:
+                actions = torch.as_tensor(track["action"][k - 1 : k - 1 + starts], device=device)
+                latent, reward, _, logits, value = recurrent(agent, latent[:starts], actions)
+                sums["reward"][k] += np.abs(reward.cpu().numpy() - track["reward"][k - 1 : k - 1 + starts]).sum()
+            policy = torch.as_tensor(track["policy"][k : k + starts], device=device)
+            divergence = torch.xlogy(policy, policy) - policy * logits.log_softmax(-1)
             sums["policy"][k] += divergence.sum().item()
-            if reward is not None:
-                sums["reward"][k] += np.abs(reward.cpu().numpy() - track["reward"][k - 1 : T - 1]).sum()
-            counts[k] += T - k
-            actions = torch.as_tensor(track["action"][k : T - 1], device=device)
-            latent, reward, _, logits, value = recurrent(agent, latent[: T - k - 1], actions)
+            sums["value"][k] += np.abs(value.cpu().numpy() - track["realized"][k : k + starts]).sum()
+            counts[k] += starts
     return {name: total[counts > 0] / counts[counts > 0] for name, total in sums.items()}
 
 
@@ -1127,7 +1121,7 @@ def log_diagnostics(
     agent, trajectories: list[dict], args: Args, writer: SummaryWriter, run_dir: str, step: int
 ) -> None:
     """Open-loop errors to twice the trained unroll, on evaluation episodes, and the search against what came true."""
-    errors = open_loop_errors(agent, trajectories, 2 * args.unroll_steps, next(agent.parameters()).device)
+    errors = open_loop_errors(agent, trajectories, 2 * args.unroll_steps)
     for name, error in errors.items():
         for k in {0, 1, args.unroll_steps, 2 * args.unroll_steps}:
             if k < len(error) and not (name == "reward" and k == 0):

@@ -171,7 +171,7 @@ def main(flags: Args) -> None:
                         "lost": int((returns < 0).sum())}  # fmt: skip
         if args.env_id == "connect_four":
             try:
-                seats = [i % 2 for i in range(envs.num_envs)]
+                seats = [i % 2 for i in range(len(tracks))]
                 kept, total = kept_values(tracks, seats)
                 result[name] |= {"moves_that_keep_the_value": kept, "moves": total}
             except ImportError:
