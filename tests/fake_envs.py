@@ -41,13 +41,13 @@ class TinyPixels(gym.Env):
 class Counter(gym.Env):
     """Shows (episode, step, last action); the reward is the number of the step; step `fatal` terminates the episode."""
 
-    metadata = {"render_modes": ["rgb_array"]}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
-    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
 
-    def __init__(self, render_mode=None, fatal=None):
-        self.render_mode, self.fatal = render_mode, fatal
+    def __init__(self, render_mode=None, fatal=None, discrete=False, nan_after=None):
+        self.render_mode, self.fatal, self.nan_after, self.total_steps = render_mode, fatal, nan_after, 0
+        self.action_space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-2, 2, (1,), np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -56,8 +56,15 @@ class Counter(gym.Env):
 
     def step(self, action):
         self.count += 1
-        obs = np.array([self.episode, self.count, action[0]], np.float32)
-        return obs, float(self.count), self.count == self.fatal, False, {}
+        self.total_steps += 1
+        poisoned = self.nan_after is not None and self.total_steps > self.nan_after
+        obs = np.array([self.episode, self.count, np.ravel(action)[0]], np.float32)
+        return obs, float("nan") if poisoned else float(self.count), self.count == self.fatal, False, {}
+
+    def render(self):
+        image = np.zeros((64, 64, 3), np.uint8)
+        image[64 - 5 * self.count :] = 255
+        return image
 
 
 class Ladder(gym.Env):
@@ -182,10 +189,15 @@ BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,
 PAIR, THREE = gym.spaces.MultiDiscrete([2, 3]), gym.spaces.Discrete(3)
 register("TinyPixels-v0", TinyPixels, 12)
 register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
+register("CalmPixelsDiscrete-v0", TinyPixels, 12, discrete=True)
 register("NanReward-v0", TinyPixels, 12, nan_after=30)
 register("Counter-v0", Counter, 12)
 register("DeadlyCounter-v0", Counter, 12, fatal=8)
 register("BothEndsCounter-v0", Counter, 12, fatal=12)
+register("DiscreteCounter-v0", Counter, 12, discrete=True)
+register("DeadlyDiscreteCounter-v0", Counter, 12, discrete=True, fatal=8)
+register("BothEndsDiscreteCounter-v0", Counter, 12, discrete=True, fatal=12)
+register("NanCounter-v0", Counter, 12, discrete=True, nan_after=30)
 register("Ladder-v0", Ladder, 12)
 register("DeadlyLadder-v0", Ladder, 12, fatal=6)
 register("BothEndsLadder-v0", Ladder, 12, fatal=12)

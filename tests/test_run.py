@@ -84,6 +84,25 @@ TINY = {
         "model_max_epochs": 2,
         "rollout_batch_size": 20,
     },
+    "muzero": {
+        "env_id": "fake_envs:DiscreteCounter-v0",
+        "cuda": False,
+        "total_timesteps": 48,
+        "num_envs": 1,
+        "eval_frequency": 0,
+        "eval_episodes": 2,
+        "checkpoint_frequency": 24,
+        "buffer_size": 200,
+        "learning_starts": 12,
+        "replay_ratio": 0.25,
+        "batch_size": 4,
+        "td_steps": 3,
+        "unroll_steps": 2,
+        "support_size": 20,
+        "hidden_size": 8,
+        "num_simulations": 3,
+        "target_network_frequency": 2,
+    },
 }
 VECTORS = {"env_id": "fake_envs:Counter-v0"}
 TWO_ENVS = {"num_envs": 2}
@@ -113,6 +132,15 @@ TRAITS = {
         "workers": True,
         "kills": 6,
         "nan reward": {"env_id": "fake_envs:NanPoint-v0"},
+        "spoiled": "the environment's observation or reward",
+        "fixed": "batch_size",
+    },
+    "muzero": {
+        "quick": {},
+        "two": TWO_ENVS,
+        "workers": False,
+        "kills": 6,
+        "nan reward": {"env_id": "fake_envs:NanCounter-v0"},
         "spoiled": "the environment's observation or reward",
         "fixed": "batch_size",
     },
@@ -439,6 +467,14 @@ RESUMED["mbpo"] = {
     "no model": {"real_ratio": 1.0},
     "all model": {"real_ratio": 0.0},
     "longer rollouts": {"rollout_schedule": (0, 3, 1, 4), "model_retain_epochs": 2},
+    "two": TWO_ENVS,
+}
+RESUMED["muzero"] = {
+    "gumbel": {},
+    "puct": {"search": "puct", "priority_alpha": 0.5},
+    "uniform": {"priority_alpha": 0.0},
+    "reanalyzed": {"reanalyze_ratio": 0.5},
+    "pixels": {"env_id": "fake_envs:CalmPixelsDiscrete-v0", "unroll_steps": 1},
     "two": TWO_ENVS,
 }
 RESUMED["dyna_q"] |= {"prioritized last": {"prioritized": True, "model": "last"}, "two": TWO_ENVS}
@@ -841,7 +877,35 @@ BAD_MODELS = {
     "negative updates": ({"updates_per_step": -1}, "--updates-per-step"),
     "cudagraphs": ({"cudagraphs": True}, "GPU"),
 }
-BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES, "mbpo": BAD_MODELS}
+BAD_GAMES = {
+    "continuous actions": ({"env_id": "Pendulum-v1"}, "actions must be Discrete"),
+    "two with continuous actions": ({"env_id": "Pendulum-v1", "num_envs": 2}, "actions must be Discrete"),
+    "actions from 5": ({"env_id": "fake_envs:ShiftedLadder-v0"}, "actions must be Discrete starting at 0"),
+    "MultiDiscrete actions": ({"env_id": "fake_envs:MultiDiscreteAction-v0"}, "actions must be"),
+    "discrete observations": ({"env_id": "FrozenLake-v1"}, "observations must be"),
+    "unknown game": ({"env_id": "tictactoo"}, "tictactoe"),
+    "unknown Atari game": ({"env_id": "ALE/Pongg-v5"}, "ALE/Pong-v5"),
+    "film of a board": (
+        {"env_id": "tictactoe", "support_size": 1, "capture_video": True, "eval_frequency": 6},
+        "pictures",
+    ),
+    "support": ({"env_id": "CartPole-v1", "support_size": 10}, "--support-size 10 holds values up to 117"),
+    "support of a board": ({"env_id": "tictactoe", "support_size": 0}, "--support-size"),
+    "buffer": ({"buffer_size": 10**15}, "--buffer-size"),
+    "small buffer": ({"buffer_size": 11}, "--buffer-size 11 is too small"),
+    "no batch": ({"batch_size": 0}, "--batch-size"),
+    "no simulation": ({"num_simulations": 0}, "--num-simulations"),
+    "no unroll": ({"unroll_steps": 0}, "--unroll-steps"),
+    "no step": ({"td_steps": 0}, "--td-steps"),
+    "gamma": ({"gamma": 1.5}, "--gamma"),
+    "gamma that is no number": ({"gamma": math.nan}, "--gamma"),
+    "learning rate": ({"learning_rate": -1e-3}, "--learning-rate"),
+    "share": ({"reanalyze_ratio": 1.1}, "--reanalyze-ratio"),
+    "noise": ({"dirichlet_alpha": 0.0}, "--dirichlet-alpha"),
+    "share of noise": ({"dirichlet_fraction": -0.1}, "--dirichlet-fraction"),
+    "cudagraphs": ({"cudagraphs": True}, "GPU"),
+}
+BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES, "mbpo": BAD_MODELS, "muzero": BAD_GAMES}
 
 
 @pytest.mark.parametrize("kind", BAD_INPUT)
@@ -1712,7 +1776,117 @@ def test_mbpo_stops_where_a_loss_is_not_finite(mbpo, kind):
     assert path.read_bytes() == poisoned
 
 
+# === MuZero ===
+
+FOUR_ENVS = {"num_envs": 4, "learning_starts": 24, "total_timesteps": 120}
+GAMES = {
+    "counter": {},
+    "two": TWO_ENVS,
+    "puct": {"search": "puct", "priority_alpha": 0.6},
+    "reanalyzed": {"reanalyze_ratio": 0.5},
+    "deadly": {"env_id": "fake_envs:DeadlyDiscreteCounter-v0"},
+    "pixels": {"env_id": "fake_envs:CalmPixelsDiscrete-v0", "total_timesteps": 36},
+    "CartPole": {"env_id": "CartPole-v1", **FOUR_ENVS},
+    "tictactoe": {"env_id": "tictactoe", **FOUR_ENVS},
+    "connect_four": {"env_id": "connect_four", "search": "puct", **FOUR_ENVS},
+}
+
+
+@pytest.fixture
+def muzero():
+    return importlib.import_module("muzero")
+
+
+@pytest.mark.parametrize("kind", GAMES)
+def test_muzero_logs_everything_and_moves_all_parameters(muzero, kind):
+    """Each kind of task: tags, finite values, growing steps, files in the run folder, trained parameters."""
+    settings = {"total_timesteps": 60, "eval_frequency": 24} | GAMES[kind]
+    args, run_dir = muzero.with_task_defaults(tiny(muzero, **settings)), run(muzero, **settings)
+    expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    expected |= {"eval/episodic_return", "eval/episodic_return_std", "grad_norm/agent"}
+    expected |= {f"losses/{name}" for name in ("policy_loss", "value_loss", "reward_loss", "loss", "clipped_targets")}
+    expected |= {"search/depth", "search/root_value_error", "search/root_value_bias"}
+    expected |= {"open_loop/value_error_0", "open_loop/policy_error_0"}
+    expected |= {f"open_loop/{name}_error_1" for name in ("value", "policy", "reward")}
+    tags = scalars(run_dir)
+    assert expected <= set(tags), expected - set(tags)
+    beyond = {f"open_loop/{name}_error_{k}" for name in ("value", "policy", "reward") for k in (2, 4)}
+    assert set(tags) <= expected | beyond and beyond <= set(tags)
+    assert image_tags(run_dir) == {"open_loop/error"}
+    assert f"open_loop_error_{args.total_timesteps // 24 * 24}.png" in os.listdir(run_dir)
+    assert_healthy(run_dir)
+    state = load(run_dir)
+    saved = state["parts"]
+    assert state["global_step"] == args.total_timesteps
+    assert saved["counters"]["num_updates"] == muzero.updates_due(args.total_timesteps, args) > 0
+    torch.manual_seed(args.seed)
+    untrained = muzero.Agent(muzero.make_vector_env(args, 1), args).state_dict()
+    assert untrained.keys() == saved["agent"].keys() == saved["target"].keys()
+    still = [name for name, tensor in untrained.items() if torch.equal(tensor, saved["agent"][name])]
+    assert set(still) <= {"network.action_planes"}
+    assert any(not torch.equal(tensor, saved["target"][name]) for name, tensor in untrained.items())
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+@pytest.mark.parametrize(("name", "length"), [("", 12), ("Deadly", 8), ("BothEnds", 12)])
+def test_muzero_replay_holds_what_was_played(muzero, name, length, num_envs):
+    """Each environment's steps in their order, the final observation after them; a time limit is no termination."""
+    settings = {"env_id": f"fake_envs:{name}DiscreteCounter-v0", "num_envs": num_envs, "total_timesteps": 48 * num_envs}
+    run_dir = run(muzero, **settings, buffer_size=200 * num_envs)
+    replay = load(run_dir)["parts"]["replay"]
+    data = {key: column[: replay["ends"][0]] for key, column in replay["data"].items()}
+    count = torch.arange(replay["ends"][0])[:, None].expand(-1, num_envs) % (length + 1)
+    assert replay["ends"] == [48 + 48 // length] * num_envs == replay["ready"]
+    closing = count == length
+    assert (data["obs"][..., 1] == count).all() and torch.equal(data["age"], count)
+    assert (data["reward"] == torch.where(closing, 0, count + 1)).all()
+    kind = muzero.TRUNCATED if name == "" else muzero.TERMINATED
+    assert (data["end"] == torch.where(closing, kind, muzero.STEP)).all()
+    assert (data["value"][closing] == 0).all() == (kind == muzero.TERMINATED)
+    steps = ~closing[:-1]
+    assert (data["action"][:-1][steps] == data["obs"][1:, :, 2][steps]).all()
+    assert (data["priority"] > 0).eq(~closing).all()
+    torch.testing.assert_close(data["policy"].sum(-1), (~closing).float())
+
+
+def test_muzero_keeps_open_episodes_as_truncated(muzero):
+    """Stopped in the middle of its episodes: the resumed run closes them with the observation that came last."""
+    run_dir = run(muzero, **TWO_ENVS, total_timesteps=36)
+    saved = load(run_dir)["parts"]
+    assert saved["open_episodes"]["obs"][:, 1].tolist() == [6, 6]
+    resume(muzero, run_dir, **TWO_ENVS, total_timesteps=60)
+    data = load(run_dir)["parts"]["replay"]["data"]
+    row = saved["replay"]["ends"][0]
+    assert data["end"][row].tolist() == [muzero.TRUNCATED] * 2 and data["obs"][row, :, 1].tolist() == [6, 6]
+    assert torch.equal(data["value"][row], saved["open_episodes"]["value"]) and data["value"][row].all()
+    assert data["obs"][row + 1, :, 1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("key", ["network.encoder.0.weight", "network.reward.bias"])
+def test_muzero_stops_where_a_loss_is_not_finite(muzero, key):
+    """A poisoned parameter is reported as a loss; the checkpoint from before stays."""
+    run_dir = run(muzero)
+    path = Path(run_dir, "checkpoint.pt")
+    state = load(run_dir)
+    state["parts"]["agent"][key][:] = math.nan
+    torch.save(state, path)
+    poisoned = path.read_bytes()
+    with pytest.raises(SystemExit, match=r"not finite at step \d+: losses/"):
+        resume(muzero, run_dir, total_timesteps=96)
+    assert path.read_bytes() == poisoned
+
+
 # === Learning ===
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_muzero_learns_cartpole(muzero, seed):
+    """The default command: at least 475 over 100 episodes, and 20K steps later still."""
+    run_dir = muzero.main(muzero.Args(cuda=False, seed=seed, eval_episodes=100, eval_frequency=20_000))
+    evaluations = [value for _, value in scalars(run_dir)["eval/episodic_return"]]
+    print(f"evaluation returns {evaluations}")
+    assert min(evaluations[-2:]) >= 475
 
 
 @pytest.mark.slow

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Every command behind docs/muzero.md, from the repository root: bash benchmark/muzero.sh cartpole|boards|atari|speed
+set -euo pipefail
+
+cartpole() { # 40K steps, evaluated over 100 episodes every 10K: minutes on one core for each seed
+  for seed in 1 2 3; do
+    python muzero.py --seed "$seed" --eval-episodes 100
+  done
+  python benchmark/curves.py docs/muzero_cartpole.png runs/CartPole-v1__muzero__*
+}
+
+boards() { # self-play, then random, perfect and MCTS players from both seats, and every reply in tic-tac-toe
+  for game in tictactoe connect_four; do
+    for seed in 1 2 3; do
+      python muzero.py --env-id "$game" --seed "$seed" --eval-episodes 100
+    done
+    for run in runs/"${game}"__muzero__*; do
+      python benchmark/muzero_boards.py "$run"
+    done
+  done
+}
+
+atari() { # needs a GPU
+  for game in Pong Breakout; do
+    python muzero.py --env-id "ALE/$game-v5" --total-timesteps 100000 --cudagraphs
+  done
+}
+
+speed() {
+  for flags in "" "--compile"; do
+    python benchmark/muzero_speed.py $flags
+  done
+}
+
+case "${1:-}" in
+  cartpole) cartpole ;;
+  boards) boards ;;
+  atari) atari ;;
+  speed) speed ;;
+  *) grep -m 1 "bash benchmark" "$0"; exit 2 ;;
+esac

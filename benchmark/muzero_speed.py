@@ -1,0 +1,161 @@
+"""Speed of muzero.py as JSON: simulations per second of both searches, updates and whole CartPole steps per second.
+
+Run (from the repository root):  python benchmark/muzero_speed.py [--compile] [--batches 1 16 64 256] [--stretches 5]
+Each figure is the best of several stretches, and with one thread on the CPU its seconds are those of the processor
+that the process got: on a machine that others use too, the wall clock measures the others.
+"""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import muzero
+
+
+@dataclass
+class Args:
+    batches: tuple[int, ...] = (1, 16, 64, 256)
+    """roots searched together (B); on a GPU also 1024"""
+    simulations: tuple[int, ...] = (16, 50)
+    """simulations (S)"""
+    actions: tuple[int, ...] = (2, 18)
+    """actions (A)"""
+    hidden: tuple[int, ...] = (64, 256)
+    """units of the network"""
+    searches: tuple[str, ...] = ("puct", "gumbel")
+    """searches"""
+    compile: bool = False
+    """torch.compile, as muzero.py --compile"""
+    cuda: bool = True
+    """use the GPU if there is one, with the search as one CUDA graph"""
+    threads: int = 1
+    """torch threads on the CPU"""
+    stretches: int = 5
+    """of which the best counts"""
+    whole: bool = True
+    """also updates and steps per second of CartPole"""
+
+
+class Spaces:
+    """What an agent asks of a vector environment."""
+
+    def __init__(self, num_actions: int):
+        self.single_observation_space = gym.spaces.Box(-1, 1, (8,), np.float32)
+        self.single_action_space = gym.spaces.Discrete(num_actions)
+
+
+def best_seconds(function: Callable, device: torch.device, stretches: int) -> float:
+    """Fastest call, after two for warming up (a compilation among them)."""
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    seconds = []
+    for _ in range(stretches + 2):
+        start = clock()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(clock() - start)
+    return min(seconds[2:])
+
+
+def search_speed(batch: int, num_actions: int, args: muzero.Args, fns: muzero.Executables, stretches: int) -> float:
+    """Simulations per second of `act` from `batch` observations, the network included."""
+    device = muzero.choose_device(args)
+    torch.manual_seed(0)
+    agent = muzero.Agent(Spaces(num_actions), args).to(device)
+    for layer in (agent.network.reward, agent.network.policy_value):  # a trained network's preferences, not zeros
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    legal = np.ones((batch, num_actions), bool)
+    noise = muzero.draw_noise(legal, args, np.random.default_rng(0))
+    inputs = [torch.randn(batch, 8), torch.from_numpy(legal), torch.from_numpy(noise), torch.ones(batch)]
+    inputs = [x.to(device) for x in inputs]
+
+    def act(*inputs):
+        return muzero.act(agent, *inputs, args, fns)
+
+    if device.type == "cuda":
+        act = muzero.GraphedSearch(act)
+        for _ in range(4):
+            act(*inputs)
+    return batch * args.num_simulations / best_seconds(lambda: act(*inputs), device, stretches)
+
+
+def update_speed(args: muzero.Args, fns: muzero.Executables, stretches: int) -> float:
+    """Updates per second at CartPole's settings, sampling included."""
+    device = muzero.choose_device(args)
+    envs = muzero.make_vector_env(args, args.num_envs)
+    agent = muzero.Agent(envs, args).to(device)
+    optimizer, rb = muzero.make_optimizer(agent, args), muzero.ReplayBuffer(envs, args, device)
+    rows = {
+        "obs": torch.randn(args.num_envs, 4, device=device),
+        "policy": torch.full((args.num_envs, 2), 0.5, device=device),
+    }
+    for _ in range(200):
+        rb.add(rows, np.arange(args.num_envs))
+    generator = torch.Generator(device).manual_seed(0)
+    actions = torch.zeros(args.unroll_steps, args.batch_size, dtype=torch.long, device=device)
+
+    def update():
+        batch = rb.sample(args.batch_size, args.priority_beta, generator)
+        muzero.update(agent, optimizer, rb, batch, actions, args, fns.losses)
+
+    return 10 / best_seconds(lambda: [update() for _ in range(10)], device, stretches)
+
+
+def loop_speed(args: muzero.Args) -> float:
+    """Environment steps per second of `main` on CartPole by the wall clock, best report of a run that learns."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            run_dir = muzero.main(replace(args, total_timesteps=4_000, eval_frequency=0, checkpoint_frequency=0))
+            events = EventAccumulator(run_dir, size_guidance={"scalars": 0})
+            events.Reload()
+            return max(event.value for event in events.Scalars("charts/SPS")[2:])
+        finally:
+            os.chdir(here)
+
+
+def main(flags: Args) -> None:
+    torch.set_num_threads(flags.threads)
+    base = muzero.with_task_defaults(muzero.Args(cuda=flags.cuda, compile=flags.compile))
+    device = muzero.choose_device(base)
+    fns = muzero.Executables(*map(torch.compile, muzero.Executables())) if flags.compile else muzero.Executables()
+    result = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "torch": torch.__version__, "threads": flags.threads, "compile": flags.compile, "simulations_per_s": {},
+    }  # fmt: skip
+    for search in flags.searches:
+        for hidden in flags.hidden:
+            for num_actions in flags.actions:
+                for num_simulations in flags.simulations:
+                    for batch in flags.batches:
+                        torch.compiler.reset()
+                        args = replace(base, search=search, hidden_size=hidden, num_simulations=num_simulations)
+                        speed = search_speed(batch, num_actions, args, fns, flags.stretches)
+                        name = f"{search} hidden={hidden} A={num_actions} S={num_simulations} B={batch}"
+                        result["simulations_per_s"][name] = round(speed)
+                        print(name, round(speed), file=sys.stderr, flush=True)
+    if flags.whole:
+        result["updates_per_s"] = round(update_speed(base, fns, flags.stretches), 1)
+        sys.stdout, stdout = sys.stderr, sys.stdout  # the run's own lines are not part of the JSON
+        result["cartpole_steps_per_s"] = round(loop_speed(base), 1)
+        sys.stdout = stdout
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

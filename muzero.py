@@ -1,0 +1,1561 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "ale-py>=0.12", "box2d>=2.3.10", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2", "numpy>=2.1",
+#     "opencv-python-headless>=4.10", "pygame-ce>=2.5", "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
+# ]
+# ///
+"""MuZero: tree search in a learned model that predicts reward, policy and value, and nothing else.
+
+Paper:      Schrittwieser et al. 2020, Mastering Atari, Go, Chess and Shogi by Planning with a Learned Model,
+            arXiv 1911.08265 (Nature 588); the Gumbel search: Danihelka et al. 2022 (ICLR, Policy improvement by
+            planning with Gumbel)   Reference code: the paper's pseudocode.py; google-deepmind/mctx for the searches
+Run:        python muzero.py --env-id CartPole-v1          (or: uv run muzero.py; tictactoe, connect_four, ALE/Pong-v5)
+Resume:     python muzero.py --resume runs/<run folder>
+Evaluate:   python muzero.py --evaluate runs/<run folder> [--capture-video]
+Watch:      tensorboard --logdir runs
+Deviations from the paper, each also marked at the line it concerns:
+  1. A node's visits count its own expansion and its mean includes its own value (mctx); the paper's sums do not.
+  2. Minimum and maximum of the tree are those of its present Q; the paper's are of all that was ever backed up.
+  3. Adam and a network without batch statistics (layer and group norm) instead of SGD and batch norm.
+  4. After a truncation nothing is trained on, and the value there is that of the final observation; the paper's
+     pseudocode treats it as a termination.
+  5. Board games keep the reward head and the transform: a winning move earns its mover 1, values past the end are 0.
+  6. The default search is Gumbel's with few simulations (--search puct for the paper's).
+  7. Small networks, and images as four 96x96 frames in colour (EfficientZero's) instead of 32.
+"""
+
+import difflib
+import functools
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of every random generator of the run"""
+    torch_deterministic: bool = True
+    """ask cuDNN for deterministic algorithms"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    track: bool = False
+    """also log to Weights and Biases"""
+    wandb_project_name: str = "model-based-rl"
+    """the project name at Weights and Biases"""
+    wandb_entity: str | None = None
+    """the team at Weights and Biases"""
+    capture_video: bool = False
+    """write an MP4 of the first episode of every evaluation into the run folder"""
+    save_model: bool = False
+    """write the weights alone to {exp_name}.pt in the run folder at the end"""
+    eval_frequency: int = 10_000
+    """environment steps between evaluations, 0 = none"""
+    eval_episodes: int = 10
+    """episodes of one evaluation"""
+    checkpoint_frequency: int = 50_000
+    """environment steps between checkpoints, 0 = only at the end or when interrupted"""
+    save_buffer: bool = True
+    """keep the replay buffer in the checkpoint"""
+    resume: str | None = None
+    """run folder to continue"""
+    evaluate: str | None = None
+    """run folder to evaluate: plays eval_episodes, prints mean and standard deviation, trains nothing"""
+
+    # Algorithm specific arguments
+    env_id: str = "CartPole-v1"
+    """Gymnasium id with Discrete actions (ALE/Pong-v5, my_module:MyEnv-v0), tictactoe or connect_four"""
+    total_timesteps: int | None = None
+    """environment steps of the run; default by task, see TASKS below"""
+    num_envs: int = 16
+    """environments or games played side by side, one search for all"""
+    buffer_size: int | None = None
+    """capacity of the replay buffer in environment steps; default by task"""
+    learning_starts: int = 1_000
+    """environment steps before learning"""
+    replay_ratio: float | None = None
+    """updates per environment step; default by task"""
+    batch_size: int | None = None
+    """sequences per update (B); default by task"""
+    learning_rate: float | None = None
+    """learning rate of AdamW; default by task"""
+    weight_decay: float = 1e-4
+    """its weight decay"""
+    max_grad_norm: float = 5.0
+    """gradient norm that an update is clipped to"""
+    gamma: float | None = None
+    """discount per step; default by task"""
+    td_steps: int | None = None
+    """steps of the return before it is bootstrapped (n); default by task"""
+    unroll_steps: int = 5
+    """steps the model is unrolled in an update (K)"""
+    value_scale: float = 0.25
+    """weight of the value loss"""
+    support_size: int | None = None
+    """values and rewards are distributions over -M ... M in transformed units; default by task"""
+    hidden_size: int | None = None
+    """units of the latent state and hidden layers, channels of images and boards; default by task"""
+    num_blocks: int | None = None
+    """residual blocks of the convolutional networks, each in representation and dynamics; default by task"""
+    search: Literal["gumbel", "puct"] = "gumbel"
+    """gumbel: sequential halving, improved policy; puct: the paper's search with Dirichlet noise"""
+    num_simulations: int | None = None
+    """simulations per search (S); default by task"""
+    max_considered_actions: int = 16
+    """gumbel: actions at the root that sequential halving begins with"""
+    c_visit: float = 50.0
+    """gumbel: visits added to the largest visit count in the scale of Q"""
+    c_scale: float | None = None
+    """gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task"""
+    pb_c_init: float = 1.25
+    """puct: c1, the weight of the prior"""
+    pb_c_base: float = 19652.0
+    """puct: c2, visits over which that weight grows"""
+    dirichlet_alpha: float | None = None
+    """puct: concentration of the noise in the root's prior; default by task"""
+    dirichlet_fraction: float = 0.25
+    """puct: its share"""
+    temperature_steps: tuple[int, int] | None = None
+    """puct: environment steps at which the temperature falls from 1 to 0.5 and to 0.25; default by task"""
+    temperature_moves: int | None = None
+    """puct: moves of an episode before the most visited action is played; default by task, all elsewhere"""
+    priority_alpha: float | None = None
+    """exponent of the priorities, 0 = uniform replay; default by task"""
+    priority_beta: float = 1.0
+    """exponent of the importance weights"""
+    reanalyze_ratio: float = 0.0
+    """share of a batch whose policies are searched and values are bootstrapped anew, by the target network"""
+    target_network_frequency: int = 200
+    """updates between copies to the target network"""
+
+    # Speed
+    compile: bool = False
+    """torch.compile the model, the searches' choices and the losses"""
+    cudagraphs: bool = False
+    """replay the search that acts as one CUDA graph (GPU only)"""
+
+
+# === Environment ===
+
+# Settings by task (name of the environment without its version). A flag on the command line wins.
+DEFAULTS = {
+    "total_timesteps": 200_000, "buffer_size": 50_000, "replay_ratio": 0.25, "batch_size": 128, "learning_rate": 1e-3,
+    "gamma": 0.997, "td_steps": 20, "support_size": 300, "hidden_size": 64, "num_blocks": 1, "num_simulations": 16,
+    "c_scale": 0.1, "dirichlet_alpha": 0.25, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,
+}  # fmt: skip
+BOARD = {
+    "gamma": 1.0, "support_size": 1, "c_scale": 1.0, "temperature_steps": (10**9, 10**9), "batch_size": 256,
+    "dirichlet_alpha": 1.0,
+}  # fmt: skip
+TASKS = {
+    "CartPole": {
+        "total_timesteps": 40_000, "buffer_size": 20_000, "support_size": 20, "temperature_steps": (10_000, 20_000),
+    },
+    "LunarLander": {"total_timesteps": 500_000, "support_size": 30, "num_simulations": 25},
+    "tictactoe": BOARD | {
+        "total_timesteps": 200_000, "td_steps": 9, "hidden_size": 32, "num_simulations": 25, "temperature_moves": 6,
+    },
+    "connect_four": BOARD | {
+        "total_timesteps": 500_000, "buffer_size": 100_000, "td_steps": 42, "hidden_size": 32, "num_blocks": 2,
+        "num_simulations": 32, "temperature_moves": 12,
+    },
+}  # fmt: skip
+ATARI = {
+    "total_timesteps": 500_000, "buffer_size": 100_000, "batch_size": 256, "td_steps": 5, "num_simulations": 50,
+    "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000), "priority_alpha": 1.0,
+}  # fmt: skip
+MAX_REWARD = {"CartPole": 1.0, "Acrobot": 1.0, "MountainCar": 1.0}  # largest |reward| of a step, where it is known
+BOARD_GAMES = {"tictactoe": (3, 3, 3, False), "connect_four": (6, 7, 4, True)}  # rows, columns, in a row, gravity
+
+
+def task_name(env_id: str) -> str:
+    """my_module:MyEnv-v0 -> MyEnv."""
+    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+
+
+def with_task_defaults(args: Args) -> Args:
+    """The settings in force: what was not given is filled in from TASKS."""
+    task = DEFAULTS | (ATARI if args.env_id.startswith("ALE/") else TASKS.get(task_name(args.env_id), {}))
+    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+
+
+class BoardGame:
+    """N games of m-in-a-row side by side, with the calls of a vector environment that its caller resets.
+
+    Observations (N, 2, R, C): stones of the player to move and of the other; row 0 is the top. An action is a cell, or
+    with gravity a column. A winning move earns its mover 1, everything else 0; statistics count for the first player.
+    """
+
+    def __init__(self, name: str, num_envs: int):
+        rows, columns, self.connect, self.gravity = BOARD_GAMES[name]
+        self.name, self.num_envs, self.shape = name, num_envs, (rows, columns)
+        self.single_observation_space = gym.spaces.Box(0, 1, (2, rows, columns), np.float32)
+        self.single_action_space = gym.spaces.Discrete(columns if self.gravity else rows * columns)
+        lines = [
+            [(y + i * dy) * columns + x + i * dx for i in range(self.connect)]
+            for dy, dx in ((0, 1), (1, 0), (1, 1), (-1, 1))
+            for y in range(rows)
+            for x in range(columns)
+            if 0 <= y + (self.connect - 1) * dy < rows and x + (self.connect - 1) * dx < columns
+        ]
+        self.lines = torch.zeros(rows * columns, len(lines))
+        self.lines[torch.tensor(lines).T, torch.arange(len(lines))] = 1
+        self.stones = torch.zeros(num_envs, 2, rows * columns)
+        self.moves = torch.zeros(num_envs, dtype=torch.long)
+
+    @property
+    def action_planes(self) -> torch.Tensor:
+        """How an action enters the model: (A, 1, R, C), one at its cell or in its column."""
+        rows, columns = self.shape
+        if self.gravity:
+            return torch.eye(columns)[:, None, None].expand(-1, 1, rows, -1)
+        return torch.eye(rows * columns).view(-1, 1, rows, columns)
+
+    @property
+    def legal(self) -> np.ndarray:
+        """Moves that the rules allow, (N, A): empty cells, or columns with room."""
+        empty = self.stones.sum(1) == 0
+        return (empty[:, : self.shape[1]] if self.gravity else empty).numpy()
+
+    def observe(self) -> np.ndarray:
+        return self.stones.view(self.num_envs, 2, *self.shape).numpy().copy()
+
+    def reset(self, seed=None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Empties the boards of options["reset_mask"] (N,), all of them without."""
+        mask = torch.as_tensor(options["reset_mask"]) if options else torch.ones(self.num_envs, dtype=torch.bool)
+        self.stones[mask], self.moves[mask] = 0, 0
+        return self.observe(), {}
+
+    def step(self, actions: np.ndarray):
+        """Places a stone on each board and turns it to the other player; actions (N,) must be legal."""
+        cells, games = torch.as_tensor(actions), torch.arange(self.num_envs)
+        assert self.legal[games, cells].all()
+        if self.gravity:
+            heights = self.stones.sum(1).view(-1, *self.shape).sum(1)[games, cells].long()
+            cells = (self.shape[0] - 1 - heights) * self.shape[1] + cells
+        self.stones[games, 0, cells] = 1
+        self.moves += 1
+        wins = (self.stones[:, 0] @ self.lines == self.connect).any(1)
+        terminations = wins | (self.moves == self.stones.shape[2])
+        self.stones = self.stones.flip(1)
+        results = torch.where(wins, self.moves % 2 * 2.0 - 1, 0.0)  # the first player makes the odd moves
+        infos = {"episode": {"r": results.numpy(), "l": self.moves.numpy().copy()}}
+        never = np.zeros(self.num_envs, bool)
+        return self.observe(), wins.float().numpy(), terminations.numpy(), never, infos
+
+    def close(self) -> None:
+        """Nothing to close; vector environments have it."""
+
+
+def make_gymnasium(env_id: str, film: bool) -> gym.Env:
+    """Any registered Gymnasium environment; Atari games with the usual preprocessing, in colour."""
+    render = {"render_mode": "rgb_array"} if film else {}
+    try:
+        if not env_id.startswith("ALE/"):
+            return gym.make(env_id, **render)
+        import ale_py
+
+        gym.register_envs(ale_py)
+        env = gym.make(env_id, frameskip=1, **render)
+        return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=96, grayscale_obs=False)
+    except gym.error.DependencyNotInstalled as error:
+        fail(str(error).replace("\n", " "))
+    except ImportError as error:
+        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
+    except gym.error.Error as error:
+        close = difflib.get_close_matches(env_id, [*BOARD_GAMES, *gym.registry], n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+
+
+def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
+    """Thunk of one environment: observations (D,) float32, or the last four frames (4, 96, 96, 3) uint8."""
+
+    def thunk() -> gym.Env:
+        env = make_gymnasium(args.env_id, video is not None)
+        if env.spec.max_episode_steps is None:  # 27,000 decisions are the 30 minutes of an Atari game
+            env = gym.wrappers.TimeLimit(env, 27_000)
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        if video is not None:  # folder/prefix of the MP4
+            folder, prefix = os.path.split(video)
+            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
+            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
+        return fit_spaces(env, args.env_id)
+
+    return thunk
+
+
+def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
+    """Refuses what MuZero cannot use; images become stacks of four 96x96 frames, vectors float32."""
+    obs, action = env.observation_space, env.action_space
+    if not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
+        fail(f"{env_id}: actions must be Discrete starting at 0, not {action} (continuous ones: mbpo.py, dreamer.py)")
+    is_box = isinstance(obs, gym.spaces.Box)
+    if is_box and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3:
+        if obs.shape[:2] != (96, 96):
+            env = gym.wrappers.ResizeObservation(env, (96, 96))
+        return gym.wrappers.FrameStackObservation(env, 4, padding_type="reset")
+    if not (is_box and len(obs.shape) == 1):
+        fail(f"{env_id}: observations must be images (H, W, 3) of uint8 or vectors (D,), not {obs}")
+    return gym.wrappers.DtypeObservation(env, np.float32)
+
+
+def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv | BoardGame:
+    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    if args.env_id in BOARD_GAMES:
+        return BoardGame(args.env_id, num_envs)
+    if video is not None:
+        try:
+            film = make_env(args, video)()
+            film.reset()
+            film.close()
+        except Exception as error:  # many types, by environment and OpenGL library
+            fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
+    return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+
+
+def legal_actions(envs: gym.vector.VectorEnv | BoardGame) -> np.ndarray:
+    """Actions allowed now, (N, A) bool; outside board games all of them."""
+    if isinstance(envs, BoardGame):
+        return envs.legal
+    return np.ones((envs.num_envs, envs.single_action_space.n), bool)
+
+
+# === Replay buffer ===
+
+STEP, TERMINATED, TRUNCATED = 0, 1, 2  # kinds of rows
+
+
+class ReplayBuffer:
+    """Sequences as they were played: a ring of rows (capacity, N) for each of N environments, on the device.
+
+    A row is a step: observation, action, its reward, search policy and root value. A closing row follows the last step
+    of an episode: the final observation and its value, `end` TERMINATED or TRUNCATED. Steps are drawn by priority, as
+    soon as the K + n rows after them exist or their episode is closed. Of stacked frames each is stored once.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv | BoardGame, args: Args, device: torch.device):
+        space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
+        self.num_envs, self.stack = envs.num_envs, space.shape[0] if space.dtype == np.uint8 else 1
+        self.capacity, self.span = args.buffer_size // self.num_envs, args.unroll_steps + args.td_steps + 1
+        self.td_steps, self.discount, self.alpha = args.td_steps, edge_discount(args), args.priority_alpha
+        frame = space.shape[1:] if self.stack > 1 else space.shape
+        dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
+        columns = {
+            "obs": (frame, dtype), "action": ((), torch.long), "reward": ((), torch.float32),
+            "policy": ((num_actions,), torch.float32), "value": ((), torch.float32),
+            "legal": ((num_actions,), torch.bool), "end": ((), torch.uint8), "age": ((), torch.long),
+        }  # fmt: skip
+        self.data = {
+            name: torch.zeros(self.capacity, self.num_envs, *shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in columns.items()
+        }
+        self.priority = torch.zeros(self.capacity, self.num_envs, device=device)  # 0 = not to be drawn
+        self.ends = np.zeros(self.num_envs, np.int64)  # rows ever written; row i lives in slot i % capacity
+        self.ready = np.zeros(self.num_envs, np.int64)  # rows before this one have a priority
+
+    def __len__(self) -> int:
+        """Rows that can be drawn or soon will be."""
+        return int(np.minimum(self.ends, self.capacity).sum())
+
+    def add(self, rows: dict[str, torch.Tensor], envs: np.ndarray, closing: bool = False) -> None:
+        """Appends one row to each of the environments `envs` (M,); tensors (N, ...), missing columns are 0."""
+        device = self.priority.device
+        if self.stack > 1:
+            rows = rows | {"obs": rows["obs"][:, -1]}  # the newest frame
+        slots, index = (torch.from_numpy(x).to(device) for x in (self.ends[envs] % self.capacity, envs))
+        for name, column in self.data.items():
+            if name != "age":
+                column[slots, index] = rows[name][index] if name in rows else column.new_zeros(())
+        before = (slots - 1) % self.capacity
+        goes_on = (self.data["end"][before, index] == STEP) & torch.from_numpy(self.ends[envs] > 0).to(device)
+        self.data["age"][slots, index] = torch.where(goes_on, self.data["age"][before, index] + 1, 0)
+        for ahead in range(self.stack):  # the oldest rows have lost the frames before them
+            self.priority[(slots + ahead) % self.capacity, index] = 0
+        self.ends[envs] += 1
+        limit = self.ends[envs] - (1 if closing else self.span - 1)
+        counts = np.maximum(limit - self.ready[envs], 0)
+        if counts.any():
+            of = np.repeat(envs, counts)
+            new = np.concatenate(
+                [np.arange(start, start + n) for start, n in zip(self.ready[envs], counts, strict=True)]
+            )
+            self._set_first_priority(*(torch.from_numpy(x).to(device) for x in (new % self.capacity, of)))
+        self.ready[envs] = np.maximum(self.ready[envs], self.ends[envs] if closing else limit)
+
+    def _set_first_priority(self, slots: torch.Tensor, envs: torch.Tensor) -> None:
+        """p = |nu - z| of steps (M,): root value of the search minus n-step return; 1 where replay is uniform."""
+        if self.alpha == 0:
+            self.priority[slots, envs] = 1.0
+            return
+        rows = self.window(slots, envs, self.td_steps + 1)
+        returns = n_step_returns(rows["reward"], rows["value"], rows["end"], self.td_steps, self.discount)
+        self.set_priority(slots, envs, rows["value"][0] - returns[0])
+
+    def set_priority(self, slots: torch.Tensor, envs: torch.Tensor, errors: torch.Tensor) -> None:
+        self.priority[slots, envs] = errors.abs() + 1e-3
+
+    def window(self, slots: torch.Tensor, envs: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+        """Copies of the rows (L, B) that begin at slots (B,), without observations; what follows an end is other."""
+        index = (slots + torch.arange(length, device=slots.device)[:, None]) % self.capacity
+        return {name: column[index, envs] for name, column in self.data.items() if name not in ("obs", "age")}
+
+    def observations(self, slots: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
+        """Copies (*slots.shape, ...); frames are stacked, the first of an episode repeated."""
+        if self.stack == 1:
+            return self.data["obs"][slots, envs]
+        back = torch.arange(self.stack - 1, -1, -1, device=slots.device)
+        back = torch.minimum(back, self.data["age"][slots, envs][..., None])
+        return self.data["obs"][(slots[..., None] - back) % self.capacity, envs[..., None]]
+
+    def sample(self, batch_size: int, beta: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Sequences (K + n + 1, B) drawn with P ~ p^alpha, and weights (B,) ~ P^-beta, the largest of them 1."""
+        chances = torch.where(self.priority > 0, self.priority**self.alpha, 0).flatten()
+        cdf = chances.double().cumsum(0)
+        u = torch.rand(batch_size, generator=generator, device=cdf.device, dtype=torch.float64)
+        drawn = torch.searchsorted(cdf, u * cdf[-1], right=True).clamp(max=len(cdf) - 1)
+        slots, envs = drawn // self.num_envs, drawn % self.num_envs
+        weights = chances[drawn] ** -beta
+        rows = self.window(slots, envs, self.span)
+        return rows | {"slots": slots, "envs": envs, "weights": weights / weights.amax()}
+
+    def state_dict(self) -> dict:
+        """The filled part; through NumPy, because torch would save the whole storage behind a slice."""
+        filled = min(int(self.ends.max()), self.capacity)
+        tensors = self.data | {"priority": self.priority}
+        data = {name: torch.from_numpy(tensor[:filled].cpu().numpy().copy()) for name, tensor in tensors.items()}
+        return {"data": data, "ends": self.ends.tolist(), "ready": self.ready.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, tensor in state["data"].items():
+            target = self.priority if name == "priority" else self.data[name]
+            target[: len(tensor)] = tensor.to(target.device)
+        self.ends, self.ready = np.array(state["ends"], np.int64), np.array(state["ready"], np.int64)
+
+
+# === Networks ===
+
+
+def scale_latent(latent: torch.Tensor) -> torch.Tensor:
+    """Each latent state (B, ...) to [0, 1] by its own minimum and maximum."""
+    low, high = latent.flatten(1).aminmax(dim=1)
+    low, span = (x.view(-1, *[1] * (latent.dim() - 1)) for x in (low, (high - low).clamp_min(1e-5)))
+    return (latent - low) / span
+
+
+class VectorNetwork(nn.Module):
+    """Representation, dynamics and prediction for vectors; the latent state is (B, D)."""
+
+    def __init__(self, obs_dim: int, num_actions: int, num_bins: int, units: int):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Linear(obs_dim, units), nn.LayerNorm(units), nn.SiLU(), nn.Linear(units, units)
+        )  # fmt: skip
+        self.action = nn.Embedding(num_actions, units)  # = a linear layer on the one-hot action
+        self.dynamics_in = nn.Linear(units, units)
+        self.dynamics_norm = nn.LayerNorm(units)
+        self.dynamics_out = nn.Linear(units, units)
+        self.reward = nn.Linear(units, num_bins)
+        self.head = nn.Sequential(nn.Linear(units, units), nn.LayerNorm(units), nn.SiLU())
+        self.policy_value = nn.Linear(units, num_actions + num_bins)
+        self.outputs = num_actions, num_bins
+
+    def represent(self, obs: torch.Tensor) -> torch.Tensor:
+        """Observations (B, D) as symlog, which only tames large numbers -> latent state."""
+        return scale_latent(self.encoder(torch.sign(obs) * torch.log1p(torch.abs(obs))))
+
+    def dynamics(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next latent state and reward logits (B, bins)."""
+        h = F.silu(self.dynamics_norm(self.dynamics_in(latent) + self.action(action)))
+        return scale_latent(latent + self.dynamics_out(h)), self.reward(h)
+
+    def predict(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Policy logits (B, A) and value logits (B, bins)."""
+        return self.policy_value(self.head(latent)).split(self.outputs, -1)
+
+
+def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution and group norm of one group, which knows no batch (deviation 3)."""
+    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(layer, nn.GroupNorm(1, out_channels))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+class ConvNetwork(nn.Module):
+    """The same for images and boards; the latent state is (B, C, h, w): 6 x 6 for images, the board itself."""
+
+    def __init__(self, obs_shape: tuple, action_planes: torch.Tensor, num_bins: int, channels: int, num_blocks: int):
+        super().__init__()
+        num_actions, num_planes, height, width = action_planes.shape
+        self.register_buffer("action_planes", action_planes.clone())
+        self.image = len(obs_shape) == 4  # (4, 96, 96, 3)
+
+        def blocks() -> list[nn.Module]:
+            return [ResidualBlock(channels) for _ in range(num_blocks)]
+
+        if self.image:
+            half = channels // 2
+            self.encoder = nn.Sequential(
+                conv(obs_shape[0] * obs_shape[3], half, stride=2), nn.ReLU(), ResidualBlock(half),  # 48 x 48
+                conv(half, channels, stride=2), nn.ReLU(), *blocks(),  # 24 x 24
+                nn.AvgPool2d(2), *blocks(),  # 12 x 12
+                nn.AvgPool2d(2), *blocks(),  # 6 x 6
+            )  # fmt: skip
+        else:
+            self.encoder = nn.Sequential(conv(obs_shape[0], channels), nn.ReLU(), *blocks())
+        self.dynamics_in = conv(channels + num_planes, channels)
+        self.dynamics_blocks = nn.Sequential(*blocks())
+        self.reward_head, self.head = (
+            nn.Sequential(
+                conv(channels, 16, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * height * width, 64), nn.ReLU()
+            ) for _ in range(2)
+        )  # fmt: skip
+        self.reward, self.policy_value = nn.Linear(64, num_bins), nn.Linear(64, num_actions + num_bins)
+        self.outputs = num_actions, num_bins
+
+    def represent(self, obs: torch.Tensor) -> torch.Tensor:
+        """Frames (B, 4, H, W, 3) of uint8, or boards (B, C, h, w) -> latent state."""
+        if self.image:
+            obs = obs.movedim(-1, 2).flatten(1, 2).float() / 255
+        return scale_latent(self.encoder(obs))
+
+    def dynamics(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next latent state and reward logits (B, bins)."""
+        x = self.dynamics_in(torch.cat([latent, self.action_planes[action]], 1))
+        latent = scale_latent(self.dynamics_blocks(F.relu(x + latent)))
+        return latent, self.reward(self.reward_head(latent))
+
+    def predict(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Policy logits (B, A) and value logits (B, bins)."""
+        return self.policy_value(self.head(latent)).split(self.outputs, -1)
+
+
+class Agent(nn.Module):
+    """The networks, and what the search sees of them: numbers instead of distributions."""
+
+    def __init__(self, envs: gym.vector.VectorEnv | BoardGame, args: Args):
+        super().__init__()
+        shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
+        num_bins = 2 * args.support_size + 1
+        if len(shape) == 1:
+            self.network = VectorNetwork(shape[0], num_actions, num_bins, args.hidden_size)
+        else:
+            constant = torch.eye(num_actions)[:, :, None, None].expand(-1, -1, 6, 6)  # one-hot, a plane each
+            planes = envs.action_planes if isinstance(envs, BoardGame) else constant
+            self.network = ConvNetwork(shape, planes, num_bins, args.hidden_size, args.num_blocks)
+        for layer in (self.network.reward, self.network.policy_value):  # begins with uniform policy, value 0
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.num_actions, self.support_size, self.discount = num_actions, args.support_size, edge_discount(args)
+
+    def initial(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latent state, policy logits (B, A) and value (B,) of observations (B, ...)."""
+        latent = self.network.represent(obs)
+        logits, value_logits = self.network.predict(latent)
+        return latent, logits, from_distribution(value_logits, self.support_size)
+
+
+def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """One step of the model, as the search wants it: latent, reward (B,), discount (B,), policy logits, value (B,)."""
+    latent, reward_logits = agent.network.dynamics(latent, action)
+    logits, value_logits = agent.network.predict(latent)
+    reward, value = from_distribution(torch.stack([reward_logits, value_logits]), agent.support_size)
+    return latent, reward, torch.full_like(reward, agent.discount), logits, value
+
+
+# === Targets and losses ===
+
+
+def edge_discount(args: Args) -> float:
+    """d of one step: gamma, or -gamma where the players alternate and every value is the mover's."""
+    return -args.gamma if args.env_id in BOARD_GAMES else args.gamma
+
+
+def transform(x: torch.Tensor) -> torch.Tensor:
+    """h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x, written so that no digits are lost near 0."""
+    return x / (torch.sqrt(torch.abs(x) + 1) + 1) + 0.001 * x
+
+
+def inverse_transform(y: torch.Tensor) -> torch.Tensor:
+    """The x with h(x) = y: u = sqrt(|x| + 1) solves 0.001 u^2 + u = |y| + 1.001."""
+    c = torch.abs(y) + 1.001
+    u = 2 * c / (1 + torch.sqrt(1 + 0.004 * c))
+    return torch.sign(y) * (u * u - 1)
+
+
+def two_hot(x: torch.Tensor, support_size: int) -> torch.Tensor:
+    """Distribution (..., 2 M + 1) over -M ... M: h(x), clipped, shared by its two neighbours."""
+    y = transform(x).clamp(-support_size, support_size)
+    bins = torch.arange(-support_size, support_size + 1, device=x.device, dtype=y.dtype)
+    return (1 - torch.abs(y[..., None] - bins)).clamp_min(0)
+
+
+def from_distribution(logits: torch.Tensor, support_size: int) -> torch.Tensor:
+    """The number (...) that logits (..., 2 M + 1) stand for: expectation first, then the inverse of h."""
+    bins = torch.arange(-support_size, support_size + 1, device=logits.device, dtype=logits.dtype)
+    return inverse_transform(logits.softmax(-1) @ bins)
+
+
+def n_step_returns(rewards: torch.Tensor, values: torch.Tensor, ends: torch.Tensor, n: int, d: float) -> torch.Tensor:
+    """z_k = r_k + d r_{k+1} + ... + d^n nu_{k+n} for k = 0 ... L - n - 1, from rows (L, B); result (L - n, B).
+
+    A closing row cuts the sum: with 0 where it is TERMINATED, with its own value where it is TRUNCATED. d is -gamma for
+    two players. Rows after the first closing one belong to another episode: 0.
+    """
+    closing = ends != STEP
+    over = closing.cumsum(0) > 0  # at the closing row and after
+    bootstrap = torch.where(over & ~(closing & (closing.cumsum(0) == 1) & (ends == TRUNCATED)), 0, values)
+    count = len(rewards) - n
+    returns = bootstrap[n:]
+    for i in reversed(range(n)):
+        now = slice(i, i + count)
+        returns = torch.where(over[now], bootstrap[now], rewards[now] + d * returns)
+    return returns
+
+
+def make_targets(rows: dict[str, torch.Tensor], unroll_steps: int, td_steps: int, d: float) -> dict[str, torch.Tensor]:
+    """Targets of a sampled sequence for k = 0 ... K: returns, policies, rewards (K, B), and which of them count.
+
+    After a termination the state absorbs: value and reward 0, no policy. After a truncation nothing counts, but the
+    truncated state itself has its value (deviation 4). The reward of the last step counts either way.
+    """
+    first = slice(0, unroll_steps + 1)
+    returns = n_step_returns(rows["reward"], rows["value"], rows["end"], td_steps, d)
+    ends = rows["end"][first]
+    over = (ends != STEP).cumsum(0) > 0
+    truncated = (ends == TRUNCATED) & ((ends != STEP).cumsum(0) == 1)
+    unknown = truncated.cumsum(0) - truncated.long() > 0  # after the truncated state
+    return {
+        "returns": returns,
+        "policies": rows["policy"][first],
+        "rewards": torch.where(over[:-1], 0, rows["reward"][:unroll_steps]),
+        "policy_mask": ~over,
+        "value_mask": ~unknown,
+        "reward_mask": ~unknown[1:],
+    }
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return -(target * logits.log_softmax(-1)).sum(-1)
+
+
+def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targets: dict, weights: torch.Tensor, args):
+    """Loss of the model unrolled over actions (K, B) from obs (B, ...); detached metrics, and values (B,) at k = 0.
+
+    Terms at k = 0 count once, those of the K steps 1/K each; weights (B,) are the importance weights.
+    """
+    latents, reward_logits = [agent.network.represent(obs)], []
+    for action in actions:
+        halved = 0.5 * latents[-1] + 0.5 * latents[-1].detach()  # at the entrance of the dynamics, not of the heads
+        latent, logits = agent.network.dynamics(halved, action)
+        latents.append(latent)
+        reward_logits.append(logits)
+    logits, value_logits = agent.network.predict(torch.cat(latents))
+    shape = len(latents), len(weights)
+    logits, value_logits = logits.unflatten(0, shape), value_logits.unflatten(0, shape)
+    returns, rewards = two_hot(targets["returns"], args.support_size), two_hot(targets["rewards"], args.support_size)
+    policy_terms = cross_entropy(logits, targets["policies"]) * targets["policy_mask"]  # (K + 1, B)
+    value_terms = cross_entropy(value_logits, returns) * targets["value_mask"]  # (K + 1, B)
+    reward_terms = cross_entropy(torch.stack(reward_logits), rewards) * targets["reward_mask"]  # (K, B)
+
+    def total(terms: torch.Tensor, per_step: torch.Tensor) -> torch.Tensor:
+        return ((terms * per_step[: len(terms), None]).sum(0) * weights).mean()
+
+    per_step = torch.full((shape[0],), 1 / len(actions), device=weights.device)
+    policy_loss, value_loss = (total(terms[:1], per_step * len(actions)) + total(terms[1:], per_step)
+                               for terms in (policy_terms, value_terms))  # fmt: skip
+    reward_loss = total(reward_terms, per_step)
+    loss = policy_loss + args.value_scale * value_loss + reward_loss
+    values = from_distribution(value_logits[0].detach(), args.support_size)
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "reward_loss": reward_loss, "loss": loss}
+    limit = inverse_transform(torch.full_like(weights[0], args.support_size + 1e-4))
+    metrics["clipped_targets"] = (torch.cat([targets["returns"], targets["rewards"]]).abs() > limit).float().mean()
+    return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}, values
+
+
+# === Acting ===
+
+
+class SearchResult(NamedTuple):
+    action: torch.Tensor  # (B,) to be played
+    policy: torch.Tensor  # (B, A) the training target: visit distribution, or Gumbel's improved policy
+    value: torch.Tensor  # (B,) mean of the root, its own value included
+    visit_counts: torch.Tensor  # (B, A) of the root's actions
+    qvalues: torch.Tensor  # (B, A) of the root's actions, 0 where unvisited
+    depth: torch.Tensor  # (B,) mean depth of the nodes
+
+
+@dataclass
+class Tree:
+    """B search trees of at most S + 1 nodes, node 0 the root and node n made by simulation n.
+
+    Nodes come first and the batch last, (S + 1, A, B): the nodes that exist are then one contiguous piece, and what
+    runs over all of them at once runs along the batch, which makes it several times faster on a CPU.
+    """
+
+    latent: torch.Tensor  # (S + 1, B, ...)
+    logits: torch.Tensor  # (S + 1, A, B) prior of the node's actions
+    prior: torch.Tensor  # (S + 1, A, B) their softmax
+    raw_values: torch.Tensor  # (S + 1, B) value as the model gave it
+    rewards: torch.Tensor  # (S + 1, B) on the edge that leads to the node
+    discounts: torch.Tensor  # (S + 1, B) on that edge
+    edges: torch.Tensor  # (S + 1, B) that edge: parent * A + action
+    node_visits: torch.Tensor  # (S + 1, B) its own expansion included: 1 + sum of its visit_counts (deviation 1)
+    node_values: torch.Tensor  # (S + 1, B) mean of its own value and of all returns through it
+    edge_values: torch.Tensor  # (S + 1, B) reward + discount * node_value, Q of the edge that leads to the node
+    visit_counts: torch.Tensor  # (S + 1, A, B) N(s, a)
+    qvalues: torch.Tensor  # (S + 1, A, B) Q(s, a), 0 where unvisited
+    children: torch.Tensor  # (S + 1, A, B) node that an action leads to; the node itself where unvisited
+    lines: torch.Tensor  # (3, S + 1, S + 1, B) from node [1] up to its ancestor [2]: is it one, discount, reward
+
+
+def make_tree(latent: torch.Tensor, logits: torch.Tensor, value: torch.Tensor, num_simulations: int) -> Tree:
+    """Trees with their roots only: latent (B, ...), logits (B, A), value (B,)."""
+    (B, A), N = logits.shape, num_simulations + 1
+    node, edge = value.new_zeros(N, B), value.new_zeros(N, A, B)
+    index = torch.arange(N, device=value.device)
+    lines = value.new_zeros(3, N, N, B)
+    tree = Tree(
+        latent.new_zeros(N, *latent.shape), edge, edge.clone(), node, node.clone(), node.clone(),
+        torch.zeros_like(node, dtype=torch.long), node.clone(), node.clone(), node.clone(), edge.clone(), edge.clone(),
+        index[:, None, None].repeat(1, A, B), lines,
+    )  # fmt: skip
+    tree.latent[0], tree.logits[0], tree.prior[0] = latent, logits.T, logits.softmax(-1).T
+    tree.raw_values[0], tree.node_values[0], tree.node_visits[0] = value, value, 1
+    lines[:2, index, index] = 1  # each node is its own ancestor, with discount 1
+    return tree
+
+
+def simulate(tree: Tree, n: int, model: Callable, choice: torch.Tensor) -> None:
+    """One simulation for all trees: down to an edge without a child, one step of the model, node n, and back up.
+
+    choice (n, B) is the action that each node selects. All nodes choose, then pointers are doubled until the root's
+    points at the leaf; and a new node knows its way to all ancestors at once. So no loop depends on the depth.
+    """
+    B, A = tree.latent.shape[1], tree.logits.shape[1]
+    trees = torch.arange(B, device=choice.device)
+    pointer = tree.children[:n].gather(1, choice[:, None])[:, 0]  # (n, B)
+    for _ in range((n - 1).bit_length()):  # a path has at most n - 1 edges
+        pointer = pointer.gather(0, pointer)
+    parent = pointer[0]
+    action = choice[parent, trees]
+    latent, reward, discount, logits, value = model(tree.latent[parent, trees], action)
+    assert logits.shape == (B, A) and reward.shape == discount.shape == value.shape == (B,)
+
+    tree.latent[n], tree.logits[n], tree.prior[n] = latent, logits.T, logits.softmax(-1).T
+    tree.raw_values[n], tree.rewards[n], tree.discounts[n] = value, reward, discount
+    tree.edges[n] = parent * A + action
+    tree.children[parent, action, trees] = n
+
+    line = tree.lines[:, :n, :n].gather(1, parent.expand(3, 1, n, B))[:, 0]  # (3, n, B) from the parent upwards
+    on_path, line_discount, line_reward = line
+    line_reward += line_discount * reward
+    line_discount *= discount
+    tree.lines[:, n, :n] = line
+    tree.node_visits[: n + 1] += tree.lines[0, n, : n + 1]
+    returns = line_reward + line_discount * value  # G of Eq. 3 for every ancestor
+    tree.node_values[:n] += on_path * (returns - tree.node_values[:n]) / tree.node_visits[:n]
+    tree.node_values[n] = value
+    tree.edge_values[: n + 1] = tree.rewards[: n + 1] + tree.discounts[: n + 1] * tree.node_values[: n + 1]
+    for table, nodes in ((tree.qvalues, tree.edge_values), (tree.visit_counts, tree.node_visits)):
+        table.flatten(0, 1).scatter_(0, tree.edges[1 : n + 1], nodes[1 : n + 1])
+
+
+def rescale(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Q to [0, 1] by its bounds; 0 where these are equal up to rounding, so that the prior decides."""
+    noise = 1e-5 * torch.maximum(low.abs(), high.abs()).clamp_min(1)
+    return (q - low) * torch.where(high - low > noise, 1 / (high - low), 0)
+
+
+def puct_choice(prior, visit_counts, qvalues, node_visits, edge_values, legal, value_range, c1: float, c2: float):
+    """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)) for n nodes: (n, A, B) -> (n, B).
+
+    Q is rescaled by the tree's bounds (deviation 2) or by known ones; unvisited actions count 0. legal (A, B) holds at
+    the root.
+    """
+    if value_range is None:
+        low, high = edge_values.aminmax(dim=0)  # (B,)
+    else:
+        low, high = (torch.full_like(edge_values[0], bound) for bound in value_range)
+    factor = torch.sqrt(node_visits) * (c1 + torch.log((node_visits + c2 + 1) / c2))
+    scores = torch.where(visit_counts > 0, rescale(qvalues, low, high), 0)
+    scores = torch.addcdiv(scores, prior * factor[:, None], 1 + visit_counts)
+    scores[0] = torch.where(legal, scores[0], -torch.inf)
+    return scores.max(1).indices
+
+
+def puct_search(model, root, legal, noise, temperature, args, value_range=None, choice_fn=puct_choice) -> SearchResult:
+    """The paper's search. noise (B, 2, A): Dirichlet for the root's prior, and Gumbel, with which the action is drawn
+
+    in proportion to N^(1 / temperature), temperature (B,); without noise the most visited action is played.
+    """
+    latent, logits, value = root
+    logits = logits.masked_fill(~legal, torch.finfo(logits.dtype).min)
+    tree = make_tree(latent, logits, value, args.num_simulations)
+    if noise is not None:
+        tree.prior[0] += args.dirichlet_fraction * (noise[:, 0].T - tree.prior[0])
+    for n in range(1, args.num_simulations + 1):
+        nodes = [x[:n] for x in (tree.prior, tree.visit_counts, tree.qvalues, tree.node_visits)]
+        edge_values = tree.edge_values[min(1, n - 1) : n]  # the root has no edge, and its 0 counts only while alone
+        choice = choice_fn(*nodes, edge_values, legal.T, value_range, args.pb_c_init, args.pb_c_base)
+        simulate(tree, n, model, choice)
+    counts = tree.visit_counts[0].T
+    action = counts.argmax(1)
+    if noise is not None:
+        drawn = (torch.log(counts) / temperature.clamp_min(1e-3)[:, None] + noise[:, 1]).argmax(1)
+        action = torch.where(temperature > 0, drawn, action)
+    return summarize(tree, action, counts / args.num_simulations)
+
+
+def scaled_qvalues(prior, raw_values, visit_counts, qvalues, value_range, c_visit: float, c_scale: float):
+    """sigma(completed Q), (n, A, B): unvisited actions get the mixed value of node and visited siblings.
+
+    Q is rescaled by its bounds at each node or by known ones, then sigma(q) = (c_visit + max N) c_scale q.
+    """
+    visited = visit_counts > 0
+    weight, total = prior * visited, visit_counts.sum(1)
+    siblings = (weight * qvalues).sum(1) / weight.sum(1).clamp_min(1e-30)
+    mixed = (raw_values + total * siblings) / (1 + total)
+    completed = torch.where(visited, qvalues, mixed[:, None])
+    if value_range is None:
+        low, high = completed.aminmax(dim=1, keepdim=True)
+    else:
+        low, high = (torch.full_like(mixed[:, None], bound) for bound in value_range)
+    return (c_visit + visit_counts.amax(1, keepdim=True)) * c_scale * rescale(completed, low, high)
+
+
+def gumbel_choice(logits, prior, raw_values, visit_counts, qvalues, legal, gumbel, eligible, value_range, scales):
+    """Root: the best legal action among those with `eligible` (B,) visits; below: argmax of pi' - N / (1 + sum N)."""
+    scores = logits + scaled_qvalues(prior, raw_values, visit_counts, qvalues, value_range, *scales)
+    root = torch.where(legal & (visit_counts[0] == eligible), scores[0] + gumbel, -torch.inf)
+    scores = scores.softmax(1) - visit_counts / (1 + visit_counts.sum(1, keepdim=True))
+    scores[0] = root
+    return scores.max(1).indices
+
+
+def halving_visits(num_actions: int, num_simulations: int) -> list[int]:
+    """Sequential halving: the visits that an action must have to be eligible at each simulation."""
+    phases = max(1, math.ceil(math.log2(max(num_actions, 1))))
+    survivors, visits, eligible = max(num_actions, 1), 0, []
+    while len(eligible) < num_simulations:
+        for _ in range(max(1, num_simulations // (phases * survivors))):
+            eligible += [visits] * survivors
+            visits += 1
+        survivors = max(min(2, survivors), survivors // 2)
+    return eligible[:num_simulations]
+
+
+@functools.cache
+def halving_table(max_actions: int, num_simulations: int, device: torch.device) -> torch.Tensor:
+    """halving_visits for 0 ... max_actions actions, (S, max_actions + 1)."""
+    rows = [halving_visits(m, num_simulations) for m in range(max_actions + 1)]
+    return torch.tensor(rows, device=device, dtype=torch.float32).T.contiguous()
+
+
+def gumbel_search(model, root, legal, noise, args, value_range=None, choice_fn=gumbel_choice) -> SearchResult:
+    """The search of Gumbel MuZero. noise (B, 2, A): its second row decides which actions are considered; None = 0."""
+    latent, logits, value = root
+    logits = logits.masked_fill(~legal, torch.finfo(logits.dtype).min)
+    gumbel = torch.zeros_like(logits) if noise is None else noise[:, 1]
+    tree, scales = make_tree(latent, logits, value, args.num_simulations), (args.c_visit, args.c_scale)
+    considered = legal.sum(1).clamp(max=args.max_considered_actions)
+    table = halving_table(args.max_considered_actions, args.num_simulations, value.device)[:, considered]  # (S, B)
+    for n in range(1, args.num_simulations + 1):
+        nodes = [x[:n] for x in (tree.logits, tree.prior, tree.raw_values, tree.visit_counts, tree.qvalues)]
+        choice = choice_fn(*nodes, legal.T, gumbel.T, table[n - 1], value_range, scales)
+        simulate(tree, n, model, choice)
+    nodes = [x[:1] for x in (tree.prior, tree.raw_values, tree.visit_counts, tree.qvalues)]
+    scores = logits + scaled_qvalues(*nodes, value_range, *scales)[0].T
+    counts = tree.visit_counts[0].T
+    best = legal & (counts == counts.amax(1, keepdim=True))
+    action = torch.where(best, scores + gumbel, -torch.inf).argmax(1)
+    return summarize(tree, action, scores.softmax(-1))
+
+
+def summarize(tree: Tree, action: torch.Tensor, policy: torch.Tensor) -> SearchResult:
+    depth = tree.lines[0, 1:].sum(1).mean(0) - 1
+    return SearchResult(action, policy, tree.node_values[0], tree.visit_counts[0].T, tree.qvalues[0].T, depth)
+
+
+class Executables(NamedTuple):
+    """The functions that --compile compiles; these are the reference."""
+
+    recurrent: Callable = recurrent
+    puct_choice: Callable = puct_choice
+    gumbel_choice: Callable = gumbel_choice
+    losses: Callable = compute_losses
+
+
+@torch.no_grad()
+def plan(agent: Agent, root, legal, noise, temperature, args: Args, fns: Executables) -> SearchResult:
+    """The search of --search from roots (latent, logits, value) with the agent's model."""
+    model = functools.partial(fns.recurrent, agent)
+    value_range = (-1.0, 1.0) if args.env_id in BOARD_GAMES else None
+    if args.search == "puct":
+        return puct_search(model, root, legal, noise, temperature, args, value_range, fns.puct_choice)
+    return gumbel_search(model, root, legal, noise, args, value_range, fns.gumbel_choice)
+
+
+@torch.no_grad()
+def act(agent: Agent, obs, legal, noise, temperature, args: Args, fns: Executables) -> SearchResult:
+    """Searches from observations (B, ...) with legal actions (B, A); without noise greedily."""
+    return plan(agent, agent.initial(obs), legal, noise, temperature, args, fns)
+
+
+def draw_noise(legal: np.ndarray, args: Args, rng: np.random.Generator) -> np.ndarray:
+    """Noise of a search, (B, 2, A): Dirichlet over the legal actions, and Gumbel."""
+    gamma = rng.standard_gamma(args.dirichlet_alpha, legal.shape) * legal + 1e-30 * legal
+    dirichlet = gamma / np.maximum(gamma.sum(1, keepdims=True), 1e-30)
+    return np.stack([dirichlet, rng.gumbel(size=legal.shape)], 1).astype(np.float32)
+
+
+def temperature_of(moves: np.ndarray, global_step: int, args: Args) -> np.ndarray:
+    """Temperature (N,): 1, 0.5, 0.25 by environment steps; 0 after the first temperature_moves of an episode."""
+    falls = sum(global_step >= step for step in args.temperature_steps)
+    early = moves < (math.inf if args.temperature_moves is None else args.temperature_moves)
+    return np.where(early, 0.5**falls, 0).astype(np.float32)
+
+
+@torch.no_grad()
+def closing_rows(agent: Agent, obs: np.ndarray, dones: np.ndarray, terminations: np.ndarray, device) -> dict:
+    """Replay rows (N, ...) that close episodes with their final observations, valued by the network (deviation 4)."""
+    obs = torch.as_tensor(obs, device=device)
+    value = agent.initial(obs)[2] * torch.as_tensor(~terminations, device=device)
+    end = torch.as_tensor(np.where(terminations, TERMINATED, TRUNCATED) * dones, device=device)
+    return {"obs": obs, "value": value, "end": end.to(torch.uint8)}
+
+
+class GraphedSearch:
+    """`act` as one CUDA graph for constant shapes: three calls on a side stream, then one is captured and replayed."""
+
+    def __init__(self, act_fn: Callable):
+        self.act_fn, self.graph, self.calls, self.stream = act_fn, None, 0, torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor) -> SearchResult:
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.act_fn(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.act_fn(*self.inputs)
+        for static, new in zip(self.inputs, inputs, strict=True):
+            static.copy_(new, non_blocking=True)
+        self.graph.replay()
+        return SearchResult(*(x.clone() for x in self.result))
+
+
+# === Updates ===
+
+
+def make_optimizer(agent: Agent, args: Args) -> torch.optim.AdamW:
+    """AdamW; only matrices and kernels decay (deviation 3)."""
+    groups = [
+        {"params": [p for p in agent.parameters() if p.dim() > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in agent.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, args.learning_rate, fused=True)
+
+
+def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, fns: Executables) -> dict:
+    """Sampled rows (L, B) whose first `count` columns have values by the target network and policies by its search.
+
+    The search starts from the observations at k = 0 ... K, without noise; values are those of all L observations.
+    """
+    slots, envs = rows["slots"][:count], rows["envs"][:count]
+    length, searched = len(rows["reward"]), args.unroll_steps + 1
+    index = (slots + torch.arange(length, device=slots.device)[:, None]) % rb.capacity
+    obs = rb.observations(index, envs.expand(length, -1)).flatten(0, 1)
+    with torch.no_grad():
+        latent, logits, value = target.initial(obs)
+    roots = [x[: searched * count] for x in (latent, logits, value)]
+    legal = rows["legal"][:searched, :count].flatten(0, 1)
+    policy = plan(target, roots, legal, None, None, args, fns).policy.unflatten(0, (searched, count))
+    policy = torch.cat([policy, rows["policy"][searched:, :count]])
+    value = value.unflatten(0, (length, count))
+    fresh = {"policy": torch.cat([policy, rows["policy"][:, count:]], 1)}
+    return rows | fresh | {"value": torch.cat([value, rows["value"][:, count:]], 1)}
+
+
+def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions, args: Args, losses_fn) -> dict:
+    """One update on sampled rows (K + n + 1, B), then the priorities of their first steps. No host sync.
+
+    Past the end of an episode the actions are random_actions (K, B). Returns detached scalars.
+    """
+    targets = make_targets(rows, args.unroll_steps, args.td_steps, agent.discount)
+    actions = torch.where(targets["policy_mask"][:-1], rows["action"][: args.unroll_steps], random_actions)
+    obs = rb.observations(rows["slots"], rows["envs"])
+    optimizer.zero_grad(set_to_none=True)
+    loss, metrics, values = losses_fn(agent, obs, actions, targets, rows["weights"], args)
+    loss.backward()
+    metrics["grad_norm/agent"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    if rb.alpha > 0:
+        rb.set_priority(rows["slots"], rows["envs"], values - targets["returns"][0])
+    return metrics
+
+
+def updates_due(global_step: int, args: Args) -> int:
+    """Updates that a run has made once it is at this step: tied to environment steps, whatever the number of envs."""
+    return max(0, int((global_step - args.learning_starts) * args.replay_ratio))
+
+
+# === Evaluation ===
+
+
+def random_player(envs: BoardGame, games: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A legal move for each of these games (M,), uniformly."""
+    return np.where(envs.legal[games], rng.random((len(games), envs.legal.shape[1])), -1).argmax(1)
+
+
+def evaluate(agent, envs, args: Args, device, stop: "StopRequest", fns: Executables, opponent=random_player):
+    """Plays args.eval_episodes greedily, without noise, on seeds of its own: training does not notice.
+
+    Board games are played against `opponent(envs, games, rng)`, from either seat in turn. Returns the agent's returns
+    (episodes,) and the first episodes of the first ten environments, in a game with the moves of both: action, reward,
+    value, depth (T,) and policy (T, A) of the search, realized (T,), the discounted return from there on, and obs
+    (T, ...) of the first 500 steps at most.
+    """
+    rng = np.random.default_rng([args.seed, 99])
+    quota = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # fixed, so that short episodes do not win
+    returns, trajectories, open_tracks = [], {}, {i: [] for i in range(min(envs.num_envs, 10))}
+    dones, seat = np.ones(envs.num_envs, bool), np.arange(envs.num_envs) % 2
+    while quota.any() and not stop.requested:
+        if dones.any():
+            obs, _ = envs.reset(seed=rng.integers(2**31, size=envs.num_envs).tolist(), options={"reset_mask": dones})
+        legal = torch.as_tensor(legal_actions(envs), device=device)
+        result = act(agent, torch.as_tensor(obs, device=device), legal, None, None, args, fns)
+        actions, *columns = (x.cpu().numpy() for x in (result.action, result.policy, result.value, result.depth))
+        if isinstance(envs, BoardGame):
+            theirs = np.flatnonzero(envs.moves.numpy() % 2 != seat)
+            actions[theirs] = opponent(envs, theirs, rng)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        for i, track in open_tracks.items():
+            frame = obs[i].copy() if len(track) < 500 else None
+            track.append((frame, actions[i], rewards[i], *(column[i] for column in columns)))
+        obs, dones = next_obs, terminations | truncations
+        for i in np.flatnonzero(dones).tolist():
+            if i in open_tracks:
+                frames, *rest = zip(*open_tracks.pop(i), strict=True)
+                track = dict(zip("action reward policy value depth".split(), map(np.stack, rest), strict=True))
+                ahead = closing_rows(agent, obs[i : i + 1], dones[i : i + 1], terminations[i : i + 1], device)["value"]
+                track["realized"] = discounted_sums(track["reward"], ahead.item(), agent.discount)
+                trajectories[i] = track | {"obs": np.stack(frames[:500])}
+            if quota[i] > 0:
+                quota[i] -= 1
+                sign = 1 - 2 * seat[i] if isinstance(envs, BoardGame) else 1
+                returns.append(float(infos["episode"]["r"][i]) * sign)
+                seat[i] = 1 - seat[i]
+    return np.array(returns), [trajectories[i] for i in sorted(trajectories)]
+
+
+def discounted_sums(rewards: np.ndarray, last: float, d: float) -> np.ndarray:
+    """G_t = r_t + d G_{t+1} (T,), from G_T = last."""
+    sums = np.zeros(len(rewards), np.float32)
+    for t in reversed(range(len(rewards))):
+        sums[t] = last = rewards[t] + d * last
+    return sums
+
+
+@torch.no_grad()
+def open_loop_errors(agent: Agent, trajectories: list[dict], length: int) -> dict[str, np.ndarray]:
+    """Errors of the model k = 0 ... length steps after the last observation, mean over all starts that last so long.
+
+    value: |value head - realized return|; policy: KL from the search's policy there, nats; reward: |reward head -
+    reward| of the step that led there (k >= 1).
+    """
+    device = next(agent.parameters()).device
+    sums = {name: np.zeros(length + 1) for name in ("value", "policy", "reward")}
+    counts = np.zeros(length + 1)
+    for track in trajectories:
+        T = len(track["action"])
+        latent, logits, value = agent.initial(torch.as_tensor(track["obs"], device=device))
+        for k in range(min(length + 1, T)):
+            starts = min(len(track["obs"]), T - k)
+            if k > 0:
+                actions = torch.as_tensor(track["action"][k - 1 : k - 1 + starts], device=device)
+                latent, reward, _, logits, value = recurrent(agent, latent[:starts], actions)
+                sums["reward"][k] += np.abs(reward.cpu().numpy() - track["reward"][k - 1 : k - 1 + starts]).sum()
+            policy = torch.as_tensor(track["policy"][k : k + starts], device=device)
+            divergence = torch.xlogy(policy, policy) - policy * logits.log_softmax(-1)
+            sums["policy"][k] += divergence.sum().item()
+            sums["value"][k] += np.abs(value.cpu().numpy() - track["realized"][k : k + starts]).sum()
+            counts[k] += starts
+    return {name: total[counts > 0] / counts[counts > 0] for name, total in sums.items()}
+
+
+def log_diagnostics(
+    agent, trajectories: list[dict], args: Args, writer: SummaryWriter, run_dir: str, step: int
+) -> None:
+    """Open-loop errors to twice the trained unroll, on evaluation episodes, and the search against what came true."""
+    errors = open_loop_errors(agent, trajectories, 2 * args.unroll_steps)
+    for name, error in errors.items():
+        for k in {0, 1, args.unroll_steps, 2 * args.unroll_steps}:
+            if k < len(error) and not (name == "reward" and k == 0):
+                writer.add_scalar(f"open_loop/{name}_error_{k}", error[k], step)
+    value, realized, depth = (
+        np.concatenate([t[name] for t in trajectories]) for name in ("value", "realized", "depth")
+    )
+    writer.add_scalar("search/root_value_error", np.abs(value - realized).mean(), step)
+    writer.add_scalar("search/root_value_bias", (value - realized).mean(), step)
+    writer.add_scalar("search/depth", depth.mean(), step)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for axis, (name, error) in zip(figure.subplots(1, 3), errors.items(), strict=True):
+        first = int(name == "reward")
+        axis.plot(np.arange(first, len(error)), error[first:])
+        axis.axvline(args.unroll_steps, color="0.8")  # trained up to here
+        axis.set(xlabel="steps since the last observation", ylabel=f"{name} error", ylim=(0, None))
+    figure.savefig(f"{run_dir}/open_loop_error_{step}.png")
+    writer.add_figure("open_loop/error", figure, step)
+
+
+def evaluate_run(args: Args) -> str:
+    """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
+    checkpoint = load_checkpoint(args.evaluate, args)
+    refuse_changes(
+        args, checkpoint, "evaluate eval_episodes num_envs num_simulations capture_video cuda seed compile cudagraphs"
+    )
+    device, stop = choose_device(args), StopRequest()
+    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    envs = make_vector_env(args, min(args.eval_episodes, 100), video)
+    agent = Agent(envs, args).to(device)
+    agent.load_state_dict(checkpoint["parts"]["agent"])
+    returns, _ = evaluate(agent, envs, args, device, stop, Executables())
+    envs.close()
+    if len(returns):
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    stop.exit()
+    return args.evaluate
+
+
+# === Run plumbing (same text in all five scripts) ===
+
+
+def fail(message: str) -> NoReturn:
+    """One clear line for a mistake of the user's, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def parse_args() -> Args:
+    """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    args = tyro.cli(Args)
+    if args.resume and args.evaluate:
+        fail("--resume or --evaluate, not both")
+    folder = args.resume or args.evaluate
+    return tyro.cli(Args, default=Args(**load_checkpoint(folder, args)["args"])) if folder else args
+
+
+def choose_device(args: Args) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+
+def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, SummaryWriter]:
+    """Run folder, device, logs and global seeds; with a checkpoint, that run's folder."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track needs Weights and Biases: pip install wandb")
+    if checkpoint:
+        refuse_changes(args, checkpoint, "resume total_timesteps cuda track eval_frequency checkpoint_frequency")
+    run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = run_dir.rstrip("/")
+    try:
+        os.makedirs(run_dir, exist_ok=args.resume is not None)
+    except OSError as error:
+        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
+    if args.track:  # before the writer is made, which it listens to
+        name = os.path.basename(run_dir)
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
+                   config=asdict(args), sync_tensorboard=True)  # fmt: skip
+    step = checkpoint["global_step"] if checkpoint else 0
+    try:
+        writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
+    except OSError as error:
+        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
+    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    return run_dir, choose_device(args), writer
+
+
+def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
+    """Settings of a saved run must be as they were, but for those named in `free`."""
+    for name, value in checkpoint["args"].items():
+        if name not in free.split() and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
+
+
+def next_multiple(step: int, frequency: int) -> float:
+    """The next multiple of a frequency after this step; 0 = never."""
+    return (step // frequency + 1) * frequency if frequency else math.inf
+
+
+def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
+    """Writes everything a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
+
+    parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
+    """
+    state = {
+        "version": 1,
+        "args": asdict(args) | {"resume": None},
+        "global_step": global_step,
+        "parts": {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()},
+        "rng": {
+            name: g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for name, g in rng.items()
+        },
+    }
+    path = f"{run_dir}/checkpoint.pt"
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # a full disk, above all
+        raise SystemExit(f"error: cannot write {path}, the last checkpoint is intact: {error}") from error
+
+
+def load_checkpoint(run_dir: str, args: Args) -> dict:
+    """Reads a run folder's checkpoint (tensors stay on disk until they are used); names what is wrong in one line."""
+    path = os.path.join(run_dir, "checkpoint.pt")
+    if not os.path.isfile(path):
+        fail(f"no checkpoint at {path}")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # many types, for a damaged or foreign file
+        fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
+    if damaged:
+        fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
+    names = {field.name for field in fields(args)}
+    if not isinstance(state, dict) or state.get("version") != 1 or set(state.get("args", ())) != names:
+        fail(f"{path} was written by another script or version")
+    return state
+
+
+def restore_rng(rng: dict, states: dict) -> None:
+    """Sets the named generators to the states of a checkpoint."""
+    for name, generator in rng.items():
+        if isinstance(generator, torch.Generator):
+            if states[name].shape == generator.get_state().shape:
+                generator.set_state(states[name])
+            else:
+                print(f"random generator {name} starts anew: it was saved on another kind of device")
+        else:
+            generator.bit_generator.state = states[name]
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to stop at its next safe point; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = 0
+        self.previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self, signum: int, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = signum
+        os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+
+    def exit(self) -> None:
+        """Hands the signals back; ends the process with the usual code if one has come."""
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+        if self.requested:
+            raise SystemExit(128 + self.requested)
+
+
+def make_progress(args: Args, global_step: int) -> tqdm:
+    """Progress bar in environment steps; into a file it writes a line now and then."""
+    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
+    if not sys.stderr.isatty():
+        progress.write = print  # tqdm's own draws the bar anew at every line
+    return progress
+
+
+def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
+    """Prints each episode that ended at this step (more than 16: their mean) and logs their mean."""
+    returns, lengths = infos["episode"]["r"][dones], infos["episode"]["l"][dones]
+    if len(returns) > 16:
+        mean = f"episodic_return={returns.mean():.1f}, length={lengths.mean():.1f}"
+        progress.write(f"global_step={global_step}, {len(returns)} episodes, mean {mean}")
+    else:
+        for episodic_return, length in zip(returns, lengths, strict=True):
+            progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
+    writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
+    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
+    progress.set_postfix({"return": f"{returns.mean():.1f}"}, refresh=False)
+
+
+def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, global_step: int) -> None:
+    """Prints and logs mean and standard deviation of an evaluation's returns."""
+    progress.write(f"global_step={global_step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
+    writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+    writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+
+
+def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[str, float]:
+    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
+    if not metrics:
+        return {}
+    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+    return values
+
+
+# === Main ===
+
+
+def check_args(args: Args) -> None:
+    """Refuses impossible numbers in one line."""
+    at_least = {
+        1: "total_timesteps num_envs eval_episodes batch_size td_steps unroll_steps support_size hidden_size "
+        "num_blocks num_simulations max_considered_actions target_network_frequency",
+        0: "seed eval_frequency checkpoint_frequency learning_starts replay_ratio learning_rate weight_decay "
+        "max_grad_norm gamma value_scale c_visit c_scale pb_c_init dirichlet_fraction temperature_moves "
+        "priority_alpha priority_beta reanalyze_ratio",
+    }
+    for bound, names in at_least.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not value >= bound:
+                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+    for name in ("gamma", "dirichlet_fraction", "reanalyze_ratio"):
+        if getattr(args, name) > 1:
+            fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
+    for name in ("pb_c_base", "dirichlet_alpha"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    rows = 2 * (args.unroll_steps + args.td_steps + 1) * args.num_envs
+    if args.buffer_size < rows:
+        fail(f"--buffer-size {args.buffer_size} is too small: {args.num_envs} environments with --unroll-steps and "
+             f"--td-steps need {rows}")  # fmt: skip
+    if args.capture_video and args.env_id in BOARD_GAMES:
+        fail(f"{args.env_id} has no pictures for --capture-video")
+    if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
+        fail("--cudagraphs needs a GPU")
+
+
+def check_support(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
+    """Refuses a support that does not hold the largest possible value; warns where that is not known."""
+    reach = inverse_transform(torch.tensor(float(args.support_size), dtype=torch.float64)).item()
+    if args.env_id in BOARD_GAMES:
+        largest = 1.0
+    elif task_name(args.env_id) in MAX_REWARD:
+        steps = envs.envs[0].spec.max_episode_steps
+        largest = MAX_REWARD[task_name(args.env_id)] * sum(args.gamma**i for i in range(steps))
+    else:
+        print(f"values of {args.env_id} beyond +-{reach:.0f} would be clipped (--support-size): losses/clipped_targets")
+        return
+    if largest > reach:
+        enough = math.ceil(transform(torch.tensor(largest, dtype=torch.float64)).item())
+        wide = f"returns reach {largest:.0f}, which needs {enough}"
+        fail(f"--support-size {args.support_size} holds values up to {reach:.0f}: {wide}")
+
+
+def require_finite_arrays(global_step: int, *arrays: np.ndarray) -> None:
+    """Stops the run before an observation or a reward that is not finite gets into the replay."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise SystemExit(f"error: not finite at step {global_step}: the environment's observation or reward")
+
+
+def main(args: Args) -> str:
+    args = with_task_defaults(args)
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    envs, eval_envs = make_vector_env(args, args.num_envs), None
+    check_support(args, envs)
+    run_dir, device, writer = setup_run(args, checkpoint)
+    stop = StopRequest()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # many small operations: more threads only wait for each other
+
+    # networks, optimizer, buffer, generators
+    agent = Agent(envs, args).to(device)
+    target = deepcopy(agent).requires_grad_(False)
+    optimizer = make_optimizer(agent, args)
+    try:
+        rb = ReplayBuffer(envs, args, device)
+    except RuntimeError as error:
+        fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {device}: {str(error)[:80]}")
+    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act"))}
+    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("replay", "update"))}
+    global_step, counters = 0, {"num_updates": 0}
+    num_parameters = sum(p.numel() for p in agent.parameters())
+    print(f"{run_dir}: {device}, {agent.num_actions} actions, {num_parameters:,} parameters, {args.search} search")
+
+    # resume
+    parts = {"agent": agent, "target": target, "optimizer": optimizer}
+    buffer_parts = {"replay": rb} if args.save_buffer else {}
+    if checkpoint:
+        global_step, saved = checkpoint["global_step"], checkpoint["parts"]
+        for name, part in (parts | buffer_parts).items():
+            part.load_state_dict(saved[name])
+        if args.save_buffer and saved["open_episodes"]:  # a simulator cannot be saved: they end as truncated
+            rows = {name: tensor.to(device) for name, tensor in saved["open_episodes"].items()}
+            rb.add(rows, rows["end"].nonzero()[:, 0].cpu().numpy(), closing=True)
+        counters = saved["counters"]
+        restore_rng(rng, checkpoint["rng"])
+
+    # executables
+    fns = Executables(*map(torch.compile, Executables())) if args.compile else Executables()
+    act_fn = functools.partial(act, agent, args=args, fns=fns)
+    act_fn = GraphedSearch(act_fn) if args.cudagraphs else act_fn
+
+    metrics, last_report = {}, (global_step, time.perf_counter())
+
+    def report() -> None:
+        """Losses of the newest update (which must be finite) and steps per second."""
+        nonlocal last_report
+        values, (last_step, last_time), now = require_finite(metrics, global_step), last_report, time.perf_counter()
+        if values and global_step > last_step:
+            values["charts/SPS"] = (global_step - last_step) / (now - last_time)
+            for name, value in values.items():
+                writer.add_scalar(name, value, global_step)
+            if values["losses/clipped_targets"] > 0:
+                progress.write(
+                    f"global_step={global_step}, returns beyond --support-size {args.support_size} are clipped"
+                )
+            last_report = global_step, now
+
+    def learn(count: int) -> None:
+        nonlocal metrics
+        for _ in range(count):
+            rows = rb.sample(args.batch_size, args.priority_beta, rng["replay"])
+            if args.reanalyze_ratio > 0:
+                rows = reanalyze(target, rb, rows, math.ceil(args.reanalyze_ratio * args.batch_size), args, fns)
+            shape = args.unroll_steps, args.batch_size
+            actions = torch.randint(agent.num_actions, shape, generator=rng["update"], device=device)
+            metrics = update(agent, optimizer, rb, rows, actions, args, fns.losses)
+            counters["num_updates"] += 1
+            if counters["num_updates"] % args.target_network_frequency == 0:
+                target.load_state_dict(agent.state_dict())
+
+    def save() -> None:
+        report()  # a loss that is not finite must not reach the checkpoint
+        writer.flush()  # curves without a gap, should the run be killed and resumed
+        saved = parts | buffer_parts | {"counters": counters}
+        if args.save_buffer:
+            never = np.zeros_like(dones)
+            saved["open_episodes"] = {} if dones.all() else closing_rows(agent, obs, ~dones, never, device)
+        save_checkpoint(run_dir, args, global_step, saved, rng)
+
+    # the loop
+    progress = make_progress(args, global_step)
+    dones, moves = np.ones(args.num_envs, bool), np.zeros(args.num_envs, np.int64)
+    next_eval = next_multiple(global_step, args.eval_frequency)
+    next_save = next_multiple(global_step, args.checkpoint_frequency)
+    everyone = np.arange(args.num_envs)
+    if not checkpoint:
+        save()  # from here on the run folder always holds a checkpoint
+    while True:
+        if global_step >= next_eval:
+            next_eval = next_multiple(global_step, args.eval_frequency)
+            if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
+                video = f"{run_dir}/videos/step-{global_step}" if args.capture_video else None
+                eval_envs = make_vector_env(args, min(args.eval_episodes, 100), video)
+            returns, trajectories = evaluate(agent, eval_envs, args, device, stop, fns)
+            if args.capture_video:
+                eval_envs.close()
+            if not stop.requested:
+                log_evaluation(writer, progress, returns, global_step)
+                log_diagnostics(agent, trajectories, args, writer, run_dir, global_step)
+        ending = stop.requested or global_step >= args.total_timesteps
+        if ending or (global_step >= next_save and (dones.all() or args.num_envs > 1)):
+            next_save = next_multiple(global_step, args.checkpoint_frequency)
+            save()
+        if ending:
+            break
+
+        if dones.any():
+            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
+            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
+            require_finite_arrays(global_step, obs)
+            moves[dones] = 0
+        legal = legal_actions(envs)
+        inputs = obs, legal, draw_noise(legal, args, rng["act"]), temperature_of(moves, global_step, args)
+        inputs = [torch.as_tensor(x, device=device) for x in inputs]
+        result = act_fn(*inputs)
+        next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())  # host sync
+        require_finite_arrays(global_step, next_obs, rewards)
+        step_rows = {
+            "obs": inputs[0], "legal": inputs[1], "action": result.action,
+            "policy": result.policy, "value": result.value,
+            "reward": torch.as_tensor(rewards, device=device, dtype=torch.float32),
+        }  # fmt: skip
+        rb.add(step_rows, everyone)
+        obs, dones = next_obs, terminations | truncations
+        moves += 1
+        global_step += args.num_envs
+        progress.update(args.num_envs)
+        if dones.any():
+            rb.add(closing_rows(agent, obs, dones, terminations, device), np.flatnonzero(dones), closing=True)
+            log_episodes(writer, progress, infos, dones, global_step)
+        if rb.ready.any() and len(rb) >= args.learning_starts:  # again, if the buffer was not saved
+            before = counters["num_updates"]
+            learn(updates_due(global_step, args) - updates_due(global_step - args.num_envs, args))
+            if counters["num_updates"] // 100 > before // 100:
+                report()
+
+    envs.close()
+    if eval_envs is not None and not args.capture_video:
+        eval_envs.close()
+    progress.close()
+    writer.close()
+    if args.save_model:
+        torch.save(agent.state_dict(), f"{run_dir}/{args.exp_name}.pt")
+    print(f"checkpoint at step {global_step}; continue with: python {os.path.basename(__file__)} --resume {run_dir}")
+    stop.exit()
+    return run_dir
+
+
+if __name__ == "__main__":
+    main(parse_args())

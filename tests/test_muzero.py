@@ -1,0 +1,1406 @@
+"""muzero.py in numbers: the searches against hand-worked tables and a plain recursion, targets, replay, boards."""
+
+import importlib.util
+import itertools
+import math
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import muzero
+
+F64 = torch.float64
+CPU = torch.device("cpu")
+
+
+def make_args(**changes) -> muzero.Args:
+    return muzero.with_task_defaults(muzero.Args(**{"cuda": False} | changes))
+
+
+# === The searches by hand ===
+
+
+def hand_model(rewards, values, discount, dtype=F64):
+    """Every state has prior (0.2, 0.5, 0.3); action a earns rewards[a] and leads to a state worth values[a]."""
+    prior, rewards, values = (torch.tensor(x, dtype=dtype) for x in ((0.2, 0.5, 0.3), rewards, values))
+
+    def model(latent, action):
+        reward = rewards[action]
+        return latent, reward, torch.full_like(reward, discount), prior.log().expand(len(action), 3), values[action]
+
+    return model, prior.log()[None]
+
+
+def hand_search(
+    search, num_simulations, root_value=0.3, problem=((0.5, 0, 0), (0.1, 0.2, 0.8), 0.9), dtype=F64, **kwargs
+):
+    model, logits = hand_model(*problem, dtype)
+    root = torch.zeros(1, 1, dtype=dtype), logits, torch.tensor([root_value], dtype=dtype)
+    args = make_args(num_simulations=num_simulations, c_scale=kwargs.pop("c_scale", 0.1))
+    legal = torch.ones(1, 3, dtype=torch.bool)
+    if search is muzero.puct_search:
+        return search(model, root, legal, None, None, args, **kwargs)
+    return search(model, root, legal, kwargs.pop("noise", None), args, **kwargs)
+
+
+PUCT = {  # simulations: (visits, Q, mean of the root)
+    1: ((0, 1, 0), (0, 0.18, 0), 0.24),
+    2: ((0, 1, 1), (0, 0.18, 0.72), 0.4),
+    3: ((0, 1, 2), (0, 0.18, 0.441), 0.3405),
+    4: ((0, 1, 3), (0, 0.18, 0.51), 0.402),
+    5: ((0, 1, 4), (0, 0.18, 0.41895), 0.3593),
+    6: ((0, 1, 5), (0, 0.18, 0.4518), 0.391286),
+    7: ((0, 2, 5), (0, 0.171, 0.4518), 0.362625),
+    8: ((1, 2, 5), (0.59, 0.171, 0.4518), 0.387889),
+    50: ((41, 4, 5), (1.48175, 0.28395, 0.4518), 1.263658),
+}
+
+
+@pytest.mark.parametrize("num_simulations", PUCT)
+def test_puct_by_hand(num_simulations):
+    """One player; the bounds of Q are those of the whole tree."""
+    visits, qvalues, mean = PUCT[num_simulations]
+    result = hand_search(muzero.puct_search, num_simulations)
+    assert result.visit_counts[0].tolist() == list(visits)
+    assert result.qvalues[0].tolist() == pytest.approx(qvalues, abs=5e-7)
+    assert result.value.item() == pytest.approx(mean, abs=5e-7)
+    assert result.policy[0].tolist() == pytest.approx([v / num_simulations for v in visits])
+
+
+def test_puct_scores_by_hand():
+    """Q rescaled + U at the root, before simulations 1, 2 and 5."""
+    found = []
+
+    def recorded(prior, visit_counts, qvalues, node_visits, edge_values, legal, value_range, c1, c2):
+        low, high = edge_values.aminmax(dim=0)
+        q = torch.where(visit_counts > 0, muzero.rescale(qvalues, low, high), 0)[0, :, 0]
+        factor = torch.sqrt(node_visits[0]) * (c1 + torch.log((node_visits[0] + c2 + 1) / c2))
+        found.append((q, prior[0, :, 0] * factor / (1 + visit_counts[0, :, 0])))
+        choice = muzero.puct_choice(prior, visit_counts, qvalues, node_visits, edge_values, legal, value_range, c1, c2)
+        assert choice[0].item() == sum(found[-1]).argmax().item()
+        return choice
+
+    hand_search(muzero.puct_search, 5, choice_fn=recorded)
+    for i, expected in ((0, (0.250020, 0.625051, 0.375031)), (1, (0.353597, 0.441996, 0.530395))):
+        assert sum(found[i]).tolist() == pytest.approx(expected, abs=5e-7)
+    assert found[4][0].tolist() == pytest.approx((0, 0, 0.611111), abs=5e-7)
+    assert found[4][1].tolist() == pytest.approx((0.559154, 0.698942, 0.209683), abs=5e-7)
+
+
+TWO_PLAYERS = ((0, 0, 0), (0.4, -0.5, 0.1), -1.0)
+
+
+def test_two_players_by_hand():
+    """d = -1 and known bounds; with the sign forgotten the visits are others."""
+    visits = {1: (0, 1, 0), 2: (0, 2, 0), 3: (0, 3, 0), 4: (0, 4, 0), 5: (0, 4, 1), 8: (0, 6, 2), 50: (8, 26, 16)}
+    means = {1: 0.25, 2: 0, 3: 0.125, 4: 0, 5: -0.016667, 8: 0, 50: 0.019608}
+    for num_simulations, expected in visits.items():
+        result = hand_search(muzero.puct_search, num_simulations, 0.0, TWO_PLAYERS, value_range=(-1.0, 1.0))
+        assert result.visit_counts[0].tolist() == list(expected)
+        assert result.value.item() == pytest.approx(means[num_simulations], abs=5e-7)
+    assert result.qvalues[0].tolist() == pytest.approx((-0.0375, 0.015385, 0.05625), abs=5e-7)
+    for num_simulations, expected, mean in ((8, [1, 4, 3], -0.211111), (50, [11, 24, 15], -0.272549)):
+        result = hand_search(muzero.puct_search, num_simulations, 0.0, (*TWO_PLAYERS[:2], 1.0), value_range=(-1.0, 1.0))
+        assert result.visit_counts[0].tolist() == expected
+        assert result.value.item() == pytest.approx(mean, abs=5e-7)
+
+
+GUMBEL = {  # simulations: (visits, improved policy, action)
+    2: ((0, 1, 1), (0.020577, 0.009852, 0.969571), 2),
+    4: ((1, 1, 2), (0.806156, 0.011118, 0.182726), 2),
+    8: ((4, 1, 3), (0.854847, 0.009652, 0.1355), 0),
+    16: ((7, 2, 7), (0.895537, 0.007491, 0.096972), 0),
+}
+
+
+@pytest.mark.parametrize("num_simulations", GUMBEL)
+def test_gumbel_by_hand(num_simulations):
+    visits, policy, action = GUMBEL[num_simulations]
+    result = hand_search(muzero.gumbel_search, num_simulations)
+    assert result.visit_counts[0].tolist() == list(visits)
+    assert result.policy[0].tolist() == pytest.approx(policy, abs=5e-7)
+    assert result.action.item() == action
+
+
+def test_gumbel_noise_by_hand():
+    noise = torch.tensor([[[0, 0, 0], [1, -0.5, 0.2]]], dtype=F64)
+    result = hand_search(muzero.gumbel_search, 2, noise=noise)
+    assert result.visit_counts[0].tolist() == [1, 0, 1] and result.action.item() == 2
+    assert result.policy[0].tolist() == pytest.approx((0.014609, 0.009912, 0.975479), abs=5e-7)
+
+
+HALVING = {
+    (2, 16): [8, 8],
+    (4, 4): [1] * 4,
+    (4, 8): [3, 3, 1, 1],
+    (4, 16): [6, 6, 2, 2],
+    (8, 16): [4, 4, 2, 2, 1, 1, 1, 1],
+    (16, 16): [1] * 16,
+    (16, 32): [4] * 4 + [2] * 4 + [1] * 8,
+    (16, 50): [12, 12, 5, 5] + [2] * 4 + [1] * 8,
+    (3, 4): [2, 1, 1],
+    (7, 50): [18, 17, 7] + [2] * 4,
+    (1, 5): [5],
+}
+
+
+@pytest.mark.parametrize(("num_actions", "num_simulations"), HALVING)
+def test_sequential_halving_by_hand(num_actions, num_simulations):
+    """Visits of each candidate in final rank order, when the candidates' order never changes."""
+    eligible, visits = muzero.halving_visits(num_actions, num_simulations), [0] * num_actions
+    assert len(eligible) == num_simulations
+    for wanted in eligible:
+        visits[visits.index(wanted)] += 1
+    assert visits == HALVING[num_actions, num_simulations]
+
+
+def test_eligible_counts_by_hand():
+    assert muzero.halving_visits(4, 8) == [0, 0, 0, 0, 1, 1, 2, 2]
+    table = muzero.halving_table(4, 8, CPU)
+    assert table.shape == (8, 5) and table[:, 4].tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+
+
+# === Degenerate problems ===
+
+
+@pytest.mark.parametrize(
+    "problem", [((0, 0, 0), (0.7, 0.7, 0.7), 1.0), ((0.0021, 0.0021, 0.0021), (0.7, 0.7, 0.7), 0.997)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_equal_values_leave_the_choice_to_the_prior(problem, dtype):
+    """Rounding must not become a preference: visits as if Q were not there, in float32 too."""
+    result = hand_search(muzero.puct_search, 50, 0.7, problem, dtype)
+    counts = np.zeros(3)
+    for _ in range(50):
+        counts[np.argmax(np.array([0.2, 0.5, 0.3]) / (1 + counts))] += 1
+    assert result.visit_counts[0].tolist() == counts.tolist()
+    improved = hand_search(muzero.gumbel_search, 50, 0.7, problem, dtype).policy[0].tolist()
+    assert improved == pytest.approx((0.2, 0.5, 0.3), abs=1e-6)
+
+
+@pytest.mark.parametrize("num_simulations", [1, 2, 3, 10, 50])
+@pytest.mark.parametrize("search", [muzero.puct_search, muzero.gumbel_search])
+def test_a_constant_model_has_its_value(search, num_simulations):
+    """Value 1, reward 0, gamma 1: the root's mean is exactly 1, it does not shrink with few simulations."""
+    result = hand_search(search, num_simulations, 1.0, ((0, 0, 0), (1, 1, 1), 1.0), torch.float32)
+    assert result.value.item() == 1.0 and result.visit_counts.sum() == num_simulations
+
+
+def test_values_of_a_terminal_edge_do_not_come_back():
+    """Discount 0 on an edge: only its reward counts above it, whatever the states below are worth."""
+    result = hand_search(muzero.puct_search, 20, 0.0, ((0.25, 0.25, 0.25), (9.0, -9.0, 5.0), 0.0))
+    assert result.qvalues[0].tolist() == pytest.approx([0.25] * 3)
+
+
+# === The searches against a plain recursion, one root at a time ===
+
+
+class Problem:
+    """A random model of M states: tables of transitions, rewards, discounts, prior logits and values."""
+
+    def __init__(self, seed: int, num_actions: int, two_players: bool, batch: int, mask: bool):
+        rng = np.random.default_rng(seed)
+        M, A = 40, num_actions
+        self.next = torch.from_numpy(rng.integers(M, size=(M, A)))
+        scale = 1.0 if two_players else 10.0 ** rng.uniform(-2, 2)
+        self.reward = torch.from_numpy(scale * rng.normal(size=(M, A)) * (rng.random((M, A)) < 0.5))
+        d = -1.0 if two_players else 0.95
+        self.discount = torch.from_numpy(np.where(rng.random((M, A)) < 0.1, 0.0, d))
+        self.logits = torch.from_numpy(2 * rng.normal(size=(M, A)))
+        self.value = torch.from_numpy(scale * rng.normal(size=M))
+        self.value_range = (-3.0, 3.0) if two_players else None
+        self.start = torch.from_numpy(rng.integers(M, size=batch))
+        legal = rng.random((batch, A)) < 0.6
+        legal[np.arange(batch), rng.integers(A, size=batch)] = True
+        self.legal = torch.from_numpy(legal | (not mask))
+        dirichlet = rng.dirichlet(np.full(A, 0.3), size=batch) * legal
+        dirichlet /= np.maximum(dirichlet.sum(1, keepdims=True), 1e-30)
+        self.noise = torch.from_numpy(np.stack([dirichlet, rng.gumbel(size=(batch, A))], 1))
+
+    def __call__(self, latent, action):
+        state = latent[:, 0].long()
+        new = self.next[state, action]
+        reward, discount = self.reward[state, action], self.discount[state, action]
+        return new[:, None].double(), reward, discount, self.logits[new], self.value[new]
+
+    def roots(self, rows):
+        state = self.start[rows]
+        return state[:, None].double(), self.logits[state], self.value[state]
+
+
+class Node:
+    def __init__(self, problem: Problem, state: int):
+        self.state, A = state, problem.logits.shape[1]
+        self.logits = problem.logits[state].numpy().copy()
+        self.raw_value = problem.value[state].item()
+        self.returns = [self.raw_value]
+        self.N, self.Q, self.children = np.zeros(A), np.zeros(A), {}
+
+    def prior(self) -> np.ndarray:
+        p = np.exp(self.logits - self.logits.max())
+        return p / p.sum()
+
+
+def plain_simulation(problem: Problem, node: Node, choose) -> float:
+    """Down to a new node and back: the return at this node."""
+    a = choose(node)
+    reward, discount = problem.reward[node.state, a].item(), problem.discount[node.state, a].item()
+    if a in node.children:
+        value = plain_simulation(problem, node.children[a], choose)
+    else:
+        node.children[a] = Node(problem, problem.next[node.state, a].item())
+        value = node.children[a].raw_value
+    node.N[a] += 1
+    node.Q[a] = reward + discount * np.mean(node.children[a].returns)
+    node.returns.append(reward + discount * value)
+    return node.returns[-1]
+
+
+def all_q(node: Node) -> list[float]:
+    return [node.Q[a] for a in node.children] + [q for child in node.children.values() for q in all_q(child)]
+
+
+def plain_puct(problem: Problem, row: int, num_simulations: int, fraction=0.25):
+    root = Node(problem, problem.start[row].item())
+    legal = problem.legal[row].numpy()
+    root.logits[~legal] = -1e300
+    noisy = (1 - fraction) * root.prior() + fraction * problem.noise[row, 0].numpy()
+
+    def choose(node):
+        found = all_q(root)
+        low, high = problem.value_range or ((min(found), max(found)) if found else (0, 0))
+        best, best_score = None, -math.inf
+        total = 1 + node.N.sum()
+        for a in range(len(node.N)):
+            if node is root and not legal[a]:
+                continue
+            q = (node.Q[a] - low) / (high - low) if node.N[a] and high - low > 1e-5 * max(1, abs(low), abs(high)) else 0
+            p = noisy[a] if node is root else node.prior()[a]
+            score = q + p * math.sqrt(total) / (1 + node.N[a]) * (1.25 + math.log((total + 19653) / 19652))
+            if score > best_score:
+                best, best_score = a, score
+        return best
+
+    for _ in range(num_simulations):
+        plain_simulation(problem, root, choose)
+    return root
+
+
+def plain_scores(node: Node, value_range, c_visit=50.0, c_scale=0.1) -> np.ndarray:
+    """logits + sigma(completed Q)."""
+    visited, prior, value = node.N > 0, node.prior(), node.raw_value
+    if visited.any():
+        mean = sum(prior[a] * node.Q[a] for a in np.flatnonzero(visited)) / max(prior[visited].sum(), 1e-30)
+        value = (node.raw_value + node.N.sum() * mean) / (1 + node.N.sum())
+    completed = np.where(visited, node.Q, value)
+    low, high = value_range or (completed.min(), completed.max())
+    flat = high - low <= 1e-5 * max(1, abs(low), abs(high))
+    completed = np.zeros_like(completed) if flat else (completed - low) / (high - low)
+    return node.logits + (c_visit + node.N.max()) * c_scale * completed
+
+
+def plain_gumbel(problem: Problem, row: int, num_simulations: int, max_considered=16):
+    """Sequential halving round by round: of the survivors of a phase the best so far is visited first (as in mctx)."""
+    root = Node(problem, problem.start[row].item())
+    legal, g = problem.legal[row].numpy(), problem.noise[row, 1].numpy()
+    root.logits[~legal] = -1e300
+
+    def interior(node):
+        scores = plain_scores(node, problem.value_range)
+        pi = np.exp(scores - scores.max())
+        return int(np.argmax(pi / pi.sum() - node.N / (1 + node.N.sum())))
+
+    count = survivors = min(max_considered, int(legal.sum()))
+    phases, rounds, spent = max(1, math.ceil(math.log2(count))), 0, 0
+    while spent < num_simulations:
+        for _ in range(max(1, num_simulations // (phases * survivors))):
+            for _ in range(survivors):
+                if spent < num_simulations:
+                    behind = [a for a in np.flatnonzero(legal) if root.N[a] == rounds]
+                    scores = g + plain_scores(root, problem.value_range)
+                    first = max(behind, key=lambda a: scores[a])
+                    plain_simulation(problem, root, lambda node: first if node is root else interior(node))  # noqa: B023
+                    spent += 1
+            rounds += 1
+        survivors = max(min(2, survivors), survivors // 2)
+    scores = plain_scores(root, problem.value_range)
+    most = [a for a in np.flatnonzero(legal) if root.N[a] == root.N.max()]
+    pi = np.where(legal, np.exp(scores - scores[legal].max()), 0)
+    return root, pi / pi.sum(), max(most, key=lambda a: g[a] + scores[a])
+
+
+SIZES = [(1, 3), (2, 1), (2, 50), (3, 16), (4, 100), (9, 25), (18, 7), (18, 100)]  # actions, simulations
+CASES = [(A, S, two, mask) for (A, S), two, mask in itertools.product(SIZES, (False, True), (False, True))]
+
+
+@pytest.mark.parametrize(("num_actions", "num_simulations", "two_players", "mask"), CASES)
+def test_puct_equals_a_plain_recursion(num_actions, num_simulations, two_players, mask):
+    """Visits, Q and mean of every root of a batch; masks, negative values, terminal edges, noise."""
+    problem = Problem(num_actions * 1000 + num_simulations, num_actions, two_players, 6, mask)
+    args, rows = make_args(num_simulations=num_simulations), torch.arange(6)
+    temperature = torch.zeros(6, dtype=F64)
+    result = muzero.puct_search(
+        problem, problem.roots(rows), problem.legal, problem.noise, temperature, args, problem.value_range
+    )
+    for row in range(6):
+        root = plain_puct(problem, row, num_simulations)
+        assert result.visit_counts[row].tolist() == root.N.tolist()
+        np.testing.assert_allclose(result.qvalues[row], root.Q, rtol=1e-9, atol=1e-12)
+        assert result.value[row].item() == pytest.approx(np.mean(root.returns), rel=1e-9, abs=1e-12)
+        assert result.action[row] == root.N.argmax()
+    assert not result.visit_counts[~problem.legal].any() and not result.policy[~problem.legal].any()
+
+
+@pytest.mark.parametrize(("num_actions", "num_simulations", "two_players", "mask"), CASES)
+def test_gumbel_equals_a_plain_recursion(num_actions, num_simulations, two_players, mask):
+    """Visits, Q, improved policy and action of every root of a batch."""
+    problem = Problem(num_actions * 1000 + num_simulations, num_actions, two_players, 6, mask)
+    args, rows = make_args(num_simulations=num_simulations), torch.arange(6)
+    result = muzero.gumbel_search(problem, problem.roots(rows), problem.legal, problem.noise, args, problem.value_range)
+    for row in range(6):
+        root, policy, action = plain_gumbel(problem, row, num_simulations)
+        assert result.visit_counts[row].tolist() == root.N.tolist()
+        np.testing.assert_allclose(result.qvalues[row], root.Q, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(result.policy[row], policy, rtol=1e-7, atol=1e-12)
+        assert result.action[row] == action
+    assert not result.policy[~problem.legal].any()
+
+
+@pytest.mark.parametrize("search", ["puct", "gumbel"])
+def test_a_row_of_a_batch_equals_the_same_row_alone(search):
+    """Bit for bit, in any company."""
+    problem = Problem(5, 6, False, 9, True)
+    args = make_args(num_simulations=40)
+
+    def run(rows):
+        noise = (problem.legal[rows], problem.noise[rows])
+        if search == "puct":
+            return muzero.puct_search(problem, problem.roots(rows), *noise, torch.ones(len(rows), dtype=F64), args)
+        return muzero.gumbel_search(problem, problem.roots(rows), *noise, args)
+
+    together = run(torch.arange(9))
+    for row in range(9):
+        alone = run(torch.tensor([row]))
+        for a, b in zip(together, alone, strict=True):
+            assert torch.equal(a[row], b[0])
+
+
+def test_depth_is_that_of_the_nodes():
+    """One action: a chain of depths 1 ... S."""
+    problem = Problem(0, 1, False, 2, False)
+    result = muzero.puct_search(
+        problem, problem.roots(torch.arange(2)), problem.legal, None, None, make_args(num_simulations=9)
+    )
+    assert result.depth.tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize("search", ["puct", "gumbel"])
+def test_a_root_without_a_legal_action_stays_finite(search):
+    """The board of a finished game, searched with the others."""
+    problem = Problem(3, 4, True, 2, False)
+    legal = torch.tensor([[False] * 4, [True] * 4])
+    args = make_args(num_simulations=10)
+    roots = problem.roots(torch.arange(2))
+    if search == "puct":
+        result = muzero.puct_search(problem, roots, legal, problem.noise, torch.ones(2, dtype=F64), args)
+    else:
+        result = muzero.gumbel_search(problem, roots, legal, problem.noise, args)
+    assert all(x.isfinite().all() for x in result)
+
+
+def test_illegal_actions_are_not_chosen_however_bad_the_others():
+    """Q below the known bounds scores less than an unvisited action; at the root the mask still holds."""
+    model, logits = hand_model((-5, -5, 0), (0, 0, 0), 1.0)
+    root, legal = (torch.zeros(1, 1, dtype=F64), logits, torch.zeros(1, dtype=F64)), torch.tensor([[True, True, False]])
+    args = make_args(num_simulations=20)
+    for result in (
+        muzero.puct_search(model, root, legal, None, None, args, (0.0, 1.0)),
+        muzero.gumbel_search(model, root, legal, None, args, (0.0, 1.0)),
+    ):
+        assert result.visit_counts[0, 2] == 0 and result.policy[0, 2] == 0 and result.action < 2
+
+
+def test_acting_temperature_and_noise():
+    """Actions are drawn in proportion to N^(1/T); T = 0 and no noise play the most visited one."""
+    problem = Problem(11, 4, False, 1, False)
+    rows, args = torch.zeros(20_000, dtype=torch.long), make_args(num_simulations=20)
+    rng = np.random.default_rng(0)
+    dirichlet = problem.noise[rows, 0]
+    noise = torch.stack([dirichlet, torch.from_numpy(rng.gumbel(size=(20_000, 4)))], 1)
+    for temperature in (1.0, 0.5):
+        t = torch.full((20_000,), temperature, dtype=F64)
+        result = muzero.puct_search(problem, problem.roots(rows), problem.legal[rows], noise, t, args)
+        wanted = result.visit_counts[0] ** (1 / temperature)
+        share = torch.bincount(result.action, minlength=4) / 20_000
+        np.testing.assert_allclose(share, wanted / wanted.sum(), atol=0.015)
+    t = torch.zeros(20_000, dtype=F64)
+    greedy = muzero.puct_search(problem, problem.roots(rows), problem.legal[rows], noise, t, args)
+    assert (greedy.action == greedy.visit_counts[0].argmax()).all()
+
+
+def test_gumbel_considers_the_best_by_noise_and_prior():
+    """With more actions than are considered, those with the largest g + logits are visited, and no others."""
+    problem = Problem(2, 18, False, 8, True)
+    args = make_args(num_simulations=12, max_considered_actions=4)
+    result = muzero.gumbel_search(problem, problem.roots(torch.arange(8)), problem.legal, problem.noise, args)
+    for row in range(8):
+        order = problem.noise[row, 1] + torch.where(problem.legal[row], problem.logits[problem.start[row]], -torch.inf)
+        top = set(order.argsort(descending=True)[: min(4, int(problem.legal[row].sum()))].tolist())
+        assert set(result.visit_counts[row].nonzero()[:, 0].tolist()) == top and result.action[row].item() in top
+
+
+def test_noise_is_that_of_its_distributions():
+    """Dirichlet over the legal actions, which sums to 1; standard Gumbel."""
+    args = make_args(dirichlet_alpha=0.3)
+    legal = np.ones((20_000, 4), bool)
+    legal[:, 2] = False
+    noise = muzero.draw_noise(legal, args, np.random.default_rng(0))
+    assert noise.shape == (20_000, 2, 4) and noise.dtype == np.float32
+    dirichlet, gumbel = noise[:, 0], noise[:, 1]
+    np.testing.assert_allclose(dirichlet.sum(1), 1, rtol=1e-5)
+    assert not dirichlet[:, 2].any()
+    expected = np.random.default_rng(1).dirichlet([0.3] * 3, size=20_000)
+    np.testing.assert_allclose(dirichlet[:, [0, 1, 3]].mean(0), 1 / 3, atol=0.01)
+    np.testing.assert_allclose(dirichlet[:, 0].std(), expected[:, 0].std(), atol=0.01)
+    assert gumbel.mean() == pytest.approx(0.5772, abs=0.02) and gumbel.std() == pytest.approx(
+        math.pi / 6**0.5, abs=0.02
+    )
+    assert muzero.draw_noise(np.zeros((1, 4), bool), args, np.random.default_rng(0))[:, 0].tolist() == [[0.0] * 4]
+
+
+def test_temperatures():
+    args = make_args(temperature_steps=(100, 200), temperature_moves=3)
+    moves = np.array([0, 2, 3])
+    for step, expected in ((0, [1, 1, 0]), (99, [1, 1, 0]), (100, [0.5, 0.5, 0]), (200, [0.25, 0.25, 0])):
+        assert muzero.temperature_of(moves, step, args).tolist() == expected
+    assert muzero.temperature_of(moves, 0, make_args()).tolist() == [1, 1, 1]
+
+
+# === Scalars as distributions ===
+
+TRANSFORMED = {1: 0.415214, 2: 0.734051, 10: 2.326625, -10: -2.326625, 100: 9.149876, 500: 21.883029, 1000: 31.638584}
+INVERTED = {1: 2.988057, 2: 7.952349, 5: 34.586162, 10: 117.430323, -10: -117.430323, 300: 58705.584017}
+
+
+def test_transform_by_hand():
+    x = torch.tensor(list(TRANSFORMED), dtype=F64)
+    assert muzero.transform(x).tolist() == pytest.approx(list(TRANSFORMED.values()), abs=5e-7)
+    y = torch.tensor(list(INVERTED), dtype=F64)
+    assert muzero.inverse_transform(y).tolist() == pytest.approx(list(INVERTED.values()), abs=5e-7)
+
+
+def test_transform_and_back():
+    """To 1e-4 relative in float32, for values of 1e-3 to 1e4 of either sign."""
+    x = torch.logspace(-3, 4, 200)
+    for values in (x, -x, torch.zeros(1)):
+        torch.testing.assert_close(muzero.inverse_transform(muzero.transform(values)), values, rtol=1e-4, atol=1e-6)
+
+
+TWO_HOT = {  # (value, support): {index: probability}
+    (10, 300): {302: 0.673375, 303: 0.326625},
+    (-10, 300): {297: 0.326625, 298: 0.673375},
+    (3.7, 300): {301: 0.828352, 302: 0.171648},
+    (0, 300): {300: 1},
+    (1, 10): {10: 0.584786, 11: 0.415214},
+    (200, 10): {20: 1},
+}
+
+
+@pytest.mark.parametrize(("value", "support"), TWO_HOT)
+def test_two_hot_by_hand(value, support):
+    found = muzero.two_hot(torch.tensor([value], dtype=F64), support)[0]
+    assert found.shape == (2 * support + 1,)
+    assert {i.item(): found[i].item() for i in found.nonzero()[:, 0]} == pytest.approx(
+        TWO_HOT[value, support], abs=5e-7
+    )
+
+
+def test_distributions_decode_to_what_was_encoded():
+    """Expectation first, then the inverse transform; what is beyond the support becomes its largest value."""
+    x = torch.linspace(-300, 300, 121, dtype=F64)
+    decoded = muzero.from_distribution(muzero.two_hot(x, 20).log().clamp_min(-1e9), 20)
+    torch.testing.assert_close(decoded, x)
+    clipped = muzero.two_hot(torch.tensor([200.0, -1e9], dtype=F64), 10).log().clamp_min(-1e9)
+    assert muzero.from_distribution(clipped, 10).tolist() == pytest.approx([117.430323, -117.430323])
+    wide = torch.zeros(1, 21, dtype=F64)  # half of the mass at -10, half at 10: 0, and not the mean of +-117
+    wide[0, [0, 20]] = 50.0
+    assert muzero.from_distribution(wide, 10).item() == pytest.approx(0.0, abs=1e-9)
+
+
+# === Returns and targets ===
+
+
+def rows_of(rewards, values, ends) -> tuple[torch.Tensor, ...]:
+    """Columns of one sequence, (L, 1)."""
+    return (
+        torch.tensor(rewards, dtype=F64)[:, None],
+        torch.tensor(values, dtype=F64)[:, None],
+        torch.tensor(ends)[:, None],
+    )
+
+
+def test_n_step_returns_by_hand():
+    """Terminal after the fifth reward; rows after the end are another episode's."""
+    rewards, values = [1, 0, 2, 0, 1, 0] + [7] * 16, [5, 4.5, 4, 3, 1, 9] + [8] * 16
+    ends = [0] * 5 + [muzero.TERMINATED] + [0] * 16
+    for n, expected in (
+        (2, (4.976036, 4.976027, 2.994009, 0.997, 1, 0)),
+        (10, (3.976072, 2.985027, 2.994009, 0.997, 1, 0)),
+    ):
+        found = muzero.n_step_returns(*rows_of(rewards, values, ends), n, 0.997)[:, 0]
+        assert found[:6].tolist() == pytest.approx(expected, abs=5e-7)
+        assert found[6:].tolist() == [0] * (len(found) - 6)
+
+
+def test_a_truncation_is_bootstrapped_from_the_final_observation():
+    """The same episode cut by a time limit: its last row's value stands in for the rest."""
+    rewards, values = [1, 0, 2, 0, 1, 0, 7, 7, 7, 7], [5, 4.5, 4, 3, 1, 9, 8, 8, 8, 8]
+    found = muzero.n_step_returns(*rows_of(rewards, values, [0] * 5 + [muzero.TRUNCATED] + [0] * 4), 3, 0.5)[:, 0]
+    assert found.tolist() == [1 + 0.5 + 3 / 8, 1 + 1 / 8, 2 + 0.25 + 9 / 8, 0.5 + 9 / 4, 1 + 9 / 2, 9, 0]
+
+
+def test_two_players_alternate_the_sign():
+    """The winner's last move earns 1: +1 for the winner's positions, -1 for the loser's; a bootstrap changes too."""
+    rewards, values = [0, 0, 0, 0, 1, 0, 0, 0, 0], [0.3, 0.2, 0.1, 0.4, 0.5, 0, 9, 9, 9]
+    ends = [0] * 5 + [muzero.TERMINATED, 0, 0, 0]
+    found = muzero.n_step_returns(*rows_of(rewards, values, ends), 3, -1.0)[:, 0]
+    assert found.tolist() == pytest.approx([-0.4, -0.5, 1, -1, 1, 0])
+    to_the_end = muzero.n_step_returns(*rows_of(rewards + [0] * 9, values + [9] * 9, ends + [0] * 9), 9, -1.0)[:, 0]
+    assert to_the_end[:6].tolist() == [1, -1, 1, -1, 1, 0]
+
+
+def loop_return(rewards, values, ends, k, n, d) -> float:
+    """z_k from its equation, one term after the other."""
+    if muzero.STEP not in ends[: k + 1] or any(end != muzero.STEP for end in ends[:k]):
+        return values[k] if ends[k] == muzero.TRUNCATED and all(e == muzero.STEP for e in ends[:k]) else 0.0
+    total = 0.0
+    for i in range(n + 1):
+        if ends[k + i] != muzero.STEP:
+            return total + (d**i * values[k + i] if ends[k + i] == muzero.TRUNCATED else 0.0)
+        total += d**i * (values[k + i] if i == n else rewards[k + i])
+    return total
+
+
+@pytest.mark.parametrize(("n", "K", "d"), [(1, 5, 0.9), (5, 5, 0.997), (9, 3, -1.0), (3, 1, -0.8)])
+def test_targets_against_a_loop(n, K, d):
+    """Random sequences with up to two ends of either kind."""
+    rng = np.random.default_rng(n)
+    B, L, A = 200, K + n + 1, 3
+    ends = np.where(rng.random((L, B)) < 0.12, rng.integers(1, 3, size=(L, B)), 0)
+    ends[0] = 0  # only steps are drawn
+    rows = {
+        "reward": torch.from_numpy(rng.normal(size=(L, B))), "value": torch.from_numpy(rng.normal(size=(L, B))),
+        "end": torch.from_numpy(ends), "policy": torch.from_numpy(rng.dirichlet(np.ones(A), size=(L, B))),
+    }  # fmt: skip
+    targets = muzero.make_targets(rows, K, n, d)
+    for b in range(B):
+        column = ends[:, b].tolist()
+        end = next((t for t, e in enumerate(column) if e), L)
+        kind = column[end] if end < L else None
+        for k in range(K + 1):
+            known = not (kind == muzero.TRUNCATED and k > end)
+            assert targets["value_mask"][k, b] == known and targets["policy_mask"][k, b] == (k < end)
+            if known:
+                expected = loop_return(rows["reward"][:, b].tolist(), rows["value"][:, b].tolist(), column, k, n, d)
+                assert targets["returns"][k, b].item() == pytest.approx(expected)
+            if k < end:
+                assert torch.equal(targets["policies"][k, b], rows["policy"][k, b])
+            if k > 0:
+                assert targets["reward_mask"][k - 1, b] == known
+                wanted = rows["reward"][k - 1, b].item() if k <= end else 0.0
+                assert not known or targets["rewards"][k - 1, b].item() == wanted
+
+
+# === Replay ===
+
+
+class TinyVector:
+    """The spaces of a vector environment, as far as replay and networks ask for them."""
+
+    def __init__(self, num_envs: int, shape: tuple = (2,), num_actions: int = 3, dtype=np.float32):
+        self.num_envs = num_envs
+        self.single_observation_space = gym.spaces.Box(0, 255, shape, dtype)
+        self.single_action_space = gym.spaces.Discrete(num_actions)
+
+
+def fill(rb: muzero.ReplayBuffer, num_steps: int, seed: int = 0, mean_length: int = 7) -> list[list[list[dict]]]:
+    """Plays random episodes into the replay; returns what each environment has written, episode by episode."""
+    rng, N = np.random.default_rng(seed), rb.num_envs
+    A, frame = rb.data["policy"].shape[2], rb.data["obs"].shape[2:]
+    shape = (N, rb.stack, *frame) if rb.stack > 1 else (N, *frame)
+
+    def newest(rows: dict, i: int) -> dict:
+        """What the replay keeps of row i."""
+        return {name: column[i, -1] if name == "obs" and rb.stack > 1 else column[i] for name, column in rows.items()}
+
+    written = [[[]] for _ in range(N)]
+    for _ in range(num_steps):
+        rows = {
+            "obs": torch.from_numpy(rng.integers(0, 255, size=shape)).to(rb.data["obs"].dtype),
+            "action": torch.from_numpy(rng.integers(A, size=N)),
+            "reward": torch.from_numpy(rng.normal(size=N).astype(np.float32)),
+            "policy": torch.from_numpy(rng.dirichlet(np.ones(A), size=N).astype(np.float32)),
+            "value": torch.from_numpy(rng.normal(size=N).astype(np.float32)),
+            "legal": torch.from_numpy(rng.random((N, A)) < 0.7),
+        }
+        rb.add(rows, np.arange(N))
+        for i in range(N):
+            written[i][-1].append(newest(rows, i) | {"end": torch.tensor(0)})
+        done = np.flatnonzero(rng.random(N) < 1 / mean_length)
+        if len(done):
+            last = {
+                "obs": torch.from_numpy(rng.integers(0, 255, size=shape)).to(rb.data["obs"].dtype),
+                "value": torch.from_numpy(rng.normal(size=N).astype(np.float32)),
+                "end": torch.from_numpy(rng.integers(1, 3, size=N)).to(torch.uint8),
+            }
+            rb.add(last, done, closing=True)
+            for i in done:
+                written[i][-1].append(newest(last, i))
+                written[i].append([])
+    return written
+
+
+def make_rb(num_envs=3, capacity=300, shape=(2,), dtype=np.float32, **changes) -> muzero.ReplayBuffer:
+    args = {"buffer_size": capacity, "unroll_steps": 2, "td_steps": 3, "priority_alpha": 1.0} | changes
+    args = make_args(**args)
+    return muzero.ReplayBuffer(TinyVector(num_envs, shape, dtype=dtype), args, CPU)
+
+
+@pytest.mark.parametrize("capacity", [300, 90])
+@pytest.mark.parametrize("priority_alpha", [0.0, 1.0])
+def test_replay_holds_what_was_played(capacity, priority_alpha):
+    """Rows in their order; exactly the steps whose targets are known can be drawn; priorities are |nu - z|."""
+    rb = make_rb(capacity=capacity, priority_alpha=priority_alpha)
+    written = fill(rb, 80)
+    for i, episodes in enumerate(written):
+        flat = [(row, t, len(episode)) for episode in episodes for t, row in enumerate(episode)]
+        assert rb.ends[i] == len(flat)
+        rewards, values, ends = (
+            torch.tensor([float(row.get(name, 0)) for row, _, _ in flat]) for name in ("reward", "value", "end")
+        )
+        for number, (row, age, _) in enumerate(flat):
+            if number < len(flat) - rb.capacity:
+                continue
+            slot = number % rb.capacity
+            for name, value in row.items():
+                assert torch.equal(rb.data[name][slot, i], value.to(rb.data[name].dtype)), name
+            assert rb.data["age"][slot, i] == age
+            after = ends[number:]
+            ready = row["end"] == 0 and (len(after) >= rb.span or after.any())
+            assert (rb.priority[slot, i] > 0) == ready
+            if ready and priority_alpha:
+                pad = torch.zeros(rb.span)
+                columns = (torch.cat([x[number:], pad])[:, None][: rb.td_steps + 1] for x in (rewards, values, ends))
+                z = muzero.n_step_returns(*columns, rb.td_steps, rb.discount)[0, 0]
+                assert rb.priority[slot, i].item() == pytest.approx(abs(values[number] - z).item() + 1e-3, rel=1e-4)
+
+
+def test_sampled_sequences_are_those_that_were_played():
+    """Consecutive rows of one environment and their observations; copies, not views."""
+    rb = make_rb(capacity=90)
+    fill(rb, 80)
+    before = {name: column.clone() for name, column in rb.data.items()}
+    rows = rb.sample(500, 1.0, torch.Generator().manual_seed(0))
+    assert rows["reward"].shape == (rb.span, 500) and rows["policy"].shape == (rb.span, 500, 3)
+    assert (rows["end"][0] == muzero.STEP).all()
+    for b in range(0, 500, 17):
+        slot, env = rows["slots"][b].item(), rows["envs"][b].item()
+        index = [(slot + t) % rb.capacity for t in range(rb.span)]
+        for name in ("action", "reward", "policy", "value", "legal", "end"):
+            assert torch.equal(rows[name][:, b], rb.data[name][index, env])
+        obs = rb.observations(rows["slots"][b : b + 1], rows["envs"][b : b + 1])
+        assert torch.equal(obs[0], rb.data["obs"][slot, env])
+    for tensor in rows.values():
+        tensor.zero_()
+    assert all(torch.equal(column, before[name]) for name, column in rb.data.items())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_chances_and_importance_weights(alpha):
+    """P(i) = p_i^alpha / sum p^alpha, w_i = (N P(i))^-beta over the largest of the batch."""
+    rb = make_rb(num_envs=2, capacity=40, priority_alpha=alpha)
+    fill(rb, 19, mean_length=1000)
+    live = rb.priority > 0
+    rb.priority[live] = torch.linspace(0.1, 3, int(live.sum()))
+    chances = torch.where(live, rb.priority**alpha, 0)
+    chances /= chances.sum()
+    counts, generator, beta = torch.zeros_like(chances), torch.Generator().manual_seed(0), 0.7
+    for _ in range(100):
+        rows = rb.sample(1000, beta, generator)
+        counts.index_put_((rows["slots"], rows["envs"]), torch.ones(1000), accumulate=True)
+    np.testing.assert_allclose(counts / counts.sum(), chances, atol=0.004)
+    assert not counts[~live].any()
+    expected = (live.sum() * chances[rows["slots"], rows["envs"]]) ** -beta
+    torch.testing.assert_close(rows["weights"], expected / expected.max())
+    assert rows["weights"].max() == 1
+
+
+def test_frames_are_stacked_as_they_were_seen():
+    """The last four of the episode, its first repeated at its start, also where the ring has wrapped round."""
+    rb = make_rb(num_envs=2, capacity=80, shape=(4, 2, 2, 3), dtype=np.uint8)
+    written = fill(rb, 70)
+    assert rb.stack == 4 and rb.data["obs"].shape == (40, 2, 2, 2, 3)
+    rows = rb.sample(300, 1.0, torch.Generator().manual_seed(0))
+    stacks = rb.observations(rows["slots"], rows["envs"])
+    for b in range(300):
+        slot, env = rows["slots"][b].item(), rows["envs"][b].item()
+        flat = [(episode, t) for episode in written[env] for t in range(len(episode))]
+        number = max(n for n in range(slot, len(flat), rb.capacity))
+        episode, t = flat[number]
+        expected = torch.stack([episode[max(t - back, 0)]["obs"] for back in (3, 2, 1, 0)])
+        assert torch.equal(stacks[b], expected)
+
+
+def test_replay_state_round_trip():
+    """Everything comes back, and both go on alike."""
+    rb, other = make_rb(capacity=90), make_rb(capacity=90)
+    fill(rb, 50)
+    other.load_state_dict(rb.state_dict())
+    for buffer in (rb, other):
+        fill(buffer, 20, seed=1)
+    assert rb.ends.tolist() == other.ends.tolist() and rb.ready.tolist() == other.ready.tolist()
+    assert torch.equal(rb.priority, other.priority)
+    assert all(torch.equal(column, other.data[name]) for name, column in rb.data.items())
+
+
+# === Networks and losses ===
+
+
+def vector_agent(**changes) -> tuple[muzero.Agent, muzero.Args]:
+    args = make_args(**{"hidden_size": 16, "support_size": 10} | changes)
+    torch.manual_seed(0)
+    agent = muzero.Agent(TinyVector(4), args)
+    for parameter in agent.parameters():  # the last layers begin at 0
+        torch.nn.init.normal_(parameter, std=0.3)
+    return agent, args
+
+
+def board_agent(name="tictactoe", **changes) -> tuple[muzero.Agent, muzero.Args, muzero.BoardGame]:
+    args = make_args(**{"env_id": name, "hidden_size": 8, "num_simulations": 8} | changes)
+    torch.manual_seed(0)
+    game = muzero.BoardGame(name, 4)
+    agent = muzero.Agent(game, args)
+    for parameter in agent.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return agent, args, game
+
+
+def image_agent() -> tuple[muzero.Agent, muzero.Args]:
+    args = make_args(hidden_size=8, support_size=10)
+    torch.manual_seed(0)
+    return muzero.Agent(TinyVector(2, (4, 96, 96, 3), dtype=np.uint8), args), args
+
+
+def observations(kind: str, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if kind == "vectors":
+        return torch.randn(count, 2, generator=generator)
+    if kind == "images":
+        return torch.randint(256, (count, 4, 96, 96, 3), generator=generator, dtype=torch.uint8)
+    return torch.randint(2, (count, 2, 3, 3), generator=generator).float()
+
+
+KINDS = {"vectors": lambda: vector_agent()[0], "images": lambda: image_agent()[0], "boards": lambda: board_agent()[0]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks(kind):
+    """Latent states fill [0, 1] exactly, along any unroll; shapes; discounts; every observation is alone."""
+    agent = KINDS[kind]()
+    obs = observations(kind, 5)
+    A = agent.num_actions
+    latent, logits, value = agent.initial(obs)
+    assert logits.shape == (5, A) and value.shape == (5,)
+    alone = agent.initial(obs[2:3])
+    for a, b in zip(alone, (latent, logits, value), strict=True):
+        torch.testing.assert_close(a[0], b[2], rtol=1e-4, atol=1e-5)
+    for step in range(3):
+        assert torch.allclose(latent.flatten(1).amin(1), torch.zeros(5)) and torch.allclose(
+            latent.flatten(1).amax(1), torch.ones(5)
+        )
+        latent, reward, discount, logits, value = muzero.recurrent(agent, latent, torch.full((5,), step % A))
+        assert reward.shape == value.shape == (5,) and logits.shape == (5, A)
+        assert (discount == (-1.0 if kind == "boards" else 0.997)).all()
+    different = muzero.recurrent(agent, latent, torch.full((5,), 1))[0]
+    assert not torch.allclose(different, muzero.recurrent(agent, latent, torch.full((5,), 2))[0])
+
+
+def test_an_untrained_agent_knows_nothing():
+    """Uniform policy, value and reward 0."""
+    for envs, args in (
+        (TinyVector(2), make_args()),
+        (muzero.BoardGame("connect_four", 2), make_args(env_id="connect_four")),
+    ):
+        agent = muzero.Agent(envs, args)
+        obs = torch.rand(2, *envs.single_observation_space.shape)
+        latent, logits, value = agent.initial(obs)
+        _, reward, _, _, _ = muzero.recurrent(agent, latent, torch.zeros(2, dtype=torch.long))
+        assert not logits.any() and torch.cat([value, reward]).abs().max() < 1e-5
+
+
+def test_a_flat_latent_state_does_not_blow_up():
+    assert muzero.scale_latent(torch.full((2, 5), 3.0)).tolist() == [[0.0] * 5] * 2
+
+
+def sequence_batch(agent, args, B=6, obs=None):
+    """Observations, actions and targets of a random batch."""
+    rng, K, A = np.random.default_rng(0), args.unroll_steps, agent.num_actions
+    obs = torch.from_numpy(rng.normal(size=(B, 2)).astype(np.float32)) if obs is None else obs
+    actions = torch.from_numpy(rng.integers(A, size=(K, B)))
+    targets = {
+        "returns": torch.from_numpy(20 * rng.normal(size=(K + 1, B)).astype(np.float32)),
+        "policies": torch.from_numpy(rng.dirichlet(np.ones(A), size=(K + 1, B)).astype(np.float32)),
+        "rewards": torch.from_numpy(rng.normal(size=(K, B)).astype(np.float32)),
+        "policy_mask": torch.from_numpy(rng.random((K + 1, B)) < 0.7),
+        "value_mask": torch.from_numpy(rng.random((K + 1, B)) < 0.7),
+        "reward_mask": torch.from_numpy(rng.random((K, B)) < 0.7),
+    }
+    return obs, actions, targets, torch.from_numpy(rng.random(B).astype(np.float32))
+
+
+def test_losses_against_a_loop():
+    """Sample by sample and step by step, from the definitions."""
+    agent, args = vector_agent(unroll_steps=3)
+    obs, actions, targets, weights = sequence_batch(agent, args)
+    loss, metrics, values = muzero.compute_losses(agent, obs, actions, targets, weights, args)
+    sums = dict.fromkeys(("policy", "value", "reward"), 0.0)
+    for b in range(6):
+        latent = agent.network.represent(obs[b : b + 1])
+        for k in range(4):
+            logits, value_logits = agent.network.predict(latent)
+            scale = weights[b] * (1 if k == 0 else 1 / 3) / 6
+            if targets["policy_mask"][k, b]:
+                p = torch.distributions.Categorical(logits=logits)
+                sums["policy"] -= scale * (targets["policies"][k, b] * p.logits[0]).sum()
+            if targets["value_mask"][k, b]:
+                y = muzero.two_hot(targets["returns"][k, b], 10)
+                sums["value"] -= scale * (y * value_logits[0].log_softmax(-1)).sum()
+            if k < 3:
+                latent, reward_logits = agent.network.dynamics(latent, actions[k, b : b + 1])
+                if targets["reward_mask"][k, b]:
+                    y = muzero.two_hot(targets["rewards"][k, b], 10)
+                    sums["reward"] -= weights[b] / 3 / 6 * (y * reward_logits[0].log_softmax(-1)).sum()
+    for name, value in sums.items():
+        torch.testing.assert_close(metrics[f"losses/{name}_loss"], value.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, sums["policy"] + 0.25 * sums["value"] + sums["reward"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(values, agent.initial(obs)[2], rtol=1e-4, atol=1e-5)
+    assert not metrics["losses/clipped_targets"]
+    targets["returns"][2, 1] = -118.0
+    metrics = muzero.compute_losses(agent, obs, actions, targets, weights, args)[1]
+    assert metrics["losses/clipped_targets"].item() == pytest.approx(1 / 42)
+    targets["rewards"][1, 1] = 118.0
+    metrics = muzero.compute_losses(agent, obs, actions, targets, weights, args)[1]
+    assert metrics["losses/clipped_targets"].item() == pytest.approx(2 / 42)
+
+
+def test_gradients_are_halved_at_the_entrance_of_the_dynamics():
+    """A loss at step k alone reaches the first latent state 2^-k times, and its own heads undivided."""
+    agent, args = vector_agent(unroll_steps=2, value_scale=1.0)
+    obs, actions, targets, weights = sequence_batch(agent, args)
+    for name in ("policy_mask", "value_mask", "reward_mask"):
+        targets[name] = torch.zeros_like(targets[name])
+    targets["value_mask"][2] = True
+    agent.zero_grad()
+    muzero.compute_losses(agent, obs, actions, targets, weights, args)[0].backward()
+    halved = {name: p.grad.clone() for name, p in agent.named_parameters() if p.grad is not None}
+
+    agent.zero_grad()
+    latent = agent.network.represent(obs)
+    for action in actions:
+        latent, _ = agent.network.dynamics(latent, action)
+    terms = muzero.cross_entropy(agent.network.predict(latent)[1], muzero.two_hot(targets["returns"][2], 10))
+    ((terms * weights).mean() / 2).backward()
+    plain = {name: p.grad for name, p in agent.named_parameters() if p.grad is not None}
+    for name, gradient in plain.items():
+        if "encoder" in name:
+            torch.testing.assert_close(halved[name], gradient / 4, rtol=1e-4, atol=1e-8)
+        elif "policy_value" in name or "head" in name:
+            torch.testing.assert_close(halved[name], gradient, rtol=1e-4, atol=1e-8)
+    assert any("encoder" in name for name in plain)
+
+
+def test_each_loss_reaches_what_it_should():
+    """The reward loss does not touch the heads of policy and value; a policy loss at k = 0 not the dynamics."""
+    agent, args = vector_agent(unroll_steps=2)
+    obs, actions, targets, weights = sequence_batch(agent, args)
+
+    def reached(mask: str, k: int) -> set[str]:
+        masks = {name: torch.zeros_like(targets[name]) for name in ("policy_mask", "value_mask", "reward_mask")}
+        masks[mask][k] = True
+        agent.zero_grad()
+        muzero.compute_losses(agent, obs, actions, targets | masks, weights, args)[0].backward()
+        return {name.split(".")[1] for name, p in agent.named_parameters() if p.grad is not None and p.grad.any()}
+
+    dynamics = {"action", "dynamics_in", "dynamics_norm", "dynamics_out"}
+    assert reached("policy_mask", 0) == {"encoder", "head", "policy_value"}
+    assert reached("reward_mask", 0) == {"encoder", "action", "dynamics_in", "dynamics_norm", "reward"}
+    assert reached("reward_mask", 1) == {"encoder", "reward"} | dynamics
+    assert reached("value_mask", 2) == {"encoder", "head", "policy_value"} | dynamics
+
+
+# === Updates ===
+
+
+def test_update(monkeypatch):
+    """One step down the loss; new priorities |v - z| of the first positions alone; the target network stays."""
+    agent, args = vector_agent(unroll_steps=2, td_steps=3, batch_size=32)
+    rb = make_rb()
+    fill(rb, 60)
+    target, optimizer = muzero.deepcopy(agent), muzero.make_optimizer(agent, args)
+    before = rb.priority.clone()
+    rows = rb.sample(32, 1.0, torch.Generator().manual_seed(0))
+    kept = {name: tensor.clone() for name, tensor in rows.items()}
+    seen = {}
+
+    def recorded(agent, obs, actions, targets, weights, args):
+        seen.update(actions=actions, targets=targets, obs=obs)
+        return muzero.compute_losses(agent, obs, actions, targets, weights, args)
+
+    random_actions = torch.full((2, 32), 2)
+    metrics = muzero.update(agent, optimizer, rb, rows, random_actions, args, recorded)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in rows.items())
+    assert all(value.isfinite() and not value.requires_grad for value in metrics.values())
+    over = (rows["end"][:2] != muzero.STEP).cumsum(0) > 0
+    assert over.any() and torch.equal(seen["actions"], torch.where(over, 2, rows["action"][:2]))
+    assert torch.equal(seen["obs"], rb.observations(rows["slots"], rows["envs"]))
+    values = target.initial(seen["obs"])[2]
+    expected = before.clone()
+    for b in range(32):
+        expected[rows["slots"][b], rows["envs"][b]] = (values[b] - seen["targets"]["returns"][0, b]).abs() + 1e-3
+    torch.testing.assert_close(rb.priority, expected, rtol=1e-4, atol=1e-5)
+    moved = [not torch.equal(a, b) for a, b in zip(agent.parameters(), target.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_update_descends():
+    """Sixty updates on one batch take its loss down towards the entropy of its targets."""
+    agent, args = vector_agent(unroll_steps=2, td_steps=3, learning_rate=1e-2, hidden_size=32)
+    rb = make_rb()
+    fill(rb, 60)
+    optimizer = muzero.make_optimizer(agent, args)
+    rows = rb.sample(16, 1.0, torch.Generator().manual_seed(0))
+    losses = [
+        muzero.update(agent, optimizer, rb, rows, torch.zeros(2, 16, dtype=torch.long), args, muzero.compute_losses)[
+            "losses/loss"
+        ]
+        for _ in range(60)
+    ]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_decay_spares_biases_and_norms():
+    agent, args = vector_agent()
+    groups = muzero.make_optimizer(agent, args).param_groups
+    assert [group["weight_decay"] for group in groups] == [1e-4, 0.0]
+    assert all(p.dim() > 1 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(agent.parameters()))
+
+
+@pytest.mark.parametrize("search", ["gumbel", "puct"])
+def test_reanalyze_searches_again_with_the_target_network(search):
+    """The first columns: policies of a search from each observation, values of the network; the others as stored."""
+    agent, args = vector_agent(unroll_steps=2, td_steps=3, num_simulations=6, search=search)
+    rb = make_rb()
+    fill(rb, 60)
+    rows = rb.sample(8, 1.0, torch.Generator().manual_seed(0))
+    kept = {name: tensor.clone() for name, tensor in rows.items()}
+    fresh = muzero.reanalyze(agent, rb, rows, 5, args, muzero.Executables())
+    assert all(torch.equal(kept[name], tensor) for name, tensor in rows.items())
+    assert torch.equal(fresh["policy"][:, 5:], rows["policy"][:, 5:])
+    assert torch.equal(fresh["value"][:, 5:], rows["value"][:, 5:])
+    assert all(fresh[name] is rows[name] for name in set(rows) - {"policy", "value"})
+    for b in range(5):
+        for k in range(rb.span):
+            slot, env = (rows["slots"][b] + k) % rb.capacity, rows["envs"][b]
+            obs = rb.data["obs"][slot, env][None]
+            torch.testing.assert_close(fresh["value"][k, b], agent.initial(obs)[2][0], rtol=1e-4, atol=1e-5)
+            if k > 2:
+                assert torch.equal(fresh["policy"][k, b], rows["policy"][k, b])
+                continue
+            result = muzero.act(agent, obs, rows["legal"][k, b][None], None, None, args, muzero.Executables())
+            torch.testing.assert_close(fresh["policy"][k, b], result.policy[0], rtol=1e-3, atol=1e-4)
+            assert not fresh["policy"][k, b][~rows["legal"][k, b]].any() or not rows["legal"][k, b].any()
+
+
+def test_updates_are_tied_to_environment_steps():
+    args = make_args(learning_starts=100, replay_ratio=0.3)
+    due = [muzero.updates_due(step, args) for step in range(0, 1000, 16)]
+    assert due[:7] == [0] * 7 and due[-1] == int(892 * 0.3)
+    assert {b - a for a, b in zip(due[7:-1], due[8:], strict=True)} == {4, 5}
+
+
+# === Board games ===
+
+
+def plain_winner(cells: dict, rows: int, columns: int, connect: int) -> bool:
+    """Whether one player's cells {(y, x)} hold a line."""
+    for y, x in cells:
+        for dy, dx in ((0, 1), (1, 0), (1, 1), (-1, 1)):
+            if all((y + i * dy, x + i * dx) in cells for i in range(connect)):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["tictactoe", "connect_four"])
+def test_board_rules_against_plain_ones(name):
+    """Random games: legal moves, observations, ends, rewards, results and resets, game by game."""
+    rows, columns, connect, gravity = muzero.BOARD_GAMES[name]
+    rng, games = np.random.default_rng(0), muzero.BoardGame(name, 8)
+    stones = [(set(), set()) for _ in range(8)]  # of the first and the second player
+    obs, _ = games.reset()
+    ended = {"first": 0, "second": 0, "draw": 0}
+    for _ in range(400):
+        legal = games.legal
+        actions = np.array([rng.choice(np.flatnonzero(row)) for row in legal])
+        for i, (own, other) in enumerate(stones):
+            taken = own | other
+            if gravity:
+                expected = [(0, x) not in taken for x in range(columns)]
+            else:
+                expected = [(y, x) not in taken for y in range(rows) for x in range(columns)]
+            assert legal[i].tolist() == expected
+            mover = len(taken) % 2
+            for plane, cells in enumerate((stones[i][mover], stones[i][1 - mover])):
+                assert {(y, x) for y, x in zip(*np.nonzero(obs[i, plane]), strict=True)} == cells
+            if gravity:
+                y = max(y for y in range(rows) if (y, actions[i]) not in taken)
+                stones[i][mover].add((y, int(actions[i])))
+            else:
+                stones[i][mover].add(divmod(int(actions[i]), columns))
+        obs, rewards, terminations, truncations, infos = games.step(actions)
+        assert not truncations.any()
+        for i in range(8):
+            moves = len(stones[i][0]) + len(stones[i][1])
+            mover = (moves - 1) % 2
+            won = plain_winner(stones[i][mover], rows, columns, connect)
+            assert rewards[i] == won and terminations[i] == (won or moves == rows * columns)
+            assert infos["episode"]["l"][i] == moves
+            assert infos["episode"]["r"][i] == (0 if not won else 1 - 2 * mover)
+            if terminations[i]:
+                ended[("first", "second")[mover] if won else "draw"] += 1
+                stones[i] = (set(), set())
+        obs, _ = games.reset(options={"reset_mask": terminations})
+    assert all(count > 0 for count in list(ended.values())[: 2 if gravity else 3])
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("tictactoe", "tic_tac_toe"), ("connect_four", "connect_four")])
+def test_board_rules_against_open_spiel(name, theirs):
+    """Move by move on 100 random games."""
+    pyspiel = pytest.importorskip("pyspiel", reason="OpenSpiel is not installed")
+    rng, spiel = np.random.default_rng(0), pyspiel.load_game(theirs)
+    for _ in range(100):
+        game, state = muzero.BoardGame(name, 1), spiel.new_initial_state()
+        game.reset()
+        while not state.is_terminal():
+            assert np.flatnonzero(game.legal[0]).tolist() == state.legal_actions()
+            action = rng.choice(state.legal_actions())
+            state.apply_action(action)
+            _, _, terminations, _, infos = game.step(np.array([action]))
+            assert terminations[0] == state.is_terminal()
+        assert infos["episode"]["r"][0] == state.returns()[0]
+
+
+def test_an_illegal_move_is_an_error():
+    game = muzero.BoardGame("tictactoe", 2)
+    game.reset()
+    game.step(np.array([4, 0]))
+    with pytest.raises(AssertionError):
+        game.step(np.array([4, 1]))
+
+
+def test_search_on_boards_plays_legal_moves():
+    """Whatever the network says, with and without noise, to the end of the game."""
+    for search in ("puct", "gumbel"):
+        agent, args, game = board_agent(search=search)
+        rng = np.random.default_rng(0)
+        obs, _ = game.reset()
+        for move in range(20):
+            legal = game.legal
+            noise = torch.as_tensor(muzero.draw_noise(legal, args, rng)) if move % 2 else None
+            inputs = torch.as_tensor(obs), torch.as_tensor(legal), noise, torch.ones(4), args, muzero.Executables()
+            result = muzero.act(agent, *inputs)
+            assert legal[np.arange(4), result.action.numpy()].all()
+            assert not result.policy.numpy()[~legal].any()
+            obs, _, terminations, _, _ = game.step(result.action.numpy())
+            obs, _ = game.reset(options={"reset_mask": terminations})
+
+
+def test_a_search_with_the_true_rules_finds_the_win():
+    """The search takes any model: the rules of tic-tac-toe, one move from the end, for either player."""
+
+    def rules(latent, action):
+        games = muzero.BoardGame("tictactoe", len(action))
+        games.stones = latent.clone()
+        games.moves = latent.sum((1, 2)).long()
+        free = games.legal[np.arange(len(action)), action.numpy()]
+        moves = np.where(free, action.numpy(), games.legal.argmax(1))
+        full = games.moves == 9
+        moves[full.numpy()] = 0
+        games.stones[full] = 0
+        _, rewards, terminations, _, _ = games.step(moves)
+        over = torch.from_numpy(terminations) | full | ~torch.from_numpy(free)
+        reward = torch.where(full | ~torch.from_numpy(free), 0.0, torch.from_numpy(rewards))
+        return games.stones, reward, torch.where(over, 0.0, -1.0), torch.zeros(len(action), 9), torch.zeros(len(action))
+
+    for own, other, win, lose in (((0, 1), (3, 4), 2, None), ((3,), (0, 1), None, 2), ((0, 8), (1, 3), 4, None)):
+        game = muzero.BoardGame("tictactoe", 1)
+        for plane, cells in enumerate((own, other)):
+            game.stones[0, plane, list(cells)] = 1
+        args = make_args(env_id="tictactoe", num_simulations=200)
+        root = game.stones.clone(), torch.zeros(1, 9), torch.zeros(1)
+        legal = torch.from_numpy(game.legal)
+        for result in (
+            muzero.puct_search(rules, root, legal, None, None, args, (-1.0, 1.0)),
+            muzero.gumbel_search(rules, root, legal, None, args, (-1.0, 1.0)),
+        ):
+            assert result.action.item() == (win if win is not None else lose)
+
+
+# === Evaluation ===
+
+
+def test_evaluation_of_a_board_game_takes_both_seats():
+    """Returns are the agent's, from the first seat and the second; the replayed games end in the reported results."""
+    agent, args, _ = board_agent(eval_episodes=6)
+    seen = []
+
+    def opponent(envs, games, rng):
+        seen.append(envs.moves[games].clone())
+        return muzero.random_player(envs, games, rng)
+
+    game = muzero.BoardGame("tictactoe", 4)
+    stop = types.SimpleNamespace(requested=0)
+    returns, tracks = muzero.evaluate(agent, game, args, CPU, stop, muzero.Executables(), opponent)
+    again, _ = muzero.evaluate(agent, muzero.BoardGame("tictactoe", 4), args, CPU, stop, muzero.Executables())
+    assert returns.tolist() == again.tolist() and len(returns) == 6 and len(tracks) == 4 and seen
+    results = []
+    for seat, track in zip((0, 1, 0, 1), tracks, strict=True):
+        replay = muzero.BoardGame("tictactoe", 1)
+        obs, _ = replay.reset()
+        for t, action in enumerate(track["action"]):
+            assert np.array_equal(obs[0], track["obs"][t])
+            obs, rewards, terminations, _, infos = replay.step(np.array([action]))
+            assert rewards[0] == track["reward"][t]
+        assert terminations[0]
+        results.append(infos["episode"]["r"][0] * (1 - 2 * seat))
+        signs = (-1.0) ** np.arange(len(track["action"]))[::-1]
+        assert track["realized"].tolist() == (signs * track["reward"][-1]).tolist()
+    assert sorted(results) == sorted(returns[:4].tolist()) or set(results) <= set(returns.tolist())
+
+
+def test_realized_returns():
+    found = muzero.discounted_sums(np.array([1.0, 2.0, 3.0]), 4.0, 0.5)
+    assert found.tolist() == [1 + 1 + 0.75 + 0.5, 2 + 1.5 + 1, 3 + 2]
+
+
+def test_open_loop_errors_against_a_loop():
+    """Start by start and step by step, for two episodes of different lengths."""
+    agent, _ = vector_agent()
+    rng = np.random.default_rng(0)
+    tracks = []
+    for T in (4, 9):
+        tracks.append({
+            "obs": rng.normal(size=(min(T, 6), 2)).astype(np.float32), "action": rng.integers(3, size=T),
+            "reward": rng.normal(size=T), "policy": rng.dirichlet(np.ones(3), size=T).astype(np.float32),
+            "realized": rng.normal(size=T).astype(np.float32),
+        })  # fmt: skip
+    found = muzero.open_loop_errors(agent, tracks, 5)
+    expected = {name: [[] for _ in range(6)] for name in ("value", "policy", "reward")}
+    with torch.no_grad():
+        for track in tracks:
+            T = len(track["action"])
+            for t in range(len(track["obs"])):  # not every step keeps its observation
+                latent, logits, value = agent.initial(torch.from_numpy(track["obs"][t : t + 1]))
+                for k in range(min(6, T - t)):
+                    if k:
+                        action = torch.tensor([track["action"][t + k - 1]])
+                        latent, reward, _, logits, value = muzero.recurrent(agent, latent, action)
+                        expected["reward"][k].append(abs(reward.item() - track["reward"][t + k - 1]))
+                    expected["value"][k].append(abs(value.item() - track["realized"][t + k]))
+                    p = torch.distributions.Categorical(torch.from_numpy(track["policy"][t + k]))
+                    q = torch.distributions.Categorical(logits=logits[0])
+                    expected["policy"][k].append(torch.distributions.kl_divergence(p, q).item())
+    for name, steps in expected.items():
+        for k in range(int(name == "reward"), 6):
+            assert found[name][k] == pytest.approx(np.mean(steps[k]), rel=1e-4), (name, k)
+
+
+# === Settings and speed flags ===
+
+
+def test_support_is_checked_against_the_largest_return(capsys):
+    """CartPole with gamma 0.997: 259.1 -> h = 15.39; 10 bins would saturate at 117.4."""
+    for support, gamma, fits in (
+        (10, 0.997, False),
+        (15, 0.997, False),
+        (16, 0.997, True),
+        (10, 0.99, True),
+        (9, 0.99, False),
+    ):
+        args = make_args(support_size=support, gamma=gamma)
+        envs = muzero.make_vector_env(args, 1)
+        if fits:
+            muzero.check_support(args, envs)
+            continue
+        with pytest.raises(SystemExit):
+            muzero.check_support(args, envs)
+        assert "--support-size" in capsys.readouterr().err
+    args = make_args(env_id="LunarLander-v3", support_size=10)
+    muzero.check_support(args, muzero.make_vector_env(args, 1))
+    assert "117" in capsys.readouterr().out
+
+
+def test_a_flag_wins_over_the_task():
+    assert make_args().support_size == 20 and make_args(support_size=30).support_size == 30
+    assert make_args(env_id="ALE/Pong-v5").batch_size == 256 and make_args(env_id="tictactoe").gamma == 1.0
+    names = {field.name for field in muzero.fields(muzero.Args)}
+    for task in (muzero.DEFAULTS, muzero.ATARI, muzero.BOARD, *muzero.TASKS.values()):
+        assert set(task) <= names
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_equals_eager():
+    """Choices of both searches and losses with their gradients."""
+    agent, args = vector_agent(num_simulations=4, unroll_steps=2)
+    fns = muzero.Executables(*map(torch.compile, muzero.Executables()))
+    obs, actions, targets, weights = sequence_batch(agent, args)
+    noise = torch.as_tensor(muzero.draw_noise(np.ones((6, 3), bool), args, np.random.default_rng(0)))
+    legal = torch.ones(6, 3, dtype=torch.bool)
+    for search in ("puct", "gumbel"):
+        settings = make_args(num_simulations=4, search=search)
+        results = [
+            muzero.act(agent, obs, legal, noise, torch.ones(6), settings, f) for f in (muzero.Executables(), fns)
+        ]
+        assert torch.equal(results[0].visit_counts, results[1].visit_counts)
+        torch.testing.assert_close(results[0].policy, results[1].policy, rtol=1e-4, atol=1e-5)
+    gradients = []
+    for losses_fn in (muzero.compute_losses, fns.losses):
+        agent.zero_grad()
+        losses_fn(agent, obs, actions, targets, weights, args)[0].backward()
+        gradients.append([p.grad.clone() for p in agent.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("search", ["gumbel", "puct"])
+def test_captured_search_equals_eager(search):
+    """Calls with new inputs, on the side stream, captured and replayed."""
+    args = make_args(cuda=True, hidden_size=16, search=search, num_simulations=20)
+    agent = muzero.Agent(TinyVector(4), args).cuda()
+
+    def act_fn(*inputs):
+        return muzero.act(agent, *inputs, args, muzero.Executables())
+
+    graphed, rng, legal = muzero.GraphedSearch(act_fn), np.random.default_rng(0), np.ones((4, 3), bool)
+    for _ in range(6):
+        obs = torch.from_numpy(rng.normal(size=(4, 2)).astype(np.float32))
+        inputs = obs, torch.from_numpy(legal), torch.from_numpy(muzero.draw_noise(legal, args, rng)), torch.ones(4)
+        inputs = [x.cuda() for x in inputs]
+        for a, b in zip(graphed(*inputs), act_fn(*inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_missing_atari_package_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    with pytest.raises(SystemExit):
+        muzero.make_vector_env(make_args(env_id="ALE/Pong-v5"), 1)
+    assert "pip install ale_py" in capsys.readouterr().err
+
+
+def test_atari_frames():
+    """Four frames of 96 x 96 in colour, the first repeated after a reset; games played out, not one life."""
+    pytest.importorskip("ale_py")
+    envs = muzero.make_vector_env(make_args(env_id="ALE/Pong-v5"), 2)
+    obs, _ = envs.reset(seed=[1, 2])
+    assert obs.shape == (2, 4, 96, 96, 3) and obs.dtype == np.uint8 and (obs == obs[:, :1]).all()
+    before = obs.copy()
+    obs, rewards, terminations, truncations, _ = envs.step(np.array([2, 3]))
+    assert np.array_equal(obs[:, :3], before[:, 1:]) and envs.single_action_space.n == 6
+
+
+# === Players of benchmark/muzero_boards.py ===
+
+
+@pytest.fixture(scope="module")
+def boards():
+    path = Path(__file__).parent.parent / "benchmark" / "muzero_boards.py"
+    spec = importlib.util.spec_from_file_location("muzero_boards", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def first_of_the_best(boards):
+    return lambda game: np.array([boards.solve(*map(boards.bits, game.stones[i]))[1][0] for i in range(game.num_envs)])
+
+
+def first_legal(game: muzero.BoardGame) -> np.ndarray:
+    return game.legal.argmax(1)
+
+
+@pytest.mark.parametrize("seat", [0, 1])
+def test_walk_meets_every_reply(boards, seat):
+    """Against a plain recursion; a perfect chooser never loses, one that takes the first empty cell does."""
+
+    def plain(choose, stones, move, found):
+        game = muzero.BoardGame("tictactoe", 1)
+        game.stones[:], game.moves[:] = stones, move
+        for action in choose(game) if move % 2 == seat else np.flatnonzero(game.legal[0]):
+            turn = muzero.BoardGame("tictactoe", 1)
+            turn.stones[:], turn.moves[:] = stones, move
+            _, rewards, terminations, _, _ = turn.step(np.array([action]))
+            if terminations[0]:
+                end = "drawn" if not rewards[0] else "won" if move % 2 == seat else "lost"
+                found[end].add((move, *turn.stones.flatten().tolist()))
+            else:
+                plain(choose, turn.stones, move + 1, found)
+
+    for choose, safe in ((first_of_the_best(boards), True), (first_legal, False)):
+        found = {"won": set(), "drawn": set(), "lost": set()}
+        plain(choose, torch.zeros(1, 2, 9), 0, found)
+        ends = boards.walk(choose, seat)
+        assert {name: ends[name] for name in found} == {name: len(positions) for name, positions in found.items()}
+        assert (ends["lost"] == 0) == safe and ends["positions"] > 10
+
+
+def test_tic_tac_toe_is_a_draw(boards):
+    assert boards.solve(0, 0) == (0, tuple(range(9)))
+    assert boards.solve(0b000000011, 0b000011000) == (1, (2,)) and boards.solve(0b011, 0b000010100)[0] == 0
+
+
+def test_perfect_player_never_loses(boards):
+    """Against random play, from both seats: an agent that knows nothing wins no game."""
+    _, args, _ = board_agent(eval_episodes=40, num_simulations=2)
+    agent = muzero.Agent(muzero.BoardGame("tictactoe", 1), args)
+    stop = types.SimpleNamespace(requested=0)
+    game = muzero.BoardGame("tictactoe", 40)
+    returns, _ = muzero.evaluate(agent, game, args, CPU, stop, muzero.Executables(), boards.perfect_player)
+    assert returns.max() <= 0 and returns.mean() < -0.5
+
+
+@pytest.mark.parametrize("name", ["tictactoe", "connect_four"])
+def test_mcts_player_beats_an_agent_that_knows_nothing(boards, name):
+    pytest.importorskip("pyspiel", reason="OpenSpiel is not installed")
+    args = make_args(env_id=name, eval_episodes=6, num_simulations=2, hidden_size=8, num_blocks=1)
+    agent = muzero.Agent(muzero.BoardGame(name, 1), args)
+    game, stop = muzero.BoardGame(name, 3), types.SimpleNamespace(requested=0)
+    player = boards.MCTSPlayer(name, 100)
+    returns, _ = muzero.evaluate(agent, game, args, CPU, stop, muzero.Executables(), player)
+    assert returns.mean() < 0
+
+
+def test_the_solver_judges_moves(boards):
+    """Connect four is won in the middle and lost at the border; three on three is answered or lost."""
+    pytest.importorskip("bitbully", reason="bitbully is not installed")
+    tracks = [{"action": np.array([action])} for action in (3, 0, 2, 6)]
+    assert boards.kept_values(tracks, [0] * 4) == (1, 4)
+    blocked, open_ = ({"action": np.array([3, 0, 3, 0, 3, reply])} for reply in (3, 0))
+    assert boards.kept_values([blocked], [1])[1] == boards.kept_values([open_], [1])[1] == 3
+    assert boards.kept_values([blocked], [1])[0] > boards.kept_values([open_], [1])[0] - 1
