@@ -1195,7 +1195,8 @@ def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, S
         except ImportError:
             fail("--track needs Weights and Biases: pip install wandb")
     if checkpoint:
-        refuse_changes(args, checkpoint, "resume total_timesteps cuda track eval_frequency checkpoint_frequency")
+        free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
+        refuse_changes(args, checkpoint, free)
     run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = run_dir.rstrip("/")
     try:
