@@ -35,6 +35,7 @@ import contextlib
 import difflib
 import functools
 import io
+import json
 import math
 import multiprocessing
 import os
@@ -229,12 +230,14 @@ def make_gymnasium(args: Args, film: bool) -> gym.Env:
     try:
         if args.envpool:
             return gym.wrappers.TimeLimit(EnvPoolCarRacing(), 1000)
-        if env_id.startswith("Vizdoom"):
-            import vizdoom.gymnasium_wrapper  # noqa: F401 (registers the ids)
-
-            settings["screen_resolution"] = "RES_160X120"
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # ViZDoom leaves files where it starts
+        if not env_id.startswith("Vizdoom"):
             return gym.make(env_id, **settings)
+        import vizdoom.gymnasium_wrapper  # noqa: F401 (registers the ids)
+
+        with contextlib.chdir(tempfile.gettempdir()):  # the game leaves files where its first episode begins
+            env = gym.make(env_id, screen_resolution="RES_160X120", **settings)
+            env.reset()
+            return env
     except gym.error.DependencyNotInstalled as error:
         fail(str(error).replace("\n", " "))
     except ImportError as error:
@@ -369,15 +372,15 @@ class HeldActions:
 class ArrayFile:
     """Rows of one shape and type in a file that only grows; what lies beyond the last checkpoint is cut off on load."""
 
-    def __init__(self, path: str, shape: tuple[int, ...], dtype: type):
-        self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: type, stage: str):
+        self.path, self.shape, self.dtype, self.stage = path, shape, np.dtype(dtype), stage  # the stage that writes it
         self.row_bytes = int(np.prod(shape)) * self.dtype.itemsize
 
     def cut(self, length: int) -> None:
         """Keeps the first `length` rows."""
         found = os.path.getsize(self.path) // self.row_bytes if os.path.exists(self.path) else 0
         if found < length:
-            fail(f"{self.path} is incomplete: {found} rows of {length}; record again: --from-stage collect")
+            fail(f"{self.path} is incomplete: {found} rows of {length}; write it again: --from-stage {self.stage}")
         if found or os.path.exists(self.path):
             os.truncate(self.path, length * self.row_bytes)
 
@@ -408,7 +411,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, run_dir: str):
-        self.frames = ArrayFile(f"{run_dir}/frames.bin", (64, 64, 3), np.uint8)
+        self.frames = ArrayFile(f"{run_dir}/frames.bin", (64, 64, 3), np.uint8, "collect")
         self.episodes: list[tuple[np.ndarray, np.ndarray]] = []  # actions (T, A), rewards (T,)
         self.terminated: list[bool] = []
         self.checksums: list[int] = []
@@ -441,7 +444,8 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         self.frames.sync()
-        state = {"lengths": self.lengths.tolist(), "terminated": self.terminated, "checksums": self.checksums}
+        state = {"lengths": self.lengths.tolist(), "terminated": list(self.terminated)}
+        state["checksums"] = list(self.checksums)
         if not self.episodes:
             return state
         return state | {name: torch.from_numpy(self.arrays()[name]) for name in ("action", "reward")}
@@ -459,7 +463,7 @@ class ReplayBuffer:
         frames, starts = self.frames.rows(), np.cumsum(lengths) - lengths
         for i in np.unique(np.linspace(0, len(lengths) - 1, 16).astype(int)):
             if zlib.crc32(frames[starts[i] : starts[i] + lengths[i]].tobytes()) != self.checksums[i]:
-                fail(f"{self.frames.path} is not what this run has recorded; record again: --from-stage collect")
+                fail(f"{self.frames.path} is not what this run has recorded; write it again: --from-stage collect")
 
 
 # === Networks ===
@@ -652,8 +656,14 @@ def model_loss(model: MDNRNN, batch: dict, c, h, done_weight: float, nll_fn=mdn_
 
 
 def learnable_rewards(rewards: np.ndarray, spec: Spec) -> np.ndarray:
-    """CarRacing pays 1000 / (tiles of the track) for a tile, which no picture shows: here every track has 294."""
-    return np.round((rewards + 0.1) / 3.4) * 3.4 - 0.1 if spec.action_kind == "car" else rewards
+    """Rewards (T,) of an episode without what no picture shows: CarRacing pays 1000 / (tiles of the track) for a tile.
+
+    Here a tile is worth 3.4 on every track, the mean. It may be passed together with others; a step costs 0.1.
+    """
+    if spec.action_kind != "car" or not (rewards > 0).any():
+        return rewards
+    tile = rewards[rewards > 0].min() + 0.1
+    return np.where(rewards > 0, np.round((rewards + 0.1) / tile) * 3.4 - 0.1, rewards)
 
 
 # === Acting ===
@@ -799,14 +809,14 @@ class Run:
         self.args, self.spec, self.run_dir, self.device, self.writer = args, spec, run_dir, device, writer
         self.envs, self.stop, self.agent = envs, stop, Agent(spec, args).to(device)
         self.rb = ReplayBuffer(run_dir)
-        self.latents = ArrayFile(f"{run_dir}/latents.bin", (2, args.latent_size), np.float16)  # mu, logvar
+        self.latents = ArrayFile(f"{run_dir}/latents.bin", (2, args.latent_size), np.float16, "encode")  # mu, logvar
         self.rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "actions"))}
         self.rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
         self.stage, self.done, self.global_step = "collect", 0, 0  # done: steps, updates, frames or generations
         self.collected = 0  # global_step when recording ended
         self.state: dict = {}  # what the stage in progress adds to a checkpoint
         self.saved: dict = {}  # and what it finds in one
-        self.curves: dict[str, list] = {}  # the scalars of each stage after recording, which a resume would purge
+        self.scalars = f"{run_dir}/scalars.jsonl"
 
     def restore(self, checkpoint: dict) -> None:
         """Takes from a checkpoint what its stages have finished, and the one in progress unless it starts anew."""
@@ -818,28 +828,45 @@ class Run:
             self.rb.load_state_dict(parts["replay"])
         else:
             self.rb.frames.cut(0)
-        self.latents.cut(0 if "encode" not in kept else self.done if self.stage == "encode" else len(self.rb))
-        prefixes = tuple(
-            {"v": "vae.", "m": "model.", "c": "controller"}[name] for name in kept if name in ("v", "m", "c")
-        )
-        tensors = {name: t for name, t in parts["agent"].items() if prefixes and name.startswith(prefixes)}
+        if self.stage == "m":
+            self.latents.cut(len(self.rb))
+        if self.stage in ("v", "encode", "m") and not len(self.rb):
+            fail(f"{self.run_dir} has not kept what it recorded (--no-save-buffer): --from-stage collect")
+        owners = {"vae": "v", "model": "m", "controller": "c", "reset": "collect", "actions": "collect"}
+        tensors = {name: t for name, t in parts["agent"].items() if owners[name.split(".")[0]] in kept}
         self.agent.load_state_dict(self.agent.state_dict() | tensors)
-        owners = {"reset": "collect", "actions": "collect", "v": "v", "m": "m"}
-        restore_rng({name: g for name, g in self.rng.items() if owners[name] in kept}, checkpoint["rng"])
+        restore_rng({name: g for name, g in self.rng.items() if owners.get(name, name) in kept}, checkpoint["rng"])
         self.saved = parts if self.done else {}
-        self.curves = {name: rows for name, rows in parts["curves"].items() if name in kept}
-        for rows in self.curves.values():
-            for tag, value, step in rows:
-                if step > self.global_step:
-                    self.writer.add_scalar(tag, value, step)
+        self.restore_scalars(at)
+
+    def restore_scalars(self, at: int) -> None:
+        """Logs again what the finished stages, and the one in progress up to now, have logged beyond global_step.
+
+        The log itself is purged from there on. Their last evaluation belongs to the generations that it follows.
+        """
+        with open(self.scalars, "a+") as file:
+            file.seek(0)
+            lines = file.read().splitlines()
+        with open(f"{self.scalars}.tmp", "w") as file:
+            for line in lines:
+                try:
+                    stage, count, tag, value, step = json.loads(line)
+                except ValueError:  # half a line, of a process that was killed
+                    continue
+                index = STAGES.index(stage)
+                if index < at or (index <= at + (self.stage == "c") and count <= self.done):
+                    print(line, file=file)
+                    if step > self.global_step:
+                        self.writer.add_scalar(tag, value, step)
+        os.replace(f"{self.scalars}.tmp", self.scalars)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """Logs a scalar of a stage after recording.
+        """Logs a scalar of a stage after recording, in the run folder's scalars.jsonl too.
 
-        Its step is global_step, the environment steps made, plus the updates or generations of the stage since then:
-        beyond global_step, from where on a resume purges the log and takes it from the checkpoint.
+        Its step is global_step, the environment steps made, plus the updates or generations of the stage since then.
         """
-        self.curves.setdefault(self.stage, []).append([tag, float(value), int(step)])
+        with open(self.scalars, "a") as file:
+            print(json.dumps([self.stage, self.done or self.args.generations, tag, float(value), int(step)]), file=file)
         self.writer.add_scalar(tag, float(value), step)
 
     def save(self) -> None:
@@ -848,7 +875,7 @@ class Run:
         if self.stage == "encode":
             self.latents.sync()
         counters = {"stage": self.stage, "done": self.done, "collected": self.collected}
-        parts = {"agent": self.agent, "counters": counters, "curves": self.curves} | self.state
+        parts = {"agent": self.agent, "counters": counters} | self.state
         if self.args.save_buffer:
             parts["replay"] = self.rb
         save_checkpoint(self.run_dir, self.args, self.global_step, parts, self.rng)
@@ -1007,6 +1034,7 @@ def train_vae(run: Run) -> bool:
 def encode(run: Run) -> bool:
     """Means and log-variances of all frames, float16, to a file of the run folder."""
     frames, chunk = run.rb.frames.rows(), 500
+    run.latents.cut(run.done)
     progress, next_save = run.progress(len(frames)), next_multiple(run.done, run.args.checkpoint_frequency)
     while run.done < len(frames) and not run.stop.requested:
         rows = frames[run.done : run.done + chunk]
@@ -1023,8 +1051,9 @@ def encode(run: Run) -> bool:
     if run.stop.requested:
         run.save()
         return False
-    if run.latents.rows()[:, 0].astype(np.float32).std(0).max() < 1e-3:
-        raise SystemExit("error: latents are constant, V has collapsed; train it again, longer: --from-stage v")
+    mu = run.latents.rows()[:, 0]
+    if (mu == mu[0]).all():
+        raise SystemExit("error: the latents of V are constant; train it again with a smaller --vae-lr: --from-stage v")
     return True
 
 
@@ -1034,7 +1063,8 @@ class Latents:
     def __init__(self, run: Run):
         rows = torch.from_numpy(np.array(run.latents.rows())).to(run.device)
         arrays = run.rb.arrays()
-        arrays["reward"] = learnable_rewards(arrays["reward"], run.spec).astype(np.float32)
+        learnable = [learnable_rewards(rewards, run.spec) for _, rewards in run.rb.episodes]
+        arrays["reward"] = np.concatenate(learnable).astype(np.float32)
         self.data = {name: torch.from_numpy(array).to(run.device) for name, array in arrays.items()}
         self.data |= {"mu": rows[:, 0], "logvar": rows[:, 1]}
         ends = np.cumsum(run.rb.lengths)
@@ -1347,8 +1377,11 @@ def calibrate(run: Run, latents: Latents) -> None:
         )
         if abs(dreamed.mean() - real.mean()) > run.rb.returns.std():
             off.append(name)
+    few_live = scores["model/live_dims"] < args.latent_size / 2
+    if few_live and not spec.done_head:
+        lines.append("less than half of V's dimensions are live: raise --total-timesteps and --vae-epochs")
     if off:
-        advice = ["--vae-epochs"] if scores["model/live_dims"] < args.latent_size / 2 else []
+        advice = ["--vae-epochs"] if few_live else []
         advice += ["--model-updates"] if scores["model/deaths_recall"] < 0.8 else []
         advice = " and ".join(["--total-timesteps", *advice]) if advice else "--temperature"
         lines.append(

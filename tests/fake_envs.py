@@ -179,6 +179,7 @@ def register(name: str, entry_point, max_episode_steps: int | None, **kwargs) ->
 
 
 BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
+PIXELS = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
 PAIR, THREE = gym.spaces.MultiDiscrete([2, 3]), gym.spaces.Discrete(3)
 register("TinyPixels-v0", TinyPixels, 12)
 register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
@@ -197,6 +198,7 @@ register("NanPoint-v0", Point, 12, nan_after=30)
 register("OneState-v0", OneState, 12)
 register("DictObservation-v0", OddSpaces, 12, observation_space=gym.spaces.Dict(a=VECTOR), action_space=BOX)
 register("MultiDiscreteAction-v0", OddSpaces, 12, observation_space=VECTOR, action_space=PAIR)
+register("PixelsMultiDiscrete-v0", OddSpaces, 12, observation_space=PIXELS, action_space=PAIR)
 register("BoxAction-v0", OddSpaces, 12, observation_space=THREE, action_space=BOX)
 register("MissingPackage-v0", missing_package, 12)
 

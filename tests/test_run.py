@@ -84,6 +84,27 @@ TINY = {
         "model_max_epochs": 2,
         "rollout_batch_size": 20,
     },
+    "world_models": {
+        "env_id": "fake_envs:TinyPixels-v0",
+        "cuda": False,
+        "total_timesteps": 48,
+        "eval_episodes": 2,
+        "eval_frequency": 0,
+        "checkpoint_frequency": 24,
+        "latent_size": 4,
+        "vae_depth": 4,
+        "vae_epochs": 2,
+        "vae_batch_size": 8,
+        "hidden_size": 8,
+        "num_mixtures": 2,
+        "sequence_length": 8,
+        "model_batch_size": 3,
+        "model_updates": 6,
+        "population": 4,
+        "episodes": 2,
+        "generations": 2,
+        "eval_generations": 1,
+    },
 }
 VECTORS = {"env_id": "fake_envs:Counter-v0"}
 TWO_ENVS = {"num_envs": 2}
@@ -115,6 +136,15 @@ TRAITS = {
         "nan reward": {"env_id": "fake_envs:NanPoint-v0"},
         "spoiled": "the environment's observation or reward",
         "fixed": "batch_size",
+    },
+    "world_models": {
+        "quick": {},
+        "two": TWO_ENVS,
+        "workers": True,
+        "kills": 6,
+        "nan reward": {"env_id": "fake_envs:NanReward-v0"},
+        "spoiled": "the environment's reward",
+        "fixed": "vae_batch_size",
     },
 }
 
@@ -441,6 +471,7 @@ RESUMED["mbpo"] = {
     "longer rollouts": {"rollout_schedule": (0, 3, 1, 4), "model_retain_epochs": 2},
     "two": TWO_ENVS,
 }
+RESUMED["world_models"] = {"dream": {}, "real": {"controller_env": "real"}, "two": TWO_ENVS}
 RESUMED["dyna_q"] |= {"prioritized last": {"prioritized": True, "model": "last"}, "two": TWO_ENVS}
 
 
@@ -840,7 +871,27 @@ BAD_MODELS = {
     "no length": ({"rollout_schedule": (0, 1, 0, 1)}, "--rollout-schedule"),
     "negative updates": ({"updates_per_step": -1}, "--updates-per-step"),
 }
-BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES, "mbpo": BAD_MODELS}
+BAD_WORLDS = {
+    "vectors": ({"env_id": "CartPole-v1"}, "observations must be images"),
+    "two with vectors": ({"env_id": "CartPole-v1", "num_envs": 2}, "--render-obs"),
+    "Dict observations": ({"env_id": "fake_envs:DictObservation-v0"}, "observations must be images"),
+    "MultiDiscrete actions": ({"env_id": "fake_envs:PixelsMultiDiscrete-v0"}, "actions must be"),
+    "envpool elsewhere": ({"envpool": True}, "--envpool is for CarRacing-v3"),
+    "stage without a run": ({"from_stage": "m"}, "--from-stage needs --resume"),
+    "no temperature": ({"temperature": 0.0}, "--temperature"),
+    "temperature that is no number": ({"temperature": math.nan}, "--temperature"),
+    "no step size": ({"sigma": 0.0}, "--sigma"),
+    "population": ({"population": 1}, "--population"),
+    "no episodes": ({"episodes": 0}, "--episodes"),
+    "no latents": ({"latent_size": 0}, "--latent-size"),
+    "no mixture": ({"num_mixtures": 0}, "--num-mixtures"),
+    "no dream": ({"dream_length": 0}, "--dream-length"),
+    "no hold": ({"max_hold": 0}, "--max-hold"),
+    "learning rate": ({"vae_lr": -1e-3}, "--vae-lr"),
+    "decay": ({"model_lr_decay": 1.1}, "--model-lr-decay"),
+    "nothing but holdout": ({"holdout_ratio": 1.1}, "--holdout-ratio"),
+}
+BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES, "mbpo": BAD_MODELS, "world_models": BAD_WORLDS}
 
 
 @pytest.mark.parametrize("kind", BAD_INPUT)
