@@ -162,7 +162,7 @@ class Args:
 
     # Speed
     compile: bool = False
-    """torch.compile the loss of V and the mixture's likelihood"""
+    """torch.compile the loss of V"""
 
 
 # === Environment ===
@@ -621,14 +621,39 @@ def vae_loss(vae: VAE, image: torch.Tensor, noise: torch.Tensor, kl_tolerance: f
     return loss, {"losses/vae_recon_loss": recon.detach().mean(), "losses/vae_kl_loss": kl.detach().mean()}
 
 
+class MixtureNLL(torch.autograd.Function):
+    """mdn_nll with its derivatives written out: a third of the passes over memory that autograd makes."""
+
+    @staticmethod
+    def forward(ctx, log_pi, mu, log_sigma, target):
+        inverse = torch.exp(-log_sigma)
+        scaled = (target.unsqueeze(-2) - mu).mul_(inverse)
+        joint = (log_pi - log_sigma).addcmul_(scaled, scaled, value=-0.5)
+        log_norm, log_prob = torch.logsumexp(log_pi, -2), torch.logsumexp(joint, -2)
+        ctx.save_for_backward(log_pi, log_norm, joint, log_prob, scaled, inverse)
+        return log_norm - log_prob + 0.5 * math.log(2 * math.pi)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        log_pi, log_norm, joint, log_prob, scaled, inverse = ctx.saved_tensors
+        grad = grad.unsqueeze(-2)
+        share = torch.exp(joint - log_prob.unsqueeze(-2)).mul_(grad)  # of the probability that each component has
+        log_pi_grad = torch.exp(log_pi - log_norm.unsqueeze(-2)).mul_(grad).sub_(share)
+        mu_grad = (share * scaled).neg_()
+        log_sigma_grad = share.addcmul_(mu_grad, scaled)
+        return log_pi_grad, mu_grad.mul_(inverse), log_sigma_grad, None
+
+
 def mdn_nll(log_pi: torch.Tensor, mu: torch.Tensor, log_sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """-log p(target) in nats for each dimension (..., Z) under its own mixture of K Gaussians, given (..., K, Z)."""
-    scaled = (target.unsqueeze(-2) - mu) * torch.exp(-log_sigma)
-    log_prob = -0.5 * scaled**2 - log_sigma - 0.5 * math.log(2 * math.pi)
-    return torch.logsumexp(log_pi, -2) - torch.logsumexp(log_pi + log_prob, -2)
+    """-log p(target) in nats for each dimension (..., Z) under its own mixture of K Gaussians, given (..., K, Z).
+
+    log_pi need not be normalised: -logsumexp over k of [log softmax(log_pi)_k + log N(target; mu_k, exp(log_sigma_k))].
+    """
+    return MixtureNLL.apply(log_pi, mu, log_sigma, target)
 
 
-def model_loss(model: MDNRNN, batch: dict, c, h, done_weight: float, nll_fn=mdn_nll) -> tuple:
+def model_loss(model: MDNRNN, batch: dict, c, h, done_weight: float) -> tuple:
     """Loss of M on sequences (T, B, ...), each loss unscaled, and the state after the last step.
 
     batch: z, action, first, next_z, next_first, done, reward. The z after the last step of an episode belongs to the
@@ -638,7 +663,7 @@ def model_loss(model: MDNRNN, batch: dict, c, h, done_weight: float, nll_fn=mdn_
     out, c, h = model(batch["z"], batch["action"], batch["first"], c, h)
     log_pi, mu, log_sigma, done_logit, reward = model.split(out)
     valid = 1 - batch["next_first"]
-    nll = nll_fn(log_pi, mu, log_sigma, batch["next_z"]).mean(-1)
+    nll = mdn_nll(log_pi, mu, log_sigma, batch["next_z"]).mean(-1)
     assert nll.shape == valid.shape
     terms = {"losses/mdn_nll": (nll * valid).sum() / valid.sum().clamp(min=1)}
     if done_logit is not None:
@@ -681,8 +706,13 @@ def controller_action(features: torch.Tensor, weights: torch.Tensor, kind: str) 
 def linear_policy(weights: torch.Tensor, kind: str) -> Callable:
     """Policy of controllers (P, F, A), each of which plays as many of the jobs as the others, one after another."""
 
+    last_jobs, rows = None, None
+
     def policy(features: torch.Tensor, jobs: torch.Tensor, num_jobs: int) -> torch.Tensor:
-        return controller_action(features, weights[jobs * len(weights) // num_jobs], kind)
+        nonlocal last_jobs, rows
+        if jobs is not last_jobs:  # a copy of megabytes, once for the many steps that the same jobs take
+            last_jobs, rows = jobs, weights[jobs * len(weights) // num_jobs]
+        return controller_action(features, rows, kind)
 
     return policy
 
@@ -790,6 +820,31 @@ def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, sto
 
 # === Updates ===
 
+
+def update_vae(vae: VAE, optimizer, image: torch.Tensor, noise: torch.Tensor, args: Args, loss_fn=vae_loss) -> dict:
+    """One step of V on images (N, 3, 64, 64) with noise (N, Z). Returns detached scalars, no host sync."""
+    optimizer.zero_grad(set_to_none=True)
+    loss, metrics = loss_fn(vae, image, noise, args.kl_tolerance)
+    loss.backward()
+    optimizer.step()
+    return metrics
+
+
+def update_model(model: MDNRNN, optimizer, batch: dict, state: tuple, args: Args) -> tuple[dict, tuple]:
+    """One step of M on sequences (T, B, ...) from state c, h: detached scalars and the last state, no host sync."""
+    optimizer.zero_grad(set_to_none=True)
+    loss, metrics, _, state = model_loss(model, batch, *state, args.done_weight)
+    loss.backward()
+    nn.utils.clip_grad_value_(model.parameters(), 1.0)  # by value, not by norm
+    optimizer.step()
+    return metrics, state
+
+
+def model_learning_rate(update: int, args: Args) -> float:
+    """From model_lr towards 1e-5, geometrically; constant with a decay of 1."""
+    return 1e-5 + (args.model_lr - 1e-5) * args.model_lr_decay**update
+
+
 STAGES = ("collect", "v", "encode", "m", "c", "evaluate", "done")
 STAGE_SETTINGS = {  # what a run repeated --from-stage may change
     "collect": "num_envs envpool max_hold min_episode_length save_buffer",
@@ -797,7 +852,7 @@ STAGE_SETTINGS = {  # what a run repeated --from-stage may change
     "encode": "",
     "m": "controller_env hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr "
     "model_lr_decay done_weight holdout_ratio",
-    "c": "temperature dream_length population episodes sigma idle_limit eval_generations",
+    "c": "temperature dream_length population episodes generations sigma idle_limit eval_generations",
     "evaluate": "eval_episodes",
 }
 
@@ -1018,11 +1073,7 @@ def train_vae(run: Run) -> bool:
         rows = np.sort(order[i % per_epoch * batch_size :][:batch_size])
         image = preprocess(torch.from_numpy(frames[rows]).to(run.device))
         noise = torch.randn(batch_size, args.latent_size, generator=run.rng["v"], device=run.device)
-        optimizer.zero_grad(set_to_none=True)
-        loss, metrics = loss_fn(vae, image, noise, args.kl_tolerance)
-        loss.backward()
-        optimizer.step()
-        return metrics
+        return update_vae(vae, optimizer, image, noise, args, loss_fn)
 
     finished = run.updates(per_epoch * args.vae_epochs, batch_size, update)
     if finished:
@@ -1106,8 +1157,8 @@ def train_model(run: Run) -> bool:
     if run.saved:
         optimizer.load_state_dict(run.saved["optimizer"])
     run.state = {"optimizer": optimizer}
-    nll_fn, sizes = torch.compile(mdn_nll) if args.compile else mdn_nll, (args.model_batch_size, args.sequence_length)
-    num_pieces, pieces = len(latents.streams(latents.train, *sizes)), None
+    sizes, pieces = (args.model_batch_size, args.sequence_length), None
+    num_pieces = len(latents.streams(latents.train, *sizes))
 
     def update(i: int) -> dict:
         nonlocal pieces
@@ -1120,15 +1171,9 @@ def train_model(run: Run) -> bool:
             run.state["carry"] = tuple(tensor.to(run.device) for tensor in run.saved["carry"])
         rows = pieces[i % num_pieces]
         noise = torch.randn(*rows.shape, args.latent_size, generator=run.rng["m"], device=run.device)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-5 + (args.model_lr - 1e-5) * args.model_lr_decay**i
-        optimizer.zero_grad(set_to_none=True)
-        loss, metrics, _, run.state["carry"] = model_loss(
-            model, latents.batch(rows, noise), *run.state["carry"], args.done_weight, nll_fn
-        )
-        loss.backward()
-        nn.utils.clip_grad_value_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.param_groups[0]["lr"] = model_learning_rate(i, args)
+        batch = latents.batch(rows, noise)
+        metrics, run.state["carry"] = update_model(model, optimizer, batch, run.state["carry"], args)
         return metrics
 
     if not run.updates(args.model_updates, args.model_batch_size, update):

@@ -223,6 +223,15 @@ def test_mixture_likelihood_is_that_of_torch_for_each_dimension():
         torch.testing.assert_close(nll, -distribution(*parameters).log_prob(target))
 
 
+def test_derivatives_of_the_likelihood_are_those_of_autograd():
+    """The written-out backward pass against that of torch's distributions, for uneven weights of the terms."""
+    parameters = [x.requires_grad_() for x in mixtures(6, 3)]
+    target, weight = 3 * normal(6, 3, 4, seed=5).double(), normal(6, 3, 4, seed=6).double()
+    ours = torch.autograd.grad((world_models.mdn_nll(*parameters, target) * weight).sum(), parameters)
+    expected = torch.autograd.grad((-distribution(*parameters).log_prob(target) * weight).sum(), parameters)
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 1.15, 2.0])
 def test_samples_have_the_moments_of_the_tempered_mixture(temperature):
     """Weights softmax(logits / tau), variances sigma^2 tau: mean, variance and independence of the dimensions."""
@@ -275,6 +284,29 @@ def test_loss_of_the_model_is_that_of_a_loop():
     torch.testing.assert_close(carry, (c, h))
     assert not any(tensor.requires_grad for tensor in carry)
     assert all(torch.equal(batch[name], before[name]) for name in batch)
+
+
+def test_gradients_of_the_model_are_clipped_by_value():
+    """Each to [-1, 1] on its own, not the whole by its norm."""
+    model = make_agent(BOX).model
+    batch = {"z": normal(4, 2, 4), "next_z": 50 * normal(4, 2, 4, seed=2), "action": normal(4, 2, 2, seed=3)}
+    batch |= {name: torch.zeros(4, 2) for name in ("first", "next_first", "done", "reward")}
+    loss, *_ = world_models.model_loss(model, batch, *model.initial(2), 10.0)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    _, (c, h) = world_models.update_model(model, optimizer, batch, model.initial(2), make_args())
+    assert max(gradient.abs().max() for gradient in gradients) > 1 and c.shape == h.shape == (2, 8)
+    for old, new, gradient in zip(before, model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(old - new, gradient.clamp(-1, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rate_decays_towards_its_floor():
+    args = make_args(model_lr_decay=0.5)
+    expected = [1e-3, 1e-5 + 0.99e-3 / 2, 1e-5 + 0.99e-3 / 4]
+    assert [world_models.model_learning_rate(i, args) for i in range(3)] == pytest.approx(expected)
+    assert world_models.model_learning_rate(10**4, args) == 1e-5
+    assert world_models.model_learning_rate(10**4, make_args()) == pytest.approx(1e-3)
 
 
 def test_a_tile_is_worth_the_same_on_every_track():
