@@ -41,6 +41,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -358,7 +359,7 @@ class HeldActions:
             actions = np.eye(self.spec.action_dim, dtype=np.float32)[
                 self.rng.integers(self.spec.action_dim, size=len(new))
             ]
-        if self.spec.action_kind == "car":  # brakes in one draw of ten
+        if self.spec.action_kind == "car":  # brakes in one draw of ten (deviation 3)
             actions[:, 1:] = (actions[:, 1:] + 1) / 2
             actions[:, 2] *= self.rng.random(len(new)) < 0.1
         self.actions = np.where(new[:, None], actions, self.actions)
@@ -662,7 +663,7 @@ def model_loss(model: MDNRNN, batch: dict, c, h, done_weight: float) -> tuple:
     """
     out, c, h = model(batch["z"], batch["action"], batch["first"], c, h)
     log_pi, mu, log_sigma, done_logit, reward = model.split(out)
-    valid = 1 - batch["next_first"]
+    valid = 1 - batch["next_first"]  # deviation 2
     nll = mdn_nll(log_pi, mu, log_sigma, batch["next_z"]).mean(-1)
     assert nll.shape == valid.shape
     terms = {"losses/mdn_nll": (nll * valid).sum() / valid.sum().clamp(min=1)}
@@ -865,10 +866,12 @@ class Run:
         self.envs, self.stop, self.agent = envs, stop, Agent(spec, args).to(device)
         self.rb = ReplayBuffer(run_dir)
         self.latents = ArrayFile(f"{run_dir}/latents.bin", (2, args.latent_size), np.float16, "encode")  # mu, logvar
-        self.rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "actions"))}
+        self.rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
         self.rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
         self.stage, self.done, self.global_step = "collect", 0, 0  # done: steps, updates, frames or generations
         self.collected = 0  # global_step when recording ended
+        self.fitness: list[list[float]] = []  # of all candidates of all generations, as CMA-ES was told
+        self.evaluated = 0  # the last generation of which both scores are logged
         self.state: dict = {}  # what the stage in progress adds to a checkpoint
         self.saved: dict = {}  # and what it finds in one
         self.scalars = f"{run_dir}/scalars.jsonl"
@@ -876,7 +879,9 @@ class Run:
     def restore(self, checkpoint: dict) -> None:
         """Takes from a checkpoint what its stages have finished, and the one in progress unless it starts anew."""
         parts, at = checkpoint["parts"], STAGES.index(checkpoint["parts"]["counters"]["stage"])
-        self.stage, self.done, self.collected = (parts["counters"][name] for name in ("stage", "done", "collected"))
+        for name in ("stage", "done", "collected", "evaluated"):
+            setattr(self, name, parts["counters"][name])
+        self.fitness = parts["fitness"].tolist()
         self.global_step = checkpoint["global_step"]
         kept = STAGES[: at + (self.done > 0)]
         if "collect" in kept and "replay" in parts:
@@ -929,8 +934,9 @@ class Run:
         self.writer.flush()
         if self.stage == "encode":
             self.latents.sync()
-        counters = {"stage": self.stage, "done": self.done, "collected": self.collected}
-        parts = {"agent": self.agent, "counters": counters} | self.state
+        counters = {name: getattr(self, name) for name in ("stage", "done", "collected", "evaluated")}
+        fitness = torch.tensor(self.fitness, dtype=torch.float64)
+        parts = {"agent": self.agent, "counters": counters, "fitness": fitness} | self.state
         if self.args.save_buffer:
             parts["replay"] = self.rb
         save_checkpoint(self.run_dir, self.args, self.global_step, parts, self.rng)
@@ -1001,6 +1007,9 @@ def collect(run: Run) -> bool:
     held = HeldActions(num_envs, run.spec, args.max_hold, run.rng["actions"])
     tracks: list[list[tuple]] = [[] for _ in range(num_envs)]
     progress, dones = run.progress(args.total_timesteps), np.ones(num_envs, bool)
+    needed, free = (args.total_timesteps - run.global_step) * rb.frames.row_bytes, shutil.disk_usage(run.run_dir).free
+    if needed > free:
+        progress.write(f"the frames need up to {needed / 1e9:.0f} GB, the disk has {free / 1e9:.0f} GB left")
     next_save, last_report = (
         next_multiple(run.global_step, args.checkpoint_frequency),
         (run.global_step, time.perf_counter()),
@@ -1120,6 +1129,7 @@ class Latents:
         self.data |= {"mu": rows[:, 0], "logvar": rows[:, 1]}
         ends = np.cumsum(run.rb.lengths)
         self.spans = np.stack([ends - run.rb.lengths, ends], 1)  # first row of each episode, and the one after its last
+        # deviation 1
         held_out = max(int(run.args.holdout_ratio * len(ends)), 1)
         self.train, self.holdout = (
             (self.spans[:-held_out], self.spans[-held_out:]) if len(ends) > 1 else (self.spans,) * 2
@@ -1219,15 +1229,20 @@ def evolve(run: Run) -> bool:
     normal = np.random.default_rng([args.seed, 5]).standard_normal
     options = {"popsize": args.population, "verbose": -9, "randn": lambda *size: normal(size), "seed": np.nan}
     es = cma.CMAEvolutionStrategy(np.zeros(controller.numel()), args.sigma, options)
-    history = run.saved["fitness"].tolist() if run.saved else []
-    for fitness in history:  # random numbers and fitness are all that CMA-ES depends on: a resume repeats its steps
+    if not run.done:
+        run.fitness, run.evaluated = [], 0
+    for fitness in run.fitness:  # random numbers and fitness are all that CMA-ES depends on: a resume repeats its steps
         es.tell(es.ask(), fitness)
     progress, num_jobs = run.progress(args.generations), args.population * args.episodes
     while run.done < args.generations:
+        if args.eval_frequency and run.done % args.eval_generations == 0 and run.evaluated < run.done:
+            if not log_scores(run, progress):
+                break
+            run.save()
         candidates = es.ask()
         weights = torch.tensor(np.stack(candidates), dtype=torch.float32, device=run.device)
         policy = linear_policy(weights.view(-1, *controller.shape), kind)
-        seeds = np.random.default_rng([args.seed, 6, run.done]).integers(2**31, size=args.episodes)
+        seeds = np.random.default_rng([args.seed, 6, run.done]).integers(2**31, size=args.episodes)  # deviation 4
         if args.controller_env == "dream":
             outcome = dream(run.agent, policy, num_jobs, args.episodes, int(seeds[0]), args, run.stop)
             returns, lengths = (tensor.cpu().numpy() for tensor in outcome)
@@ -1240,9 +1255,8 @@ def evolve(run: Run) -> bool:
         scores = returns.reshape(args.population, args.episodes).mean(1)
         if not np.isfinite(scores).all():
             raise SystemExit(f"error: not finite in generation {run.done + 1}: returns; the last checkpoint is intact")
-        es.tell(candidates, -scores)
-        history.append((-scores).tolist())
-        run.state = {"fitness": torch.tensor(history, dtype=torch.float64)}
+        es.tell(candidates, -scores)  # deviation 5
+        run.fitness.append((-scores).tolist())
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))
         run.done += 1
         if args.controller_env == "real":
@@ -1254,10 +1268,6 @@ def evolve(run: Run) -> bool:
             f"generation {run.done}: mean {scores.mean():.1f}, best {scores.max():.1f}, sigma {es.sigma:.4f}"
         )
         progress.update()
-        if args.eval_frequency and run.done % args.eval_generations == 0 and run.done < args.generations:
-            run.save()
-            if not log_scores(run, progress, run.done):
-                break
         if args.checkpoint_frequency:
             run.save()
     if run.stop.requested:
@@ -1279,9 +1289,10 @@ def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", t
     return real, dreamed.cpu().numpy() if agent.model.spec.done_head else None
 
 
-def log_scores(run: Run, progress: tqdm, generation: int) -> bool:
+def log_scores(run: Run, progress: tqdm) -> bool:
     """Real and dream score of the distribution's mean, side by side, and one of its dreams; False if interrupted."""
-    args, step, trace, envs = run.args, run.global_step + generation, [], run.envs
+    args, trace, envs, generation = run.args, [], run.envs, len(run.fitness)
+    step = run.global_step + generation
     if args.capture_video:  # a film of each evaluation needs a new recorder
         video = f"{run.run_dir}/videos/generation-{generation}"
         envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
@@ -1297,6 +1308,7 @@ def log_scores(run: Run, progress: tqdm, generation: int) -> bool:
         run.add_scalar("dream/episodic_return_std", dreamed.std(), step)
     frames = decode_frames(run.agent, torch.stack(trace[:: max(len(trace) // 100, 1)]))
     log_gif(run.writer, "dream/episode", frames, run.run_dir, step)
+    run.evaluated = generation
     return True
 
 
@@ -1304,7 +1316,11 @@ def evaluate(run: Run) -> bool:
     """The last generation's score."""
     if not run.args.eval_frequency:
         return True
-    return log_scores(run, run.progress(1), run.args.generations)
+    progress = run.progress(1)
+    finished = log_scores(run, progress)
+    progress.update(int(finished))
+    progress.close()
+    return finished
 
 
 @torch.no_grad()
@@ -1458,10 +1474,10 @@ def scripted_policies(spec: Spec, args: Args, device: torch.device) -> dict[str,
 def evaluate_run(args: Args) -> str:
     """Plays the controller of a run folder and prints its returns; with args.capture_video one episode is filmed."""
     checkpoint = load_checkpoint(args.evaluate, args)
+    stage = checkpoint["parts"]["counters"]["stage"]
+    if STAGES.index(stage) < STAGES.index("c"):
+        fail(f"{args.evaluate} has no controller yet, it is at stage {stage}")
     refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed temperature compile")
-    counters = checkpoint["parts"]["counters"]
-    if STAGES.index(counters["stage"]) < STAGES.index("c"):
-        fail(f"{args.evaluate} has no controller yet, it is at stage {counters['stage']}")
     device, stop = choose_device(args), StopRequest()
     video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
     envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)

@@ -1,8 +1,8 @@
 """Score in the dream and in the real environment of controllers evolved at several temperatures, as a Markdown table.
 
 Run:  python benchmark/world_models_temperature.py runs/<run folder> --temperatures 0.1 0.5 1.0 1.15 1.3
-The run must have finished M. Its folder stays as it is: C is evolved in copies of it (runs/<run folder>_tau<...>), which
-share the recorded frames with it by hard links. Figures are the last evaluation of the distribution's mean.
+The run must have finished M. Its folder stays as it is: C is evolved in copies of it (runs/<run folder>_tau<...>) that
+share the recorded frames by hard links. Figures are the last evaluation of the distribution's mean.
 """
 
 import argparse
