@@ -38,6 +38,15 @@ class TinyPixels(gym.Env):
         return image
 
 
+class MovingPixels(TinyPixels):
+    """The same, and the bar is pushed by the action."""
+
+    def step(self, action):
+        result = super().step(action)
+        self.target = float(np.clip(self.target + 0.2 * action[0], -1, 1))
+        return self.render(), *result[1:]
+
+
 class Counter(gym.Env):
     """Shows (episode, step, last action); the reward is the number of the step; step `fatal` terminates the episode."""
 
@@ -183,6 +192,7 @@ PIXELS = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
 PAIR, THREE = gym.spaces.MultiDiscrete([2, 3]), gym.spaces.Discrete(3)
 register("TinyPixels-v0", TinyPixels, 12)
 register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
+register("MovingPixels-v0", MovingPixels, 12)
 register("NanReward-v0", TinyPixels, 12, nan_after=30)
 register("Counter-v0", Counter, 12)
 register("DeadlyCounter-v0", Counter, 12, fatal=8)
