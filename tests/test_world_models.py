@@ -181,6 +181,16 @@ def test_vae_loss_is_the_summed_error_and_the_kl_of_torch():
         torch.testing.assert_close(metrics["losses/vae_kl_loss"], kl.mean())
 
 
+def test_compiled_loss_is_the_eager_one():
+    """--compile: loss, metrics and gradients of V."""
+    vae, image, noise = world_models.VAE(4, 2), torch.rand(2, 3, 64, 64, generator=generator()), normal(2, 4)
+    results = []
+    for loss_fn in (world_models.vae_loss, torch.compile(world_models.vae_loss)):
+        loss, metrics = loss_fn(vae, image, noise, 0.5)
+        results.append((loss, metrics, torch.autograd.grad(loss, list(vae.parameters()))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
 def test_kl_gives_no_gradient_below_its_floor():
     """Far below: the gradient is the reconstruction's alone; above: it is not. The floor is per frame."""
     vae, image, noise = world_models.VAE(4, 2), torch.rand(2, 3, 64, 64, generator=generator()), normal(2, 4)
