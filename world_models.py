@@ -597,7 +597,8 @@ class Agent(nn.Module):
 
     def __init__(self, spec: Spec, args: Args):
         super().__init__()
-        self.vae, self.model = VAE(args.latent_size, args.vae_depth), MDNRNN(spec, args)
+        self.vae = VAE(args.latent_size, args.vae_depth).to(memory_format=torch.channels_last)
+        self.model = MDNRNN(spec, args)
         features = args.latent_size + args.hidden_size * (2 if spec.is_doom else 1) + (not spec.is_doom)
         self.register_buffer("controller", torch.zeros(features, spec.action_dim))  # bias last
 
@@ -1072,7 +1073,6 @@ def train_vae(run: Run) -> bool:
     if run.saved:
         optimizer.load_state_dict(run.saved["optimizer"])
     run.state = {"optimizer": optimizer}
-    vae.to(memory_format=torch.channels_last)
     loss_fn, order = torch.compile(vae_loss) if args.compile else vae_loss, None
 
     def update(i: int) -> dict:
