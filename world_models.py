@@ -880,8 +880,7 @@ class Run:
     def restore(self, checkpoint: dict) -> None:
         """Takes from a checkpoint what its stages have finished, and the one in progress unless it starts anew."""
         parts, at = checkpoint["parts"], STAGES.index(checkpoint["parts"]["counters"]["stage"])
-        for name in ("stage", "done", "collected", "evaluated"):
-            setattr(self, name, parts["counters"][name])
+        self.stage, self.done, self.collected = (parts["counters"][name] for name in ("stage", "done", "collected"))
         self.fitness = parts["fitness"].tolist()
         self.global_step = checkpoint["global_step"]
         kept = STAGES[: at + (self.done > 0)]
@@ -917,6 +916,7 @@ class Run:
                 index = STAGES.index(stage)
                 if index < at or (index <= at + (self.stage == "c") and count <= self.done):
                     print(line, file=file)
+                    self.evaluated = count if tag == "eval/episodic_return" else self.evaluated
                     if step > self.global_step:
                         self.writer.add_scalar(tag, value, step)
         os.replace(f"{self.scalars}.tmp", self.scalars)
@@ -935,7 +935,7 @@ class Run:
         self.writer.flush()
         if self.stage == "encode":
             self.latents.sync()
-        counters = {name: getattr(self, name) for name in ("stage", "done", "collected", "evaluated")}
+        counters = {name: getattr(self, name) for name in ("stage", "done", "collected")}
         fitness = torch.tensor(self.fitness, dtype=torch.float64)
         parts = {"agent": self.agent, "counters": counters, "fitness": fitness} | self.state
         if self.args.save_buffer:
