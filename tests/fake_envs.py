@@ -38,6 +38,15 @@ class TinyPixels(gym.Env):
         return image
 
 
+class MovingPixels(TinyPixels):
+    """The same, and the bar is pushed by the action."""
+
+    def step(self, action):
+        result = super().step(action)
+        self.target = float(np.clip(self.target + 0.2 * action[0], -1, 1))
+        return self.render(), *result[1:]
+
+
 class Counter(gym.Env):
     """Shows (episode, step, last action); the reward is the number of the step; step `fatal` terminates the episode."""
 
@@ -186,10 +195,12 @@ def register(name: str, entry_point, max_episode_steps: int | None, **kwargs) ->
 
 
 BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
+PIXELS = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
 PAIR, THREE = gym.spaces.MultiDiscrete([2, 3]), gym.spaces.Discrete(3)
 register("TinyPixels-v0", TinyPixels, 12)
 register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
 register("CalmPixelsDiscrete-v0", TinyPixels, 12, discrete=True)
+register("MovingPixels-v0", MovingPixels, 12)
 register("NanReward-v0", TinyPixels, 12, nan_after=30)
 register("Counter-v0", Counter, 12)
 register("DeadlyCounter-v0", Counter, 12, fatal=8)
@@ -209,6 +220,7 @@ register("NanPoint-v0", Point, 12, nan_after=30)
 register("OneState-v0", OneState, 12)
 register("DictObservation-v0", OddSpaces, 12, observation_space=gym.spaces.Dict(a=VECTOR), action_space=BOX)
 register("MultiDiscreteAction-v0", OddSpaces, 12, observation_space=VECTOR, action_space=PAIR)
+register("PixelsMultiDiscrete-v0", OddSpaces, 12, observation_space=PIXELS, action_space=PAIR)
 register("BoxAction-v0", OddSpaces, 12, observation_space=THREE, action_space=BOX)
 register("MissingPackage-v0", missing_package, 12)
 

@@ -33,7 +33,8 @@ FLAGS += "eval_frequency eval_episodes checkpoint_frequency save_buffer resume e
 FLAGS += "env_id total_timesteps num_envs".split()
 SPEED = {"bfloat16", "compile", "cudagraphs"}  # in a block of their own, which a script without them does without
 LAZY = {"dm_control", "mujoco", "ale_py", "wandb", "moviepy", "cv2", "matplotlib", "PIL", "pygame"}
-OPTIONAL = {"wandb"}  # asked for by a flag; its absence is one line with the pip command
+LAZY |= {"cma", "envpool", "vizdoom"}
+OPTIONAL = {"wandb", "envpool"}  # asked for by a flag; its absence is one line with the pip command
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless"}  # where import and distribution have other names
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Every command behind docs/world_models.md, from the repository root:
+#   bash benchmark/world_models.sh car|takecover|published|temperature RUN|speed
+set -euo pipefail
+
+car() { # CarRacing with C in the real environment, sized for two cores; pip install envpool first
+  OMP_NUM_THREADS=1 python world_models.py --env-id CarRacing-v3 --envpool --no-cuda --num-envs 6 \
+    --total-timesteps 100000 --vae-depth 16 --vae-epochs 1 --vae-lr 1e-3 \
+    --sequence-length 128 --model-batch-size 32 --model-updates 336 \
+    --population 24 --episodes 2 --idle-limit 100 --generations 60 --eval-generations 5 --eval-episodes 20
+}
+
+takecover() { # TakeCover in the dream, sized for two cores and a few hours
+  OMP_NUM_THREADS=1 python world_models.py --env-id VizdoomTakeCover-v1 --no-cuda --num-envs 2 \
+    --total-timesteps 300000 --vae-depth 16 --vae-epochs 2 --vae-lr 5e-4 --latent-size 32 \
+    --hidden-size 256 --model-batch-size 50 --sequence-length 250 --model-updates 400 \
+    --population 32 --episodes 8 --generations 60 --eval-generations 10 --eval-episodes 50
+}
+
+published() { # the settings of the paper and its code; needs a GPU, the car many cores
+  python world_models.py --env-id VizdoomTakeCover-v1 --num-envs 16 --eval-generations 25 --eval-episodes 100
+  python world_models.py --env-id CarRacing-v3 --num-envs 64 --eval-generations 25 --eval-episodes 100
+}
+
+temperature() { # the paper's table, from a run that has finished M
+  python benchmark/world_models_temperature.py "$1"
+}
+
+speed() {
+  OMP_NUM_THREADS=1 python benchmark/world_models_speed.py --no-cuda --envpool
+}
+
+case "${1:-}" in
+  car) car ;;
+  takecover) takecover ;;
+  published) published ;;
+  temperature) temperature "$2" ;;
+  speed) speed ;;
+  *) grep -m 1 "bash benchmark" "$0"; exit 2 ;;
+esac

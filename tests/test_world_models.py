@@ -1,0 +1,805 @@
+"""Numbers of world_models.py: each piece against plain loops from the equations, torch.distributions, or the sheets."""
+
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import fake_envs
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
+
+import world_models
+from world_models import Args, ArrayFile, HeldActions, Latents, ReplayBuffer, Spec
+
+SMALL = {"latent_size": 4, "vae_depth": 2, "hidden_size": 8, "num_mixtures": 3, "population": 4, "episodes": 2}
+SMALL |= {"cuda": False, "dream_length": 12}
+BOX = Spec("box", 2, 12, True, True)
+DOOM = Spec("thirds", 1, 2100, True, False)
+CAR = Spec("car", 3, 1000, False, False)
+QUIET = SimpleNamespace(requested=0)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Where runs may write."""
+    monkeypatch.chdir(tmp_path)
+
+
+def make_args(**changes) -> Args:
+    return world_models.with_task_defaults(Args(**SMALL | changes))
+
+
+def make_agent(spec=BOX, seed=1, **changes):
+    torch.manual_seed(seed)
+    return world_models.Agent(spec, make_args(**changes))
+
+
+def generator(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# === Networks ===
+
+
+@pytest.mark.parametrize(
+    ("env_id", "spec", "vae", "model", "controller"),
+    [("CarRacing-v3", CAR, 4_348_547, 422_368, 867), ("VizdoomTakeCover-v1", DOOM, 4_446_915, 1_678_785, 1_088)],
+)
+def test_parameter_counts_are_the_papers(env_id, spec, vae, model, controller):
+    """The table of the paper's appendix; torch's LSTM has a second bias, this one has not."""
+    agent = world_models.Agent(spec, world_models.with_task_defaults(Args(env_id=env_id)))
+    assert (count(agent.vae), count(agent.model), agent.controller.numel()) == (vae, model, controller)
+
+
+def test_published_settings():
+    """What a user gets with an id alone."""
+    doom, car = (world_models.with_task_defaults(Args(env_id=i)) for i in ("VizdoomTakeCover-v1", "CarRacing-v3"))
+    assert (doom.controller_env, doom.latent_size, doom.hidden_size, doom.model_updates) == ("dream", 64, 512, 24_400)
+    assert (car.controller_env, car.latent_size, car.hidden_size, car.model_updates) == ("real", 32, 256, 4_000)
+    assert (doom.vae_lr, doom.vae_batch_size, doom.vae_epochs, doom.kl_tolerance) == (1e-4, 100, 10, 0.5)
+    assert (doom.population, doom.episodes, doom.generations, doom.sigma, doom.temperature) == (64, 16, 1800, 0.1, 1.15)
+    assert (doom.model_lr, doom.model_lr_decay, car.model_lr_decay, doom.done_weight) == (1e-3, 0.99999, 1.0, 10.0)
+    assert world_models.with_task_defaults(Args(env_id="CarRacing-v3", latent_size=7)).latent_size == 7
+
+
+def test_decoder_equals_transposed_convolutions():
+    """The two shortcuts (matrix product, pixel shuffle) give what the plain layers give, gradients included."""
+    vae, z = world_models.VAE(4, 2).double(), normal(3, 4).double()
+    x = vae.dense(z)[:, :, None, None]
+    for layer in (vae.deconv1, vae.deconv2, vae.deconv3):
+        x = F.relu(layer(x))
+    plain = torch.sigmoid(vae.deconv4(x))
+    torch.testing.assert_close(vae.decode(z), plain)
+    parameters = [vae.deconv1.weight, vae.deconv1.bias, vae.deconv4.weight, vae.deconv4.bias]
+    expected = torch.autograd.grad((plain**2).sum(), parameters)
+    torch.testing.assert_close(torch.autograd.grad((vae.decode(z) ** 2).sum(), parameters), expected)
+
+
+def test_encoder_and_preprocessing():
+    """Pixels become [0, 1] in the order of channels, rows, columns; two layers on top of the four convolutions."""
+    frames = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, generator=generator())
+    image = world_models.preprocess(frames)
+    assert image.shape == (2, 3, 64, 64) and image[1, 2, 5, 7] == frames[1, 5, 7, 2] / 255
+    vae = world_models.VAE(4, 2)
+    x = image
+    for layer in (vae.conv1, vae.conv2, vae.conv3, vae.conv4):
+        x = F.relu(layer(x))
+    assert x.shape == (2, 16, 2, 2)
+    torch.testing.assert_close(vae.encode(image), (vae.mu(x.flatten(1)), vae.logvar(x.flatten(1))))
+
+
+def test_initial_weights_are_tensorflows():
+    """Glorot uniform within its bound and close to it, zero biases, forget-gate bias one."""
+    agent = make_agent(DOOM, latent_size=64, hidden_size=64)
+    model = agent.model
+    bound = math.sqrt(6 / sum(model.kernel.shape))
+    assert 0.99 * bound < model.kernel.abs().max() <= bound
+    assert model.bias.tolist() == [0] * 64 + [1] * 64 + [0] * 128
+    assert not model.head.bias.any() and not agent.vae.conv1.bias.any()
+    bound = math.sqrt(6 / (64 + model.head.out_features))
+    assert 0.99 * bound < model.head.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("spec", [BOX, DOOM])
+def test_lstm_equals_torchs_with_the_state_zero_where_episodes_begin(spec):
+    """Sequences against nn.LSTMCell, one row at a time; the cell's order of gates is input, forget, new, output."""
+    model = make_agent(spec).model.double()
+    nn.init.normal_(model.bias)
+    units, inputs = 8, model.inputs
+    cell = nn.LSTMCell(inputs, units).double()
+    i, f, o, g = model.kernel.t().chunk(4)
+    weight = torch.cat([i, f, g, o])
+    bi, bf, bo, bg = model.bias.chunk(4)
+    with torch.no_grad():
+        cell.weight_ih.copy_(weight[:, :inputs])
+        cell.weight_hh.copy_(weight[:, inputs:])
+        cell.bias_ih.copy_(torch.cat([bi, bf, bg, bo]))
+        cell.bias_hh.zero_()
+    T, B, A = 7, 3, spec.action_dim
+    z, action = normal(T, B, 4).double(), normal(T, B, A, seed=2).double()
+    first = torch.zeros(T, B).double()
+    first[0, 1] = first[3, 0] = first[5, 2] = 1
+    c0, h0 = normal(B, units, seed=3).double(), normal(B, units, seed=4).double()
+    out, c_last, h_last = model(z, action, first, c0, h0)
+    for b in range(B):
+        h, c = h0[b : b + 1], c0[b : b + 1]
+        for t in range(T):
+            if first[t, b]:
+                h, c = torch.zeros_like(h), torch.zeros_like(c)
+            row = [z[t, b], action[t, b]] + ([first[t, b, None]] if spec is DOOM else [])
+            h, c = cell(torch.cat(row)[None], (h, c))
+            torch.testing.assert_close(out[t, b], model.head(h)[0])
+        torch.testing.assert_close((c_last[b], h_last[b]), (c[0], h[0]))
+    c, h = model.step(z[0], action[0], first[0], c0 * (1 - first[0, :, None]), h0 * (1 - first[0, :, None]))
+    torch.testing.assert_close(model.head(h), out[0])
+
+
+@pytest.mark.parametrize(("spec", "heads"), [(CAR, 0), (DOOM, 1), (BOX, 2)])
+def test_outputs_are_split_into_mixture_and_heads(spec, heads):
+    model = make_agent(spec).model
+    size = 3 * 3 * 4
+    assert model.head.out_features == size + heads
+    out = torch.arange(2.0 * (size + heads)).view(2, -1)
+    log_pi, mu, log_sigma, done, reward = model.split(out)
+    assert log_pi.shape == (2, 3, 4) and mu[0, 1, 2] == 12 + 4 + 2 and log_sigma[0, 2, 3] == 24 + 11
+    assert (done is None) == (heads == 0) and (reward is None) == (heads < 2)
+    assert done is None or done.tolist() == [size, 2 * size + heads]
+    assert reward is None or reward.tolist() == [size + 1, 2 * size + 3]
+
+
+# === Losses ===
+
+
+def test_vae_loss_is_the_summed_error_and_the_kl_of_torch():
+    """Per frame: squared error over all pixels, KL(N(mu, sigma) || N(0, 1)) over all dimensions; then the mean."""
+    vae, image, noise = world_models.VAE(4, 2), torch.rand(5, 3, 64, 64, generator=generator()), normal(5, 4)
+    with torch.no_grad():
+        vae.mu.weight *= 30
+    mu, logvar = vae.encode(image)
+    std = torch.exp(logvar / 2)
+    kl = kl_divergence(Normal(mu, std), Normal(0.0, 1.0)).sum(1)
+    recon = torch.stack([((a - b) ** 2).sum() for a, b in zip(vae.decode(mu + std * noise), image, strict=True)])
+    for tolerance in (0.0, kl.median().item() / 4, 10.0):
+        loss, metrics = world_models.vae_loss(vae, image, noise, tolerance)
+        expected = recon + torch.maximum(kl, torch.tensor(4 * tolerance))
+        torch.testing.assert_close(loss, expected.mean())
+        torch.testing.assert_close(metrics["losses/vae_recon_loss"], recon.mean())
+        torch.testing.assert_close(metrics["losses/vae_kl_loss"], kl.mean())
+
+
+def test_compiled_loss_is_the_eager_one():
+    """--compile: loss, metrics and gradients of V."""
+    vae, image, noise = world_models.VAE(4, 2), torch.rand(2, 3, 64, 64, generator=generator()), normal(2, 4)
+    results = []
+    for loss_fn in (world_models.vae_loss, torch.compile(world_models.vae_loss)):
+        loss, metrics = loss_fn(vae, image, noise, 0.5)
+        results.append((loss, metrics, torch.autograd.grad(loss, list(vae.parameters()))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_kl_gives_no_gradient_below_its_floor():
+    """Far below: the gradient is the reconstruction's alone; above: it is not. The floor is per frame."""
+    vae, image, noise = world_models.VAE(4, 2), torch.rand(2, 3, 64, 64, generator=generator()), normal(2, 4)
+    weights = list(vae.parameters())
+
+    def gradient(tolerance: float, part: slice = slice(None)) -> torch.Tensor:
+        loss, _ = world_models.vae_loss(vae, image[part], noise[part], tolerance)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+    mu, logvar = vae.encode(image)
+    recon = ((vae.decode(mu + torch.exp(logvar / 2) * noise) - image) ** 2).sum((1, 2, 3)).mean()
+    alone = torch.cat([g.flatten() for g in torch.autograd.grad(recon, weights)])
+    torch.testing.assert_close(gradient(100.0), alone, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(gradient(0.0), alone, rtol=1e-3)
+    kl = kl_divergence(Normal(mu, torch.exp(logvar / 2)), Normal(0.0, 1.0)).sum(1)
+    between = kl.mean().item() / 4  # one frame above, one below
+    low, high = int(kl.argmin()), int(kl.argmax())
+    one = gradient(100.0, slice(low, low + 1)) + gradient(0.0, slice(high, high + 1))
+    torch.testing.assert_close(gradient(between), one / 2, rtol=1e-4, atol=1e-6)
+
+
+def mixtures(*shape: int, seed: int = 1) -> tuple[torch.Tensor, ...]:
+    """Weights' logits, means and log standard deviations (*shape, K, Z), in double precision."""
+    log_pi, mu, log_sigma = normal(3, *shape, 5, 4, seed=seed).double()
+    return 2 * log_pi, 2 * mu, 0.5 * log_sigma
+
+
+def distribution(log_pi, mu, log_sigma):
+    log_pi, mu, log_sigma = (x.transpose(-1, -2) for x in (log_pi, mu, log_sigma))
+    return MixtureSameFamily(Categorical(logits=log_pi), Normal(mu, log_sigma.exp()))
+
+
+def test_mixture_likelihood_is_that_of_torch_for_each_dimension():
+    """Per dimension, far tails included, where log(sum(exp)) by hand is -inf."""
+    parameters = mixtures(6, 3)
+    for scale in (1.0, 1e3):
+        target = scale * normal(6, 3, 4, seed=5).double()
+        nll = world_models.mdn_nll(*parameters, target)
+        assert nll.shape == (6, 3, 4) and nll.isfinite().all()
+        torch.testing.assert_close(nll, -distribution(*parameters).log_prob(target))
+
+
+def test_derivatives_of_the_likelihood_are_those_of_autograd():
+    """The written-out backward pass against that of torch's distributions, for uneven weights of the terms."""
+    parameters = [x.requires_grad_() for x in mixtures(6, 3)]
+    target, weight = 3 * normal(6, 3, 4, seed=5).double(), normal(6, 3, 4, seed=6).double()
+    ours = torch.autograd.grad((world_models.mdn_nll(*parameters, target) * weight).sum(), parameters)
+    expected = torch.autograd.grad((-distribution(*parameters).log_prob(target) * weight).sum(), parameters)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 1.15, 2.0])
+def test_samples_have_the_moments_of_the_tempered_mixture(temperature):
+    """Weights softmax(logits / tau), variances sigma^2 tau: mean, variance and independence of the dimensions."""
+    log_pi, mu, log_sigma = (x[0] for x in mixtures(1))
+    num, tau = 200_000, temperature
+    uniform, noise = torch.rand(num, 4, generator=generator()).double(), normal(num, 4, seed=7).double()
+    stacked = (x.expand(num, -1, -1) for x in (log_pi, mu, log_sigma))
+    z = world_models.mixture_sample(*stacked, uniform, noise, tau)
+    pi = torch.softmax(log_pi / tau, 0)
+    mean = (pi * mu).sum(0)
+    variance = (pi * (mu**2 + tau * torch.exp(2 * log_sigma))).sum(0) - mean**2
+    error = (variance / num).sqrt()
+    assert ((z.mean(0) - mean).abs() < 5 * error).all()
+    fourth = ((z - mean) ** 4).mean(0)
+    assert ((z.var(0) - variance).abs() < 5 * ((fourth - variance**2) / num).sqrt()).all()
+    correlation = torch.corrcoef(z.t())
+    assert (correlation - torch.eye(4)).abs().max() < 0.015  # one component pick for each dimension
+
+
+def test_loss_of_the_model_is_that_of_a_loop():
+    """Mixture: mean over what has a successor in its episode. End: weighted, every step. Reward: every step."""
+    agent = make_agent(BOX)
+    model, T, B = agent.model, 6, 3
+    model.reward_mean.fill_(0.5)
+    model.reward_std.fill_(2.0)
+    first = torch.zeros(T + 1, B)
+    first[0] = first[4, 1] = first[6, 2] = 1
+    z = normal(T + 1, B, 4)
+    batch = {"z": z[:-1], "next_z": z[1:], "first": first[:-1], "next_first": first[1:]}
+    batch |= {"action": normal(T, B, 2, seed=2), "reward": normal(T, B, seed=3), "done": first[1:].clone()}
+    batch["done"][3, 1] = 0  # that one ended by a time limit
+    before = {name: tensor.clone() for name, tensor in batch.items()}
+    loss, terms, _, carry = world_models.model_loss(model, batch, *model.initial(B), 10.0)
+    out, c, h = model(batch["z"], batch["action"], batch["first"], *model.initial(B))
+    log_pi, mu, log_sigma, logit, reward = model.split(out)
+    nll, end, error = [], [], []
+    for t in range(T):
+        for b in range(B):
+            p = torch.sigmoid(logit[t, b])
+            end.append(-10 * torch.log(p) if batch["done"][t, b] else -torch.log(1 - p))
+            error.append((reward[t, b] - (batch["reward"][t, b] - 0.5) / 2) ** 2)
+            if not first[t + 1, b]:
+                d = distribution(log_pi[t, b], mu[t, b], log_sigma[t, b])
+                nll.append(-d.log_prob(z[t + 1, b]).mean())
+    assert len(nll) == T * B - 2
+    means = [torch.stack(values).mean() for values in (nll, end, error)]
+    for name, mean in zip(("mdn_nll", "done_loss", "reward_loss"), means, strict=True):
+        torch.testing.assert_close(terms[f"losses/{name}"], mean)
+    torch.testing.assert_close(loss, sum(means))
+    torch.testing.assert_close(carry, (c, h))
+    assert not any(tensor.requires_grad for tensor in carry)
+    assert all(torch.equal(batch[name], before[name]) for name in batch)
+
+
+def test_gradients_of_the_model_are_clipped_by_value():
+    """Each to [-1, 1] on its own, not the whole by its norm."""
+    model = make_agent(BOX).model
+    batch = {"z": normal(4, 2, 4), "next_z": 50 * normal(4, 2, 4, seed=2), "action": normal(4, 2, 2, seed=3)}
+    batch |= {name: torch.zeros(4, 2) for name in ("first", "next_first", "done", "reward")}
+    loss, *_ = world_models.model_loss(model, batch, *model.initial(2), 10.0)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    _, (c, h) = world_models.update_model(model, optimizer, batch, model.initial(2), make_args())
+    assert max(gradient.abs().max() for gradient in gradients) > 1 and c.shape == h.shape == (2, 8)
+    for old, new, gradient in zip(before, model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(old - new, gradient.clamp(-1, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rate_decays_towards_its_floor():
+    args = make_args(model_lr_decay=0.5)
+    expected = [1e-3, 1e-5 + 0.99e-3 / 2, 1e-5 + 0.99e-3 / 4]
+    assert [world_models.model_learning_rate(i, args) for i in range(3)] == pytest.approx(expected)
+    assert world_models.model_learning_rate(10**4, args) == 1e-5
+    assert world_models.model_learning_rate(10**4, make_args()) == pytest.approx(1e-3)
+
+
+def test_a_tile_is_worth_the_same_on_every_track():
+    """0, 1 or 2 tiles of tracks of 224 to 366 tiles, and leaving the field."""
+    for tiles in (230, 294, 366):
+        rewards = np.array([-0.1, 1000 / tiles - 0.1, 2000 / tiles - 0.1, -100.0])
+        np.testing.assert_allclose(world_models.learnable_rewards(rewards, CAR), [-0.1, 3.3, 6.7, -100])
+    for rewards in (np.array([-0.1, -100.0]), np.zeros(0)):
+        assert np.array_equal(world_models.learnable_rewards(rewards, CAR), rewards)
+    assert world_models.learnable_rewards(np.array([1.3]), BOX) == [1.3]
+
+
+def test_ten_frames_are_learned_by_heart():
+    """V, by its own loss: from the error of the mean picture down to a twentieth of it."""
+    torch.manual_seed(1)
+    envs, frames = fake_envs.TinyPixels(), []
+    for seed in range(10):
+        frames.append(envs.reset(seed=seed)[0])
+    image = world_models.preprocess(torch.from_numpy(np.stack(frames)))
+    vae, draw = world_models.VAE(8, 8), generator()
+    optimizer = torch.optim.Adam(vae.parameters(), 1e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss, metrics = world_models.vae_loss(vae, image, torch.randn(10, 8, generator=draw), 0.5)
+        loss.backward()
+        optimizer.step()
+    baseline = ((image - image.mean(0)) ** 2).sum((1, 2, 3)).mean()
+    assert metrics["losses/vae_recon_loss"] < baseline / 20
+
+
+def test_model_learns_a_deterministic_sequence():
+    """M on one episode whose z moves with the action: far below the entropy of what it is shown."""
+    torch.manual_seed(1)
+    model = make_agent(Spec("box", 1, 12, False, False), hidden_size=32, num_mixtures=2).model
+    action = normal(20, 8, 1)
+    z = torch.cat([torch.zeros(1, 8, 1), action.cumsum(0)[:-1]]).expand(-1, -1, 4) + 0.05 * normal(20, 8, 4, seed=2)
+    first = torch.zeros(20, 8)
+    first[0] = 1
+    batch = {"z": z[:-1], "next_z": z[1:], "action": action[:-1], "first": first[:-1], "next_first": first[1:]}
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for i in range(400):
+        optimizer.zero_grad()
+        loss, terms, _, _ = world_models.model_loss(model, batch, *model.initial(8), 10.0)
+        if i == 0:
+            start = float(loss)
+        loss.backward()
+        nn.utils.clip_grad_value_(model.parameters(), 1.0)
+        optimizer.step()
+    assert start > 1.0 and terms["losses/mdn_nll"] < -0.3  # the noise alone: log 0.05 + 1.42 = -1.58
+
+
+# === Acting ===
+
+
+def test_actions_of_a_controller():
+    """tanh, then the car's pedals, the one-hot maximum, or nothing; and what the environment gets."""
+    features, weights = torch.ones(3, 1), torch.tensor([[[-2.0, 0.0, 0.5]], [[1.0, -9.0, -0.5]], [[0.1, 9.0, 9.0]]])
+    raw = torch.tanh(weights[:, 0])
+    car = world_models.controller_action(features, weights, "car")
+    expected = [[float(s), (float(g) + 1) / 2, max(float(b), 0)] for s, g, b in raw]
+    torch.testing.assert_close(car, torch.tensor(expected))
+    assert car[0, 1] == 0.5  # zero weights drive at half throttle
+    torch.testing.assert_close(world_models.controller_action(features, weights, "box"), raw)
+    one_hot = world_models.controller_action(features, weights, "discrete")
+    assert one_hot.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
+    assert world_models.env_action(one_hot.numpy(), "discrete").tolist() == [2, 0, 1]
+    numbers = np.array([[-1], [-0.34], [-0.33], [0], [0.33], [0.34], [1]])
+    assert world_models.env_action(numbers, "thirds").tolist() == [2, 2, 0, 0, 0, 1, 1]
+    assert world_models.env_action(numbers, "box") is numbers
+
+
+def test_each_candidate_plays_its_own_jobs():
+    """Job j belongs to candidate j // E, also when only some of the jobs are left."""
+    weights = normal(4, 5, 2)
+    features, jobs = normal(6, 5, seed=2), torch.tensor([0, 2, 3, 7, 10, 11])
+    actions = world_models.linear_policy(weights, "box")(features, jobs, 12)
+    for row, job in enumerate(jobs.tolist()):
+        torch.testing.assert_close(actions[row], torch.tanh(features[row] @ weights[job // 3]))
+
+
+def test_features_are_z_h_and_a_one_or_z_c_h():
+    z, c, h = torch.full((2, 4), 1.0), torch.full((2, 8), 2.0), torch.full((2, 8), 3.0)
+    assert make_agent(BOX).features(z, c, h)[0].tolist() == [1] * 4 + [3] * 8 + [1]
+    assert make_agent(DOOM).features(z, c, h)[0].tolist() == [1] * 4 + [2] * 8 + [3] * 8
+
+
+@pytest.mark.parametrize("spec", [BOX, CAR, DOOM, Spec("discrete", 3, 12, True, True)], ids=lambda s: s.action_kind)
+def test_random_actions_are_held(spec):
+    """For 1 to max_hold steps, equally often; a new episode draws anew; the car seldom brakes."""
+    held = HeldActions(400, spec, 5, np.random.default_rng(1))
+    actions = np.stack([held().copy() for _ in range(200)])  # (T, N, A)
+    low, high = ([-1, 0, 0], [1, 1, 1]) if spec is CAR else (-1, 1)
+    assert (actions >= low).all() and (actions <= high).all()
+    runs = []
+    for n in range(400):
+        changes = np.flatnonzero((np.diff(actions[:, n], axis=0) != 0).any(1))
+        runs += np.diff(changes).tolist()
+    if spec.action_kind == "discrete":
+        assert (actions.sum(-1) == 1).all() and min(runs) >= 1
+        np.testing.assert_allclose(actions.mean((0, 1)), 1 / 3, atol=0.02)
+    else:
+        np.testing.assert_allclose(np.bincount(runs, minlength=6) / len(runs), [0] + [0.2] * 5, atol=0.02)
+    if spec is CAR:
+        assert 0.07 < (actions[:, :, 2] > 0).mean() < 0.13
+    restart = np.arange(400) % 2 == 0
+    held.left[:] = 3
+    before, after = held.actions.copy(), held(restart)
+    changed = (before != after).any(1)
+    assert not changed[~restart].any() and changed[restart].mean() > 0.6
+
+
+# === Dreams ===
+
+
+def plain_dream(agent, controller, which: int, num_dreams: int, seed: int, args) -> tuple[float, int]:
+    """One dream, alone, on the noise that the batched one draws: the equations of a step written out."""
+    model, draw = agent.model, generator(seed)
+    start = int(torch.randint(model.NUM_STARTS, (num_dreams,), generator=draw)[which])
+    noise = torch.randn(num_dreams, 4, generator=draw)[which]
+    z = model.start_mu[start] + torch.exp(model.start_logvar[start] / 2) * noise
+    c, h, total = model.start_c[start], model.start_h[start], 0.0
+    for t in range(args.dream_length):
+        seen = torch.cat([z, c, h] if model.spec.is_doom else [z, h, torch.ones(1)])
+        action = torch.tanh(seen @ controller)
+        uniform = torch.rand(num_dreams, 4, generator=draw)[which]
+        noise = torch.randn(num_dreams, 4, generator=draw)[which]
+        x = [z, action] + ([torch.tensor([1.0 if t == 0 else 0.0])] if model.spec.is_doom else []) + [h]
+        i, f, o, g = (torch.cat(x) @ model.kernel + model.bias).chunk(4)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        out = model.head(h)
+        log_pi, mu, log_sigma = out[:36].view(3, 3, 4)
+        z = torch.empty(4)
+        for d in range(4):
+            pi = torch.softmax(log_pi[:, d] / args.temperature, 0)
+            k = 0
+            while k < 2 and uniform[d] > pi[: k + 1].sum():
+                k += 1
+            z[d] = mu[k, d] + torch.exp(log_sigma[k, d]) * math.sqrt(args.temperature) * noise[d]
+        total += 1.0 if model.spec.is_doom else float(out[37] * model.reward_std + model.reward_mean)
+        if out[36] > 0:
+            return total, t + 1
+    return total, args.dream_length
+
+
+@pytest.mark.parametrize("spec", [BOX, DOOM], ids=["z h 1", "z c h"])
+def test_batched_dream_equals_single_ones(spec):
+    """4 candidates times 3 dreams that end at many different steps, beyond several removals of the dead."""
+    args = make_args(dream_length=180, temperature=1.3)
+    agent = make_agent(spec)
+    model = agent.model
+    with torch.no_grad():
+        model.kernel *= 3
+        model.head.weight[36] *= 10
+        model.head.bias[36] = -3
+        model.reward_mean.fill_(0.3)
+        model.reward_std.fill_(1.7)
+        model.start_mu.copy_(normal(1000, 4, seed=3))
+        model.start_logvar.copy_(normal(1000, 4, seed=4))
+    weights = normal(4, *agent.controller.shape, seed=5)
+    policy = world_models.linear_policy(weights, "box")
+    returns, lengths = world_models.dream(agent, policy, 12, 3, 11, args)
+    with torch.no_grad():
+        single = [plain_dream(agent, weights[j // 3], j % 3, 3, 11, args) for j in range(12)]
+    assert lengths.tolist() == [length for _, length in single]
+    torch.testing.assert_close(returns, torch.tensor([total for total, _ in single]), rtol=1e-3, atol=1e-3)
+    assert len(set(lengths.tolist())) > 4 and lengths.min() < 50 and lengths.max() > 50
+
+
+def test_death_is_a_cut_that_no_temperature_touches():
+    """P[end] above one half ends the dream, below it never does."""
+    agent = make_agent(DOOM)
+    nn.init.zeros_(agent.model.head.weight)
+    policy = world_models.constant_policy(torch.zeros(1))
+    for bias, length in ((1e-3, 1), (-1e-3, 12)):
+        nn.init.constant_(agent.model.head.bias, bias)
+        for temperature in (0.1, 3.0):
+            returns, lengths = world_models.dream(agent, policy, 5, 5, 1, make_args(temperature=temperature))
+            assert set(lengths.tolist()) == set(returns.tolist()) == {length}
+
+
+def test_dreams_with_one_number_share_their_noise():
+    """Two equal candidates get equal returns; two dreams of one candidate do not; another seed, other dreams."""
+    agent, args = make_agent(BOX), make_args()
+    nn.init.constant_(agent.model.head.bias, -3)
+    policy = world_models.linear_policy(normal(1, *agent.controller.shape).repeat(2, 1, 1), "box")
+    returns, _ = world_models.dream(agent, policy, 6, 3, 1, args)
+    torch.testing.assert_close(returns[:3], returns[3:])
+    assert len(set(returns[:3].tolist())) == 3
+    assert not torch.allclose(returns, world_models.dream(agent, policy, 6, 3, 2, args)[0])
+
+
+def test_open_loop_follows_the_data_and_then_itself():
+    """Up to `context` z is the recorded one; beyond it, what a dream's step makes of the actions."""
+    model, T = make_agent(BOX).model, 8
+    batch = {"z": normal(T, 2, 4), "action": normal(T, 2, 2, seed=2), "first": torch.zeros(T, 2)}
+    uniform, noise = torch.rand(T + 1, 2, 4, generator=generator()), normal(T + 1, 2, 4, seed=3)
+    path = world_models.open_loop(model, batch, uniform, noise, 1.2, 3)
+    torch.testing.assert_close(path[:3], batch["z"][:3])
+    c, h = model.initial(2)
+    with torch.no_grad():
+        for t in range(T - 1):
+            step = model, path[t], batch["action"][t], batch["first"][t], c, h, uniform[t], noise[t], 1.2
+            z, c, h, _, _ = world_models.dream_step(*step)
+            if t >= 2:
+                torch.testing.assert_close(path[t + 1], z)
+
+
+# === Recorded data ===
+
+
+def recorded(run_dir: str = ".", lengths=(5, 3, 6, 4), seed: int = 1) -> ReplayBuffer:
+    """Episodes of random frames and actions, every second of which terminates; the reward counts all steps."""
+    rb, rng, total = ReplayBuffer(run_dir), np.random.default_rng(seed), 0
+    for i, length in enumerate(lengths):
+        frames = rng.integers(0, 256, (length, 64, 64, 3), np.uint8)
+        rb.add(frames, rng.uniform(-1, 1, (length, 2)), np.arange(total, total + length), i % 2 == 0)
+        total += length
+    return rb
+
+
+def test_episodes_are_kept_in_order():
+    """First and last steps, terminations, returns; the frames in the file."""
+    rb = recorded()
+    arrays = rb.arrays()
+    assert arrays["reward"].tolist() == list(range(18)) and len(rb) == 18
+    assert np.flatnonzero(arrays["first"]).tolist() == [0, 5, 8, 14]
+    assert np.flatnonzero(arrays["done"]).tolist() == [4, 13]
+    assert rb.lengths.tolist() == [5, 3, 6, 4] and rb.returns.tolist() == [10, 18, 63, 62]
+    rng = np.random.default_rng(1)
+    first = rng.integers(0, 256, (5, 64, 64, 3), np.uint8)
+    assert np.array_equal(rb.frames.rows()[:5], first) and rb.frames.rows().shape == (18, 64, 64, 3)
+
+
+def test_recorded_data_comes_back_and_later_frames_are_cut_off():
+    """What was appended after the checkpoint does not count; the next episode continues after what does."""
+    rb = recorded()
+    state = rb.state_dict()
+    rb.add(np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 2)), np.zeros(2), False)
+    with open("frames.bin", "ab") as file:
+        file.write(b"half a frame")
+    other = ReplayBuffer(".")
+    other.load_state_dict(state)
+    assert os.path.getsize("frames.bin") == 18 * 64 * 64 * 3
+    for name, array in recorded("..").arrays().items():
+        assert np.array_equal(other.arrays()[name], array), name
+    os.remove("../frames.bin")
+    other.add(np.full((2, 64, 64, 3), 7, np.uint8), np.zeros((2, 2)), np.zeros(2), False)
+    assert (other.frames.rows()[18:] == 7).all() and len(other) == 20
+
+
+@pytest.mark.parametrize("kind", ["foreign", "short", "missing", "one wrong bit"])
+def test_other_frames_than_the_recorded_ones_are_refused(kind, capsys):
+    """One line that says what to do."""
+    state = recorded().state_dict()
+    path, good = Path("frames.bin"), Path("frames.bin").read_bytes()
+    bad = {"foreign": good[::-1], "short": good[:-1], "one wrong bit": good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]}
+    path.unlink() if kind == "missing" else path.write_bytes(bad[kind])
+    with pytest.raises(SystemExit) as stopped:
+        ReplayBuffer(".").load_state_dict(state)
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and "frames.bin" in line and "--from-stage collect" in line
+
+
+def test_a_full_disk_while_recording(monkeypatch):
+    """One line, nothing of the checkpoint is touched."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with pytest.raises(SystemExit, match="cannot write /dev/full, the last checkpoint is intact"):
+        ArrayFile("/dev/full", (1000,), np.uint8, "collect").append(np.zeros((100, 1000), np.uint8))
+
+
+@pytest.fixture
+def latents():
+    """The recorded episodes with latents that name their row."""
+    rb = recorded()
+    file = ArrayFile("latents.bin", (2, 4), np.float16, "encode")
+    rows = np.stack([np.arange(18)[:, None].repeat(4, 1), np.full((18, 4), -20)], 1)
+    file.append(rows.astype(np.float16))
+    run = SimpleNamespace(rb=rb, latents=file, device=torch.device("cpu"), spec=BOX, args=make_args(holdout_ratio=0.25))
+    return Latents(run)
+
+
+def test_streams_are_episodes_joined_end_to_end(latents):
+    """In the given order, cut into rows of a batch, those into overlapping pieces; nothing twice, little left out."""
+    assert latents.train.tolist() == [[0, 5], [5, 8], [8, 14]] and latents.holdout.tolist() == [[14, 18]]
+    order = [*range(8, 14), *range(5), *range(5, 8)]
+    pieces = latents.streams(latents.train[[2, 0, 1]], 2, 3)
+    assert pieces.shape == (2, 4, 2)
+    for b in range(2):
+        stream = order[7 * b : 7 * b + 7]
+        assert pieces[:, :, b].tolist() == [stream[:4], stream[3:7]]
+    assert latents.streams(latents.holdout, 100, 500).squeeze(2).tolist() == [[14, 15, 16, 17]]
+    assert latents.streams(latents.train, 100, 4).shape == (1, 5, 2)  # fewer rows than asked for
+
+
+def test_batch_draws_z_afresh_and_shifts_it_by_one(latents):
+    """z = mu + exp(logvar / 2) noise; what is predicted at t is what is seen at t + 1; borders are marked."""
+    latents.data["logvar"][:] = 2 * math.log(0.5)
+    rows, noise = torch.arange(3, 10)[:, None], normal(7, 1, 4)
+    batch = latents.batch(rows, noise)
+    z = rows[:, :, None] + 0.5 * noise
+    torch.testing.assert_close((batch["z"], batch["next_z"]), (z[:-1], z[1:]), rtol=1e-3, atol=1e-3)
+    assert batch["reward"][:, 0].tolist() == [3, 4, 5, 6, 7, 8]
+    assert batch["done"][:, 0].tolist() == [0, 1, 0, 0, 0, 0]
+    assert batch["first"][:, 0].tolist() == [0, 0, 1, 0, 0, 1]
+    assert batch["next_first"][:, 0].tolist() == [0, 1, 0, 0, 1, 0]
+    batch["action"].zero_()
+    assert latents.data["action"].any(), "a batch is a copy"
+
+
+def test_dreams_begin_at_first_frames_or_with_the_state_of_what_came_before(latents):
+    """With context: M's state after those steps, zero at first, of rows that lie in one episode."""
+    model = make_agent(BOX).model
+    world_models.set_dream_starts(model, latents, np.random.default_rng(1), 0)
+    assert set(model.start_mu[:, 0].tolist()) == {0, 5, 8, 14} and not model.start_c.any() and not model.start_h.any()
+    world_models.set_dream_starts(model, latents, np.random.default_rng(1), 3)
+    found = model.start_mu[:, 0].long()
+    assert set(found.tolist()) == {3, 4, 11, 12, 13, 17}
+    for row in (4, 11, 17):
+        c, h = model.initial(1)
+        for t in range(row - 3, row):
+            mu, action = latents.data["mu"][t, None].float(), latents.data["action"][t, None]
+            c, h = model.step(mu, action, torch.zeros(1), c, h)
+        i = int((found == row).nonzero()[0])
+        torch.testing.assert_close((model.start_c[i], model.start_h[i]), (c[0], h[0]), rtol=1e-2, atol=1e-3)
+    world_models.set_dream_starts(model, latents, np.random.default_rng(1), 50)  # longer than every episode
+    assert set(model.start_mu[:, 0].tolist()) == {0, 5, 8, 14}
+
+
+def test_holdout_scores_count_deaths(latents):
+    """True, predicted and found ones of the held-out episodes, here all four."""
+    model = make_agent(BOX).model
+    latents.holdout = latents.spans
+    for bias, predicted, recall in ((9.0, 17, 1.0), (-9.0, 0, 0.0)):
+        nn.init.constant_(model.head.bias[36:37], bias)
+        scores = world_models.holdout_scores(model, latents, make_args(model_batch_size=1))
+        assert (scores["model/deaths_true"], scores["model/deaths_predicted"]) == (2, predicted)
+        assert scores["model/deaths_recall"] == recall and scores["model/holdout_mdn_nll"] > 0
+
+
+# === Real episodes ===
+
+
+class Memory(gym.Env):
+    """A flash of light in frame t asks for the action 1 in step t + 1, not in t: what only h can remember."""
+
+    observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.lights, self.t = self.np_random.integers(2, size=13), 0
+        return self._frame(), {}
+
+    def _frame(self):
+        return np.full((64, 64, 3), 255 * self.lights[self.t], np.uint8)
+
+    def step(self, action):
+        wanted = self.lights[self.t - 1] if self.t else 0
+        reward = float((action[0] > 0) == wanted)
+        self.t += 1
+        return self._frame(), reward, False, False, {}
+
+
+fake_envs.register("Memory-v0", Memory, 12)
+
+
+def memory_agent():
+    """V says +1 for light and -1 for dark; M's h is what z was; C answers h. One step late or early would be wrong."""
+    agent = make_agent(Spec("box", 1, 12, False, False), latent_size=1, hidden_size=1)
+    model = agent.model
+    agent.vae.encode = lambda image: (2 * image.mean((1, 2, 3))[:, None] - 1, torch.full((len(image), 1), -50.0))
+    with torch.no_grad():
+        model.kernel.zero_()
+        model.bias.copy_(torch.tensor([20.0, -20.0, 20.0, 0.0]))  # takes in everything, forgets, shows
+        model.kernel[0, 3] = 5.0  # z
+    agent.controller.copy_(torch.tensor([[0.0], [9.0], [-0.9]]))
+    return agent
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_h_is_what_it_was_before_this_frame(num_envs):
+    """The order z_t, a_t from (z_t, h_t), step, h_{t+1} from (z_t, a_t): only then is every step of Memory right."""
+    agent, seeds = memory_agent(), np.arange(7)
+    envs = world_models.make_vector_env(make_args(env_id="test_world_models:Memory-v0"), num_envs)
+    play = {"generator": generator(), "stop": QUIET}
+    policy = world_models.linear_policy(agent.controller[None], "box")
+    returns, lengths = world_models.play(agent, envs, policy, seeds, **play)
+    assert returns.tolist() == lengths.tolist() == [12] * 7
+    late = world_models.linear_policy(torch.tensor([[[9.0], [0.0], [-0.9]]]), "box")  # looks at z instead
+    assert world_models.play(agent, envs, late, seeds, **play)[0].mean() < 9
+    envs.close()
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 5])
+def test_jobs_are_played_on_their_seeds(num_envs):
+    """Each job's return is that of its seed and candidate, however many environments share them out."""
+    agent = memory_agent()
+    envs = world_models.make_vector_env(make_args(env_id="fake_envs:TinyPixels-v0"), num_envs)
+    actions = torch.tensor([[-1.0], [0.5]])
+    seeds = np.tile([3, 8, 5], 2)
+
+    def policy(features, jobs, num_jobs):
+        assert num_jobs == 6 and features.shape == (num_envs, 3)
+        return actions[jobs // 3]
+
+    returns, lengths = world_models.play(agent, envs, policy, seeds, generator(), QUIET)
+    for job, seed in enumerate(seeds):
+        target = np.random.Generator(np.random.PCG64(int(seed))).uniform(-1, 1)
+        assert returns[job] == pytest.approx(-60 * abs(float(actions[job // 3]) - target), rel=1e-4)
+    assert lengths.tolist() == [12] * 6
+    envs.close()
+
+
+def test_an_idle_episode_is_given_up_and_its_rest_is_paid():
+    """Nothing positive is ever earned: the return is that of the whole episode, in fewer steps; 0 = never."""
+    agent = memory_agent()
+    envs = world_models.make_vector_env(make_args(env_id="fake_envs:TinyPixels-v0"), 2)
+    policy = world_models.constant_policy(torch.zeros(1))
+    play = agent, envs, policy, np.arange(5), generator(), QUIET
+    whole, lengths = world_models.play(*play)
+    short, steps = world_models.play(*play, idle_limit=4)
+    assert lengths.tolist() == [12] * 5 and steps.tolist() == [4] * 5
+    np.testing.assert_allclose(whole, short)
+    envs.close()
+
+
+def test_a_stop_ends_the_episodes():
+    agent, envs = memory_agent(), world_models.make_vector_env(make_args(env_id="fake_envs:TinyPixels-v0"), 1)
+    stop = SimpleNamespace(requested=2)
+    policy = world_models.constant_policy(torch.zeros(1))
+    assert np.isnan(world_models.play(agent, envs, policy, np.arange(2), generator(), stop)[0]).all()
+
+
+def test_pictures_are_cropped_and_resized():
+    """CarRacing: rows 0-83 without the instruments, 64 x 64; CartPole as it is drawn."""
+    env = world_models.make_env(make_args(env_id="CarRacing-v3"))()
+    obs, _ = env.reset(seed=1)
+    whole, _ = gym.make("CarRacing-v3").reset(seed=1)
+    import cv2
+
+    assert np.array_equal(obs, cv2.resize(whole[:84], (64, 64), interpolation=cv2.INTER_AREA))
+    env.close()
+    args = make_args(env_id="CartPole-v1", render_obs=True)
+    envs = world_models.make_vector_env(args, 1)
+    spec = world_models.make_spec(envs, args)
+    assert envs.reset(seed=1)[0].shape == (1, 64, 64, 3)
+    assert spec == Spec("discrete", 2, 500, True, True)
+    envs.close()
+
+
+def test_takecover_is_the_game_of_the_paper():
+    """Pictures of the screen, an end after 2100 steps at most, death as termination, no file left behind."""
+    pytest.importorskip("vizdoom")
+    args = world_models.with_task_defaults(Args())
+    envs = world_models.make_vector_env(args, 1)
+    assert world_models.make_spec(envs, args) == DOOM
+    obs, _ = envs.reset(seed=[3])
+    assert obs.shape == (1, 64, 64, 3) and obs.std() > 10
+    held, total, ended = HeldActions(1, DOOM, 10, np.random.default_rng(1)), 0, False
+    while not ended:
+        action = world_models.env_action(held(), "thirds")
+        obs, rewards, terminations, truncations, infos = envs.step(action)
+        total, ended = total + float(rewards[0]), bool(terminations[0])
+        assert not truncations[0]
+    assert total == infos["episode"]["r"][0] == infos["episode"]["l"][0] > 35
+    envs.close()
+    assert os.listdir() == []
+
+
+def test_envpool_plays_the_same_game():
+    """A seed fixes the track and the pictures, another one changes them; gas moves the car onto new tiles."""
+    pytest.importorskip("envpool")
+    env = world_models.make_env(make_args(env_id="CarRacing-v3", envpool=True))()
+    sums = []
+    for seed in (1, 1, 2):
+        frames, total = [env.reset(seed=seed)[0]], 0.0
+        for _ in range(60):
+            obs, reward, terminated, truncated, _ = env.step(np.array([0, 0.5, 0], np.float32))
+            frames.append(obs)
+            total += reward
+            assert not terminated and not truncated
+        sums.append((int(np.stack(frames).sum()), round(total, 3)))
+        assert total > 5 and frames[-1].shape == (64, 64, 3)
+    assert sums[0] == sums[1] != sums[2]
