@@ -1841,14 +1841,6 @@ GAMES = {
     "CartPole": {"env_id": "CartPole-v1", **FOUR_ENVS},
     "tictactoe": {"env_id": "tictactoe", **FOUR_ENVS},
     "connect_four": {"env_id": "connect_four", "search": "puct", **FOUR_ENVS},
-# === World Models ===
-
-WORLDS = {
-    "pixels": {},
-    "deadly discrete": {"env_id": "fake_envs:TinyPixelsDiscrete-v0", "total_timesteps": 96},
-    "real": {"controller_env": "real"},
-    "two": TWO_ENVS,
-    "drawn": {"env_id": "CartPole-v1", "render_obs": True, "total_timesteps": 120, "dream_length": 20},
 }
 
 
@@ -1934,6 +1926,20 @@ def test_muzero_stops_where_a_loss_is_not_finite(muzero, key):
     with pytest.raises(SystemExit, match=r"not finite at step \d+: losses/"):
         resume(muzero, run_dir, total_timesteps=96)
     assert path.read_bytes() == poisoned
+
+
+# === World Models ===
+
+WORLDS = {
+    "pixels": {},
+    "deadly discrete": {"env_id": "fake_envs:TinyPixelsDiscrete-v0", "total_timesteps": 96},
+    "real": {"controller_env": "real"},
+    "two": TWO_ENVS,
+    "drawn": {"env_id": "CartPole-v1", "render_obs": True, "total_timesteps": 120, "dream_length": 20},
+}
+
+
+@pytest.fixture
 def world_models():
     return importlib.import_module("world_models")
 
@@ -2128,13 +2134,6 @@ def test_a_bad_dream_is_said_before_anything_is_evolved_in_it(world_models, caps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_muzero_learns_cartpole(muzero, seed):
-    """The default command: at least 475 over 100 episodes, and 20K steps later still."""
-    run_dir = muzero.main(muzero.Args(cuda=False, seed=seed, eval_episodes=100, eval_frequency=20_000))
-    evaluations = [value for _, value in scalars(run_dir)["eval/episodic_return"]]
-    print(f"evaluation returns {evaluations}")
-    assert min(evaluations[-2:]) >= 475
 def test_world_models_learn_a_tiny_pixel_task_in_their_dream(world_models, capsys):
     """The picture shows the right action: random play returns -40 an episode, the best constant one -30, perfect 0."""
     run_dir = run(
@@ -2149,6 +2148,16 @@ def test_world_models_learn_a_tiny_pixel_task_in_their_dream(world_models, capsy
     print(f"dream {dreamed:.1f}, real {real:.1f}")
     assert real > -20 and abs(real - dreamed) < 10
     assert "NOT like" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_muzero_learns_cartpole(muzero, seed):
+    """The default command: at least 475 over 100 episodes, and 20K steps later still."""
+    run_dir = muzero.main(muzero.Args(cuda=False, seed=seed, eval_episodes=100, eval_frequency=20_000))
+    evaluations = [value for _, value in scalars(run_dir)["eval/episodic_return"]]
+    print(f"evaluation returns {evaluations}")
+    assert min(evaluations[-2:]) >= 475
 
 
 @pytest.mark.slow
