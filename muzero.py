@@ -23,6 +23,7 @@ Deviations from the paper, each also marked at the line it concerns:
   5. Board games keep the reward head and the transform: a winning move earns its mover 1, values past the end are 0.
   6. The default search is Gumbel's with few simulations (--search puct for the paper's).
   7. Small networks, and images as four 96x96 frames in colour (EfficientZero's) instead of 32.
+  8. With vectors, returns end in the target network's value now (as in Reanalyze), not in that of the search then.
 """
 
 import difflib
@@ -997,7 +998,7 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.AdamW:
 def fresh_values(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_steps: int) -> dict:
     """Sampled rows (K + n + 1, B) whose first `count` columns are bootstrapped from the target network's values now.
 
-    These are the values n steps after k = 0 ... K, or of the closing row, if the episode is over by then.
+    These are the values n steps after k = 0 ... K, or of the closing row, if the episode is over by then (deviation 8).
     """
     slots, envs, ends = rows["slots"][:count], rows["envs"][:count], rows["end"][:, :count]
     steps = torch.arange(len(ends), device=ends.device)[:, None]
