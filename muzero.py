@@ -23,6 +23,7 @@ Deviations from the paper, each also marked at the line it concerns:
   5. Board games keep the reward head and the transform: a winning move earns its mover 1, values past the end are 0.
   6. The default search is Gumbel's with few simulations (--search puct for the paper's).
   7. Small networks, and images as four 96x96 frames in colour (EfficientZero's) instead of 32.
+  8. With vectors, returns end in the target network's value now (as in Reanalyze), not in that of the search then.
 """
 
 import difflib
@@ -108,6 +109,8 @@ class Args:
     """discount per step; default by task"""
     td_steps: int | None = None
     """steps of the return before it is bootstrapped (n); default by task"""
+    bootstrap: Literal["search", "target"] | None = None
+    """value that ends it: root value of the search that was played, or the target network's now; default by task"""
     unroll_steps: int = 5
     """steps the model is unrolled in an update (K)"""
     value_scale: float = 0.25
@@ -145,7 +148,7 @@ class Args:
     priority_beta: float = 1.0
     """exponent of the importance weights"""
     reanalyze_ratio: float = 0.0
-    """share of a batch whose policies are searched and values are bootstrapped anew, by the target network"""
+    """share of a batch whose policies are searched and values are bootstrapped anew, with the target network"""
     target_network_frequency: int = 200
     """updates between copies to the target network"""
 
@@ -161,12 +164,13 @@ class Args:
 # Settings by task (name of the environment without its version). A flag on the command line wins.
 DEFAULTS = {
     "total_timesteps": 200_000, "buffer_size": 50_000, "replay_ratio": 0.25, "batch_size": 128, "learning_rate": 1e-3,
-    "gamma": 0.997, "td_steps": 20, "support_size": 300, "hidden_size": 64, "num_blocks": 1, "num_simulations": 16,
-    "c_scale": 0.1, "dirichlet_alpha": 0.25, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,
+    "gamma": 0.997, "td_steps": 20, "bootstrap": "target", "support_size": 300, "hidden_size": 64, "num_blocks": 1,
+    "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25, "temperature_steps": (50_000, 100_000),
+    "priority_alpha": 0.0,
 }  # fmt: skip
 BOARD = {
     "gamma": 1.0, "support_size": 1, "c_scale": 1.0, "temperature_steps": (10**9, 10**9), "batch_size": 256,
-    "dirichlet_alpha": 1.0,
+    "dirichlet_alpha": 1.0, "bootstrap": "search",
 }  # fmt: skip
 TASKS = {
     "CartPole": {
@@ -183,7 +187,8 @@ TASKS = {
 }  # fmt: skip
 ATARI = {
     "total_timesteps": 500_000, "buffer_size": 100_000, "batch_size": 256, "td_steps": 5, "num_simulations": 50,
-    "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000), "priority_alpha": 1.0,
+    "bootstrap": "search", "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000),
+    "priority_alpha": 1.0,
 }  # fmt: skip
 MAX_REWARD = {"CartPole": 1.0, "Acrobot": 1.0, "MountainCar": 1.0}  # largest |reward| of a step, where it is known
 BOARD_GAMES = {"tictactoe": (3, 3, 3, False), "connect_four": (6, 7, 4, True)}  # rows, columns, in a row, gravity
@@ -990,24 +995,34 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, args.learning_rate, fused=True)
 
 
-def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, fns: Executables) -> dict:
-    """Sampled rows (L, B) whose first `count` columns have values by the target network and policies by its search.
+def fresh_values(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_steps: int) -> dict:
+    """Sampled rows (K + n + 1, B) whose first `count` columns are bootstrapped from the target network's values now.
 
-    The search starts from the observations at k = 0 ... K, without noise; values are those of all L observations.
+    These are the values n steps after k = 0 ... K, or of the closing row, if the episode is over by then (deviation 8).
     """
-    slots, envs = rows["slots"][:count], rows["envs"][:count]
-    length, searched = len(rows["reward"]), args.unroll_steps + 1
-    index = (slots + torch.arange(length, device=slots.device)[:, None]) % rb.capacity
-    obs = rb.observations(index, envs.expand(length, -1)).flatten(0, 1)
+    slots, envs, ends = rows["slots"][:count], rows["envs"][:count], rows["end"][:, :count]
+    steps = torch.arange(len(ends), device=ends.device)[:, None]
+    last = torch.where(ends != STEP, steps, len(ends)).amin(0)
+    index = torch.minimum(steps[td_steps:], last)  # (K + 1, count)
     with torch.no_grad():
-        latent, logits, value = target.initial(obs)
-    roots = [x[: searched * count] for x in (latent, logits, value)]
+        fresh = target.initial(rb.observations((slots + index) % rb.capacity, envs.expand_as(index)).flatten(0, 1))[2]
+    value = rows["value"].clone()
+    value[:, :count].scatter_(0, index, fresh.view_as(index))
+    return rows | {"value": value}
+
+
+def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, fns: Executables) -> dict:
+    """Sampled rows whose first `count` columns have policies of a search with the target network, without noise.
+
+    It starts from the observations at k = 0 ... K.
+    """
+    slots, envs, searched = rows["slots"][:count], rows["envs"][:count], args.unroll_steps + 1
+    index = (slots + torch.arange(searched, device=slots.device)[:, None]) % rb.capacity
+    obs = rb.observations(index, envs.expand_as(index)).flatten(0, 1)
     legal = rows["legal"][:searched, :count].flatten(0, 1)
-    policy = plan(target, roots, legal, None, None, args, fns).policy.unflatten(0, (searched, count))
-    policy = torch.cat([policy, rows["policy"][searched:, :count]])
-    value = value.unflatten(0, (length, count))
-    fresh = {"policy": torch.cat([policy, rows["policy"][:, count:]], 1)}
-    return rows | fresh | {"value": torch.cat([value, rows["value"][:, count:]], 1)}
+    policy = rows["policy"].clone()
+    policy[:searched, :count] = act(target, obs, legal, None, None, args, fns).policy.unflatten(0, (searched, count))
+    return rows | {"policy": policy}
 
 
 def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions, args: Args, losses_fn) -> dict:
@@ -1471,8 +1486,12 @@ def main(args: Args) -> str:
         nonlocal metrics
         for _ in range(count):
             rows = rb.sample(args.batch_size, args.priority_beta, rng["replay"])
-            if args.reanalyze_ratio > 0:
-                rows = reanalyze(target, rb, rows, math.ceil(args.reanalyze_ratio * args.batch_size), args, fns)
+            searched = math.ceil(args.reanalyze_ratio * args.batch_size)
+            if searched:
+                rows = reanalyze(target, rb, rows, searched, args, fns)
+            valued = args.batch_size if args.bootstrap == "target" else searched
+            if valued:
+                rows = fresh_values(target, rb, rows, valued, args.td_steps)
             shape = args.unroll_steps, args.batch_size
             actions = torch.randint(agent.num_actions, shape, generator=rng["update"], device=device)
             metrics = update(agent, optimizer, rb, rows, actions, args, fns.losses)

@@ -1835,7 +1835,7 @@ GAMES = {
     "counter": {},
     "two": TWO_ENVS,
     "puct": {"search": "puct", "priority_alpha": 0.6},
-    "reanalyzed": {"reanalyze_ratio": 0.5},
+    "reanalyzed": {"reanalyze_ratio": 0.5, "bootstrap": "search"},
     "deadly": {"env_id": "fake_envs:DeadlyDiscreteCounter-v0"},
     "pixels": {"env_id": "fake_envs:CalmPixelsDiscrete-v0", "total_timesteps": 36},
     "CartPole": {"env_id": "CartPole-v1", **FOUR_ENVS},
