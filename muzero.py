@@ -110,7 +110,7 @@ class Args:
     td_steps: int | None = None
     """steps of the return before it is bootstrapped (n); default by task"""
     bootstrap: Literal["search", "target"] | None = None
-    """value that ends it: root value of the search that was played, or the target network's now; default by task"""
+    """value that ends it: the played search's root value, or the target network's now; default by task"""
     unroll_steps: int = 5
     """steps the model is unrolled in an update (K)"""
     value_scale: float = 0.25
