@@ -148,7 +148,7 @@ class Args:
     priority_beta: float = 1.0
     """exponent of the importance weights"""
     reanalyze_ratio: float = 0.0
-    """share of a batch whose policies are searched and values are bootstrapped anew, with the target network"""
+    """share of a batch whose policies are searched and values bootstrapped anew, with the target network"""
     target_network_frequency: int = 200
     """updates between copies to the target network"""
 
