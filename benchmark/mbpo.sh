@@ -15,8 +15,8 @@ cheap() { # with and without a model: 10 to 15 minutes on one core for each run
   python benchmark/curves.py docs/mbpo_cheap.png runs/{InvertedPendulum-v5,Pendulum-v1}__{mbpo,sac}__*
 }
 
-hopper() { # two hours and more on one core
-  OMP_NUM_THREADS=1 python mbpo.py --env-id Hopper-v5 --total-timesteps 30000 --eval-frequency 1000
+hopper() { # an hour and more on one core
+  OMP_NUM_THREADS=1 python mbpo.py --env-id Hopper-v5 --total-timesteps 20000 --eval-frequency 1000
   python benchmark/curves.py docs/mbpo_hopper.png runs/Hopper-v5__mbpo__*
 }
 
