@@ -732,6 +732,7 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, num
     step = load(run_dir)["global_step"]
     assert step >= 12 and f"step {step}" in out
     wait_for(lambda: not set(processes_in(os.getcwd())) - before, seconds=10)
+    time.sleep(1)  # event files of one second are read in the order of their process numbers, and this one is the lower
     resume(script, run_dir, **changes | {"total_timesteps": step + 24})
     assert load(run_dir)["global_step"] >= step + 24
     assert_healthy(run_dir)
