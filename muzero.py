@@ -89,8 +89,8 @@ class Args:
     """Gymnasium id with Discrete actions (ALE/Pong-v5, my_module:MyEnv-v0), tictactoe or connect_four"""
     total_timesteps: int | None = None
     """environment steps of the run; default by task, see TASKS below"""
-    num_envs: int = 16
-    """environments or games played side by side, one search for all"""
+    num_envs: int | None = None
+    """environments or games played side by side, one search for all; default by task"""
     buffer_size: int | None = None
     """capacity of the replay buffer in environment steps; default by task"""
     learning_starts: int = 1_000
@@ -121,7 +121,7 @@ class Args:
     """units of the latent state and hidden layers, channels of images and boards; default by task"""
     num_blocks: int | None = None
     """residual blocks of the convolutional networks, each in representation and dynamics; default by task"""
-    search: Literal["gumbel", "puct"] = "gumbel"
+    search: Literal["gumbel", "puct"] = "gumbel"  # deviation 6
     """gumbel: sequential halving, improved policy; puct: the paper's search with Dirichlet noise"""
     num_simulations: int | None = None
     """simulations per search (S); default by task"""
@@ -163,7 +163,8 @@ class Args:
 
 # Settings by task (name of the environment without its version). A flag on the command line wins.
 DEFAULTS = {
-    "total_timesteps": 200_000, "buffer_size": 50_000, "replay_ratio": 0.25, "batch_size": 128, "learning_rate": 1e-3,
+    "total_timesteps": 200_000, "num_envs": 16, "buffer_size": 50_000, "replay_ratio": 0.25, "batch_size": 128,
+    "learning_rate": 1e-3,
     "gamma": 0.997, "td_steps": 20, "bootstrap": "target", "support_size": 300, "hidden_size": 64, "num_blocks": 1,
     "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25, "temperature_steps": (50_000, 100_000),
     "priority_alpha": 0.0,
@@ -174,7 +175,8 @@ BOARD = {
 }  # fmt: skip
 TASKS = {
     "CartPole": {
-        "total_timesteps": 40_000, "buffer_size": 20_000, "support_size": 20, "temperature_steps": (10_000, 20_000),
+        "total_timesteps": 40_000, "buffer_size": 40_000, "support_size": 20, "c_scale": 0.03,
+        "temperature_steps": (10_000, 20_000),
     },
     "LunarLander": {"total_timesteps": 500_000, "support_size": 30, "num_simulations": 25},
     "tictactoe": BOARD | {
@@ -244,6 +246,7 @@ class BoardGame:
         return (empty[:, : self.shape[1]] if self.gravity else empty).numpy()
 
     def observe(self) -> np.ndarray:
+        """The stones as the network sees them, (N, 2, R, C); a copy."""
         return self.stones.view(self.num_envs, 2, *self.shape).numpy().copy()
 
     def reset(self, seed=None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -265,6 +268,7 @@ class BoardGame:
         terminations = wins | (self.moves == self.stones.shape[2])
         self.stones = self.stones.flip(1)
         results = torch.where(wins, self.moves % 2 * 2.0 - 1, 0.0)  # the first player makes the odd moves
+        # the reward is the mover's, and comes with the move (deviation 5)
         infos = {"episode": {"r": results.numpy(), "l": self.moves.numpy().copy()}}
         never = np.zeros(self.num_envs, bool)
         return self.observe(), wins.float().numpy(), terminations.numpy(), never, infos
@@ -419,6 +423,7 @@ class ReplayBuffer:
         self.set_priority(slots, envs, rows["value"][0] - returns[0])
 
     def set_priority(self, slots: torch.Tensor, envs: torch.Tensor, errors: torch.Tensor) -> None:
+        """p = |error| + 0.001 of steps (M,)."""
         self.priority[slots, envs] = errors.abs() + 1e-3
 
     def window(self, slots: torch.Tensor, envs: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
@@ -527,7 +532,7 @@ class ConvNetwork(nn.Module):
         def blocks() -> list[nn.Module]:
             return [ResidualBlock(channels) for _ in range(num_blocks)]
 
-        if self.image:
+        if self.image:  # deviation 7
             half = channels // 2
             self.encoder = nn.Sequential(
                 conv(obs_shape[0] * obs_shape[3], half, stride=2), nn.ReLU(), ResidualBlock(half),  # 48 x 48
@@ -670,6 +675,7 @@ def make_targets(rows: dict[str, torch.Tensor], unroll_steps: int, td_steps: int
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Of distributions (..., n) against logits (..., n), in nats (...)."""
     return -(target * logits.log_softmax(-1)).sum(-1)
 
 
@@ -747,16 +753,16 @@ def make_tree(latent: torch.Tensor, logits: torch.Tensor, value: torch.Tensor, n
     """Trees with their roots only: latent (B, ...), logits (B, A), value (B,)."""
     (B, A), N = logits.shape, num_simulations + 1
     node, edge = value.new_zeros(N, B), value.new_zeros(N, A, B)
-    index = torch.arange(N, device=value.device)
+    nodes = torch.arange(N, device=value.device)[:, None, None]
     lines = value.new_zeros(3, N, N, B)
     tree = Tree(
         latent.new_zeros(N, *latent.shape), edge, edge.clone(), node, node.clone(), node.clone(),
         torch.zeros_like(node, dtype=torch.long), node.clone(), node.clone(), node.clone(), edge.clone(), edge.clone(),
-        index[:, None, None].repeat(1, A, B), lines,
+        nodes.repeat(1, A, B), lines,
     )  # fmt: skip
     tree.latent[0], tree.logits[0], tree.prior[0] = latent, logits.T, logits.softmax(-1).T
     tree.raw_values[0], tree.node_values[0], tree.node_visits[0] = value, value, 1
-    lines[:2, index, index] = 1  # each node is its own ancestor, with discount 1
+    lines[:2].diagonal(dim1=1, dim2=2).fill_(1)  # each node is its own ancestor, with discount 1
     return tree
 
 
@@ -779,7 +785,7 @@ def simulate(tree: Tree, n: int, model: Callable, choice: torch.Tensor) -> None:
     tree.latent[n], tree.logits[n], tree.prior[n] = latent, logits.T, logits.softmax(-1).T
     tree.raw_values[n], tree.rewards[n], tree.discounts[n] = value, reward, discount
     tree.edges[n] = parent * A + action
-    tree.children[parent, action, trees] = n
+    tree.children.flatten(0, 1).scatter_(0, tree.edges[n : n + 1], n)
 
     line = tree.lines[:, :n, :n].gather(1, parent.expand(3, 1, n, B))[:, 0]  # (3, n, B) from the parent upwards
     on_path, line_discount, line_reward = line
@@ -907,7 +913,8 @@ def gumbel_search(model, root, legal, noise, args, value_range=None, choice_fn=g
 
 
 def summarize(tree: Tree, action: torch.Tensor, policy: torch.Tensor) -> SearchResult:
-    depth = tree.lines[0, 1:].sum(1).mean(0) - 1
+    """What is left of a search once its action (B,) and policy (B, A) are known."""
+    depth = tree.lines[0, 1:].sum(1).mean(0) - 1  # a node counts itself among its ancestors
     return SearchResult(action, policy, tree.node_values[0], tree.visit_counts[0].T, tree.qvalues[0].T, depth)
 
 
@@ -1404,8 +1411,8 @@ def check_support(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
     if args.env_id in BOARD_GAMES:
         largest = 1.0
     elif task_name(args.env_id) in MAX_REWARD:
-        steps = envs.envs[0].spec.max_episode_steps
-        largest = MAX_REWARD[task_name(args.env_id)] * sum(args.gamma**i for i in range(steps))
+        steps = envs.envs[0].spec.max_episode_steps if args.gamma == 1 else 1 / (1 - args.gamma)
+        largest = MAX_REWARD[task_name(args.env_id)] * steps  # a time limit is no end: discounted values go beyond it
     else:
         print(f"values of {args.env_id} beyond +-{reach:.0f} would be clipped (--support-size): losses/clipped_targets")
         return

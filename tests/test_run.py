@@ -1902,6 +1902,59 @@ def test_muzero_replay_holds_what_was_played(muzero, name, length, num_envs):
     torch.testing.assert_close(data["policy"].sum(-1), (~closing).float())
 
 
+def test_muzero_stores_what_its_searches_found(muzero, monkeypatch):
+    """Action, policy and root value of each search, drawn with new noise, beside the moves that the rules allowed."""
+    act, temperature_of, results, noises, moves = muzero.act, muzero.temperature_of, [], [], []
+
+    def recorded_act(agent, obs, legal, noise, temperature, **kwargs):
+        noises.append(noise)
+        results.append(act(agent, obs, legal, noise, temperature, **kwargs))
+        return results[-1]
+
+    def recorded_temperature(counts, global_step, args):
+        moves.append(counts.copy())
+        return temperature_of(counts, global_step, args)
+
+    monkeypatch.setattr(muzero, "act", recorded_act)
+    monkeypatch.setattr(muzero, "temperature_of", recorded_temperature)
+    run_dir = run(muzero, **FOUR_ENVS | {"env_id": "tictactoe", "total_timesteps": 100})
+    replay = load(run_dir)["parts"]["replay"]
+    assert len(results) == 25 and all(noise.any() for noise in noises)
+    assert not any(torch.equal(*pair) for pair in zip(noises[:-1], noises[1:], strict=True))
+    for i, end in enumerate(replay["ends"]):
+        data = {name: column[:end, i] for name, column in replay["data"].items()}
+        data = {name: column[data["end"] == muzero.STEP] for name, column in data.items()}
+        for name in ("action", "policy", "value"):
+            assert torch.equal(data[name], torch.stack([getattr(result, name)[i] for result in results])), name
+        assert torch.equal(data["legal"], data["obs"].sum(1).flatten(1) == 0) and not data["legal"].all()
+        assert data["obs"].flatten(1).sum(1).tolist() == [count[i] for count in moves]
+    assert np.max(moves) <= 8 and (np.array(moves) == 0).sum() > 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "fresh"),
+    [({}, 4), ({"bootstrap": "search"}, 0), ({"bootstrap": "search", "reanalyze_ratio": 0.3}, 2)],
+)
+def test_muzero_bootstraps_from_the_target_network(muzero, monkeypatch, settings, fresh):
+    """How many of a batch of 4 end in the target network's value now; the target network is another than the agent."""
+    fresh_values, update, counts, networks = muzero.fresh_values, muzero.update, [], []
+
+    def recorded_fresh_values(target, rb, rows, count, td_steps):
+        networks.append(target)
+        counts.append(count)
+        return fresh_values(target, rb, rows, count, td_steps)
+
+    def recorded_update(agent, *rest):
+        assert all(target is not agent for target in networks)
+        return update(agent, *rest)
+
+    monkeypatch.setattr(muzero, "fresh_values", recorded_fresh_values)
+    monkeypatch.setattr(muzero, "update", recorded_update)
+    run_dir = run(muzero, **settings)
+    num_updates = load(run_dir)["parts"]["counters"]["num_updates"]
+    assert counts == [fresh] * (num_updates if fresh else 0)
+
+
 def test_muzero_keeps_open_episodes_as_truncated(muzero):
     """Stopped in the middle of its episodes: the resumed run closes them with the observation that came last."""
     run_dir = run(muzero, **TWO_ENVS, total_timesteps=36)

@@ -148,6 +148,15 @@ def test_lstm_equals_torchs_with_the_state_zero_where_episodes_begin(spec):
     torch.testing.assert_close(model.head(h), out[0])
 
 
+def test_lstm_derivatives_equal_finite_differences():
+    parts, weight = normal(5, 3, 16).double(), normal(4, 16, seed=1).double()
+    c, h = normal(3, 4, seed=2).double(), normal(3, 4, seed=3).double()
+    keep = torch.ones(5, 3, 1).double()
+    keep[0, 1] = keep[2, 0] = keep[4, 2] = 0  # where the state is zero before the step
+    variables = [tensor.requires_grad_() for tensor in (parts, weight, c, h)]
+    torch.autograd.gradcheck(lambda p, w, c, h: world_models.LSTMSequence.apply(p, w, keep, c, h), variables)
+
+
 @pytest.mark.parametrize(("spec", "heads"), [(CAR, 0), (DOOM, 1), (BOX, 2)])
 def test_outputs_are_split_into_mixture_and_heads(spec, heads):
     model = make_agent(spec).model
