@@ -525,8 +525,8 @@ class VAE(nn.Module):
 class LSTMSequence(torch.autograd.Function):
     """LSTM over a sequence with its derivatives written out, so that the weights' gradient is one matrix product.
 
-    In: gates' inputs (T, B, 4 H) without the recurrent part, recurrent weights (H, 4 H), keep (T, B, 1), 0 where the state
-    is zero before the step, and the state c, h (B, H). Out: all h (T, B, H) and the last c.
+    In: gates' inputs (T, B, 4 H) without the recurrent part, recurrent weights (H, 4 H), keep (T, B, 1), 0 where the
+    state is zero before the step, and the state c, h (B, H). Out: all h (T, B, H) and the last c.
     """
 
     @staticmethod
@@ -1765,7 +1765,7 @@ def check_args(args: Args) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed: at each update it would map, clear and give back hundreds of MB, a fifth of the time.
+    """Lets glibc keep what is freed: mapping, clearing and giving back hundreds of MB takes a fifth of an update of M.
 
     Where the C library has no mallopt nothing happens.
     """
