@@ -286,7 +286,7 @@ def make_gymnasium(env_id: str, film: bool) -> gym.Env:
         import ale_py
 
         gym.register_envs(ale_py)
-        env = gym.make(env_id, frameskip=1, **render)
+        env = gym.make(env_id, frameskip=1, repeat_action_probability=0.0, **render)  # as in the published results
         return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=96, grayscale_obs=False)
     except gym.error.DependencyNotInstalled as error:
         fail(str(error).replace("\n", " "))
