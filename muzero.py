@@ -141,6 +141,8 @@ class Args:
     """puct: its share"""
     temperature_steps: tuple[int, int] | None = None
     """puct: environment steps at which the temperature falls from 1 to 0.5 and to 0.25; default by task"""
+    opening_moves: int | None = None
+    """board games: self-play begins after 0 to this many random moves; default by task"""
     temperature_moves: int | None = None
     """puct: moves of an episode before the most visited action is played; default by task, all elsewhere"""
     priority_alpha: float | None = None
@@ -164,14 +166,13 @@ class Args:
 # Settings by task (name of the environment without its version). A flag on the command line wins.
 DEFAULTS = {
     "total_timesteps": 200_000, "num_envs": 16, "buffer_size": 50_000, "replay_ratio": 0.25, "batch_size": 128,
-    "learning_rate": 1e-3,
-    "gamma": 0.997, "td_steps": 20, "bootstrap": "target", "support_size": 300, "hidden_size": 64, "num_blocks": 1,
-    "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25, "temperature_steps": (50_000, 100_000),
-    "priority_alpha": 0.0,
+    "learning_rate": 1e-3, "gamma": 0.997, "td_steps": 20, "bootstrap": "target", "support_size": 300,
+    "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
+    "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,
 }  # fmt: skip
 BOARD = {
-    "gamma": 1.0, "support_size": 1, "c_scale": 1.0, "temperature_steps": (10**9, 10**9), "batch_size": 256,
-    "dirichlet_alpha": 1.0, "bootstrap": "search",
+    "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
+    "dirichlet_alpha": 1.0, "temperature_steps": (10**9, 10**9),
 }  # fmt: skip
 TASKS = {
     "CartPole": {
@@ -180,11 +181,12 @@ TASKS = {
     },
     "LunarLander": {"total_timesteps": 500_000, "support_size": 30, "num_simulations": 25},
     "tictactoe": BOARD | {
-        "total_timesteps": 200_000, "td_steps": 9, "hidden_size": 32, "num_simulations": 25, "temperature_moves": 6,
+        "total_timesteps": 200_000, "buffer_size": 20_000, "td_steps": 9, "hidden_size": 16, "num_simulations": 25,
+        "opening_moves": 4, "temperature_moves": 6,
     },
     "connect_four": BOARD | {
-        "total_timesteps": 500_000, "buffer_size": 100_000, "td_steps": 42, "hidden_size": 32, "num_blocks": 2,
-        "num_simulations": 32, "temperature_moves": 12,
+        "total_timesteps": 200_000, "buffer_size": 100_000, "replay_ratio": 0.1, "td_steps": 42, "hidden_size": 32,
+        "num_simulations": 32, "opening_moves": 6, "temperature_moves": 12,
     },
 }  # fmt: skip
 ATARI = {
@@ -212,11 +214,12 @@ class BoardGame:
 
     Observations (N, 2, R, C): stones of the player to move and of the other; row 0 is the top. An action is a cell, or
     with gravity a column. A winning move earns its mover 1, everything else 0; statistics count for the first player.
+    A reset with seeds begins games after 0 to opening_moves random moves, too few to end them.
     """
 
-    def __init__(self, name: str, num_envs: int):
+    def __init__(self, name: str, num_envs: int, opening_moves: int = 0):
         rows, columns, self.connect, self.gravity = BOARD_GAMES[name]
-        self.name, self.num_envs, self.shape = name, num_envs, (rows, columns)
+        self.name, self.num_envs, self.shape, self.opening_moves = name, num_envs, (rows, columns), opening_moves
         self.single_observation_space = gym.spaces.Box(0, 1, (2, rows, columns), np.float32)
         self.single_action_space = gym.spaces.Discrete(columns if self.gravity else rows * columns)
         lines = [
@@ -249,29 +252,40 @@ class BoardGame:
         """The stones as the network sees them, (N, 2, R, C); a copy."""
         return self.stones.view(self.num_envs, 2, *self.shape).numpy().copy()
 
-    def reset(self, seed=None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Empties the boards of options["reset_mask"] (N,), all of them without."""
-        mask = torch.as_tensor(options["reset_mask"]) if options else torch.ones(self.num_envs, dtype=torch.bool)
+    def reset(self, seed: list[int] | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Begins the games of options["reset_mask"] (N,) anew, all of them without."""
+        mask = options["reset_mask"] if options else np.ones(self.num_envs, bool)
         self.stones[mask], self.moves[mask] = 0, 0
+        if self.opening_moves:
+            rng = np.random.default_rng(seed)
+            counts = rng.integers(self.opening_moves + 1, size=self.num_envs) * mask
+            for i in range(self.opening_moves):
+                games = np.flatnonzero(counts > i)
+                self._place(games, random_player(self, games, rng))
         return self.observe(), {}
 
     def step(self, actions: np.ndarray):
         """Places a stone on each board and turns it to the other player; actions (N,) must be legal."""
-        cells, games = torch.as_tensor(actions), torch.arange(self.num_envs)
-        assert self.legal[games, cells].all()
-        if self.gravity:
-            heights = self.stones.sum(1).view(-1, *self.shape).sum(1)[games, cells].long()
-            cells = (self.shape[0] - 1 - heights) * self.shape[1] + cells
-        self.stones[games, 0, cells] = 1
-        self.moves += 1
-        wins = (self.stones[:, 0] @ self.lines == self.connect).any(1)
+        wins = self._place(np.arange(self.num_envs), actions)
         terminations = wins | (self.moves == self.stones.shape[2])
-        self.stones = self.stones.flip(1)
         results = torch.where(wins, self.moves % 2 * 2.0 - 1, 0.0)  # the first player makes the odd moves
         # the reward is the mover's, and comes with the move (deviation 5)
         infos = {"episode": {"r": results.numpy(), "l": self.moves.numpy().copy()}}
         never = np.zeros(self.num_envs, bool)
         return self.observe(), wins.float().numpy(), terminations.numpy(), never, infos
+
+    def _place(self, games: np.ndarray, actions: np.ndarray) -> torch.Tensor:
+        """One move in each of these games (M,); which of them it wins (M,)."""
+        games, cells = torch.as_tensor(games), torch.as_tensor(actions)
+        assert self.legal[games, cells].all()
+        if self.gravity:
+            heights = self.stones.sum(1).view(-1, *self.shape).sum(1)[games, cells].long()
+            cells = (self.shape[0] - 1 - heights) * self.shape[1] + cells
+        self.stones[games, 0, cells] = 1
+        self.moves[games] += 1
+        wins = (self.stones[games, 0] @ self.lines == self.connect).any(1)
+        self.stones[games] = self.stones[games].flip(1)
+        return wins
 
     def close(self) -> None:
         """Nothing to close; vector environments have it."""
@@ -329,10 +343,10 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
     return gym.wrappers.DtypeObservation(env, np.float32)
 
 
-def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv | BoardGame:
+def make_vector_env(args: Args, num_envs: int, video: str | None = None, opening_moves: int = 0):
     """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
     if args.env_id in BOARD_GAMES:
-        return BoardGame(args.env_id, num_envs)
+        return BoardGame(args.env_id, num_envs, opening_moves)
     if video is not None:
         try:
             film = make_env(args, video)()
@@ -1434,7 +1448,7 @@ def main(args: Args) -> str:
     if args.evaluate:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume else None
-    envs, eval_envs = make_vector_env(args, args.num_envs), None
+    envs, eval_envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves), None
     check_support(args, envs)
     run_dir, device, writer = setup_run(args, checkpoint)
     stop = StopRequest()

@@ -1095,6 +1095,29 @@ def test_action_planes():
         assert columns[action, 0, :, action].all() and columns[action].sum() == 6
 
 
+@pytest.mark.parametrize(("name", "opening_moves"), [("tictactoe", 4), ("connect_four", 6)])
+def test_openings_are_random_legal_moves(name, opening_moves):
+    """0 to so many moves with equal chances, by the seeds; only where a game begins; none without the setting."""
+    N = 500
+    game = muzero.BoardGame(name, N, opening_moves)
+    obs, _ = game.reset(list(range(N)))
+    chances = np.bincount(game.moves, minlength=opening_moves + 1) / N
+    assert len(chances) == opening_moves + 1 and abs(chances - 1 / len(chances)).max() < 0.08
+    assert obs.sum((1, 2, 3)).tolist() == game.moves.tolist()
+    stones = torch.from_numpy(obs).sum((2, 3))
+    assert torch.equal(stones[:, 1] - stones[:, 0], game.moves % 2)  # the player to move has as many, or one fewer
+    if name == "connect_four":
+        filled = obs.sum(1)
+        assert (filled[:, :-1] <= filled[:, 1:]).all()  # no stone above an empty cell
+    assert len({board.tobytes() for board in obs}) > 100
+    again, _ = muzero.BoardGame(name, N, opening_moves).reset(list(range(N)))
+    assert np.array_equal(obs, again)
+    mask = np.arange(N) % 2 == 0
+    after, _ = game.reset(list(range(1, N + 1)), {"reset_mask": mask})
+    assert np.array_equal(after[~mask], obs[~mask]) and not np.array_equal(after[mask], obs[mask])
+    assert not muzero.make_vector_env(make_args(env_id=name), 3).reset([1, 2, 3])[0].any()
+
+
 @pytest.mark.parametrize("name", ["tictactoe", "connect_four"])
 def test_board_rules_against_plain_ones(name):
     """Random games: legal moves, observations, ends, rewards, results and resets, game by game."""
