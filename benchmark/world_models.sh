@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
 # Every command behind docs/world_models.md, from the repository root:
-#   bash benchmark/world_models.sh car|takecover|published|temperature RUN|speed
+#   bash benchmark/world_models.sh car|takecover|car_dream COPY|published|temperature RUN|speed
 set -euo pipefail
 
 car() { # CarRacing with C in the real environment, sized for two cores; pip install envpool first
   OMP_NUM_THREADS=1 python world_models.py --env-id CarRacing-v3 --envpool --no-cuda --num-envs 6 \
     --total-timesteps 100000 --vae-depth 16 --vae-epochs 1 --vae-lr 1e-3 \
     --sequence-length 128 --model-batch-size 32 --model-updates 336 \
-    --population 24 --episodes 2 --idle-limit 100 --generations 60 --eval-generations 5 --eval-episodes 20
+    --population 24 --episodes 2 --idle-limit 100 --generations 45 --eval-generations 5 --eval-episodes 20
 }
 
-takecover() { # TakeCover in the dream, sized for two cores and a few hours
+takecover() { # TakeCover in the dream, sized for two cores: one and a half hours of processor time
   OMP_NUM_THREADS=1 python world_models.py --env-id VizdoomTakeCover-v1 --no-cuda --num-envs 2 \
-    --total-timesteps 300000 --vae-depth 16 --vae-epochs 2 --vae-lr 5e-4 --latent-size 32 \
-    --hidden-size 256 --model-batch-size 50 --sequence-length 250 --model-updates 400 \
-    --population 32 --episodes 8 --generations 60 --eval-generations 10 --eval-episodes 50
+    --total-timesteps 400000 --vae-depth 16 --vae-epochs 3 --vae-lr 5e-4 \
+    --hidden-size 256 --model-batch-size 50 --sequence-length 200 --model-updates 1600 \
+    --generations 100 --eval-generations 20 --eval-episodes 50
+}
+
+car_dream() { # CarRacing with C in the dream, from the recordings of a finished car run, in a copy of its folder
+  OMP_NUM_THREADS=1 python world_models.py --resume "$1" --from-stage m --controller-env dream --model-updates 1000 \
+    --population 64 --episodes 16 --generations 30 --eval-generations 15
 }
 
 published() { # the settings of the paper and its code; needs a GPU, the car many cores
@@ -33,6 +38,7 @@ speed() {
 case "${1:-}" in
   car) car ;;
   takecover) takecover ;;
+  car_dream) car_dream "$2" ;;
   published) published ;;
   temperature) temperature "$2" ;;
   speed) speed ;;
