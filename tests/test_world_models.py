@@ -4,7 +4,9 @@ import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import cma
 import fake_envs
 import gymnasium as gym
 import numpy as np
@@ -38,6 +40,13 @@ def make_args(**changes) -> Args:
 def make_agent(spec=BOX, seed=1, **changes):
     torch.manual_seed(seed)
     return world_models.Agent(spec, make_args(**changes))
+
+
+def make_run(spec=BOX, envs=None, **changes):
+    """What the stages work on, in the current folder."""
+    torch.manual_seed(1)
+    args = make_args(**{"total_timesteps": 48, "eval_frequency": 0, "checkpoint_frequency": 0} | changes)
+    return world_models.Run(args, spec, ".", torch.device("cpu"), MagicMock(), envs, QUIET)
 
 
 def generator(seed: int = 1) -> torch.Generator:
@@ -761,6 +770,38 @@ def test_a_stop_ends_the_episodes():
     assert np.isnan(world_models.play(agent, envs, policy, np.arange(2), generator(), stop)[0]).all()
 
 
+def test_z_of_a_real_episode_is_drawn_afresh():
+    """z = mu + exp(logvar / 2) noise, which C has seen in its dreams; mu alone would be another distribution."""
+    agent, seen = make_agent(Spec("box", 1, 12, False, False)), []
+    envs = world_models.make_vector_env(make_args(env_id="fake_envs:MovingPixels-v0"), 1)
+
+    def policy(features, jobs, num_jobs):
+        seen.append(features[:, :4])
+        return torch.full((1, 1), 0.5)
+
+    world_models.play(agent, envs, policy, np.array([3]), generator(5), QUIET)
+    env, draw = fake_envs.MovingPixels(), generator(5)
+    frame, _ = env.reset(seed=3)
+    for z in seen:
+        mu, logvar = agent.vae.encode(world_models.preprocess(torch.from_numpy(frame[None])))
+        torch.testing.assert_close(z, mu + torch.exp(logvar / 2) * torch.randn(1, 4, generator=draw))
+        frame, *_ = env.step([0.5])
+    assert len(seen) == 12
+    envs.close()
+
+
+def test_an_action_box_is_rescaled():
+    """From [-1, 1] to the box of each number, here [-3, 1] and [0, 10]; the numbers themselves would cover a corner."""
+    low, high, taken = np.array([-3, 0], np.float32), np.array([1, 10], np.float32), []
+    env = fake_envs.OddSpaces(fake_envs.PIXELS, gym.spaces.Box(low, high))
+    env.step = lambda action: (taken.append(action), 0.0, False, False, {})
+    env = world_models.fit_spaces(env, make_args(env_id="Odd-v0"))
+    assert env.action_space == gym.spaces.Box(-1, 1, (2,), np.float32)
+    for action in ([-1, -1], [1, 1], [0, 0.5]):
+        env.step(np.array(action, np.float32))
+    assert np.stack(taken).tolist() == [[-3, 0], [1, 10], [-1, 7.5]] and taken[0].dtype == np.float32
+
+
 def test_pictures_are_cropped_and_resized():
     """CarRacing: rows 0-83 without the instruments, 64 x 64; CartPole as it is drawn."""
     env = world_models.make_env(make_args(env_id="CarRacing-v3"))()
@@ -812,3 +853,249 @@ def test_envpool_plays_the_same_game():
         sums.append((int(np.stack(frames).sum()), round(total, 3)))
         assert total > 5 and frames[-1].shape == (64, 64, 3)
     assert sums[0] == sums[1] != sums[2]
+
+
+# === Stages ===
+
+
+fake_envs.register("DeadlyMovingPixels-v0", fake_envs.MovingPixels, 12, deadly=True)
+
+
+def test_recording_is_that_of_a_plain_loop():
+    """Held actions, frames before them, episodes of 3 steps or more; a time limit or the last step is no death."""
+    changes = {"env_id": "DeadlyMovingPixels-v0", "num_envs": 2, "max_hold": 4, "min_episode_length": 3}
+    make = world_models.make_env(make_args(**changes))
+    envs = gym.vector.SyncVectorEnv([make] * 2, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    spec = Spec("box", 1, 12, True, True)
+    run = make_run(spec, envs, total_timesteps=230, **changes)
+    assert world_models.collect(run) and run.collected == 230
+    held, draw = HeldActions(2, spec, 4, np.random.default_rng([1, 0])), np.random.default_rng([1, 1])
+    plain, frames, tracks, ended = [make(), make()], [None] * 2, [[], []], np.ones(2, bool)
+    expected = []  # frames, actions and rewards of an episode, and whether it terminated
+    for _ in range(115):
+        actions = held(ended)
+        seeds = draw.integers(2**31, size=2) if ended.any() else None
+        for i, env in enumerate(plain):
+            if ended[i]:
+                frames[i], _ = env.reset(seed=int(seeds[i]))
+                tracks[i] = []
+            new, reward, terminated, truncated, _ = env.step(actions[i])
+            tracks[i].append((frames[i], actions[i], reward))
+            frames[i], ended[i] = new, terminated or truncated
+            if ended[i]:
+                expected.append((tracks[i], terminated))
+    expected += [(track, False) for track, end in zip(tracks, ended, strict=True) if not end]
+    expected = [(track, terminated) for track, terminated in expected if len(track) >= 3]
+    assert run.rb.terminated == [terminated for _, terminated in expected]
+    assert run.rb.lengths.tolist() == [len(track) for track, _ in expected]
+    ends = [(len(track) == 12, terminated) for track, terminated in expected]
+    assert {(True, False), (False, True), (False, False)} <= set(ends)  # limits, deaths, and a cut at the last step
+    steps = [step for track, _ in expected for step in track]
+    assert np.array_equal(run.rb.frames.rows(), [frame for frame, _, _ in steps])
+    arrays = run.rb.arrays()
+    assert np.array_equal(arrays["action"], [action for _, action, _ in steps])
+    assert np.array_equal(arrays["reward"], np.array([reward for _, _, reward in steps], np.float32))
+
+
+def test_every_pass_of_v_shows_the_frames_in_another_order(monkeypatch):
+    """Each at most once a pass, mixed: batches of frames that follow each other would all look alike."""
+    run, batches, noises = make_run(vae_batch_size=4, vae_epochs=3), [], []
+    frames = np.arange(18, dtype=np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
+    run.rb.add(frames, np.zeros((18, 2)), np.zeros(18), False)
+
+    def update(vae, optimizer, image, noise, args, loss_fn):
+        batches.append((255 * image[:, 0, 0, 0]).round().int().tolist())
+        noises.append(noise)
+        return {}
+
+    monkeypatch.setattr(world_models, "update_vae", update)
+    run.stage = "v"
+    assert world_models.train_vae(run) and len(batches) == 12
+    passes = [sum(batches[i : i + 4], []) for i in (0, 4, 8)]
+    assert all(len(order) == len(set(order)) == 16 for order in passes)
+    in_order = [list(range(i, i + 4)) for i in range(0, 16, 4)]
+    assert not any(batch in in_order for batch in batches) and len(set(map(tuple, batches))) == 12
+    assert len({float(noise[0, 0]) for noise in noises}) == 12
+
+
+def test_all_frames_are_encoded():
+    """Mean first, then log-variance, in the order of the frames, beyond one chunk."""
+    run = make_run()
+    run.rb = recorded(lengths=(300, 207))
+    run.stage = "encode"
+    assert world_models.encode(run)
+    with torch.no_grad():
+        expected = run.agent.vae.encode(world_models.preprocess(torch.from_numpy(run.rb.frames.rows().copy())))
+    rows = torch.from_numpy(run.latents.rows().copy())
+    torch.testing.assert_close(rows, torch.stack(expected, 1).half())
+
+
+@pytest.mark.parametrize("kind", ["car", "box"])
+def test_training_of_the_model(kind, monkeypatch):
+    """What its updates are given: the decayed rate, the state that the batch before has led to, rewards of one scale.
+
+    Afterwards dreams of the car begin 100 steps into an episode or later, the others at first frames.
+    """
+    settings = {"sequence_length": 20, "model_batch_size": 2, "model_updates": 18, "model_lr_decay": 0.9}
+    run, lengths, calls = make_run(Spec(kind, 3, 1000, True, True), **settings), (120, 130, 110, 105), []
+    for length, tiles in zip(lengths, (230, 294, 366, 250), strict=True):
+        rewards = np.where(np.arange(length) % 5 == 4, 1000 / tiles - 0.1, -0.1)
+        run.rb.add(np.zeros((length, 64, 64, 3), np.uint8), np.ones((length, 3)), rewards, True)
+    names = np.arange(465)[:, None].repeat(4, 1) / 512  # of the rows, without rounding
+    run.latents.append(np.stack([names, np.full((465, 4), -20)], 1).astype(np.float16))
+    update_model = world_models.update_model
+
+    def update(model, optimizer, batch, state, args):
+        result = update_model(model, optimizer, batch, state, args)
+        calls.append((optimizer.param_groups[0]["lr"], batch, state, result[1]))
+        return result
+
+    monkeypatch.setattr(world_models, "update_model", update)
+    monkeypatch.setattr(world_models, "calibrate", lambda *args: None)
+    monkeypatch.setattr(world_models, "log_open_loop", lambda *args: None)
+    run.stage = "m"
+    assert world_models.train_model(run)
+    rates, batches, states, ends = zip(*calls, strict=True)
+    assert rates == pytest.approx([1e-5 + 0.99e-3 * 0.9**i for i in range(18)], rel=1e-9)
+    rows = [(512 * torch.cat([batch["z"], batch["next_z"][-1:]])[..., 0]).round() for batch in batches]
+    for i in range(18):
+        if i % 8 == 0:  # 360 rows of 3 episodes, one is held out: 2 streams of 180, 8 sequences of 20
+            assert not any(tensor.any() for tensor in states[i])
+        else:
+            assert all(torch.equal(*pair) for pair in zip(states[i], ends[i - 1], strict=True))
+            assert torch.equal(rows[i][0], rows[i - 1][-1]) and states[i][0].any()
+    assert max(row.max() for row in rows) < 360
+    worth = [3.3] * 4 if kind == "car" else [1000 / tiles - 0.1 for tiles in (230, 294, 366, 250)]
+    target = np.concatenate(
+        [np.where(np.arange(length) % 5 == 4, w, -0.1) for length, w in zip(lengths, worth, strict=True)]
+    )
+    for batch, row in zip(batches, rows, strict=True):
+        np.testing.assert_allclose(batch["reward"], target[row[:-1].int()], rtol=1e-5)
+    model, first = run.agent.model, np.array([0, 120, 250, 360])
+    assert float(model.reward_mean) == pytest.approx(target.mean(), rel=1e-5)
+    assert float(model.reward_std) == pytest.approx(target.std(ddof=1), rel=1e-5)
+    starts = (512 * model.start_mu[:, 0]).numpy()
+    steps = starts - first[np.searchsorted(first, starts, "right") - 1]
+    if kind == "car":
+        assert set(steps) == set(range(100, 130)) and model.start_h.any(1).all()
+    else:
+        assert set(starts) == set(first) and not model.start_h.any()
+
+
+@pytest.mark.parametrize("where", ["dream", "real"])
+def test_evolution_is_cma_es_on_mean_returns(where, monkeypatch):
+    """C is the mean of a CMA-ES that makes returns larger. Candidates share seeds, generations do not."""
+    run = make_run(controller_env=where, population=6, episodes=3, generations=4, idle_limit=7)
+    features, seeds_used, draws = normal(1, 13, seed=3), [], []
+
+    def wanted(seed):  # the action, in the episode with this seed
+        return np.random.default_rng(int(seed)).uniform(0.5, 1)
+
+    def returns(policy, seeds):
+        actions = policy(features.expand(18, -1), torch.arange(18), 18)
+        targets = torch.tensor([wanted(seed) for seed in seeds])
+        return -((actions - targets[:, None]) ** 2).sum(1), torch.arange(18)
+
+    def dream(agent, policy, num_jobs, num_dreams, seed, args, stop):
+        assert (num_jobs, num_dreams) == (18, 3)
+        seeds_used.append(seed + np.arange(3))
+        draws.append(seed)
+        return returns(policy, np.tile(seeds_used[-1], 6))
+
+    def play(agent, envs, policy, seeds, draw, stop, idle_limit):
+        assert idle_limit == 7
+        seeds_used.append(seeds[:3])
+        draws.append(draw.initial_seed())
+        return [tensor.numpy() for tensor in returns(policy, seeds)]
+
+    monkeypatch.setattr(world_models, "dream", dream)
+    monkeypatch.setattr(world_models, "play", play)
+    run.stage = "c"
+    assert world_models.evolve(run)
+    assert len(np.unique(seeds_used)) == 12 and len(set(draws)) == 4
+    rng = np.random.default_rng([1, 5])
+    options = {"popsize": 6, "verbose": -9, "randn": lambda *size: rng.standard_normal(size), "seed": np.nan}
+    es = cma.CMAEvolutionStrategy(np.zeros(26), 0.1, options)
+    for seeds, fitness in zip(seeds_used, run.fitness, strict=True):
+        candidates, costs = es.ask(), []
+        for candidate in candidates:
+            action = np.tanh(features.numpy() @ candidate.reshape(13, 2))
+            costs.append(np.mean([((action - wanted(seed)) ** 2).sum() for seed in seeds]))
+        np.testing.assert_allclose(fitness, costs, rtol=1e-4)
+        es.tell(candidates, costs)
+    assert torch.equal(run.agent.controller, torch.from_numpy(es.mean).float().view(13, 2))
+    assert run.global_step == (4 * sum(range(18)) if where == "real" else 0)
+    assert np.mean(run.fitness[-1]) < np.mean(run.fitness[0])
+
+
+def test_scores_are_those_of_episodes_and_dreams_of_the_runs_temperature():
+    """Both for the controller as it is; none of a dream where M predicts no end."""
+    changes = {"env_id": "fake_envs:MovingPixels-v0", "temperature": 1.7, "eval_episodes": 3}
+    envs, args = world_models.make_vector_env(make_args(**changes), 1), make_args(**changes)
+    agent, trace = make_agent(Spec("box", 1, 12, True, True)), []
+    nn.init.constant_(agent.model.head.bias, -0.1)
+    agent.controller.copy_(normal(13, 1, seed=2))
+    real, dreamed = world_models.real_and_dream_scores(agent, envs, args, QUIET, trace)
+    policy = world_models.linear_policy(agent.controller[None], "box")
+    assert np.array_equal(dreamed, world_models.dream(agent, policy, 100, 100, 1, args)[0].numpy())
+    other = world_models.dream(agent, policy, 100, 100, 1, make_args(temperature=1.6))[0].numpy()
+    assert not np.array_equal(dreamed, other) and len(trace) == 12
+    seeds = np.random.default_rng([1, 99]).integers(2**31, size=3)
+    assert np.array_equal(real, world_models.play(agent, envs, policy, seeds, generator(), QUIET)[0])
+    blind = make_agent(Spec("box", 1, 12, False, False))
+    assert world_models.real_and_dream_scores(blind, envs, args, QUIET)[1] is None
+    envs.close()
+
+
+def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(monkeypatch):
+    """5 frames are seen, so horizon 1 is the error of the sixth; frame t shows t, and here its dream 2 t."""
+    run, logged = make_run(temperature=1.3, holdout_ratio=0.5), {}
+    for _ in range(4):
+        frames = np.arange(60, dtype=np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
+        run.rb.add(frames, np.zeros((60, 2)), np.zeros(60), False)
+    run.latents.append(np.zeros((240, 2, 4), np.float16))
+
+    def open_loop(model, batch, uniform, noise, temperature, context):
+        assert (temperature, context) == (1.3, 5) and uniform.min() >= 0 and noise.min() < 0
+        return torch.arange(59)[:, None, None].expand(batch["z"].shape)
+
+    def decode(agent, z):
+        return (2 * z[:, 0].numpy()).astype(np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
+
+    monkeypatch.setattr(world_models, "open_loop", open_loop)
+    monkeypatch.setattr(world_models, "decode_frames", decode)
+    monkeypatch.setattr(run, "add_scalar", lambda tag, value, step: logged.update({tag: value}))
+    world_models.log_open_loop(run, Latents(run))
+    expected = {f"open_loop/image_mse_horizon_{k}": ((4 + k) / 255) ** 2 for k in (1, 5, 15, 45)}
+    assert logged == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("spreads", "recall", "advice"),
+    [
+        ((0.151, 0.151, 0.149, 0.0), 0.8, "--temperature"),
+        ((0.151, 0.151, 0.149, 0.0), 0.79, "--total-timesteps and --model-updates"),
+        ((0.151, 0.149, 0.149, 0.0), 0.8, "--total-timesteps and --vae-epochs"),
+        ((0.151, 0.149, 0.149, 0.0), 0.79, "--total-timesteps and --vae-epochs and --model-updates"),
+    ],
+)
+def test_calibration_says_what_to_raise(spreads, recall, advice, monkeypatch, capsys):
+    """V where less than half of its dimensions spread by 0.15, M where it finds less than 0.8 of the deaths.
+
+    The dream is bad where it is further from the real returns than these spread, here in two policies of four.
+    """
+    run, logged = make_run(eval_episodes=3), {}
+    run.rb = recorded()
+    mean, std = run.rb.returns.mean(), run.rb.returns.std()
+    dreams = iter([mean + 1.01 * std, 20 - 0.99 * std, 20 - 1.01 * std, 20 + 0.99 * std])
+    mu = torch.tensor(spreads) * torch.tensor([[1.0], [-1.0]]).repeat(10**4, 1)
+    monkeypatch.setattr(world_models, "dream", lambda *args: (torch.full((100,), next(dreams)), None))
+    monkeypatch.setattr(world_models, "play", lambda *args: (np.full(3, 20.0), None))
+    monkeypatch.setattr(world_models, "holdout_scores", lambda *args: {"model/deaths_recall": recall})
+    monkeypatch.setattr(run, "add_scalar", lambda tag, value, step: logged.update({tag: float(value)}))
+    world_models.calibrate(run, SimpleNamespace(data={"mu": mu}))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"NOT like the real environment (recording, constant_1): raise {advice} before" in last
+    assert logged["model/live_dims"] == sum(spread > 0.15 for spread in spreads)
+    assert logged["calibration/recording_real"] == mean and logged["calibration/constant_2_real"] == 20
+    assert logged["calibration/constant_1_dream"] == pytest.approx(20 - 1.01 * std)
