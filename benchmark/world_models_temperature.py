@@ -19,7 +19,8 @@ import world_models
 def evolve_at(folder: str, temperature: float, changes: dict) -> dict[str, float]:
     """Evolves C anew at this temperature in a copy of the run; returns the last value of every scalar."""
     copy = f"{folder.rstrip('/')}_tau{temperature}"
-    shutil.copytree(folder, copy, copy_function=lambda a, b: (os.link if a.endswith(".bin") else shutil.copy)(a, b))
+    if not os.path.exists(copy):  # else it is evolved anew in the copy of before
+        shutil.copytree(folder, copy, copy_function=lambda a, b: (os.link if a.endswith(".bin") else shutil.copy)(a, b))
     saved = world_models.load_checkpoint(copy, world_models.Args())["args"]
     settings = saved | changes | {"resume": copy, "from_stage": "c", "temperature": temperature}
     world_models.main(world_models.Args(**settings))
@@ -34,7 +35,9 @@ def main() -> None:
     parser.add_argument("--generations", type=int)
     parser.add_argument("--eval-episodes", type=int, default=100)
     flags = parser.parse_args()
-    changes = {"eval_episodes": flags.eval_episodes} | ({"generations": flags.generations} if flags.generations else {})
+    changes = {"eval_episodes": flags.eval_episodes, "eval_frequency": 1}
+    if flags.generations:
+        changes["generations"] = flags.generations
     lines = [f"| temperature | dream (100 dreams) | real ({flags.eval_episodes} episodes) |", "|---|---|---|"]
     for temperature in flags.temperatures:
         last = evolve_at(flags.folder, temperature, changes)

@@ -2184,6 +2184,78 @@ def test_a_bad_dream_is_said_before_anything_is_evolved_in_it(world_models, caps
     assert f"real {real:.1f} +- {np.std(returns):.1f}" in lines[1]
 
 
+@pytest.mark.parametrize(
+    ("dreamed", "real", "deaths", "verdict"),
+    [
+        (math.nan, -30.0, (5, 5, 1.0), "in the dream): "),
+        (-90.0, -30.0, (5, 5, 1.0), "harder in the dream): lower --temperature before"),
+        (90.0, -30.0, (5, 5, 1.0), "easier in the dream): raise --temperature before"),
+        (-90.0, -30.0, (5, 11, 1.0), "harder in the dream): raise --total-timesteps and --model-updates before"),
+        (90.0, -30.0, (5, 4, 0.7), "easier in the dream): raise --total-timesteps and --model-updates before"),
+        (-30.0, -30.0, (5, 4, 0.7), None),
+    ],
+)
+def test_verdict_on_a_dream(world_models, monkeypatch, capsys, dreamed, real, deaths, verdict):
+    """Which way it is off decides the advice; what is not a number is not like the real environment either."""
+    names = "model/deaths_true", "model/deaths_predicted", "model/deaths_recall"
+    monkeypatch.setattr(world_models, "holdout_scores", lambda *args: dict(zip(names, deaths, strict=True)))
+    monkeypatch.setattr(world_models, "dream", lambda *args: (torch.full((100,), dreamed),) * 2)
+    monkeypatch.setattr(world_models, "play", lambda *args: (np.full(2, real),) * 2)
+    monkeypatch.setattr(world_models, "evolve", lambda run: True)
+    returns = property(lambda self: np.array([real - 5.0, real + 5.0]))
+    monkeypatch.setattr(world_models.ReplayBuffer, "returns", returns)
+    monkeypatch.setattr(torch.Tensor, "std", lambda self, dim: torch.full((4,), 0.2), raising=True)
+    run(world_models)
+    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("calibration: ")][-1]
+    assert (verdict in last and "NOT like" in last) if verdict else "NOT like" not in last
+
+
+def test_a_stage_begun_anew_is_remembered_before_the_old_one_is_given_up(world_models, monkeypatch):
+    """Killed in the first update of --from-stage m: a plain resume goes on with it, and V's curves are there once."""
+    run_dir = run(world_models)
+    before = [line for line in Path(run_dir, "scalars.jsonl").read_text().splitlines() if '"v"' in line]
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world_models, "update_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            resume(world_models, run_dir, from_stage="m", model_updates=9)
+    state = load(run_dir)
+    assert state["parts"]["counters"]["stage"] == "m" and state["args"]["model_updates"] == 9
+    resume(world_models, run_dir, model_updates=9)
+    lines = Path(run_dir, "scalars.jsonl").read_text().splitlines()
+    assert [line for line in lines if '"v"' in line] == before
+    assert load(run_dir)["parts"]["counters"]["stage"] == "done" and any('["m", 9, ' in line for line in lines)
+
+
+def test_a_run_that_kept_no_buffer_records_anew(world_models):
+    """More steps than were recorded: all of them again, not only those that are missing."""
+    run_dir = run(world_models, save_buffer=False)
+    resume(world_models, run_dir, save_buffer=False, total_timesteps=72)
+    state = load(run_dir)
+    assert state["global_step"] == state["parts"]["counters"]["collected"] == 72
+    assert os.path.getsize(Path(run_dir, "frames.bin")) == 72 * 64 * 64 * 3
+
+
+def test_temperature_table(world_models, monkeypatch, capsys):
+    """Two temperatures, each evolved in a copy of the run, which itself stays as it is; once more over the copies."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    table = importlib.import_module("world_models_temperature")
+    run_dir = run(world_models)
+    kept = {path.name: path.read_bytes() for path in Path(run_dir).iterdir()}
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["", run_dir, "--temperatures", "0.5", "1.3", "--eval-episodes", "2"])
+        table.main()
+        lines = capsys.readouterr().out.splitlines()[-4:]
+        assert lines[0] == "| temperature | dream (100 dreams) | real (2 episodes) |"
+        assert [line.split(" ")[1] for line in lines[2:]] == ["0.5", "1.3"] and all("±" in line for line in lines[2:])
+    assert kept == {path.name: path.read_bytes() for path in Path(run_dir).iterdir()}
+    for temperature in (0.5, 1.3):
+        assert load(f"{run_dir}_tau{temperature}")["args"]["temperature"] == temperature
+
+
 # === Learning ===
 
 
