@@ -1183,9 +1183,9 @@ class Latents:
         ends = np.cumsum(run.rb.lengths)
         self.spans = np.stack([ends - run.rb.lengths, ends], 1)  # first row of each episode, and the one after its last
         # deviation 1
-        held_out = max(int(run.args.holdout_ratio * len(ends)), 1)
+        held_out = min(max(int(run.args.holdout_ratio * len(ends)), 1), len(ends) - 1)
         self.train, self.holdout = (
-            (self.spans[:-held_out], self.spans[-held_out:]) if len(ends) > 1 else (self.spans,) * 2
+            (self.spans[:-held_out], self.spans[-held_out:]) if held_out else (self.spans,) * 2
         )
 
     def streams(self, spans: np.ndarray, batch_size: int, length: int) -> torch.Tensor:
@@ -1498,7 +1498,7 @@ def calibrate(run: Run, latents: Latents) -> None:
     if off:
         true, predicted = scores["model/deaths_true"], scores["model/deaths_predicted"]
         badly_predicted = scores["model/deaths_recall"] < 0.8 or predicted > 2 * true
-        advice = ["--vae-epochs"] * few_live + ["--model-updates"] * badly_predicted
+        advice = ["--vae-epochs"] * bool(few_live) + ["--model-updates"] * bool(badly_predicted)
         harder = sum(off.values()) < 0
         if advice:
             advice = "raise " + " and ".join(["--total-timesteps", *advice])

@@ -2184,32 +2184,6 @@ def test_a_bad_dream_is_said_before_anything_is_evolved_in_it(world_models, caps
     assert f"real {real:.1f} +- {np.std(returns):.1f}" in lines[1]
 
 
-@pytest.mark.parametrize(
-    ("dreamed", "real", "deaths", "verdict"),
-    [
-        (math.nan, -30.0, (5, 5, 1.0), "in the dream): "),
-        (-90.0, -30.0, (5, 5, 1.0), "harder in the dream): lower --temperature before"),
-        (90.0, -30.0, (5, 5, 1.0), "easier in the dream): raise --temperature before"),
-        (-90.0, -30.0, (5, 11, 1.0), "harder in the dream): raise --total-timesteps and --model-updates before"),
-        (90.0, -30.0, (5, 4, 0.7), "easier in the dream): raise --total-timesteps and --model-updates before"),
-        (-30.0, -30.0, (5, 4, 0.7), None),
-    ],
-)
-def test_verdict_on_a_dream(world_models, monkeypatch, capsys, dreamed, real, deaths, verdict):
-    """Which way it is off decides the advice; what is not a number is not like the real environment either."""
-    names = "model/deaths_true", "model/deaths_predicted", "model/deaths_recall"
-    monkeypatch.setattr(world_models, "holdout_scores", lambda *args: dict(zip(names, deaths, strict=True)))
-    monkeypatch.setattr(world_models, "dream", lambda *args: (torch.full((100,), dreamed),) * 2)
-    monkeypatch.setattr(world_models, "play", lambda *args: (np.full(2, real),) * 2)
-    monkeypatch.setattr(world_models, "evolve", lambda run: True)
-    returns = property(lambda self: np.array([real - 5.0, real + 5.0]))
-    monkeypatch.setattr(world_models.ReplayBuffer, "returns", returns)
-    monkeypatch.setattr(torch.Tensor, "std", lambda self, dim: torch.full((4,), 0.2), raising=True)
-    run(world_models)
-    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("calibration: ")][-1]
-    assert (verdict in last and "NOT like" in last) if verdict else "NOT like" not in last
-
-
 def test_a_stage_begun_anew_is_remembered_before_the_old_one_is_given_up(world_models, monkeypatch):
     """Killed in the first update of --from-stage m: a plain resume goes on with it, and V's curves are there once."""
     run_dir = run(world_models)

@@ -502,6 +502,9 @@ def test_batched_dream_equals_single_ones(spec):
     assert lengths.tolist() == [length for _, length in single]
     torch.testing.assert_close(returns, torch.tensor([total for total, _ in single]), rtol=1e-3, atol=1e-3)
     assert len(set(lengths.tolist())) > 4 and lengths.min() < 50 and lengths.max() > 50
+    trace, policy = [], world_models.linear_policy(weights.flip(0), "box")
+    world_models.dream(agent, policy, 12, 3, 11, args, trace=trace)
+    assert len(trace) == lengths[9] < lengths.max()  # of the first dream alone
 
 
 def test_death_is_a_cut_that_no_temperature_touches():
@@ -1047,20 +1050,27 @@ def test_scores_are_those_of_episodes_and_dreams_of_the_runs_temperature():
     envs.close()
 
 
-def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(monkeypatch):
-    """5 frames are seen, so horizon 1 is the error of the sixth; frame t shows t, and here its dream 2 t."""
-    run, logged = make_run(temperature=1.3, holdout_ratio=0.5), {}
+@pytest.mark.parametrize(("spec", "intro"), [(BOX, 0), (CAR, 100)])
+def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(spec, intro, monkeypatch):
+    """5 frames are seen, after the zoom of CarRacing, so horizon 1 is the error of the sixth.
+
+    Frame t shows t, and here its dream t more than the first of these frames.
+    """
+    run, logged, T = make_run(temperature=1.3, holdout_ratio=0.5), {}, intro + 60
+    run.spec = spec
     for _ in range(4):
-        frames = np.arange(60, dtype=np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
-        run.rb.add(frames, np.zeros((60, 2)), np.zeros(60), False)
-    run.latents.append(np.zeros((240, 2, 4), np.float16))
+        frames = np.arange(T, dtype=np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
+        run.rb.add(frames, np.zeros((T, 2)), np.zeros(T), False)
+    run.latents.append(np.zeros((4 * T, 2, 4), np.float16))
 
     def open_loop(model, batch, uniform, noise, temperature, context):
-        assert (temperature, context) == (1.3, 5) and uniform.min() >= 0 and noise.min() < 0
-        return torch.arange(59)[:, None, None].expand(batch["z"].shape)
+        assert (temperature, context) == (1.3, intro + 5) and uniform.min() >= 0 and noise.min() < 0
+        return torch.arange(T - 1)[:, None, None].expand(batch["z"].shape)
 
     def decode(agent, z):
-        return (2 * z[:, 0].numpy()).astype(np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
+        return (
+            (2 * z[:, 0].numpy() - intro).astype(np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
+        )
 
     monkeypatch.setattr(world_models, "open_loop", open_loop)
     monkeypatch.setattr(world_models, "decode_frames", decode)
@@ -1070,32 +1080,42 @@ def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(monk
     assert logged == pytest.approx(expected)
 
 
+LIVE, FEW = (0.151, 0.151, 0.149, 0.0), (0.151, 0.149, 0.149, 0.0)
+
+
 @pytest.mark.parametrize(
-    ("spreads", "recall", "advice"),
+    ("spreads", "predicted", "recall", "shift", "advice"),
     [
-        ((0.151, 0.151, 0.149, 0.0), 0.8, "--temperature"),
-        ((0.151, 0.151, 0.149, 0.0), 0.79, "--total-timesteps and --model-updates"),
-        ((0.151, 0.149, 0.149, 0.0), 0.8, "--total-timesteps and --vae-epochs"),
-        ((0.151, 0.149, 0.149, 0.0), 0.79, "--total-timesteps and --vae-epochs and --model-updates"),
+        (LIVE, 20, 0.8, 1, "easier in the dream): raise --temperature"),
+        (LIVE, 20, 0.8, -1, "harder in the dream): lower --temperature"),
+        (LIVE, 21, 0.8, -1, "harder in the dream): raise --total-timesteps and --model-updates"),
+        (LIVE, 20, 0.79, 1, "easier in the dream): raise --total-timesteps and --model-updates"),
+        (FEW, 20, 0.8, 1, "easier in the dream): raise --total-timesteps and --vae-epochs"),
+        (FEW, 20, 0.79, 1, "easier in the dream): raise --total-timesteps and --vae-epochs and --model-updates"),
+        (LIVE, 20, 0.79, math.nan, "in the dream): raise --total-timesteps and --model-updates"),
     ],
 )
-def test_calibration_says_what_to_raise(spreads, recall, advice, monkeypatch, capsys):
-    """V where less than half of its dimensions spread by 0.15, M where it finds less than 0.8 of the deaths.
+def test_calibration_says_what_to_change(spreads, predicted, recall, shift, advice, monkeypatch, capsys):
+    """V where less than half of its dimensions spread by 0.15; M where it finds less than 0.8 of the 10 deaths, or more
+    than twice as many.
 
     The dream is bad where it is further from the real returns than these spread, here in two policies of four.
     """
     run, logged = make_run(eval_episodes=3), {}
     run.rb = recorded()
     mean, std = run.rb.returns.mean(), run.rb.returns.std()
-    dreams = iter([mean + 1.01 * std, 20 - 0.99 * std, 20 - 1.01 * std, 20 + 0.99 * std])
+    dreams = iter([mean + shift * 1.01 * std, 20 - 0.99 * std, 20 + shift * 1.01 * std, 20 + 0.99 * std])
+    names = "model/deaths_true", "model/deaths_predicted", "model/deaths_recall"
+    scores = dict(zip(names, (10.0, float(predicted), recall), strict=True))
     mu = torch.tensor(spreads) * torch.tensor([[1.0], [-1.0]]).repeat(10**4, 1)
     monkeypatch.setattr(world_models, "dream", lambda *args: (torch.full((100,), next(dreams)), None))
     monkeypatch.setattr(world_models, "play", lambda *args: (np.full(3, 20.0), None))
-    monkeypatch.setattr(world_models, "holdout_scores", lambda *args: {"model/deaths_recall": recall})
+    monkeypatch.setattr(world_models, "holdout_scores", lambda *args: scores)
     monkeypatch.setattr(run, "add_scalar", lambda tag, value, step: logged.update({tag: float(value)}))
     world_models.calibrate(run, SimpleNamespace(data={"mu": mu}))
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert f"NOT like the real environment (recording, constant_1): raise {advice} before" in last
+    lines = capsys.readouterr().out.splitlines()
+    assert "NOT like the real environment (recording, constant_1: " in lines[-1] and f"{advice} before" in lines[-1]
+    assert ("less than half of V's dimensions are live" in lines[-2]) == (spreads == FEW)
     assert logged["model/live_dims"] == sum(spread > 0.15 for spread in spreads)
     assert logged["calibration/recording_real"] == mean and logged["calibration/constant_2_real"] == 20
-    assert logged["calibration/constant_1_dream"] == pytest.approx(20 - 1.01 * std)
+    assert logged["calibration/constant_1_dream"] == pytest.approx(20 + shift * 1.01 * std, nan_ok=True)
