@@ -931,8 +931,6 @@ class Run:
         self.stage, self.done, self.collected = (parts["counters"][name] for name in ("stage", "done", "collected"))
         self.fitness = parts["fitness"].tolist()
         self.global_step = checkpoint["global_step"]
-        if self.stage == "collect" and "replay" not in parts:  # --no-save-buffer: records anew
-            self.done = self.collected = self.global_step = 0
         kept = STAGES[: at + (self.done > 0)]
         if "collect" in kept and "replay" in parts:
             self.rb.load_state_dict(parts["replay"])
@@ -1041,16 +1039,15 @@ def rewind(checkpoint: dict, args: Args) -> None:
         counters |= {"stage": args.from_stage, "done": 0}
         for name in STAGES[STAGES.index(args.from_stage) : -1]:
             saved |= {setting: getattr(args, setting) for setting in STAGE_SETTINGS[name].split()}
-        if args.from_stage == "collect":
-            counters["collected"] = 0
     elif args.total_timesteps > counters["collected"] > 0 and counters["stage"] != "collect":
         counters |= {"stage": "collect", "done": counters["collected"]}  # records more and learns anew from everything
     elif args.generations > saved["generations"] and counters["stage"] in ("evaluate", "done"):
         counters |= {"stage": "c", "done": saved["generations"]}
+    if counters["stage"] == "collect" and (args.from_stage or "replay" not in checkpoint["parts"]):
+        counters |= {"done": 0, "collected": 0}  # records anew; without the buffer there is nothing to go on with
+        checkpoint["global_step"] = 0
     if STAGES.index(counters["stage"]) < STAGES.index("c") or args.from_stage == "c":
         checkpoint["global_step"] = min(checkpoint["global_step"], counters["collected"] or checkpoint["global_step"])
-    if args.from_stage == "collect":
-        checkpoint["global_step"] = 0
     saved |= {"from_stage": args.from_stage, "generations": max(saved["generations"], args.generations)}
 
 
