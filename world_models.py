@@ -1181,9 +1181,7 @@ class Latents:
         self.spans = np.stack([ends - run.rb.lengths, ends], 1)  # first row of each episode, and the one after its last
         # deviation 1
         held_out = min(max(int(run.args.holdout_ratio * len(ends)), 1), len(ends) - 1)
-        self.train, self.holdout = (
-            (self.spans[:-held_out], self.spans[-held_out:]) if held_out else (self.spans,) * 2
-        )
+        self.train, self.holdout = (self.spans[:-held_out], self.spans[-held_out:]) if held_out else (self.spans,) * 2
 
     def streams(self, spans: np.ndarray, batch_size: int, length: int) -> torch.Tensor:
         """Rows of episodes joined end to end and cut into B streams, which are cut into S sequences: (S, T + 1, B).
