@@ -10,7 +10,7 @@ car() { # CarRacing with C in the real environment, sized for two cores; pip ins
     --population 24 --episodes 2 --idle-limit 100 --generations 45 --eval-generations 5 --eval-episodes 20
 }
 
-takecover() { # TakeCover in the dream, sized for two cores: one and a half hours of processor time
+takecover() { # TakeCover in the dream, sized for two cores: a good hour of processor time
   OMP_NUM_THREADS=1 python world_models.py --env-id VizdoomTakeCover-v1 --no-cuda --num-envs 2 \
     --total-timesteps 400000 --vae-depth 16 --vae-epochs 3 --vae-lr 5e-4 \
     --hidden-size 256 --model-batch-size 50 --sequence-length 200 --model-updates 1600 \
@@ -19,7 +19,7 @@ takecover() { # TakeCover in the dream, sized for two cores: one and a half hour
 
 car_dream() { # CarRacing with C in the dream, from the recordings of a finished car run, in a copy of its folder
   OMP_NUM_THREADS=1 python world_models.py --resume "$1" --from-stage m --controller-env dream --model-updates 1000 \
-    --population 64 --episodes 16 --generations 30 --eval-generations 15
+    --population 24 --episodes 8 --generations 20 --eval-generations 10
 }
 
 published() { # the settings of the paper and its code; needs a GPU, the car many cores
