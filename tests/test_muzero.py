@@ -343,7 +343,7 @@ CASES = [(A, S, two, mask) for (A, S), two, mask in itertools.product(SIZES, (Fa
 def test_puct_equals_a_plain_recursion(num_actions, num_simulations, two_players, mask):
     """Visits, Q and mean of every root of a batch; masks, negative values, terminal edges, noise."""
     problem = Problem(num_actions * 1000 + num_simulations, num_actions, two_players, 6, mask)
-    args, rows = make_args(num_simulations=num_simulations), torch.arange(6)
+    args, rows = make_args(num_simulations=num_simulations, c_scale=0.1), torch.arange(6)
     temperature = torch.zeros(6, dtype=F64)
     result = muzero.puct_search(
         problem, problem.roots(rows), problem.legal, problem.noise, temperature, args, problem.value_range
@@ -361,7 +361,7 @@ def test_puct_equals_a_plain_recursion(num_actions, num_simulations, two_players
 def test_gumbel_equals_a_plain_recursion(num_actions, num_simulations, two_players, mask):
     """Visits, Q, improved policy and action of every root of a batch."""
     problem = Problem(num_actions * 1000 + num_simulations, num_actions, two_players, 6, mask)
-    args, rows = make_args(num_simulations=num_simulations), torch.arange(6)
+    args, rows = make_args(num_simulations=num_simulations, c_scale=0.1), torch.arange(6)
     result = muzero.gumbel_search(problem, problem.roots(rows), problem.legal, problem.noise, args, problem.value_range)
     for row in range(6):
         root, policy, action = plain_gumbel(problem, row, num_simulations)
