@@ -1395,8 +1395,8 @@ def check_args(args: Args) -> None:
         1: "total_timesteps num_envs eval_episodes batch_size td_steps unroll_steps support_size hidden_size "
         "num_blocks num_simulations max_considered_actions target_network_frequency",
         0: "seed eval_frequency checkpoint_frequency learning_starts replay_ratio learning_rate weight_decay "
-        "max_grad_norm gamma value_scale c_visit c_scale pb_c_init dirichlet_fraction temperature_moves "
-        "priority_alpha priority_beta reanalyze_ratio",
+        "max_grad_norm gamma value_scale c_visit c_scale pb_c_init dirichlet_fraction opening_moves "
+        "temperature_moves priority_alpha priority_beta reanalyze_ratio",
     }
     for bound, names in at_least.items():
         for name in names.split():
@@ -1413,6 +1413,9 @@ def check_args(args: Args) -> None:
     if args.buffer_size < rows:
         fail(f"--buffer-size {args.buffer_size} is too small: {args.num_envs} environments with --unroll-steps and "
              f"--td-steps need {rows}")  # fmt: skip
+    most = 2 * BOARD_GAMES[args.env_id][2] - 2 if args.env_id in BOARD_GAMES else 0  # one more could win
+    if args.opening_moves > most:
+        fail(f"--opening-moves of {args.env_id} must be at most {most}, not {args.opening_moves}")
     if args.capture_video and args.env_id in BOARD_GAMES:
         fail(f"{args.env_id} has no pictures for --capture-video")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":

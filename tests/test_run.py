@@ -917,6 +917,12 @@ BAD_GAMES = {
     "discrete observations": ({"env_id": "FrozenLake-v1"}, "observations must be"),
     "unknown game": ({"env_id": "tictactoo"}, "tictactoe"),
     "unknown Atari game": ({"env_id": "ALE/Pongg-v5"}, "ALE/Pong-v5"),
+    "openings that win": (
+        {"env_id": "tictactoe", "opening_moves": 5},
+        "--opening-moves of tictactoe must be at most 4",
+    ),
+    "openings of no game": ({"opening_moves": 1}, "must be at most 0, not 1"),
+    "less than no opening": ({"env_id": "connect_four", "opening_moves": -1}, "--opening-moves must be at least 0"),
     "film of a board": (
         {"env_id": "tictactoe", "support_size": 1, "capture_video": True, "eval_frequency": 6},
         "pictures",
