@@ -1162,8 +1162,11 @@ def encode(run: Run) -> bool:
         run.save()
         return False
     mu = run.latents.rows()[:: max(len(frames) // 10_000, 1), 0].astype(np.float32)
-    if (mu.std(0) < 0.01).all():
-        raise SystemExit("error: the latents of V are constant; train it again with a smaller --vae-lr: --from-stage v")
+    if (mu.std(0) < 1e-3).all():
+        raise SystemExit(
+            "error: the latents of V are constant; train it again with more --vae-epochs or a smaller --vae-lr: "
+            "--from-stage v"
+        )
     return True
 
 
