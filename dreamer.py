@@ -8,6 +8,16 @@
 # ///
 """Dreamer (V1): a latent world model learned from pixels; actor and value learned by back-propagation through dreams.
 
+The algorithm, with the functions that are its steps:
+  play     act: filter the observation into a latent state (RSSM.obs_step), sample the actor, add noise; store episodes
+  learn    update, train_steps times for every train_frequency environment steps, on sequences from the replay:
+    model    model_loss: filter the sequences (RSSM.observe), reconstruct observations and rewards from the states, and
+             keep each state's posterior near its prior, the prediction without the observation (Eq. 10)
+    dream    imagine: from every one of these states, H steps of the prior, the actor choosing the actions
+    actor    behavior_losses: maximise the lambda-return of the dreams, its gradient passing through the model (Eq. 7)
+    value    behavior_losses: regress the same lambda-return (Eq. 8)
+The first part of the file is the algorithm, up to main; environments, pictures and the run folder follow it.
+
 Paper:      Hafner et al. 2020, Dream to Control, arXiv 1912.01603   Reference code: danijar/dreamer (TensorFlow 2)
 Run:        python dreamer.py --env-id walker-walk          (or: uv run dreamer.py --env-id walker-walk)
 Resume:     python dreamer.py --resume runs/<run folder>
@@ -53,524 +63,67 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of every random generator of the run"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic algorithms"""
-    cuda: bool = True
-    """train on the GPU if there is one"""
-    track: bool = False
-    """also log to Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the project name at Weights and Biases"""
-    wandb_entity: str | None = None
-    """the team at Weights and Biases"""
-    capture_video: bool = False
-    """write an MP4 of the first episode of every evaluation into the run folder"""
-    save_model: bool = False
-    """write the weights alone to {exp_name}.pt in the run folder at the end"""
-    eval_frequency: int = 10_000
-    """environment steps between evaluations, 0 = none"""
-    eval_episodes: int = 10
-    """episodes of one evaluation"""
-    checkpoint_frequency: int = 50_000
-    """environment steps between checkpoints, 0 = only at the end or when interrupted"""
-    save_buffer: bool = True
-    """keep the replay buffer in the checkpoint"""
-    resume: str | None = None
-    """run folder to continue"""
-    evaluate: str | None = None
-    """run folder to evaluate: plays eval_episodes, prints mean and standard deviation, trains nothing"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seed of every random generator of the run
+    torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # also log to Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the project name at Weights and Biases
+    wandb_entity: str | None = None  # the team at Weights and Biases
+    capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
+    save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
+    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: int = 10  # episodes of one evaluation
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    save_buffer: bool = True  # keep the replay buffer in the checkpoint
+    resume: str | None = None  # run folder to continue
+    evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
-    # Algorithm specific arguments
-    env_id: str = "walker-walk"
-    """dm_control task (walker-walk, cup-catch) or Gymnasium id (CarRacing-v3, my_module:MyEnv-v0)"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the run, action repeats counted"""
-    num_envs: int = 1
-    """environments played side by side, each in its own process if more than one"""
-    obs_mode: Literal["pixels", "state"] = "pixels"
-    """what is seen of a dm_control task; Gymnasium ids decide themselves"""
-    renderer: Literal["auto", "gl", "raycast"] = "auto"
-    """dm_control pixels by OpenGL or by the GL-free ray-caster; auto = gl where it is installed"""
-    action_repeat: int | None = None
-    """environment steps per action (rewards summed); default 2 on dm_control, 1 elsewhere"""
-    cont_head: Literal["auto", "on", "off"] = "auto"
-    """learn when episodes terminate; auto = off on dm_control, on elsewhere"""
-    clip_rewards: Literal["none", "tanh"] = "none"
-    """squash rewards before learning (tanh in V1's Atari experiments)"""
-    buffer_size: int = 500_000
-    """capacity of the replay buffer in time steps (agent decisions plus one per episode)"""
-    buffer_on_gpu: bool = True
-    """keep the replay on the training device; --no-buffer-on-gpu keeps it in host memory"""
-    learning_starts: int = 5_000
-    """environment steps of random actions before learning"""
-    train_frequency: int = 1_000
-    """environment steps between blocks of updates, summed over all environments"""
-    train_steps: int = 100
-    """updates per block"""
-    pretrain_steps: int = 100
-    """updates when learning starts"""
-    batch_size: int = 50
-    """sequences per batch (B)"""
-    batch_length: int = 50
-    """time steps per sequence (L)"""
-    cnn_depth: int = 32
-    """channels of the first convolution; the others are multiples of it"""
-    stoch_size: int = 30
-    """size of the stochastic part of the latent state"""
-    deter_size: int = 200
-    """size of the deterministic part and of the model's hidden layers"""
-    dense_size: int = 400
-    """units per hidden layer of the heads"""
-    free_nats: float = 3.0
-    """nats of KL, averaged over the batch, that cost nothing"""
-    kl_scale: float = 1.0
-    """weight of the KL loss"""
-    cont_scale: float = 10.0
-    """weight of the continuation loss"""
-    horizon: int = 15
-    """imagined steps (H)"""
-    gamma: float = 0.99
-    """discount per decision"""
-    td_lambda: float = 0.95
-    """mixing factor of the lambda-return"""
-    model_lr: float = 6e-4
-    """learning rate of the world model"""
-    actor_lr: float = 8e-5
-    """learning rate of the actor"""
-    value_lr: float = 8e-5
-    """learning rate of the value network"""
-    adam_eps: float = 1e-7
-    """epsilon of the three Adam optimizers"""
-    max_grad_norm: float = 100.0
-    """gradient norm that each optimizer is clipped to"""
-    expl_noise: float = 0.3
-    """standard deviation of the Normal added to continuous actions while collecting"""
-    expl_epsilon: tuple[float, float, int] = (0.4, 0.1, 200_000)
-    """discrete actions: share of random ones at first, at last, and the updates in between"""
+    # Algorithm specific arguments: the task
+    env_id: str = "walker-walk"  # dm_control task (walker-walk, cup-catch) or Gymnasium id (CarRacing-v3)
+    total_timesteps: int = 1_000_000  # environment steps of the run, action repeats counted
+    num_envs: int = 1  # environments played side by side, each in its own process if more than one
+    obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; Gymnasium ids decide alone
+    renderer: Literal["auto", "gl", "raycast"] = "auto"  # dm_control pixels: OpenGL, our ray-caster; auto = gl if there
+    action_repeat: int | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
+    cont_head: Literal["auto", "on", "off"] = "auto"  # learn when episodes terminate; auto = not on dm_control
+    clip_rewards: Literal["none", "tanh"] = "none"  # squash rewards before learning (tanh in V1's Atari experiments)
+
+    # replay, and how often to learn from it
+    buffer_size: int = 500_000  # capacity of the replay buffer in time steps (agent decisions plus one per episode)
+    buffer_on_gpu: bool = True  # keep the replay on the training device; --no-buffer-on-gpu keeps it in host memory
+    learning_starts: int = 5_000  # environment steps of random actions before learning
+    train_frequency: int = 1_000  # environment steps between blocks of updates, summed over all environments
+    train_steps: int = 100  # updates per block
+    pretrain_steps: int = 100  # updates when learning starts
+    batch_size: int = 50  # sequences per batch (B)
+    batch_length: int = 50  # time steps per sequence (L)
+
+    # networks
+    cnn_depth: int = 32  # channels of the first convolution; the others are multiples of it
+    stoch_size: int = 30  # size of the stochastic part of the latent state
+    deter_size: int = 200  # size of the deterministic part and of the model's hidden layers
+    dense_size: int = 400  # units per hidden layer of the heads
+
+    # world model and behavior
+    free_nats: float = 3.0  # nats of KL, averaged over the batch, that cost nothing
+    kl_scale: float = 1.0  # weight of the KL loss
+    cont_scale: float = 10.0  # weight of the continuation loss
+    horizon: int = 15  # imagined steps (H)
+    gamma: float = 0.99  # discount per decision
+    td_lambda: float = 0.95  # mixing factor of the lambda-return
+    model_lr: float = 6e-4  # learning rate of the world model
+    actor_lr: float = 8e-5  # learning rate of the actor
+    value_lr: float = 8e-5  # learning rate of the value network
+    adam_eps: float = 1e-7  # epsilon of the three Adam optimizers
+    max_grad_norm: float = 100.0  # gradient norm that each optimizer is clipped to
+    expl_noise: float = 0.3  # standard deviation of the Normal added to continuous actions while collecting
+    expl_epsilon: tuple[float, float, int] = (0.4, 0.1, 200_000)  # discrete: random share at first, at last, updates
 
     # Speed
-    bfloat16: bool = False
-    """bfloat16 autocast for matrix products and convolutions"""
-    compile: bool = False
-    """torch.compile the losses"""
-    cudagraphs: bool = False
-    """replay an update as one CUDA graph (GPU only)"""
-
-
-# === Environment ===
-
-
-def is_dm_control(env_id: str) -> bool:
-    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
-    return re.search(r"-v\d+$", env_id) is None
-
-
-def default_action_repeat(args: Args) -> int:
-    return args.action_repeat or (2 if is_dm_control(args.env_id) else 1)
-
-
-def choose_renderer(args: Args, checkpoint: dict | None) -> str:
-    """Returns "gl", "raycast" or "none" (no dm_control pictures) and sets MUJOCO_GL; "auto" stays with a saved run's.
-
-    Whether a headless GL library works is tried in a process of its own: a failed import cannot be undone.
-    """
-    wanted = args.renderer
-    if checkpoint and wanted == "auto" and checkpoint["parts"]["counters"]["renderer"] != "none":
-        wanted = checkpoint["parts"]["counters"]["renderer"]
-    pictures = is_dm_control(args.env_id) and (args.obs_mode == "pixels" or args.capture_video)
-    backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa", "glfw"]
-    probe = [sys.executable, "-c", "from dm_control import _render; _render.Renderer(64, 64).make_current()"]
-    for backend in backends if pictures and wanted != "raycast" else ():
-        try:
-            subprocess.run(probe, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, timeout=60, check=True)
-        except subprocess.SubprocessError:
-            continue
-        os.environ["MUJOCO_GL"] = backend
-        return "gl"
-    if pictures and wanted == "gl":
-        fail("no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
-    os.environ["MUJOCO_GL"] = "disable"
-    return "raycast" if pictures else "none"
-
-
-class RayCaster:
-    """GL-free picture of a MuJoCo scene: one ray per pixel, flat colour, Lambert shading, checker floor, sky."""
-
-    def __init__(self, model, height, width, camera_id):
-        self.model, self.shape = model, (height, width, 3)
-        self.camera_id = camera_id if model.ncam else -1
-        fovy = model.cam_fovy[camera_id] if self.camera_id >= 0 else model.vis.global_.fovy
-        self.focal = height / 2 / np.tan(np.deg2rad(fovy) / 2)  # in pixels
-        v, u = np.mgrid[:height, :width].reshape(2, -1) + 0.5
-        self.uv = np.stack([u - width / 2, height / 2 - v], 1)  # (H*W, 2), y upwards
-        rays = np.column_stack([self.uv, np.full(len(u), -self.focal)])  # a camera looks along its -z
-        self.rays = rays / np.linalg.norm(rays, axis=1, keepdims=True)
-        # GL shows groups 0-2; no ray meets a skin (dog), so its hidden collision geoms in group 3 stand in for it
-        self.groups = np.array([1, 1, 1, model.nskin > 0, 0, 0], np.uint8)
-        rgba, matid = model.geom_rgba.copy(), model.geom_matid.copy()
-        if model.nskin:
-            rgba[model.geom_group > 2], matid[model.geom_group > 2] = model.skin_rgba[0], model.skin_matid[0]
-        self.colors, self.planes = self._rgba(rgba, matid)[:, :3].astype(float), []
-        for i in range(model.ngeom):
-            texture = self._texture(matid[i]) * self.colors[i]
-            self.planes += [(i, texture)] if model.geom_type[i] == 0 and texture.size > 3 else []
-            self.colors[i] = texture.mean((0, 1))
-        self.sky = np.zeros((1, 3))
-        for i in np.flatnonzero(model.tex_type == 2)[:1]:  # by elevation: the middle columns of the cube's first side
-            size, n, start = model.tex_width[i], model.tex_nchannel[i], model.tex_adr[i]
-            side = model.tex_data[start : start + size * size * n].reshape(size, size, n)
-            self.sky = side[:, size * 3 // 8 : size * 5 // 8 + 1, :3].mean(1) / 255
-        # mj_multiRay culls by the box of a body's colliding geoms, and misplaces it: balls around all geoms do not cull
-        reach, bodies = np.zeros(model.nbody), np.flatnonzero(model.body_bvhnum)
-        center = np.linalg.norm(model.geom_pos - model.body_ipos[model.geom_bodyid], axis=1)
-        np.maximum.at(reach, model.geom_bodyid, center + np.where(model.geom_rbound > 0, model.geom_rbound, 1e10))
-        self.roots, self.boxes = model.body_bvhadr[bodies], reach[bodies, None] * [0, 0, 0, 1, 1, 1]
-
-    def _rgba(self, rgba, matid):
-        """The viewer's rule: a material gives the colour unless the object's own differs from the default grey."""
-        own = (matid < 0) | (rgba != np.float32([0.5, 0.5, 0.5, 1])).any(1)
-        return np.where(own[:, None], rgba, self.model.mat_rgba[matid] if self.model.nmat else rgba)
-
-    def _texture(self, matid, cells=10):
-        """The material's texture as cells x cells mean colours (coarse: checkers stay, fine grain goes), else white."""
-        m, i = self.model, self.model.mat_texid[matid, 1] if matid >= 0 else -1
-        if i < 0:
-            return np.ones((1, 1, 3))
-        h, w, n, start = m.tex_height[i], m.tex_width[i], m.tex_nchannel[i], m.tex_adr[i]
-        texture, c = m.tex_data[start : start + h * w * n].reshape(h, w, n), min(cells, h, w)
-        return texture[: h // c * c, : w // c * c, :3].reshape(c, h // c, c, w // c, 3).mean((1, 3)) / 255
-
-    def _camera(self, data):
-        if self.camera_id >= 0:
-            return data.cam_xpos[self.camera_id], data.cam_xmat[self.camera_id].reshape(3, 3)
-        azimuth, elevation = np.deg2rad([self.model.vis.global_.azimuth, self.model.vis.global_.elevation])
-        (ca, sa), (ce, se) = ((np.cos(a), np.sin(a)) for a in (azimuth, elevation))  # the viewer's free camera
-        frame = np.array([[sa, -ca * se, -ca * ce], [-ca, -sa * se, -sa * ce], [0, ce, -se]])
-        return self.model.stat.center + 1.5 * self.model.stat.extent * frame[:, 2], frame
-
-    def _cast(self, data, origin, rays):
-        import mujoco  # here, so that runs without pictures do without it
-
-        hits, dist, normals = np.zeros(len(rays), np.int32), np.zeros(len(rays)), np.zeros(rays.shape)
-        kept = self.model.bvh_aabb[self.roots]
-        self.model.bvh_aabb[self.roots] = self.boxes
-        mujoco.mj_multiRay(
-            self.model, data, origin, rays.ravel(), self.groups, True, -1, hits, dist, normals.ravel(), len(rays), 1e9
-        )
-        self.model.bvh_aabb[self.roots] = kept  # collision detection finds its own boxes again
-        return hits, dist, normals
-
-    def render(self, data):
-        """Picture (H, W, 3) uint8 of the current state, a fresh array."""
-        m, (origin, frame) = self.model, self._camera(data)
-        rays = self.rays @ frame.T
-        hits, dist, normals = self._cast(data, origin, rays)
-        slope = np.clip(rays[:, 2] / np.hypot(rays[:, 0], rays[:, 1]), -1, 1)  # texture row, as on a cube's side
-        color = self.sky[((1 - slope) / 2 * (len(self.sky) - 1)).astype(int)]
-        seen = np.flatnonzero(hits >= 0)
-        rays, hits, dist, normals = rays[seen], hits[seen], dist[seen], normals[seen]
-        points, paint, head = origin + rays * dist[:, None], self.colors[hits], m.vis.headlight
-        facing = np.einsum("ij,ij->i", normals, rays)
-        light = head.active * (head.ambient + head.diffuse * np.maximum(normals @ frame[:, 2], 0)[:, None])
-        for i, texture in self.planes:
-            on, mat, size = np.flatnonzero(hits == i), m.geom_matid[i], m.geom_size[i, :2]
-            local = (points[on] - data.geom_xpos[i]) @ data.geom_xmat[i].reshape(3, 3)[:, :2]
-            # one image covers two units (uniform) or the whole plane, laid from the corner at -x, +y
-            scale = m.mat_texrepeat[mat] / 2 / (1 if m.mat_texuniform[mat] else np.where(size > 0, size, 1))
-            s, t = ((local * [1, -1] + size) * scale % 1 * len(texture)).astype(int).T
-            blur = np.clip(1.5 + dist[on] / self.focal * 2 * scale.max() / np.minimum(facing[on], -1e-3), 0, 1)
-            paint[on] += (texture[t, s] - paint[on]) * blur[:, None]  # squares smaller than a pixel become their mean
-            light[on] = np.minimum(light[on], 1)  # GL clips light before it meets a texture
-        for i in np.flatnonzero(m.light_active):
-            axis = data.light_xdir[i]  # a directional light (type 1) is a far one
-            source = m.stat.center - 100 * m.stat.extent * axis if m.light_type[i] == 1 else data.light_xpos[i]
-            to = source - points
-            far = np.sqrt(np.einsum("ij,ij->i", to, to))
-            to /= far[:, None]
-            lit = np.maximum(np.einsum("ij,ij->i", normals, to), 0)
-            if m.light_type[i] == 0:  # a spot
-                cosine = np.maximum(-to @ axis, 0)
-                lit *= (cosine > np.cos(np.deg2rad(m.light_cutoff[i]))) * cosine ** m.light_exponent[i]
-            on = np.flatnonzero(lit > 0.05)
-            if m.light_castshadow[i] and len(on):
-                lit[on] *= self._cast(data, source, -to[on])[1] > far[on] - 1e-3 * m.stat.extent
-            light += m.light_ambient[i] + m.light_diffuse[i] * lit[:, None]
-        color[seen], depth = paint * light, np.full(len(color), np.inf)
-        depth[seen] = -dist * self.rays[seen, 2]
-        self._markers(data, origin, frame, color, depth)
-        return (np.clip(color, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(self.shape)
-
-    def _markers(self, data, origin, frame, color, depth):
-        """Draws what rays do not meet, sphere sites and spatial tendons, over `color` as shaded discs and lines."""
-        m, head, points = self.model, self.model.vis.headlight, data.wrap_xpos.reshape(-1, 3)
-        rgba = self._rgba(m.site_rgba, m.site_matid)
-        sites = np.flatnonzero((m.site_group < 3) & (m.site_type == 2) & (m.site_rgba[:, 3] > 0))
-        todo = [(data.site_xpos[[i, i]], m.site_size[i, 0], rgba[i]) for i in sites]
-        rgba = self._rgba(m.tendon_rgba, m.tendon_matid)
-        for i in np.flatnonzero((m.tendon_group < 3) & (data.ten_wrapnum > 1)):
-            taut = m.tendon_limited[i] and data.ten_length[i] > m.tendon_range[i, 1]  # GL shows it in a warning colour
-            path = points[data.ten_wrapadr[i] :][: data.ten_wrapnum[i]]
-            color_i = m.vis.rgba.constraint if taut else rgba[i]
-            todo += [(ends, m.tendon_width[i], color_i) for ends in zip(path[:-1], path[1:], strict=True)]
-        for ends, radius, rgba in todo:
-            ends = (np.array(ends) - origin) @ frame
-            if ends[:, 2].max() < -radius:  # in front of the camera
-                a, b = -self.focal * ends[:, :2] / ends[:, 2:]
-                along = np.clip((self.uv - a) @ (b - a) / max((b - a) @ (b - a), 1e-9), 0, 1)
-                z = -ends[0, 2] - along * (ends[1, 2] - ends[0, 2])
-                r, d = radius * self.focal / z, np.hypot(*(self.uv - a - along[:, None] * (b - a)).T)
-                cover = np.clip(r - d + 0.5, 0, 1) - np.clip(-r - d + 0.5, 0, 1)  # share of the pixel, also for r < 0.5
-                shade = np.sqrt(np.clip(1 - (d / np.maximum(r, 0.5)) ** 2, 0, 1))[:, None]
-                cover = (cover * rgba[3] * (z - radius < depth))[:, None]
-                color += cover * (rgba[:3] * (head.ambient + head.diffuse * shade) - color)
-
-
-class DMControl(gym.Env):
-    """A task of the dm_control suite with its flattened state as observation; `render` draws the published camera.
-
-    An episode of 1000 steps ends by truncation; only a task that says discount 0 terminates.
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
-    render_mode = "rgb_array"
-
-    def __init__(self, env_id: str, renderer: str, size: int = 64):
-        from dm_control import suite
-
-        names = {f"{domain}-{task}".replace("_", "-"): (domain, task) for domain, task in suite.ALL_TASKS}
-        name = re.sub("^cup-", "ball-in-cup-", env_id.replace("_", "-"))
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-            fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
-        self.domain, self.task_name = names[name]
-        self.env = suite.load(self.domain, self.task_name, task_kwargs={"random": 0})  # lqr draws its springs here
-        if renderer != "gl" and self.domain == "quadruped":  # escape uploads its terrain to any GL context there is
-            type(self.env.physics).contexts = property(lambda physics: None)
-        self.renderer, self.size, self.ray_caster = renderer, size, None
-        spec = self.env.action_spec()
-        bounds = (np.where(np.abs(b) < 1e10, b, np.inf * b) for b in (spec.minimum, spec.maximum))  # 1e10 means none
-        self.action_space = gym.spaces.Box(*(b.astype(np.float32) for b in bounds))
-        dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
-
-    def flatten(self, time_step) -> np.ndarray:
-        return np.concatenate([np.ravel(part) for part in time_step.observation.values()]).astype(np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        if seed is not None:
-            self.env.task._random = np.random.RandomState(seed)  # what suite.load(task_kwargs={"random": seed}) sets
-        return self.flatten(self.env.reset()), {}
-
-    def step(self, action: np.ndarray):
-        time_step = self.env.step(action)
-        terminated = time_step.last() and time_step.discount == 0.0
-        return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
-
-    def render(self) -> np.ndarray:
-        physics = self.env.physics
-        camera = -1 if physics.model.ncam == 0 else 2 if self.domain == "quadruped" else 0
-        if self.renderer == "gl":
-            return physics.render(self.size, self.size, camera_id=camera)
-        if self.ray_caster is None:
-            self.ray_caster = RayCaster(physics.model.ptr, self.size, self.size, camera)
-        return self.ray_caster.render(physics.data.ptr)
-
-
-class ActionRepeat(gym.Wrapper):
-    """Repeats each action, sums the rewards, stops at the end of the episode."""
-
-    def __init__(self, env: gym.Env, repeat: int):
-        super().__init__(env)
-        self.repeat = repeat
-
-    def step(self, action):
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += reward
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
-
-
-def make_gymnasium(env_id: str, film: bool) -> gym.Env:
-    """Any registered Gymnasium environment; Atari games with the usual preprocessing, in colour."""
-    render = {"render_mode": "rgb_array"} if film else {}
-    try:
-        if not env_id.startswith("ALE/"):
-            return gym.make(env_id, **render)
-        import ale_py
-
-        gym.register_envs(ale_py)
-        env = gym.make(env_id, frameskip=1, **render)
-        return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=64, grayscale_obs=False)
-    except gym.error.DependencyNotInstalled as error:
-        fail(str(error).replace("\n", " "))
-    except ImportError as error:
-        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
-    except gym.error.Error as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
-
-
-def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[], gym.Env]:
-    """Thunk of one environment: observations (64, 64, 3) uint8 or (D,) float32, actions in [-1, 1] or discrete."""
-    main_process = os.getpid()
-
-    def thunk() -> gym.Env:
-        if os.getpid() != main_process:
-            os.setsid()  # signals to the process group are for the main process, which closes the workers
-        pixels = is_dm_control(args.env_id) and args.obs_mode == "pixels"
-        if is_dm_control(args.env_id):
-            try:
-                env = gym.wrappers.TimeLimit(DMControl(args.env_id, renderer, 64 if pixels else 240), 1000)
-            except ImportError as error:
-                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
-                fail(f"{args.env_id} needs {package} ({error})")
-        else:
-            env = make_gymnasium(args.env_id, video is not None)
-            if env.spec.max_episode_steps is None:  # an episode must end to be stored; 27,000 as in V1's Atari runs
-                env = gym.wrappers.TimeLimit(env, 27_000)
-        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), default_action_repeat(args))
-        if pixels:
-            env = gym.wrappers.AddRenderObservation(env, render_only=True)
-        if video is not None:  # folder/prefix of the MP4
-            folder, prefix = os.path.split(video)
-            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
-        return fit_spaces(env, args.env_id)
-
-    return thunk
-
-
-def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
-    """Refuses what Dreamer cannot use; resizes images to 64x64, rescales the bounded action dimensions to [-1, 1]."""
-    obs, action = env.observation_space, env.action_space
-    is_box = isinstance(obs, gym.spaces.Box)
-    if is_box and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3:
-        if obs.shape[:2] != (64, 64):
-            env = gym.wrappers.ResizeObservation(env, (64, 64))
-    elif is_box and len(obs.shape) == 1:
-        env = gym.wrappers.DtypeObservation(env, np.float32)
-    else:
-        fail(f"{env_id}: observations must be images (H, W, 3) of uint8 or vectors (D,), not {obs}")
-    if isinstance(action, gym.spaces.Box) and len(action.shape) == 1:
-        bounded = np.isfinite(action.low) & np.isfinite(action.high)
-        low, high = np.where(bounded, action.low, -1), np.where(bounded, action.high, 1)
-        space = gym.spaces.Box(-1, 1, action.shape, np.float32)
-        scale = (high - low) / 2
-        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
-    elif not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
-        fail(f"{env_id}: actions must be a vector Box or Discrete starting at 0, not {action}")
-    return env
-
-
-def make_vector_env(args: Args, renderer: str, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
-    thunks = [make_env(args, renderer, video if i == 0 else None) for i in range(num_envs)]
-    mode = gym.vector.AutoresetMode.DISABLED
-    if num_envs == 1:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
-    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
-    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
-
-
-# === Replay buffer ===
-
-
-class ReplayBuffer:
-    """Whole episodes end to end in one ring of `capacity` time steps, each stored once.
-
-    Entry t belongs to *arriving* at obs[t]: action[t] led to it, reward[t] was collected on the way, cont[t] is 0 only
-    if obs[t] is terminal. The first entry of an episode has is_first 1, action and reward 0.
-    """
-
-    def __init__(self, capacity: int, obs_space: gym.Space, action_dim: int, device: torch.device):
-        self.capacity, self.device = capacity, device
-        dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
-        shapes = {"obs": obs_space.shape, "action": (action_dim,), "reward": (), "cont": (), "is_first": ()}
-        self.data = {
-            name: torch.empty(capacity, *shape, dtype=dtype if name == "obs" else torch.float32, device=device)
-            for name, shape in shapes.items()
-        }
-        self.end = 0  # entries ever written; entry i lives in slot i % capacity
-        self.starts = np.zeros(0, np.int64)  # of the stored episodes, oldest first, on the same count
-        self.lengths = np.zeros(0, np.int64)
-
-    def __len__(self) -> int:
-        return int(self.end - self.starts[0]) if len(self.starts) else 0
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.data.values())
-
-    def add(self, episode: dict[str, np.ndarray]) -> None:
-        """Stores an episode of arrays (T, ...); the oldest make room, one longer than the ring loses its head."""
-        length = min(len(episode["reward"]), self.capacity)
-        slots = torch.from_numpy((self.end + np.arange(length)) % self.capacity).to(self.device)
-        for name, tensor in self.data.items():
-            tensor[slots] = torch.from_numpy(episode[name][-length:]).to(self.device, tensor.dtype)
-        self.starts, self.lengths = np.append(self.starts, self.end), np.append(self.lengths, length)
-        self.end += length
-        kept = self.starts >= self.end - self.capacity
-        self.starts, self.lengths = self.starts[kept], self.lengths[kept]
-
-    def sample(self, batch_size: int, length: int, rng: np.random.Generator, device: torch.device) -> dict:
-        """Chunks (L, B, ...), copies: an episode uniformly, then a start uniformly, last one included (deviation 2)."""
-        i = rng.integers(len(self.starts), size=batch_size)
-        start = self.starts[i] + rng.integers(np.maximum(self.lengths[i] - length, 0) + 1)
-        start = np.minimum(start, self.end - length)  # the newest episode, if short, is preceded by its neighbours
-        slots = torch.from_numpy((start + np.arange(length)[:, None]) % self.capacity)
-        slots = slots.to(self.device, non_blocking=True)
-        return {name: tensor[slots].to(device, non_blocking=True) for name, tensor in self.data.items()}
-
-    def state_dict(self) -> dict:
-        """The filled part; through NumPy, because torch would save the whole storage behind a slice."""
-        filled = min(self.end, self.capacity)
-        data = {name: torch.from_numpy(tensor[:filled].cpu().numpy()) for name, tensor in self.data.items()}
-        return {"data": data, "end": self.end, "starts": self.starts.tolist(), "lengths": self.lengths.tolist()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, tensor in state["data"].items():
-            self.data[name][: len(tensor)] = tensor.to(self.device)
-        self.end = state["end"]
-        self.starts, self.lengths = np.array(state["starts"], np.int64), np.array(state["lengths"], np.int64)
-
-
-class EpisodeRecorder:
-    """The episodes being played, one list of entries (as in ReplayBuffer) for each environment."""
-
-    def __init__(self, num_envs: int, action_dim: int):
-        self.no_action = np.zeros(action_dim, np.float32)
-        self.open: list[list[tuple]] = [[] for _ in range(num_envs)]
-
-    def begin(self, obs: np.ndarray, mask: np.ndarray) -> None:
-        for i in np.flatnonzero(mask):
-            self.open[i] = [(obs[i].copy(), self.no_action, 0.0, 1.0, 1.0)]
-
-    def add(self, obs, action, rewards, terminations) -> None:
-        for i, entries in enumerate(self.open):
-            entries.append((obs[i].copy(), action[i].copy(), rewards[i], 1.0 - terminations[i], 0.0))
-
-    def episode(self, i: int) -> dict[str, np.ndarray]:
-        """Episode i so far, as arrays (T, ...)."""
-        names = ("obs", "action", "reward", "cont", "is_first")
-        return {name: np.stack(column) for name, column in zip(names, zip(*self.open[i], strict=True), strict=True)}
-
-    def end(self, i: int) -> dict[str, np.ndarray]:
-        """Closes episode i and returns it."""
-        episode, self.open[i] = self.episode(i), []
-        return episode
-
-    def state_dict(self) -> list[dict[str, torch.Tensor]]:
-        """The open episodes; a simulator cannot be saved, so a resumed run stores them as truncated."""
-        started = [i for i, entries in enumerate(self.open) if len(entries) > 1]
-        return [{name: torch.from_numpy(array) for name, array in self.episode(i).items()} for i in started]
+    bfloat16: bool = False  # bfloat16 autocast for matrix products and convolutions
+    compile: bool = False  # torch.compile the losses
+    cudagraphs: bool = False  # replay an update as one CUDA graph (GPU only)
 
 
 # === Networks ===
@@ -817,7 +370,7 @@ class Agent(nn.Module):
         return self
 
 
-# === Targets and losses ===
+# === Losses ===
 
 
 def kl_divergence(post_mean, post_std, prior_mean, prior_std) -> torch.Tensor:
@@ -1057,6 +610,523 @@ def updates_due(global_step: int, args: Args) -> int:
     return args.pretrain_steps + blocks * args.train_steps
 
 
+# === Replay buffer ===
+
+
+class ReplayBuffer:
+    """Whole episodes end to end in one ring of `capacity` time steps, each stored once.
+
+    Entry t belongs to *arriving* at obs[t]: action[t] led to it, reward[t] was collected on the way, cont[t] is 0 only
+    if obs[t] is terminal. The first entry of an episode has is_first 1, action and reward 0.
+    """
+
+    def __init__(self, capacity: int, obs_space: gym.Space, action_dim: int, device: torch.device):
+        self.capacity, self.device = capacity, device
+        dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
+        shapes = {"obs": obs_space.shape, "action": (action_dim,), "reward": (), "cont": (), "is_first": ()}
+        self.data = {
+            name: torch.empty(capacity, *shape, dtype=dtype if name == "obs" else torch.float32, device=device)
+            for name, shape in shapes.items()
+        }
+        self.end = 0  # entries ever written; entry i lives in slot i % capacity
+        self.starts = np.zeros(0, np.int64)  # of the stored episodes, oldest first, on the same count
+        self.lengths = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return int(self.end - self.starts[0]) if len(self.starts) else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.data.values())
+
+    def add(self, episode: dict[str, np.ndarray]) -> None:
+        """Stores an episode of arrays (T, ...); the oldest make room, one longer than the ring loses its head."""
+        length = min(len(episode["reward"]), self.capacity)
+        slots = torch.from_numpy((self.end + np.arange(length)) % self.capacity).to(self.device)
+        for name, tensor in self.data.items():
+            tensor[slots] = torch.from_numpy(episode[name][-length:]).to(self.device, tensor.dtype)
+        self.starts, self.lengths = np.append(self.starts, self.end), np.append(self.lengths, length)
+        self.end += length
+        kept = self.starts >= self.end - self.capacity
+        self.starts, self.lengths = self.starts[kept], self.lengths[kept]
+
+    def sample(self, batch_size: int, length: int, rng: np.random.Generator, device: torch.device) -> dict:
+        """Chunks (L, B, ...), copies: an episode uniformly, then a start uniformly, last one included (deviation 2)."""
+        i = rng.integers(len(self.starts), size=batch_size)
+        start = self.starts[i] + rng.integers(np.maximum(self.lengths[i] - length, 0) + 1)
+        start = np.minimum(start, self.end - length)  # the newest episode, if short, is preceded by its neighbours
+        slots = torch.from_numpy((start + np.arange(length)[:, None]) % self.capacity)
+        slots = slots.to(self.device, non_blocking=True)
+        return {name: tensor[slots].to(device, non_blocking=True) for name, tensor in self.data.items()}
+
+    def state_dict(self) -> dict:
+        """The filled part; through NumPy, because torch would save the whole storage behind a slice."""
+        filled = min(self.end, self.capacity)
+        data = {name: torch.from_numpy(tensor[:filled].cpu().numpy()) for name, tensor in self.data.items()}
+        return {"data": data, "end": self.end, "starts": self.starts.tolist(), "lengths": self.lengths.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, tensor in state["data"].items():
+            self.data[name][: len(tensor)] = tensor.to(self.device)
+        self.end = state["end"]
+        self.starts, self.lengths = np.array(state["starts"], np.int64), np.array(state["lengths"], np.int64)
+
+
+class EpisodeRecorder:
+    """The episodes being played, one list of entries (as in ReplayBuffer) for each environment."""
+
+    def __init__(self, num_envs: int, action_dim: int):
+        self.no_action = np.zeros(action_dim, np.float32)
+        self.open: list[list[tuple]] = [[] for _ in range(num_envs)]
+
+    def begin(self, obs: np.ndarray, mask: np.ndarray) -> None:
+        for i in np.flatnonzero(mask):
+            self.open[i] = [(obs[i].copy(), self.no_action, 0.0, 1.0, 1.0)]
+
+    def add(self, obs, action, rewards, terminations) -> None:
+        for i, entries in enumerate(self.open):
+            entries.append((obs[i].copy(), action[i].copy(), rewards[i], 1.0 - terminations[i], 0.0))
+
+    def episode(self, i: int) -> dict[str, np.ndarray]:
+        """Episode i so far, as arrays (T, ...)."""
+        names = ("obs", "action", "reward", "cont", "is_first")
+        return {name: np.stack(column) for name, column in zip(names, zip(*self.open[i], strict=True), strict=True)}
+
+    def end(self, i: int) -> dict[str, np.ndarray]:
+        """Closes episode i and returns it."""
+        episode, self.open[i] = self.episode(i), []
+        return episode
+
+    def state_dict(self) -> list[dict[str, torch.Tensor]]:
+        """The open episodes; a simulator cannot be saved, so a resumed run stores them as truncated."""
+        started = [i for i, entries in enumerate(self.open) if len(entries) > 1]
+        return [{name: torch.from_numpy(array) for name, array in self.episode(i).items()} for i in started]
+
+
+# === Training ===
+
+
+def main(args: Args) -> str:
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    renderer = choose_renderer(args, checkpoint)
+    envs, repeat = make_vector_env(args, renderer, args.num_envs), default_action_repeat(args)
+    obs_space = envs.single_observation_space
+    run = Run(args, checkpoint)
+    device = run.device
+
+    # what a checkpoint holds: networks, optimizers, replay, counters, generators
+    agent = Agent(obs_space, envs.single_action_space, args).to(device).freeze_twins()
+    optimizers = make_optimizers(agent, args)
+    try:
+        rb = ReplayBuffer(args.buffer_size, obs_space, agent.action_dim, device if args.buffer_on_gpu else "cpu")
+    except RuntimeError as error:
+        fail(f"--buffer-size {args.buffer_size} does not fit into memory: {str(error)[:80]}")
+    recorder, counters = EpisodeRecorder(args.num_envs, agent.action_dim), {"num_updates": 0, "renderer": renderer}
+    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill", "replay"))}
+    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("act", "update"))}
+    parts = {"agent": agent, **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}}
+    parts |= {"replay": rb, "open_episodes": recorder} if args.save_buffer else {}
+    run.keep(parts | {"counters": counters}, rng)
+    if checkpoint:
+        counters |= checkpoint["parts"]["counters"]
+        for episode in checkpoint["parts"].get("open_episodes", ()):  # a simulator cannot be saved: cut off there
+            rb.add({name: tensor.numpy() for name, tensor in episode.items()})
+    update_fn = make_update(agent, optimizers, args)
+    print(f"{run.folder}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
+    if device.type == "cpu" and not checkpoint:
+        warn_if_slow(agent, obs_space, args, device)
+
+    def filled() -> bool:
+        """Is the random prefill there? After a resume without the saved replay it is played again."""
+        return len(rb) >= args.batch_length and rb.end * repeat >= args.learning_starts
+
+    def train() -> None:
+        """Makes the updates that are due, unless the run is asked to stop."""
+        due = updates_due(run.step, args) if filled() else 0
+        while counters["num_updates"] < due and not run.stop.requested:
+            batch = rb.sample(args.batch_size, args.batch_length, rng["replay"], device)
+            run.metrics = update_fn(batch, draw_noise(agent, args, rng["update"]))
+            counters["num_updates"] += 1
+            run.progress.set_description(f"update {counters['num_updates']}/{due}", refresh=False)
+            run.progress.update(0)
+            if counters["num_updates"] % 100 == 0:
+                run.report()
+
+    dones, state = np.ones(args.num_envs, bool), agent.world_model.rssm.initial(args.num_envs)
+    action = np.zeros((args.num_envs, agent.action_dim), np.float32)
+    if args.num_envs == 1:
+        train()  # what a resumed run owes
+    eval_envs = None
+    while run.goes_on(dones):
+        if dones.any():
+            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
+            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
+            action = np.where(dones[:, None], np.float32(0), action)
+            recorder.begin(obs, dones)
+        if filled():
+            explore = exploration(agent, counters["num_updates"], args)
+            action, state = act(agent, obs, action, dones, state, rng["act"], explore)
+        else:
+            action = random_action(agent, args.num_envs, rng["prefill"])
+        if not np.isfinite(action).all():  # a simulator would stop with a less helpful message
+            run.report()
+            raise SystemExit(f"error: not finite at step {run.step}: action; the last checkpoint is intact")
+        if args.num_envs == 1:
+            obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
+        else:
+            envs.step_async(env_action(agent, action))
+            train()  # while the environments step
+            obs, rewards, terminations, truncations, infos = envs.step_wait()
+        recorder.add(obs, action, rewards, terminations)
+        dones = terminations | truncations
+        run.step += args.num_envs * repeat
+        run.progress.update(args.num_envs * repeat)
+        for i in np.flatnonzero(dones):
+            rb.add(recorder.end(i))
+        if dones.any():
+            run.log_episodes(infos, dones)
+        if args.num_envs == 1 or run.step >= args.total_timesteps:
+            train()
+        if run.eval_due():
+            if eval_envs is None:
+                video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
+                eval_envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
+            returns, episodes = evaluate(agent, eval_envs, args, device, run.stop)
+            if args.capture_video:  # the film is written when its environment closes
+                eval_envs.close()
+                eval_envs = None
+            if not run.stop.requested:
+                run.log_evaluation(returns)
+                log_open_loop(agent, episodes, args, run.writer, run.folder, run.step)
+
+    envs.close()
+    if eval_envs is not None:
+        eval_envs.close()
+    return run.close(agent.state_dict())
+
+
+# === Environment ===
+
+
+def is_dm_control(env_id: str) -> bool:
+    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
+    return re.search(r"-v\d+$", env_id) is None
+
+
+def default_action_repeat(args: Args) -> int:
+    return args.action_repeat or (2 if is_dm_control(args.env_id) else 1)
+
+
+def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[], gym.Env]:
+    """Thunk of one environment: observations (64, 64, 3) uint8 or (D,) float32, actions in [-1, 1] or discrete."""
+    main_process = os.getpid()
+
+    def thunk() -> gym.Env:
+        if os.getpid() != main_process:
+            os.setsid()  # signals to the process group are for the main process, which closes the workers
+        pixels = is_dm_control(args.env_id) and args.obs_mode == "pixels"
+        if is_dm_control(args.env_id):
+            try:
+                env = gym.wrappers.TimeLimit(DMControl(args.env_id, renderer, 64 if pixels else 240), 1000)
+            except ImportError as error:
+                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
+                fail(f"{args.env_id} needs {package} ({error})")
+        else:
+            env = make_gymnasium(args.env_id, video is not None)
+            if env.spec.max_episode_steps is None:  # an episode must end to be stored; 27,000 as in V1's Atari runs
+                env = gym.wrappers.TimeLimit(env, 27_000)
+        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), default_action_repeat(args))
+        if pixels:
+            env = gym.wrappers.AddRenderObservation(env, render_only=True)
+        if video is not None:  # folder/prefix of the MP4
+            folder, prefix = os.path.split(video)
+            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
+            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
+        return fit_spaces(env, args.env_id)
+
+    return thunk
+
+
+def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
+    """Refuses what Dreamer cannot use; resizes images to 64x64, rescales the bounded action dimensions to [-1, 1]."""
+    obs, action = env.observation_space, env.action_space
+    is_box = isinstance(obs, gym.spaces.Box)
+    if is_box and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3:
+        if obs.shape[:2] != (64, 64):
+            env = gym.wrappers.ResizeObservation(env, (64, 64))
+    elif is_box and len(obs.shape) == 1:
+        env = gym.wrappers.DtypeObservation(env, np.float32)
+    else:
+        fail(f"{env_id}: observations must be images (H, W, 3) of uint8 or vectors (D,), not {obs}")
+    if isinstance(action, gym.spaces.Box) and len(action.shape) == 1:
+        bounded = np.isfinite(action.low) & np.isfinite(action.high)
+        low, high = np.where(bounded, action.low, -1), np.where(bounded, action.high, 1)
+        space = gym.spaces.Box(-1, 1, action.shape, np.float32)
+        scale = (high - low) / 2
+        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
+    elif not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
+        fail(f"{env_id}: actions must be a vector Box or Discrete starting at 0, not {action}")
+    return env
+
+
+def make_vector_env(args: Args, renderer: str, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
+    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    thunks = [make_env(args, renderer, video if i == 0 else None) for i in range(num_envs)]
+    mode = gym.vector.AutoresetMode.DISABLED
+    if num_envs == 1:
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
+    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+
+
+def make_gymnasium(env_id: str, film: bool) -> gym.Env:
+    """Any registered Gymnasium environment; Atari games with the usual preprocessing, in colour."""
+    render = {"render_mode": "rgb_array"} if film else {}
+    try:
+        if not env_id.startswith("ALE/"):
+            return gym.make(env_id, **render)
+        import ale_py
+
+        gym.register_envs(ale_py)
+        env = gym.make(env_id, frameskip=1, **render)
+        return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=64, grayscale_obs=False)
+    except gym.error.DependencyNotInstalled as error:
+        fail(str(error).replace("\n", " "))
+    except ImportError as error:
+        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
+    except gym.error.Error as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+
+
+class DMControl(gym.Env):
+    """A task of the dm_control suite with its flattened state as observation; `render` draws the published camera.
+
+    An episode of 1000 steps ends by truncation; only a task that says discount 0 terminates.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
+    render_mode = "rgb_array"
+
+    def __init__(self, env_id: str, renderer: str, size: int = 64):
+        from dm_control import suite
+
+        names = {f"{domain}-{task}".replace("_", "-"): (domain, task) for domain, task in suite.ALL_TASKS}
+        name = re.sub("^cup-", "ball-in-cup-", env_id.replace("_", "-"))
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
+        self.domain, self.task_name = names[name]
+        self.env = suite.load(self.domain, self.task_name, task_kwargs={"random": 0})  # lqr draws its springs here
+        if renderer != "gl" and self.domain == "quadruped":  # escape uploads its terrain to any GL context there is
+            type(self.env.physics).contexts = property(lambda physics: None)
+        self.renderer, self.size, self.ray_caster = renderer, size, None
+        spec = self.env.action_spec()
+        bounds = (np.where(np.abs(b) < 1e10, b, np.inf * b) for b in (spec.minimum, spec.maximum))  # 1e10 means none
+        self.action_space = gym.spaces.Box(*(b.astype(np.float32) for b in bounds))
+        dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
+
+    def flatten(self, time_step) -> np.ndarray:
+        return np.concatenate([np.ravel(part) for part in time_step.observation.values()]).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env.task._random = np.random.RandomState(seed)  # what suite.load(task_kwargs={"random": seed}) sets
+        return self.flatten(self.env.reset()), {}
+
+    def step(self, action: np.ndarray):
+        time_step = self.env.step(action)
+        terminated = time_step.last() and time_step.discount == 0.0
+        return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
+
+    def render(self) -> np.ndarray:
+        physics = self.env.physics
+        camera = -1 if physics.model.ncam == 0 else 2 if self.domain == "quadruped" else 0
+        if self.renderer == "gl":
+            return physics.render(self.size, self.size, camera_id=camera)
+        if self.ray_caster is None:
+            self.ray_caster = RayCaster(physics.model.ptr, self.size, self.size, camera)
+        return self.ray_caster.render(physics.data.ptr)
+
+
+class ActionRepeat(gym.Wrapper):
+    """Repeats each action, sums the rewards, stops at the end of the episode."""
+
+    def __init__(self, env: gym.Env, repeat: int):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+def choose_renderer(args: Args, checkpoint: dict | None) -> str:
+    """Returns "gl", "raycast" or "none" (no dm_control pictures) and sets MUJOCO_GL; "auto" stays with a saved run's.
+
+    Whether a headless GL library works is tried in a process of its own: a failed import cannot be undone.
+    """
+    wanted = args.renderer
+    if checkpoint and wanted == "auto" and checkpoint["parts"]["counters"]["renderer"] != "none":
+        wanted = checkpoint["parts"]["counters"]["renderer"]
+    pictures = is_dm_control(args.env_id) and (args.obs_mode == "pixels" or args.capture_video)
+    backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa", "glfw"]
+    probe = [sys.executable, "-c", "from dm_control import _render; _render.Renderer(64, 64).make_current()"]
+    for backend in backends if pictures and wanted != "raycast" else ():
+        try:
+            subprocess.run(probe, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, timeout=60, check=True)
+        except subprocess.SubprocessError:
+            continue
+        os.environ["MUJOCO_GL"] = backend
+        return "gl"
+    if pictures and wanted == "gl":
+        fail("no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
+    os.environ["MUJOCO_GL"] = "disable"
+    return "raycast" if pictures else "none"
+
+
+class RayCaster:
+    """GL-free picture of a MuJoCo scene: one ray per pixel, flat colour, Lambert shading, checker floor, sky."""
+
+    def __init__(self, model, height, width, camera_id):
+        self.model, self.shape = model, (height, width, 3)
+        self.camera_id = camera_id if model.ncam else -1
+        fovy = model.cam_fovy[camera_id] if self.camera_id >= 0 else model.vis.global_.fovy
+        self.focal = height / 2 / np.tan(np.deg2rad(fovy) / 2)  # in pixels
+        v, u = np.mgrid[:height, :width].reshape(2, -1) + 0.5
+        self.uv = np.stack([u - width / 2, height / 2 - v], 1)  # (H*W, 2), y upwards
+        rays = np.column_stack([self.uv, np.full(len(u), -self.focal)])  # a camera looks along its -z
+        self.rays = rays / np.linalg.norm(rays, axis=1, keepdims=True)
+        # GL shows groups 0-2; no ray meets a skin (dog), so its hidden collision geoms in group 3 stand in for it
+        self.groups = np.array([1, 1, 1, model.nskin > 0, 0, 0], np.uint8)
+        rgba, matid = model.geom_rgba.copy(), model.geom_matid.copy()
+        if model.nskin:
+            rgba[model.geom_group > 2], matid[model.geom_group > 2] = model.skin_rgba[0], model.skin_matid[0]
+        self.colors, self.planes = self._rgba(rgba, matid)[:, :3].astype(float), []
+        for i in range(model.ngeom):
+            texture = self._texture(matid[i]) * self.colors[i]
+            self.planes += [(i, texture)] if model.geom_type[i] == 0 and texture.size > 3 else []
+            self.colors[i] = texture.mean((0, 1))
+        self.sky = np.zeros((1, 3))
+        for i in np.flatnonzero(model.tex_type == 2)[:1]:  # by elevation: the middle columns of the cube's first side
+            size, n, start = model.tex_width[i], model.tex_nchannel[i], model.tex_adr[i]
+            side = model.tex_data[start : start + size * size * n].reshape(size, size, n)
+            self.sky = side[:, size * 3 // 8 : size * 5 // 8 + 1, :3].mean(1) / 255
+        # mj_multiRay culls by the box of a body's colliding geoms, and misplaces it: balls around all geoms do not cull
+        reach, bodies = np.zeros(model.nbody), np.flatnonzero(model.body_bvhnum)
+        center = np.linalg.norm(model.geom_pos - model.body_ipos[model.geom_bodyid], axis=1)
+        np.maximum.at(reach, model.geom_bodyid, center + np.where(model.geom_rbound > 0, model.geom_rbound, 1e10))
+        self.roots, self.boxes = model.body_bvhadr[bodies], reach[bodies, None] * [0, 0, 0, 1, 1, 1]
+
+    def _rgba(self, rgba, matid):
+        """The viewer's rule: a material gives the colour unless the object's own differs from the default grey."""
+        own = (matid < 0) | (rgba != np.float32([0.5, 0.5, 0.5, 1])).any(1)
+        return np.where(own[:, None], rgba, self.model.mat_rgba[matid] if self.model.nmat else rgba)
+
+    def _texture(self, matid, cells=10):
+        """The material's texture as cells x cells mean colours (coarse: checkers stay, fine grain goes), else white."""
+        m, i = self.model, self.model.mat_texid[matid, 1] if matid >= 0 else -1
+        if i < 0:
+            return np.ones((1, 1, 3))
+        h, w, n, start = m.tex_height[i], m.tex_width[i], m.tex_nchannel[i], m.tex_adr[i]
+        texture, c = m.tex_data[start : start + h * w * n].reshape(h, w, n), min(cells, h, w)
+        return texture[: h // c * c, : w // c * c, :3].reshape(c, h // c, c, w // c, 3).mean((1, 3)) / 255
+
+    def _camera(self, data):
+        if self.camera_id >= 0:
+            return data.cam_xpos[self.camera_id], data.cam_xmat[self.camera_id].reshape(3, 3)
+        azimuth, elevation = np.deg2rad([self.model.vis.global_.azimuth, self.model.vis.global_.elevation])
+        (ca, sa), (ce, se) = ((np.cos(a), np.sin(a)) for a in (azimuth, elevation))  # the viewer's free camera
+        frame = np.array([[sa, -ca * se, -ca * ce], [-ca, -sa * se, -sa * ce], [0, ce, -se]])
+        return self.model.stat.center + 1.5 * self.model.stat.extent * frame[:, 2], frame
+
+    def _cast(self, data, origin, rays):
+        import mujoco  # here, so that runs without pictures do without it
+
+        hits, dist, normals = np.zeros(len(rays), np.int32), np.zeros(len(rays)), np.zeros(rays.shape)
+        kept = self.model.bvh_aabb[self.roots]
+        self.model.bvh_aabb[self.roots] = self.boxes
+        mujoco.mj_multiRay(
+            self.model, data, origin, rays.ravel(), self.groups, True, -1, hits, dist, normals.ravel(), len(rays), 1e9
+        )
+        self.model.bvh_aabb[self.roots] = kept  # collision detection finds its own boxes again
+        return hits, dist, normals
+
+    def render(self, data):
+        """Picture (H, W, 3) uint8 of the current state, a fresh array."""
+        m, (origin, frame) = self.model, self._camera(data)
+        rays = self.rays @ frame.T
+        hits, dist, normals = self._cast(data, origin, rays)
+        slope = np.clip(rays[:, 2] / np.hypot(rays[:, 0], rays[:, 1]), -1, 1)  # texture row, as on a cube's side
+        color = self.sky[((1 - slope) / 2 * (len(self.sky) - 1)).astype(int)]
+        seen = np.flatnonzero(hits >= 0)
+        rays, hits, dist, normals = rays[seen], hits[seen], dist[seen], normals[seen]
+        points, paint, head = origin + rays * dist[:, None], self.colors[hits], m.vis.headlight
+        facing = np.einsum("ij,ij->i", normals, rays)
+        light = head.active * (head.ambient + head.diffuse * np.maximum(normals @ frame[:, 2], 0)[:, None])
+        for i, texture in self.planes:
+            on, mat, size = np.flatnonzero(hits == i), m.geom_matid[i], m.geom_size[i, :2]
+            local = (points[on] - data.geom_xpos[i]) @ data.geom_xmat[i].reshape(3, 3)[:, :2]
+            # one image covers two units (uniform) or the whole plane, laid from the corner at -x, +y
+            scale = m.mat_texrepeat[mat] / 2 / (1 if m.mat_texuniform[mat] else np.where(size > 0, size, 1))
+            s, t = ((local * [1, -1] + size) * scale % 1 * len(texture)).astype(int).T
+            blur = np.clip(1.5 + dist[on] / self.focal * 2 * scale.max() / np.minimum(facing[on], -1e-3), 0, 1)
+            paint[on] += (texture[t, s] - paint[on]) * blur[:, None]  # squares smaller than a pixel become their mean
+            light[on] = np.minimum(light[on], 1)  # GL clips light before it meets a texture
+        for i in np.flatnonzero(m.light_active):
+            axis = data.light_xdir[i]  # a directional light (type 1) is a far one
+            source = m.stat.center - 100 * m.stat.extent * axis if m.light_type[i] == 1 else data.light_xpos[i]
+            to = source - points
+            far = np.sqrt(np.einsum("ij,ij->i", to, to))
+            to /= far[:, None]
+            lit = np.maximum(np.einsum("ij,ij->i", normals, to), 0)
+            if m.light_type[i] == 0:  # a spot
+                cosine = np.maximum(-to @ axis, 0)
+                lit *= (cosine > np.cos(np.deg2rad(m.light_cutoff[i]))) * cosine ** m.light_exponent[i]
+            on = np.flatnonzero(lit > 0.05)
+            if m.light_castshadow[i] and len(on):
+                lit[on] *= self._cast(data, source, -to[on])[1] > far[on] - 1e-3 * m.stat.extent
+            light += m.light_ambient[i] + m.light_diffuse[i] * lit[:, None]
+        color[seen], depth = paint * light, np.full(len(color), np.inf)
+        depth[seen] = -dist * self.rays[seen, 2]
+        self._markers(data, origin, frame, color, depth)
+        return (np.clip(color, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(self.shape)
+
+    def _markers(self, data, origin, frame, color, depth):
+        """Draws what rays do not meet, sphere sites and spatial tendons, over `color` as shaded discs and lines."""
+        m, head, points = self.model, self.model.vis.headlight, data.wrap_xpos.reshape(-1, 3)
+        rgba = self._rgba(m.site_rgba, m.site_matid)
+        sites = np.flatnonzero((m.site_group < 3) & (m.site_type == 2) & (m.site_rgba[:, 3] > 0))
+        todo = [(data.site_xpos[[i, i]], m.site_size[i, 0], rgba[i]) for i in sites]
+        rgba = self._rgba(m.tendon_rgba, m.tendon_matid)
+        for i in np.flatnonzero((m.tendon_group < 3) & (data.ten_wrapnum > 1)):
+            taut = m.tendon_limited[i] and data.ten_length[i] > m.tendon_range[i, 1]  # GL shows it in a warning colour
+            path = points[data.ten_wrapadr[i] :][: data.ten_wrapnum[i]]
+            color_i = m.vis.rgba.constraint if taut else rgba[i]
+            todo += [(ends, m.tendon_width[i], color_i) for ends in zip(path[:-1], path[1:], strict=True)]
+        for ends, radius, rgba in todo:
+            ends = (np.array(ends) - origin) @ frame
+            if ends[:, 2].max() < -radius:  # in front of the camera
+                a, b = -self.focal * ends[:, :2] / ends[:, 2:]
+                along = np.clip((self.uv - a) @ (b - a) / max((b - a) @ (b - a), 1e-9), 0, 1)
+                z = -ends[0, 2] - along * (ends[1, 2] - ends[0, 2])
+                r, d = radius * self.focal / z, np.hypot(*(self.uv - a - along[:, None] * (b - a)).T)
+                cover = np.clip(r - d + 0.5, 0, 1) - np.clip(-r - d + 0.5, 0, 1)  # share of the pixel, also for r < 0.5
+                shade = np.sqrt(np.clip(1 - (d / np.maximum(r, 0.5)) ** 2, 0, 1))[:, None]
+                cover = (cover * rgba[3] * (z - radius < depth))[:, None]
+                color += cover * (rgba[:3] * (head.ambient + head.diffuse * shade) - color)
+
+
 # === Evaluation ===
 
 
@@ -1088,6 +1158,26 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
                 returns.append(float(infos["episode"]["r"][i]))
                 episodes.setdefault(i, episode)
     return np.array(returns), list(episodes.values())
+
+
+def evaluate_run(args: Args) -> str:
+    """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
+    checkpoint = load_checkpoint(args.evaluate, args)
+    free = "evaluate eval_episodes num_envs capture_video cuda seed renderer bfloat16 compile cudagraphs buffer_on_gpu"
+    refuse_changes(args, checkpoint, free)
+    device, stop, renderer = choose_device(args), StopRequest(), choose_renderer(args, checkpoint)
+    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    agent.load_state_dict(checkpoint["parts"]["agent"])
+    returns, _ = evaluate(agent, envs, args, device, stop)
+    envs.close()
+    if len(returns):
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}, renderer {renderer}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    stop.exit()
+    return args.evaluate
 
 
 @torch.no_grad()
@@ -1149,27 +1239,7 @@ def log_open_loop(agent: Agent, episodes: list[dict], args: Args, writer: Summar
         log_gif(writer, "eval/episode", episodes[0]["obs"][:: max(len(episodes[0]["obs"]) // 100, 1)], run_dir, step)
 
 
-def evaluate_run(args: Args) -> str:
-    """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
-    checkpoint = load_checkpoint(args.evaluate, args)
-    free = "evaluate eval_episodes num_envs capture_video cuda seed renderer bfloat16 compile cudagraphs buffer_on_gpu"
-    refuse_changes(args, checkpoint, free)
-    device, stop, renderer = choose_device(args), StopRequest(), choose_renderer(args, checkpoint)
-    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
-    envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    agent.load_state_dict(checkpoint["parts"]["agent"])
-    returns, _ = evaluate(agent, envs, args, device, stop)
-    envs.close()
-    if len(returns):
-        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-        print(f"{args.env_id} at step {checkpoint['global_step']}, renderer {renderer}:")
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
-    stop.exit()
-    return args.evaluate
-
-
-# === Run plumbing (same text in all five scripts) ===
+# === Run: folder, log, checkpoints, Ctrl-C (same text in all five scripts) ===
 
 
 def fail(message: str) -> NoReturn:
@@ -1191,66 +1261,21 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
 
-def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, SummaryWriter]:
-    """Run folder, device, logs and global seeds; with a checkpoint, that run's folder."""
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
-    if checkpoint:
-        free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
-        refuse_changes(args, checkpoint, free)
-    run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = run_dir.rstrip("/")
-    try:
-        os.makedirs(run_dir, exist_ok=args.resume is not None)
-    except OSError as error:
-        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    if args.track:  # before the writer is made, which it listens to
-        name = os.path.basename(run_dir)
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
-                   config=asdict(args), sync_tensorboard=True)  # fmt: skip
-    step = checkpoint["global_step"] if checkpoint else 0
-    try:
-        writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
-    except OSError as error:
-        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    return run_dir, choose_device(args), writer
-
-
-def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
-    """Settings of a saved run must be as they were, but for those named in `free`."""
-    for name, value in checkpoint["args"].items():
-        if name not in free.split() and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
-
-
 def next_multiple(step: int, frequency: int) -> float:
     """The next multiple of a frequency after this step; 0 = never."""
     return (step // frequency + 1) * frequency if frequency else math.inf
 
 
 def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
-    """Writes everything a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
+    """Writes all that a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
 
     parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
     """
-    state = {
-        "version": 1,
-        "args": asdict(args) | {"resume": None},
-        "global_step": global_step,
-        "parts": {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()},
-        "rng": {
-            name: g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for name, g in rng.items()
-        },
-    }
+    state = {"version": 1, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    for name, generator in rng.items():
+        is_torch = isinstance(generator, torch.Generator)
+        state["rng"][name] = generator.get_state() if is_torch else generator.bit_generator.state
     path = f"{run_dir}/checkpoint.pt"
     try:
         with open(f"{path}.tmp", "wb") as file:
@@ -1263,33 +1288,33 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
 
 
 def load_checkpoint(run_dir: str, args: Args) -> dict:
-    """Reads a run folder's checkpoint (tensors stay on disk until they are used); names what is wrong in one line."""
+    """Reads a run folder's checkpoint (tensors stay on disk until they are used); says in one line if it cannot."""
     path = os.path.join(run_dir, "checkpoint.pt")
-    if not os.path.isfile(path):
-        fail(f"no checkpoint at {path}")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # many types, for a damaged or foreign file
-        fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
-    if damaged:
-        fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
-    names = {field.name for field in fields(args)}
-    if not isinstance(state, dict) or state.get("version") != 1 or set(state.get("args", ())) != names:
-        fail(f"{path} was written by another script or version")
+    except Exception as error:  # many types, for a missing, damaged or foreign file
+        fail(f"no readable checkpoint at {path} ({type(error).__name__})")
+    ours = isinstance(state, dict) and state.get("version") == 1
+    if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
+        fail(f"{path} is damaged or was written by another script or version")
     return state
 
 
-def restore_rng(rng: dict, states: dict) -> None:
-    """Sets the named generators to the states of a checkpoint."""
-    for name, generator in rng.items():
-        if isinstance(generator, torch.Generator):
-            if states[name].shape == generator.get_state().shape:
-                generator.set_state(states[name])
-            else:
-                print(f"random generator {name} starts anew: it was saved on another kind of device")
-        else:
-            generator.bit_generator.state = states[name]
+def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
+    """Settings of a saved run must be as they were, but for those named in `free`."""
+    for name, value in checkpoint["args"].items():
+        if name not in free.split() and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
+
+
+def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
+    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
+    scalars = [torch.as_tensor(value) for value in metrics.values()]
+    values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+    return values
 
 
 class StopRequest:
@@ -1313,45 +1338,110 @@ class StopRequest:
             raise SystemExit(128 + self.requested)
 
 
-def make_progress(args: Args, global_step: int) -> tqdm:
-    """Progress bar in environment steps; into a file it writes a line now and then."""
-    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
-    if not sys.stderr.isatty():
-        progress.write = print  # tqdm's own draws the bar anew at every line
-    return progress
+class Run:
+    """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
+    def __init__(self, args: Args, checkpoint: dict | None):
+        if checkpoint:
+            free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
+            refuse_changes(args, checkpoint, free)
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                fail("--track needs Weights and Biases: pip install wandb")
+        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.folder = (args.resume or f"runs/{name}").rstrip("/")
+        self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
+        try:
+            os.makedirs(self.folder, exist_ok=args.resume is not None)
+            if args.track:  # before the writer is made, which it listens to
+                name = os.path.basename(self.folder)
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
+                           resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if checkpoint else None)
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder}: {error.strerror}")
+        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", self.step)
+        random.seed(args.seed)
+        np.random.seed(args.seed % 2**32)
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        self.device, self.stop = choose_device(args), StopRequest()
+        pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
+        steps = {"total": args.total_timesteps, "initial": self.step, "unit": "step"}
+        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
+        self.say = self.progress.write if sys.stderr.isatty() else print  # tqdm's would draw the bar into the file
+        self.metrics, self.reported = {}, (self.step, time.perf_counter())
+        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
-def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
-    """Prints each episode that ended at this step (more than 16: their mean) and logs their mean."""
-    returns, lengths = infos["episode"]["r"][dones], infos["episode"]["l"][dones]
-    if len(returns) > 16:
-        mean = f"episodic_return={returns.mean():.1f}, length={lengths.mean():.1f}"
-        progress.write(f"global_step={global_step}, {len(returns)} episodes, mean {mean}")
-    else:
-        for episodic_return, length in zip(returns, lengths, strict=True):
-            progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
-    writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
-    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
-    progress.set_postfix({"return": f"{returns.mean():.1f}"}, refresh=False)
+    def keep(self, parts: dict, rng: dict) -> None:
+        """Names what a checkpoint holds, see save_checkpoint; a resumed run finds its objects as they were saved."""
+        self.parts, self.rng = parts, rng
+        if not self.checkpoint:
+            return
+        for name, part in parts.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(self.checkpoint["parts"][name])
+        for name, state in self.checkpoint["rng"].items():
+            if not isinstance(rng[name], torch.Generator):
+                rng[name].bit_generator.state = state
+            elif state.shape == rng[name].get_state().shape:
+                rng[name].set_state(state)
+            else:
+                print(f"random generator {name} starts anew: it was saved on another kind of device")
 
+    def goes_on(self, dones: np.ndarray) -> bool:
+        """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
+        ending = self.stop.requested or self.step >= self.args.total_timesteps
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
+            self.report()  # a loss that is not finite must not reach the checkpoint
+            self.writer.flush()  # curves without a gap, should the run be killed and resumed
+            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+        return not ending
 
-def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, global_step: int) -> None:
-    """Prints and logs mean and standard deviation of an evaluation's returns."""
-    progress.write(f"global_step={global_step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
-    writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-    writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+    def eval_due(self) -> bool:
+        due = self.step >= self.next_eval and not self.stop.requested
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        return due
 
+    def report(self) -> None:
+        """Logs self.metrics, which must be finite, and steps per second, once for each environment step."""
+        values, (last_step, last_time) = require_finite(self.metrics, self.step), self.reported
+        now = time.perf_counter()
+        if values and self.step > last_step:
+            self.log(values | {"charts/SPS": (self.step - last_step) / (now - last_time)})
+            self.reported = self.step, now
 
-def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[str, float]:
-    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
-    if not metrics:
-        return {}
-    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
-    return values
+    def log(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, self.step)
+
+    def log_episodes(self, infos: dict, dones: np.ndarray) -> None:
+        """Prints and logs the mean return and length of the episodes that ended at this step."""
+        mean, length = infos["episode"]["r"][dones].mean(), infos["episode"]["l"][dones].mean()
+        number = f", {dones.sum()} episodes" if dones.sum() > 1 else ""
+        self.say(f"global_step={self.step}, episodic_return={mean:.1f}, length={length:.0f}{number}")
+        self.progress.set_postfix({"return": f"{mean:.1f}"}, refresh=False)
+        self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
+
+    def log_evaluation(self, returns: np.ndarray) -> None:
+        self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
+        self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def close(self, weights: dict) -> str:
+        """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
+        self.progress.close()
+        self.writer.close()
+        if self.args.save_model:
+            torch.save(weights, f"{self.folder}/{self.args.exp_name}.pt")
+        script = os.path.basename(__file__)
+        print(f"checkpoint at step {self.step}; continue with: python {script} --resume {self.folder}")
+        self.stop.exit()
+        return self.folder
 
 
 def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, step: int) -> None:
@@ -1368,8 +1458,6 @@ def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, s
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
-
-# === Main ===
 
 CPU_SIZED = (  # benchmark/dreamer.sh cpu
     "python dreamer.py --env-id cartpole-swingup --obs-mode state --action-repeat 4 --total-timesteps 150000 "
@@ -1423,151 +1511,6 @@ def check_args(args: Args) -> None:
         fail(f"--learning-starts {args.learning_starts} must fill a sequence (--batch-length {args.batch_length})")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
-
-
-def main(args: Args) -> str:
-    check_args(args)
-    if args.evaluate:
-        return evaluate_run(args)
-    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
-    renderer = choose_renderer(args, checkpoint)
-    envs, eval_envs = make_vector_env(args, renderer, args.num_envs), None
-    run_dir, device, writer = setup_run(args, checkpoint)
-    stop = StopRequest()
-    obs_space, repeat = envs.single_observation_space, default_action_repeat(args)
-
-    # networks, optimizers, buffer, generators
-    agent = Agent(obs_space, envs.single_action_space, args).to(device).freeze_twins()
-    optimizers = make_optimizers(agent, args)
-    rb_device = device if args.buffer_on_gpu else torch.device("cpu")
-    try:
-        rb = ReplayBuffer(args.buffer_size, obs_space, agent.action_dim, rb_device)
-    except RuntimeError as error:
-        fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {rb_device}: {str(error)[:80]}")
-    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill", "replay"))}
-    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("act", "update"))}
-    recorder, counters = EpisodeRecorder(args.num_envs, agent.action_dim), {"num_updates": 0, "renderer": renderer}
-    global_step = 0
-    print(f"{run_dir}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
-
-    # resume
-    parts = {"agent": agent, **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}}
-    buffer_parts = {"replay": rb, "open_episodes": recorder} if args.save_buffer else {}
-    if checkpoint:
-        global_step, saved = checkpoint["global_step"], checkpoint["parts"]
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        if args.save_buffer:
-            rb.load_state_dict(saved["replay"])
-            for episode in saved["open_episodes"]:
-                rb.add({name: tensor.numpy() for name, tensor in episode.items()})
-        counters = saved["counters"]
-        restore_rng(rng, checkpoint["rng"])
-    elif device.type == "cpu":
-        warn_if_slow(agent, obs_space, args, device)
-
-    update_fn = make_update(agent, optimizers, args)
-
-    metrics, last_report = {}, (global_step, time.perf_counter())
-
-    def report() -> None:
-        """Losses of the newest update (which must be finite) and steps per second, once for each environment step."""
-        nonlocal last_report
-        values, (last_step, last_time), now = require_finite(metrics, global_step), last_report, time.perf_counter()
-        if values and global_step > last_step:
-            values["charts/SPS"] = (global_step - last_step) / (now - last_time)
-            for name, value in values.items():
-                writer.add_scalar(name, value, global_step)
-            last_report = global_step, now
-
-    def train() -> None:
-        """Makes the updates that are due, once the replay holds the random prefill (again, if it was not saved)."""
-        nonlocal metrics
-        due = updates_due(global_step, args) if filled() else 0
-        while counters["num_updates"] < due and not stop.requested:
-            batch = rb.sample(args.batch_size, args.batch_length, rng["replay"], device)
-            metrics = update_fn(batch, draw_noise(agent, args, rng["update"]))
-            counters["num_updates"] += 1
-            progress.set_description(f"update {counters['num_updates']}/{due}", refresh=False)
-            progress.update(0)
-            if counters["num_updates"] % 100 == 0:
-                report()
-
-    def filled() -> bool:
-        return len(rb) >= args.batch_length and rb.end * repeat >= args.learning_starts
-
-    def save() -> None:
-        report()  # a loss that is not finite must not reach the checkpoint
-        writer.flush()  # curves without a gap, should the run be killed and resumed
-        save_checkpoint(run_dir, args, global_step, parts | buffer_parts | {"counters": counters}, rng)
-
-    # the loop
-    progress = make_progress(args, global_step)
-    dones, state = np.ones(args.num_envs, bool), agent.world_model.rssm.initial(args.num_envs)
-    action = np.zeros((args.num_envs, agent.action_dim), np.float32)
-    next_eval = next_multiple(global_step, args.eval_frequency)
-    next_save = next_multiple(global_step, args.checkpoint_frequency)
-    if not checkpoint:
-        save()  # from here on the run folder always holds a checkpoint
-    while True:
-        if args.num_envs == 1 or global_step >= args.total_timesteps:  # several step while the networks train, below
-            train()
-        if global_step >= next_eval:
-            next_eval = next_multiple(global_step, args.eval_frequency)
-            if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
-                video = f"{run_dir}/videos/step-{global_step}" if args.capture_video else None
-                eval_envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
-            returns, episodes = evaluate(agent, eval_envs, args, device, stop)
-            if args.capture_video:
-                eval_envs.close()
-            if not stop.requested:
-                log_evaluation(writer, progress, returns, global_step)
-                log_open_loop(agent, episodes, args, writer, run_dir, global_step)
-        ending = stop.requested or global_step >= args.total_timesteps
-        if ending or (global_step >= next_save and (dones.all() or args.num_envs > 1)):
-            next_save = next_multiple(global_step, args.checkpoint_frequency)
-            save()
-        if ending:
-            break
-
-        if dones.any():
-            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
-            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
-            action = np.where(dones[:, None], np.float32(0), action)
-            recorder.begin(obs, dones)
-        if filled():
-            explore = exploration(agent, counters["num_updates"], args)
-            action, state = act(agent, obs, action, dones, state, rng["act"], explore)
-        else:
-            action = random_action(agent, args.num_envs, rng["prefill"])
-        if not np.isfinite(action).all():  # a simulator would stop with a less helpful message
-            require_finite(metrics, global_step)
-            raise SystemExit(f"error: not finite at step {global_step}: action; the last checkpoint is intact")
-        if args.num_envs == 1:
-            obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
-        else:
-            envs.step_async(env_action(agent, action))
-            train()
-            obs, rewards, terminations, truncations, infos = envs.step_wait()
-        recorder.add(obs, action, rewards, terminations)
-        dones = terminations | truncations
-        global_step += args.num_envs * repeat
-        progress.update(args.num_envs * repeat)
-        for i in np.flatnonzero(dones):
-            rb.add(recorder.end(i))
-        if dones.any():
-            log_episodes(writer, progress, infos, dones, global_step)
-
-    envs.close()
-    if eval_envs is not None and not args.capture_video:
-        eval_envs.close()
-    progress.close()
-    writer.close()
-    if args.save_model:
-        torch.save(agent.state_dict(), f"{run_dir}/{args.exp_name}.pt")
-    print(f"checkpoint at step {global_step}; continue with: python {os.path.basename(__file__)} --resume {run_dir}")
-    stop.exit()
-    return run_dir
 
 
 if __name__ == "__main__":

@@ -7,6 +7,14 @@
 # ///
 """Dyna-Q: a table of action values learned from real steps and, many times more often, from steps of a learned model.
 
+The algorithm (S&B box "Tabular Dyna-Q"), with the functions that are its steps, at every environment step:
+  (b) act                an epsilon-greedy action of Q
+  (d) dyna_q_step        direct update: Q(s, a) towards r + gamma max Q(s', .)
+  (e) record             model learning: count that a in s has led to s', with r on average
+  (f) dyna_q_step        planning, n times: a pair tried before, Q towards what the model expects (expected_target)
+prioritized_sweeping_step does (f) in the order of the largest changes. The first part of the file is the algorithm, up
+to main; environments, evaluation and the run folder follow it.
+
 Paper:      Sutton 1990, Integrated Architectures for Learning, Planning, and Reacting, ICML
             Sutton & Barto 2018, Reinforcement Learning, 2nd edition, chapter 8 (cited as S&B)
 Run:        python dyna_q.py --env-id FrozenLake-v1          (or: uv run dyna_q.py --env-id FrozenLake-v1)
@@ -46,66 +54,386 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of every random generator of the run"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic algorithms"""
-    cuda: bool = True
-    """train on the GPU if there is one"""
-    track: bool = False
-    """also log to Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the project name at Weights and Biases"""
-    wandb_entity: str | None = None
-    """the team at Weights and Biases"""
-    capture_video: bool = False
-    """write an MP4 of the first episode of every evaluation into the run folder"""
-    save_model: bool = False
-    """write the weights alone to {exp_name}.pt in the run folder at the end"""
-    eval_frequency: int = 10_000
-    """environment steps between evaluations, 0 = none"""
-    eval_episodes: int = 10
-    """episodes of one evaluation"""
-    checkpoint_frequency: int = 50_000
-    """environment steps between checkpoints, 0 = only at the end or when interrupted"""
-    save_buffer: bool = True
-    """keep the replay buffer in the checkpoint"""
-    resume: str | None = None
-    """run folder to continue"""
-    evaluate: str | None = None
-    """run folder to evaluate: plays eval_episodes, prints mean and standard deviation, trains nothing"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seed of every random generator of the run
+    torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # also log to Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the project name at Weights and Biases
+    wandb_entity: str | None = None  # the team at Weights and Biases
+    capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
+    save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
+    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: int = 10  # episodes of one evaluation
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    save_buffer: bool = True  # keep the replay buffer in the checkpoint
+    resume: str | None = None  # run folder to continue
+    evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments
-    env_id: str = "FrozenLake-v1"
-    """Gymnasium id with Discrete observations and actions (my_module:MyEnv-v0), or one of MAZES below"""
-    total_timesteps: int = 20_000
-    """environment steps of the run, summed over all environments: each learner gets its share"""
-    num_envs: int = 1
-    """environments side by side, each with a learner of its own: num_envs independent runs"""
-    env_kwargs: tuple[str, ...] | None = None
-    """settings of the environment (is_slippery=true map_name=8x8), added to those in TASKS below"""
-    max_episode_steps: int = 10_000
-    """an episode is truncated here at the latest, in environment steps"""
-    gamma: float | None = None
-    """discount per step; default by task, 0.99 elsewhere"""
-    learning_rate: float | None = None
-    """step size (alpha); default by task, 0.1 elsewhere"""
-    epsilon: float = 0.1
-    """share of random actions"""
-    planning_steps: int = 10
-    """updates from the model after each real step (n); 0 = Q-learning"""
-    model: Literal["counts", "last"] | None = None
-    """all outcomes of a state and action, or the last alone; default by task, counts elsewhere"""
-    kappa: float = 0.0
-    """Dyna-Q+ if > 0: planning adds kappa * sqrt(steps since the pair was tried) to the reward"""
-    prioritized: bool = False
-    """prioritized sweeping: planning takes the pair that would change most"""
-    theta: float = 1e-4
-    """prioritized sweeping: changes up to this size are not queued"""
-    report_frequency: int = 100
-    """steps of each environment between reports of losses and model errors"""
+    env_id: str = "FrozenLake-v1"  # Gymnasium id with Discrete observations and actions, or one of MAZES below
+    total_timesteps: int = 20_000  # environment steps of the run, summed over all learners: each gets its share
+    num_envs: int = 1  # environments side by side, each with a learner of its own: num_envs independent runs
+    env_kwargs: tuple[str, ...] | None = None  # settings of the environment (map_name=8x8), added to those in TASKS
+    max_episode_steps: int = 10_000  # an episode is truncated here at the latest, in environment steps
+    gamma: float | None = None  # discount per step; default by task, 0.99 elsewhere
+    learning_rate: float | None = None  # step size (alpha); default by task, 0.1 elsewhere
+    epsilon: float = 0.1  # share of random actions
+    planning_steps: int = 10  # updates from the model after each real step (n); 0 = Q-learning
+    model: Literal["counts", "last"] | None = None  # all outcomes of a state and action, or the last; default by task
+    kappa: float = 0.0  # Dyna-Q+ if > 0: planning adds kappa * sqrt(steps since the pair was tried) to the reward
+    prioritized: bool = False  # prioritized sweeping: planning takes the pair that would change most
+    theta: float = 1e-4  # prioritized sweeping: changes up to this size are not queued
+    report_frequency: int = 100  # steps of each environment between reports of losses and model errors
+
+
+# === Model ===
+
+PAIR = np.dtype([("visits", np.int32), ("num_outcomes", np.int32), ("reward", np.float64)])  # reward: the mean
+OUTCOME = np.dtype([("next_obs", np.int32), ("count", np.int32), ("terminations", np.int32)])
+
+
+class Model(NamedTuple):
+    """What N learners know of their worlds: S states, A actions, up to K outcomes of a pair, up to P predecessors.
+
+    It takes the place of a replay buffer. In queue and predecessors the pair (s, a) is the number s * A + a.
+    """
+
+    pairs: np.ndarray  # (N, S, A) of PAIR
+    outcomes: np.ndarray  # (N, S, A, K) of OUTCOME: the states a pair led to, how often, how often by a termination
+    last_tried: np.ndarray  # (N, S, A) step of the run, 0 = never
+    visited: np.ndarray  # (N, S) the states in which an action was taken, in order of appearance
+    num_visited: np.ndarray  # (N,)
+    tried: np.ndarray  # (N, S, A) the actions taken in a state, in order of appearance
+    num_tried: np.ndarray  # (N, S)
+    priority: np.ndarray  # (N, S * A) of the pairs in the queue, 0 = not queued
+    predecessors: np.ndarray  # (N, S, P) the pairs that lead to a state, as far as known
+    num_predecessors: np.ndarray  # (N, S)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The arrays as tensors of bytes (torch has no records); they share memory with the model."""
+        return {name: torch.from_numpy(array.view(np.uint8)) for name, array in self._asdict().items()}
+
+
+def make_model(num_learners: int, num_states: int, num_actions: int) -> Model:
+    """A model that knows nothing, with room for one outcome of each pair. Small types: the CPU's cache is the limit."""
+    n, s, a = num_learners, num_states, num_actions
+    return Model(
+        pairs=np.zeros((n, s, a), PAIR),
+        outcomes=np.zeros((n, s, a, 1), OUTCOME),
+        last_tried=np.zeros((n, s, a), np.int64),
+        visited=np.zeros((n, s), np.int32),
+        num_visited=np.zeros(n, np.int32),
+        tried=np.zeros((n, s, a), np.int32),
+        num_tried=np.zeros((n, s), np.int32),
+        priority=np.zeros((n, s * a)),
+        predecessors=np.zeros((n, s, 1), np.int32),
+        num_predecessors=np.zeros((n, s), np.int32),
+    )
+
+
+def grow(model: Model) -> Model:
+    """Twice the room for outcomes and predecessors."""
+    outcomes, predecessors = (np.concatenate([x, np.zeros_like(x)], -1) for x in (model.outcomes, model.predecessors))
+    return model._replace(outcomes=outcomes, predecessors=predecessors)
+
+
+def load_model(state: dict[str, torch.Tensor], like: Model) -> Model:
+    """The inverse; `like` tells the types."""
+    return Model(**{name: state[name].numpy().copy().view(array.dtype) for name, array in like._asdict().items()})
+
+
+@njit
+def find_outcome(model, i, s, a, next_s):
+    """Index of an outcome of the pair, num_outcomes if it has not been seen."""
+    for k in range(model.pairs[i, s, a].num_outcomes):
+        if model.outcomes[i, s, a, k].next_obs == next_s:
+            return k
+    return model.pairs[i, s, a].num_outcomes
+
+
+@njit
+def has_room(model, i, s, a, next_s, rule):
+    """Whether `record` can store this transition without more room."""
+    k, num_outcomes = find_outcome(model, i, s, a, next_s), model.pairs[i, s, a].num_outcomes
+    full = rule.prioritized and model.num_predecessors[i, next_s] == model.predecessors.shape[2]
+    return k < num_outcomes or ((rule.overwrite or k < model.outcomes.shape[3]) and not full)
+
+
+@njit
+def record(model, i, s, a, reward, next_s, terminated, step, rule):
+    """Model learning, S&B box "Tabular Dyna-Q" step (e), with counts in place of the last outcome (deviation 1)."""
+    pair = model.pairs[i, s, a]
+    if pair.visits == 0:
+        if model.num_tried[i, s] == 0:
+            model.visited[i, model.num_visited[i]] = s
+            model.num_visited[i] += 1
+        model.tried[i, s, model.num_tried[i, s]] = a
+        model.num_tried[i, s] += 1
+    elif rule.overwrite:
+        forget(model, i, s, a, rule)
+    k = find_outcome(model, i, s, a, next_s)
+    outcome = model.outcomes[i, s, a, k]
+    if k == pair.num_outcomes:
+        outcome.next_obs, outcome.count, outcome.terminations = next_s, 0, 0
+        pair.num_outcomes += 1
+        if rule.prioritized:
+            model.predecessors[i, next_s, model.num_predecessors[i, next_s]] = s * model.pairs.shape[2] + a
+            model.num_predecessors[i, next_s] += 1
+    outcome.count += 1
+    outcome.terminations += terminated
+    pair.visits += 1
+    pair.reward += (reward - pair.reward) / pair.visits
+    model.last_tried[i, s, a] = step
+
+
+@njit
+def forget(model, i, s, a, rule):
+    """Drops the one outcome that is known of a pair, and the pair from the predecessors of the state it led to."""
+    pair = model.pairs[i, s, a]
+    pair.visits, pair.num_outcomes, pair.reward = 0, 0, 0.0
+    if rule.prioritized:
+        next_s = model.outcomes[i, s, a, 0].next_obs
+        for j in range(model.num_predecessors[i, next_s]):
+            if model.predecessors[i, next_s, j] == s * model.pairs.shape[2] + a:
+                model.num_predecessors[i, next_s] -= 1
+                model.predecessors[i, next_s, j] = model.predecessors[i, next_s, model.num_predecessors[i, next_s]]
+                break
+
+
+# === Targets ===
+
+
+@njit
+def max_value(q, i, s):
+    best = q[i, s, 0]
+    for a in range(1, q.shape[2]):
+        best = max(best, q[i, s, a])
+    return best
+
+
+@njit
+def expected_target(q, pairs, outcomes, i, s, a, gamma):
+    """Expected update of a pair under the model, S&B section 8.5: r + gamma * sum_s' p(s') max_a' Q(s', a').
+
+    Nothing is added beyond a termination. An untried pair leads back to its state with reward 0 (S&B section 8.3).
+    """
+    pair = pairs[i, s, a]
+    if pair.visits == 0:
+        return gamma * max_value(q, i, s)
+    value = 0.0
+    for k in range(pair.num_outcomes):
+        outcome = outcomes[i, s, a, k]
+        value += (outcome.count - outcome.terminations) / pair.visits * max_value(q, i, outcome.next_obs)
+    return pair.reward + gamma * value
+
+
+# === Acting ===
+
+
+@njit
+def act(q, obs, epsilon, uniforms):
+    """Epsilon-greedy actions (N,) in Q (N, S, A) for obs (N,), ties broken at random; uniforms (N, 2) in [0, 1)."""
+    actions = np.zeros(len(obs), np.int64)
+    for i in range(len(obs)):
+        values = q[i, obs[i]]
+        if uniforms[i, 0] < epsilon:
+            actions[i] = int(uniforms[i, 1] * len(values))
+            continue
+        best, ties = max_value(q, i, obs[i]), 0
+        for value in values:
+            ties += value == best
+        rank = int(uniforms[i, 1] * ties)
+        for a in range(len(values)):
+            if values[a] == best:
+                if rank == 0:
+                    actions[i] = a
+                rank -= 1
+    return actions
+
+
+# === Updates ===
+
+
+class Rule(NamedTuple):
+    """The settings of an update."""
+
+    gamma: float
+    learning_rate: float
+    planning_steps: int
+    kappa: float
+    prioritized: bool
+    theta: float
+    overwrite: bool
+
+
+def make_rule(args: Args) -> Rule:
+    return Rule(**{name: getattr(args, name) for name in Rule._fields[:-1]}, overwrite=args.model == "last")
+
+
+@njit
+def dyna_q_step(q, model, sums, obs, actions, rewards, next_obs, terminations, uniforms, step, rule):
+    """One real step of each learner: direct update, model learning, planning; S&B box "Tabular Dyna-Q" (d) to (f).
+
+    Arrays of the transition (N,), uniforms (N, n, 2) in [0, 1), step of the run counted from 1. Changes in place q
+    (N, S, A), model and sums (N, 3), which adds up the absolute TD error of the real step, those of planning, and the
+    updates of planning. Returns False, with nothing changed, if the model must grow first.
+    """
+    for i in range(len(obs)):
+        if not has_room(model, i, obs[i], actions[i], next_obs[i], rule):
+            return False
+    pairs, outcomes, _, visited, num_visited, tried, num_tried, _, _, _ = model  # model.x in the loop: half the speed
+    for i in range(len(obs)):
+        s, a = obs[i], actions[i]
+        value = 0.0 if terminations[i] else max_value(q, i, next_obs[i])
+        td_error = rewards[i] + rule.gamma * value - q[i, s, a]
+        q[i, s, a] += rule.learning_rate * td_error
+        sums[i, 0] += abs(td_error)
+        record(model, i, s, a, rewards[i], next_obs[i], terminations[i], step, rule)
+        for j in range(rule.planning_steps):  # uniformly: first a visited state, then an action tried in it
+            s = visited[i, int(uniforms[i, j, 0] * num_visited[i])]
+            if rule.kappa > 0:  # Dyna-Q+ (S&B section 8.3): untried actions too, and a bonus for the time since
+                a = int(uniforms[i, j, 1] * q.shape[2])
+                bonus = rule.kappa * math.sqrt(step - model.last_tried[i, s, a])
+            else:
+                a, bonus = tried[i, s, int(uniforms[i, j, 1] * num_tried[i, s])], 0.0
+            td_error = bonus + expected_target(q, pairs, outcomes, i, s, a, rule.gamma) - q[i, s, a]
+            q[i, s, a] += rule.learning_rate * td_error
+            sums[i, 1] += abs(td_error)
+        sums[i, 2] += rule.planning_steps
+    return True
+
+
+@njit
+def push(q, model, i, s, a, rule):
+    """Queues a pair by its absolute TD error if that exceeds theta; one that is queued is raised, never lowered."""
+    priority = abs(expected_target(q, model.pairs, model.outcomes, i, s, a, rule.gamma) - q[i, s, a])  # deviation 2
+    if priority > rule.theta:
+        pair = s * q.shape[2] + a
+        model.priority[i, pair] = max(priority, model.priority[i, pair])
+
+
+@njit
+def prioritized_sweeping_step(q, model, sums, obs, actions, rewards, next_obs, terminations, uniforms, step, rule):
+    """One real step of each learner, S&B box "Prioritized sweeping" (d) to (g). As dyna_q_step; uniforms are not used.
+
+    The highest priority is found by looking at all S * A of them: for tables, shorter than a heap and fast enough.
+    """
+    for i in range(len(obs)):
+        if not has_room(model, i, obs[i], actions[i], next_obs[i], rule):
+            return False
+    for i in range(len(obs)):
+        s, a = obs[i], actions[i]
+        value = 0.0 if terminations[i] else max_value(q, i, next_obs[i])
+        sums[i, 0] += abs(rewards[i] + rule.gamma * value - q[i, s, a])
+        record(model, i, s, a, rewards[i], next_obs[i], terminations[i], step, rule)
+        push(q, model, i, s, a, rule)
+        for _ in range(rule.planning_steps):
+            pair = np.argmax(model.priority[i])
+            if model.priority[i, pair] == 0:
+                break
+            model.priority[i, pair] = 0
+            s, a = pair // q.shape[2], pair % q.shape[2]
+            td_error = expected_target(q, model.pairs, model.outcomes, i, s, a, rule.gamma) - q[i, s, a]
+            q[i, s, a] += rule.learning_rate * td_error
+            sums[i, 1] += abs(td_error)
+            sums[i, 2] += 1
+            for j in range(model.num_predecessors[i, s]):
+                before = model.predecessors[i, s, j]
+                push(q, model, i, before // q.shape[2], before % q.shape[2], rule)
+    return True
+
+
+def update(q: np.ndarray, model: Model, sums: np.ndarray, transition: tuple, step: int, rng, rule: Rule) -> Model:
+    """One real step of all learners, see dyna_q_step; rng is a NumPy generator. Returns the model, grown or not."""
+    learn = prioritized_sweeping_step if rule.prioritized else dyna_q_step
+    uniforms = rng.random((len(q), 0 if rule.prioritized else rule.planning_steps, 2))
+    while not learn(q, model, sums, *transition, uniforms, step, rule):
+        model = grow(model)
+    return model
+
+
+# === Training ===
+
+
+def main(args: Args) -> str:
+    args = with_task_defaults(args)
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    envs = make_vector_env(args, args.num_envs)
+    run = Run(args, checkpoint)
+
+    # what a checkpoint holds: tables, what is known of the worlds, sums since the last report, generators
+    num_states, num_actions = int(envs.single_observation_space.n), int(envs.single_action_space.n)
+    try:
+        q = np.zeros((args.num_envs, num_states, num_actions))
+        model, rule = make_model(*q.shape), make_rule(args)
+    except MemoryError as error:
+        fail(f"the tables do not fit into memory: {error}")
+    sums = np.zeros((args.num_envs, 3))  # see dyna_q_step
+    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act", "planning"))}
+    if checkpoint:
+        q[:], sums[:] = checkpoint["parts"]["agent"]["q_table"], checkpoint["parts"]["sums"]
+        model = load_model(checkpoint["parts"]["replay"], model) if args.save_buffer else model
+    parts = {"agent": {"q_table": torch.from_numpy(q)}, "sums": torch.from_numpy(sums)}  # they share memory
+    run.keep(parts | ({"replay": model} if args.save_buffer else {}), rng)
+    print(f"{run.folder}: {args.num_envs} learners, {math.ceil(args.total_timesteps / args.num_envs)} steps each, "
+          f"{num_states} states, {num_actions} actions, gamma {args.gamma}, alpha {args.learning_rate}, "
+          f"{args.model}, {' '.join(args.env_kwargs)}")  # fmt: skip
+
+    def report() -> None:
+        """TD errors since the last report, and the model beside the environment's own table, if it has one."""
+        direct, planning, updates = sums.sum(0)
+        steps = (step - 1) % args.report_frequency + 1
+        run.metrics = {"losses/td_error": direct / steps / args.num_envs}
+        run.metrics |= {"model/planning_td_error": planning / max(updates, 1)}
+        run.metrics |= {"model/states_visited": model.num_visited.mean()}
+        if (world := known_dynamics(envs)) is not None:
+            run.metrics |= model_errors(model, world.P, world.initial_state_distrib)
+        run.report()
+        run.metrics, sums[:] = {}, 0
+
+    dones, step = np.ones(args.num_envs, bool), run.step // args.num_envs
+    eval_envs = None
+    while run.goes_on(dones):
+        if dones.any():
+            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
+            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones, "time": step})
+        actions = act(q, obs, args.epsilon, rng["act"].random((args.num_envs, 2)))
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        step, run.step = step + 1, run.step + args.num_envs
+        transition = obs, actions, rewards, next_obs, terminations
+        model = update(q, model, sums, transition, step, rng["planning"], rule)
+        if args.save_buffer:
+            run.parts["replay"] = model  # it may have grown
+        if not math.isfinite(sums.sum()):
+            raise SystemExit(f"error: not finite at step {run.step}: losses/td_error; the last checkpoint is intact")
+        obs, dones = next_obs, terminations | truncations
+        run.progress.update(args.num_envs)
+        if dones.any():
+            run.log_episodes(infos, dones)
+        if step % args.report_frequency == 0:
+            report()
+        if run.eval_due():
+            players = min(args.num_envs, args.eval_episodes)
+            if eval_envs is None:
+                video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
+                eval_envs = make_vector_env(args, players, video)
+            returns = evaluate(q[:players], eval_envs, args, step, run.stop)
+            if args.capture_video:  # the film is written when its environment closes
+                eval_envs.close()
+                eval_envs = None
+            if not run.stop.requested:
+                run.log_evaluation(returns)
+
+    if step % args.report_frequency and run.step > run.reported[0]:
+        report()  # the rest; what was saved has the sums that a resumed run goes on with
+    envs.close()
+    if eval_envs is not None:
+        eval_envs.close()
+    return run.close(parts["agent"])
 
 
 # === Environment ===
@@ -349,309 +677,6 @@ def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.
     return EpisodeStatistics(envs, args.max_episode_steps)
 
 
-def known_dynamics(envs: gym.vector.VectorEnv):
-    """The environment, if it publishes its table P and initial_state_distrib: to measure the model, never to learn."""
-    world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
-    known = isinstance(getattr(world, "P", None), dict) and hasattr(world, "initial_state_distrib")
-    return world if known else None
-
-
-# === Replay buffer ===
-
-
-PAIR = np.dtype([("visits", np.int32), ("num_outcomes", np.int32), ("reward", np.float64)])  # reward: the mean
-OUTCOME = np.dtype([("next_obs", np.int32), ("count", np.int32), ("terminations", np.int32)])
-
-
-class Model(NamedTuple):
-    """What N learners know of their worlds: S states, A actions, up to K outcomes of a pair, up to P predecessors.
-
-    It takes the place of a replay buffer. In queue and predecessors the pair (s, a) is the number s * A + a.
-    """
-
-    pairs: np.ndarray  # (N, S, A) of PAIR
-    outcomes: np.ndarray  # (N, S, A, K) of OUTCOME: the states a pair led to, how often, how often by a termination
-    last_tried: np.ndarray  # (N, S, A) step of the run, 0 = never
-    visited: np.ndarray  # (N, S) the states in which an action was taken, in order of appearance
-    num_visited: np.ndarray  # (N,)
-    tried: np.ndarray  # (N, S, A) the actions taken in a state, in order of appearance
-    num_tried: np.ndarray  # (N, S)
-    priority: np.ndarray  # (N, S * A) of the pairs in the queue, 0 = not queued
-    predecessors: np.ndarray  # (N, S, P) the pairs that lead to a state, as far as known
-    num_predecessors: np.ndarray  # (N, S)
-
-
-def make_model(num_learners: int, num_states: int, num_actions: int) -> Model:
-    """A model that knows nothing, with room for one outcome of each pair. Small types: the CPU's cache is the limit."""
-    n, s, a = num_learners, num_states, num_actions
-    return Model(
-        pairs=np.zeros((n, s, a), PAIR),
-        outcomes=np.zeros((n, s, a, 1), OUTCOME),
-        last_tried=np.zeros((n, s, a), np.int64),
-        visited=np.zeros((n, s), np.int32),
-        num_visited=np.zeros(n, np.int32),
-        tried=np.zeros((n, s, a), np.int32),
-        num_tried=np.zeros((n, s), np.int32),
-        priority=np.zeros((n, s * a)),
-        predecessors=np.zeros((n, s, 1), np.int32),
-        num_predecessors=np.zeros((n, s), np.int32),
-    )
-
-
-def grow(model: Model) -> Model:
-    """Twice the room for outcomes and predecessors."""
-    outcomes, predecessors = (np.concatenate([x, np.zeros_like(x)], -1) for x in (model.outcomes, model.predecessors))
-    return model._replace(outcomes=outcomes, predecessors=predecessors)
-
-
-def model_state(model: Model) -> dict[str, torch.Tensor]:
-    """The arrays as tensors of bytes (torch has no records); they share memory with the model."""
-    return {name: torch.from_numpy(array.view(np.uint8)) for name, array in model._asdict().items()}
-
-
-def load_model(state: dict[str, torch.Tensor], like: Model) -> Model:
-    """The inverse; `like` tells the types."""
-    return Model(**{name: state[name].numpy().copy().view(array.dtype) for name, array in like._asdict().items()})
-
-
-@njit
-def find_outcome(model, i, s, a, next_s):
-    """Index of an outcome of the pair, num_outcomes if it has not been seen."""
-    for k in range(model.pairs[i, s, a].num_outcomes):
-        if model.outcomes[i, s, a, k].next_obs == next_s:
-            return k
-    return model.pairs[i, s, a].num_outcomes
-
-
-@njit
-def has_room(model, i, s, a, next_s, rule):
-    """Whether `record` can store this transition without more room."""
-    k, num_outcomes = find_outcome(model, i, s, a, next_s), model.pairs[i, s, a].num_outcomes
-    full = rule.prioritized and model.num_predecessors[i, next_s] == model.predecessors.shape[2]
-    return k < num_outcomes or ((rule.overwrite or k < model.outcomes.shape[3]) and not full)
-
-
-@njit
-def record(model, i, s, a, reward, next_s, terminated, step, rule):
-    """Model learning, S&B box "Tabular Dyna-Q" step (e), with counts in place of the last outcome (deviation 1)."""
-    pair = model.pairs[i, s, a]
-    if pair.visits == 0:
-        if model.num_tried[i, s] == 0:
-            model.visited[i, model.num_visited[i]] = s
-            model.num_visited[i] += 1
-        model.tried[i, s, model.num_tried[i, s]] = a
-        model.num_tried[i, s] += 1
-    elif rule.overwrite:
-        forget(model, i, s, a, rule)
-    k = find_outcome(model, i, s, a, next_s)
-    outcome = model.outcomes[i, s, a, k]
-    if k == pair.num_outcomes:
-        outcome.next_obs, outcome.count, outcome.terminations = next_s, 0, 0
-        pair.num_outcomes += 1
-        if rule.prioritized:
-            model.predecessors[i, next_s, model.num_predecessors[i, next_s]] = s * model.pairs.shape[2] + a
-            model.num_predecessors[i, next_s] += 1
-    outcome.count += 1
-    outcome.terminations += terminated
-    pair.visits += 1
-    pair.reward += (reward - pair.reward) / pair.visits
-    model.last_tried[i, s, a] = step
-
-
-@njit
-def forget(model, i, s, a, rule):
-    """Drops the one outcome that is known of a pair, and the pair from the predecessors of the state it led to."""
-    pair = model.pairs[i, s, a]
-    pair.visits, pair.num_outcomes, pair.reward = 0, 0, 0.0
-    if rule.prioritized:
-        next_s = model.outcomes[i, s, a, 0].next_obs
-        for j in range(model.num_predecessors[i, next_s]):
-            if model.predecessors[i, next_s, j] == s * model.pairs.shape[2] + a:
-                model.num_predecessors[i, next_s] -= 1
-                model.predecessors[i, next_s, j] = model.predecessors[i, next_s, model.num_predecessors[i, next_s]]
-                break
-
-
-# === Targets and losses ===
-
-
-@njit
-def max_value(q, i, s):
-    best = q[i, s, 0]
-    for a in range(1, q.shape[2]):
-        best = max(best, q[i, s, a])
-    return best
-
-
-@njit
-def expected_target(q, pairs, outcomes, i, s, a, gamma):
-    """Expected update of a pair under the model, S&B section 8.5: r + gamma * sum_s' p(s') max_a' Q(s', a').
-
-    Nothing is added beyond a termination. An untried pair leads back to its state with reward 0 (S&B section 8.3).
-    """
-    pair = pairs[i, s, a]
-    if pair.visits == 0:
-        return gamma * max_value(q, i, s)
-    value = 0.0
-    for k in range(pair.num_outcomes):
-        outcome = outcomes[i, s, a, k]
-        value += (outcome.count - outcome.terminations) / pair.visits * max_value(q, i, outcome.next_obs)
-    return pair.reward + gamma * value
-
-
-def model_errors(model: Model, P: dict, start: np.ndarray) -> dict[str, float]:
-    """The learners' models beside the environment's own table P[s][a] = [(probability, next, reward, terminated)].
-
-    missing: share of the table's outcomes that no visit has shown, in states that can be reached from `start` (S,);
-    wrong: share of the model's outcomes that the table does not have, or whose rewards it rules out.
-    """
-    num_outcomes = max(len(outcomes) for row in P.values() for outcomes in row.values())
-    table = np.zeros((*model.pairs.shape[1:], num_outcomes, 4))
-    for s, row in P.items():
-        for a, outcomes in row.items():
-            table[s, a, : len(outcomes)] = outcomes
-    real, next_s, reward, terminal = table[..., 0] > 0, table[..., 1].astype(int), table[..., 2], table[..., 3] > 0
-    live = np.asarray(start) > 0  # (S,)
-    while not live[reached := next_s[live][(real & ~terminal)[live]]].all():
-        live[reached] = True
-
-    pairs, outcomes = model.pairs, model.outcomes
-    known = np.arange(outcomes.shape[3]) < pairs["num_outcomes"][..., None]  # (N, S, A, K)
-    ended, went_on = outcomes["terminations"] > 0, outcomes["count"] > outcomes["terminations"]
-    same = (known[..., None] & real[:, :, None]) & (outcomes["next_obs"][..., None] == next_s[:, :, None])
-    seen = same & np.where(terminal[:, :, None], ended[..., None], went_on[..., None])
-    low, high = np.where(real, reward, np.inf).min(-1) - 1e-9, np.where(real, reward, -np.inf).max(-1) + 1e-9
-    wrong = (ended & ~(same & terminal[:, :, None]).any(-1)) | (went_on & ~(same & ~terminal[:, :, None]).any(-1))
-    wrong = known & (wrong | ((pairs["reward"] < low) | (pairs["reward"] > high))[..., None])
-    missing = (real & ~seen.any(3))[:, live].sum() / (len(pairs) * real[live].sum())
-    return {"model/missing": missing, "model/wrong": wrong.sum() / max(known.sum(), 1)}
-
-
-# === Acting ===
-
-
-@njit
-def act(q, obs, epsilon, uniforms):
-    """Epsilon-greedy actions (N,) in Q (N, S, A) for obs (N,), ties broken at random; uniforms (N, 2) in [0, 1)."""
-    actions = np.zeros(len(obs), np.int64)
-    for i in range(len(obs)):
-        values = q[i, obs[i]]
-        if uniforms[i, 0] < epsilon:
-            actions[i] = int(uniforms[i, 1] * len(values))
-            continue
-        best, ties = max_value(q, i, obs[i]), 0
-        for value in values:
-            ties += value == best
-        rank = int(uniforms[i, 1] * ties)
-        for a in range(len(values)):
-            if values[a] == best:
-                if rank == 0:
-                    actions[i] = a
-                rank -= 1
-    return actions
-
-
-# === Updates ===
-
-
-class Rule(NamedTuple):
-    """The settings of an update."""
-
-    gamma: float
-    learning_rate: float
-    planning_steps: int
-    kappa: float
-    prioritized: bool
-    theta: float
-    overwrite: bool
-
-
-def make_rule(args: Args) -> Rule:
-    return Rule(**{name: getattr(args, name) for name in Rule._fields[:-1]}, overwrite=args.model == "last")
-
-
-@njit
-def dyna_q_step(q, model, sums, obs, actions, rewards, next_obs, terminations, uniforms, step, rule):
-    """One real step of each learner: direct update, model learning, planning; S&B box "Tabular Dyna-Q" (d) to (f).
-
-    Arrays of the transition (N,), uniforms (N, n, 2) in [0, 1), step of the run counted from 1. Changes in place q
-    (N, S, A), model and sums (N, 3), which adds up the absolute TD error of the real step, those of planning, and the
-    updates of planning. Returns False, with nothing changed, if the model must grow first.
-    """
-    for i in range(len(obs)):
-        if not has_room(model, i, obs[i], actions[i], next_obs[i], rule):
-            return False
-    pairs, outcomes, _, visited, num_visited, tried, num_tried, _, _, _ = model  # model.x in the loop: half the speed
-    for i in range(len(obs)):
-        s, a = obs[i], actions[i]
-        value = 0.0 if terminations[i] else max_value(q, i, next_obs[i])
-        td_error = rewards[i] + rule.gamma * value - q[i, s, a]
-        q[i, s, a] += rule.learning_rate * td_error
-        sums[i, 0] += abs(td_error)
-        record(model, i, s, a, rewards[i], next_obs[i], terminations[i], step, rule)
-        for j in range(rule.planning_steps):  # uniformly: first a visited state, then an action tried in it
-            s = visited[i, int(uniforms[i, j, 0] * num_visited[i])]
-            if rule.kappa > 0:  # Dyna-Q+ (S&B section 8.3): untried actions too, and a bonus for the time since
-                a = int(uniforms[i, j, 1] * q.shape[2])
-                bonus = rule.kappa * math.sqrt(step - model.last_tried[i, s, a])
-            else:
-                a, bonus = tried[i, s, int(uniforms[i, j, 1] * num_tried[i, s])], 0.0
-            td_error = bonus + expected_target(q, pairs, outcomes, i, s, a, rule.gamma) - q[i, s, a]
-            q[i, s, a] += rule.learning_rate * td_error
-            sums[i, 1] += abs(td_error)
-        sums[i, 2] += rule.planning_steps
-    return True
-
-
-@njit
-def push(q, model, i, s, a, rule):
-    """Queues a pair by its absolute TD error if that exceeds theta; one that is queued is raised, never lowered."""
-    priority = abs(expected_target(q, model.pairs, model.outcomes, i, s, a, rule.gamma) - q[i, s, a])  # deviation 2
-    if priority > rule.theta:
-        pair = s * q.shape[2] + a
-        model.priority[i, pair] = max(priority, model.priority[i, pair])
-
-
-@njit
-def prioritized_sweeping_step(q, model, sums, obs, actions, rewards, next_obs, terminations, uniforms, step, rule):
-    """One real step of each learner, S&B box "Prioritized sweeping" (d) to (g). As dyna_q_step; uniforms are not used.
-
-    The highest priority is found by looking at all S * A of them: for tables, shorter than a heap and fast enough.
-    """
-    for i in range(len(obs)):
-        if not has_room(model, i, obs[i], actions[i], next_obs[i], rule):
-            return False
-    for i in range(len(obs)):
-        s, a = obs[i], actions[i]
-        value = 0.0 if terminations[i] else max_value(q, i, next_obs[i])
-        sums[i, 0] += abs(rewards[i] + rule.gamma * value - q[i, s, a])
-        record(model, i, s, a, rewards[i], next_obs[i], terminations[i], step, rule)
-        push(q, model, i, s, a, rule)
-        for _ in range(rule.planning_steps):
-            pair = np.argmax(model.priority[i])
-            if model.priority[i, pair] == 0:
-                break
-            model.priority[i, pair] = 0
-            s, a = pair // q.shape[2], pair % q.shape[2]
-            td_error = expected_target(q, model.pairs, model.outcomes, i, s, a, rule.gamma) - q[i, s, a]
-            q[i, s, a] += rule.learning_rate * td_error
-            sums[i, 1] += abs(td_error)
-            sums[i, 2] += 1
-            for j in range(model.num_predecessors[i, s]):
-                before = model.predecessors[i, s, j]
-                push(q, model, i, before // q.shape[2], before % q.shape[2], rule)
-    return True
-
-
-def update(q: np.ndarray, model: Model, sums: np.ndarray, transition: tuple, step: int, rng, rule: Rule) -> Model:
-    """One real step of all learners, see dyna_q_step; rng is a NumPy generator. Returns the model, grown or not."""
-    learn = prioritized_sweeping_step if rule.prioritized else dyna_q_step
-    uniforms = rng.random((len(q), 0 if rule.prioritized else rule.planning_steps, 2))
-    while not learn(q, model, sums, *transition, uniforms, step, rule):
-        model = grow(model)
-    return model
-
-
 # === Evaluation ===
 
 
@@ -693,7 +718,42 @@ def evaluate_run(args: Args) -> str:
     return args.evaluate
 
 
-# === Run plumbing (same text in all five scripts) ===
+def known_dynamics(envs: gym.vector.VectorEnv):
+    """The environment, if it publishes its table P and initial_state_distrib: to measure the model, never to learn."""
+    world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
+    known = isinstance(getattr(world, "P", None), dict) and hasattr(world, "initial_state_distrib")
+    return world if known else None
+
+
+def model_errors(model: Model, P: dict, start: np.ndarray) -> dict[str, float]:
+    """The learners' models beside the environment's own table P[s][a] = [(probability, next, reward, terminated)].
+
+    missing: share of the table's outcomes that no visit has shown, in states that can be reached from `start` (S,);
+    wrong: share of the model's outcomes that the table does not have, or whose rewards it rules out.
+    """
+    num_outcomes = max(len(outcomes) for row in P.values() for outcomes in row.values())
+    table = np.zeros((*model.pairs.shape[1:], num_outcomes, 4))
+    for s, row in P.items():
+        for a, outcomes in row.items():
+            table[s, a, : len(outcomes)] = outcomes
+    real, next_s, reward, terminal = table[..., 0] > 0, table[..., 1].astype(int), table[..., 2], table[..., 3] > 0
+    live = np.asarray(start) > 0  # (S,)
+    while not live[reached := next_s[live][(real & ~terminal)[live]]].all():
+        live[reached] = True
+
+    pairs, outcomes = model.pairs, model.outcomes
+    known = np.arange(outcomes.shape[3]) < pairs["num_outcomes"][..., None]  # (N, S, A, K)
+    ended, went_on = outcomes["terminations"] > 0, outcomes["count"] > outcomes["terminations"]
+    same = (known[..., None] & real[:, :, None]) & (outcomes["next_obs"][..., None] == next_s[:, :, None])
+    seen = same & np.where(terminal[:, :, None], ended[..., None], went_on[..., None])
+    low, high = np.where(real, reward, np.inf).min(-1) - 1e-9, np.where(real, reward, -np.inf).max(-1) + 1e-9
+    wrong = (ended & ~(same & terminal[:, :, None]).any(-1)) | (went_on & ~(same & ~terminal[:, :, None]).any(-1))
+    wrong = known & (wrong | ((pairs["reward"] < low) | (pairs["reward"] > high))[..., None])
+    missing = (real & ~seen.any(3))[:, live].sum() / (len(pairs) * real[live].sum())
+    return {"model/missing": missing, "model/wrong": wrong.sum() / max(known.sum(), 1)}
+
+
+# === Run: folder, log, checkpoints, Ctrl-C (same text in all five scripts) ===
 
 
 def fail(message: str) -> NoReturn:
@@ -715,66 +775,21 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
 
-def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, SummaryWriter]:
-    """Run folder, device, logs and global seeds; with a checkpoint, that run's folder."""
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
-    if checkpoint:
-        free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
-        refuse_changes(args, checkpoint, free)
-    run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = run_dir.rstrip("/")
-    try:
-        os.makedirs(run_dir, exist_ok=args.resume is not None)
-    except OSError as error:
-        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    if args.track:  # before the writer is made, which it listens to
-        name = os.path.basename(run_dir)
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
-                   config=asdict(args), sync_tensorboard=True)  # fmt: skip
-    step = checkpoint["global_step"] if checkpoint else 0
-    try:
-        writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
-    except OSError as error:
-        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    return run_dir, choose_device(args), writer
-
-
-def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
-    """Settings of a saved run must be as they were, but for those named in `free`."""
-    for name, value in checkpoint["args"].items():
-        if name not in free.split() and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
-
-
 def next_multiple(step: int, frequency: int) -> float:
     """The next multiple of a frequency after this step; 0 = never."""
     return (step // frequency + 1) * frequency if frequency else math.inf
 
 
 def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
-    """Writes everything a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
+    """Writes all that a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
 
     parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
     """
-    state = {
-        "version": 1,
-        "args": asdict(args) | {"resume": None},
-        "global_step": global_step,
-        "parts": {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()},
-        "rng": {
-            name: g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for name, g in rng.items()
-        },
-    }
+    state = {"version": 1, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    for name, generator in rng.items():
+        is_torch = isinstance(generator, torch.Generator)
+        state["rng"][name] = generator.get_state() if is_torch else generator.bit_generator.state
     path = f"{run_dir}/checkpoint.pt"
     try:
         with open(f"{path}.tmp", "wb") as file:
@@ -787,33 +802,33 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
 
 
 def load_checkpoint(run_dir: str, args: Args) -> dict:
-    """Reads a run folder's checkpoint (tensors stay on disk until they are used); names what is wrong in one line."""
+    """Reads a run folder's checkpoint (tensors stay on disk until they are used); says in one line if it cannot."""
     path = os.path.join(run_dir, "checkpoint.pt")
-    if not os.path.isfile(path):
-        fail(f"no checkpoint at {path}")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # many types, for a damaged or foreign file
-        fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
-    if damaged:
-        fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
-    names = {field.name for field in fields(args)}
-    if not isinstance(state, dict) or state.get("version") != 1 or set(state.get("args", ())) != names:
-        fail(f"{path} was written by another script or version")
+    except Exception as error:  # many types, for a missing, damaged or foreign file
+        fail(f"no readable checkpoint at {path} ({type(error).__name__})")
+    ours = isinstance(state, dict) and state.get("version") == 1
+    if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
+        fail(f"{path} is damaged or was written by another script or version")
     return state
 
 
-def restore_rng(rng: dict, states: dict) -> None:
-    """Sets the named generators to the states of a checkpoint."""
-    for name, generator in rng.items():
-        if isinstance(generator, torch.Generator):
-            if states[name].shape == generator.get_state().shape:
-                generator.set_state(states[name])
-            else:
-                print(f"random generator {name} starts anew: it was saved on another kind of device")
-        else:
-            generator.bit_generator.state = states[name]
+def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
+    """Settings of a saved run must be as they were, but for those named in `free`."""
+    for name, value in checkpoint["args"].items():
+        if name not in free.split() and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
+
+
+def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
+    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
+    scalars = [torch.as_tensor(value) for value in metrics.values()]
+    values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+    return values
 
 
 class StopRequest:
@@ -837,48 +852,110 @@ class StopRequest:
             raise SystemExit(128 + self.requested)
 
 
-def make_progress(args: Args, global_step: int) -> tqdm:
-    """Progress bar in environment steps; into a file it writes a line now and then."""
-    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
-    if not sys.stderr.isatty():
-        progress.write = print  # tqdm's own draws the bar anew at every line
-    return progress
+class Run:
+    """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
+    def __init__(self, args: Args, checkpoint: dict | None):
+        if checkpoint:
+            free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
+            refuse_changes(args, checkpoint, free)
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                fail("--track needs Weights and Biases: pip install wandb")
+        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.folder = (args.resume or f"runs/{name}").rstrip("/")
+        self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
+        try:
+            os.makedirs(self.folder, exist_ok=args.resume is not None)
+            if args.track:  # before the writer is made, which it listens to
+                name = os.path.basename(self.folder)
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
+                           resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if checkpoint else None)
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder}: {error.strerror}")
+        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", self.step)
+        random.seed(args.seed)
+        np.random.seed(args.seed % 2**32)
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        self.device, self.stop = choose_device(args), StopRequest()
+        pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
+        steps = {"total": args.total_timesteps, "initial": self.step, "unit": "step"}
+        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
+        self.say = self.progress.write if sys.stderr.isatty() else print  # tqdm's would draw the bar into the file
+        self.metrics, self.reported = {}, (self.step, time.perf_counter())
+        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
-def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
-    """Prints each episode that ended at this step (more than 16: their mean) and logs their mean."""
-    returns, lengths = infos["episode"]["r"][dones], infos["episode"]["l"][dones]
-    if len(returns) > 16:
-        mean = f"episodic_return={returns.mean():.1f}, length={lengths.mean():.1f}"
-        progress.write(f"global_step={global_step}, {len(returns)} episodes, mean {mean}")
-    else:
-        for episodic_return, length in zip(returns, lengths, strict=True):
-            progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
-    writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
-    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
-    progress.set_postfix({"return": f"{returns.mean():.1f}"}, refresh=False)
+    def keep(self, parts: dict, rng: dict) -> None:
+        """Names what a checkpoint holds, see save_checkpoint; a resumed run finds its objects as they were saved."""
+        self.parts, self.rng = parts, rng
+        if not self.checkpoint:
+            return
+        for name, part in parts.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(self.checkpoint["parts"][name])
+        for name, state in self.checkpoint["rng"].items():
+            if not isinstance(rng[name], torch.Generator):
+                rng[name].bit_generator.state = state
+            elif state.shape == rng[name].get_state().shape:
+                rng[name].set_state(state)
+            else:
+                print(f"random generator {name} starts anew: it was saved on another kind of device")
 
+    def goes_on(self, dones: np.ndarray) -> bool:
+        """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
+        ending = self.stop.requested or self.step >= self.args.total_timesteps
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
+            self.report()  # a loss that is not finite must not reach the checkpoint
+            self.writer.flush()  # curves without a gap, should the run be killed and resumed
+            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+        return not ending
 
-def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, global_step: int) -> None:
-    """Prints and logs mean and standard deviation of an evaluation's returns."""
-    progress.write(f"global_step={global_step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
-    writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-    writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+    def eval_due(self) -> bool:
+        due = self.step >= self.next_eval and not self.stop.requested
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        return due
 
+    def report(self) -> None:
+        """Logs self.metrics, which must be finite, and steps per second, once for each environment step."""
+        values, (last_step, last_time) = require_finite(self.metrics, self.step), self.reported
+        now = time.perf_counter()
+        if values and self.step > last_step:
+            self.log(values | {"charts/SPS": (self.step - last_step) / (now - last_time)})
+            self.reported = self.step, now
 
-def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[str, float]:
-    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
-    if not metrics:
-        return {}
-    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
-    return values
+    def log(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, self.step)
 
+    def log_episodes(self, infos: dict, dones: np.ndarray) -> None:
+        """Prints and logs the mean return and length of the episodes that ended at this step."""
+        mean, length = infos["episode"]["r"][dones].mean(), infos["episode"]["l"][dones].mean()
+        number = f", {dones.sum()} episodes" if dones.sum() > 1 else ""
+        self.say(f"global_step={self.step}, episodic_return={mean:.1f}, length={length:.0f}{number}")
+        self.progress.set_postfix({"return": f"{mean:.1f}"}, refresh=False)
+        self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
 
-# === Main ===
+    def log_evaluation(self, returns: np.ndarray) -> None:
+        self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
+        self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def close(self, weights: dict) -> str:
+        """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
+        self.progress.close()
+        self.writer.close()
+        if self.args.save_model:
+            torch.save(weights, f"{self.folder}/{self.args.exp_name}.pt")
+        script = os.path.basename(__file__)
+        print(f"checkpoint at step {self.step}; continue with: python {script} --resume {self.folder}")
+        self.stop.exit()
+        return self.folder
 
 
 def check_args(args: Args) -> None:
@@ -896,121 +973,6 @@ def check_args(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
     if args.prioritized and (args.kappa > 0 or args.planning_steps == 0):
         fail("--prioritized goes with --planning-steps of at least 1 and without --kappa")
-
-
-def main(args: Args) -> str:
-    args = with_task_defaults(args)
-    check_args(args)
-    if args.evaluate:
-        return evaluate_run(args)
-    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
-    envs, eval_envs, players = make_vector_env(args, args.num_envs), None, min(args.num_envs, args.eval_episodes)
-    run_dir, _, writer = setup_run(args, checkpoint)
-    stop = StopRequest()
-
-    # tables, generators
-    num_states, num_actions = int(envs.single_observation_space.n), int(envs.single_action_space.n)
-    try:
-        q = np.zeros((args.num_envs, num_states, num_actions))
-        model, rule = make_model(*q.shape), make_rule(args)
-    except MemoryError as error:
-        fail(f"the tables do not fit into memory: {error}")
-    sums = np.zeros((args.num_envs, 3))  # since the last report, see dyna_q_step
-    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act", "planning"))}
-    global_step = 0
-    print(f"{run_dir}: {args.num_envs} learners, {math.ceil(args.total_timesteps / args.num_envs)} steps each, "
-          f"{num_states} states, {num_actions} actions, gamma {args.gamma}, alpha {args.learning_rate}, "
-          f"{args.model}, {' '.join(args.env_kwargs)}")  # fmt: skip
-
-    # resume
-    if checkpoint:
-        global_step, saved = checkpoint["global_step"], checkpoint["parts"]
-        q, sums = saved["agent"]["q_table"].numpy().copy(), saved["sums"].numpy().copy()
-        if args.save_buffer:
-            model = load_model(saved["replay"], model)
-        restore_rng(rng, checkpoint["rng"])
-
-    last_report = global_step, time.perf_counter()
-
-    def report() -> None:
-        """TD errors since the last report (which must be finite), model errors, steps per second."""
-        nonlocal last_report
-        (last_step, last_time), now = last_report, time.perf_counter()
-        direct, planning, updates = torch.from_numpy(sums.sum(0))
-        steps = (global_step // args.num_envs - 1) % args.report_frequency + 1
-        metrics = {"losses/td_error": direct / steps / args.num_envs}
-        metrics |= {"model/planning_td_error": planning / updates.clamp(min=1)}
-        values = require_finite(metrics, global_step)
-        values["model/states_visited"] = model.num_visited.mean()
-        values["charts/SPS"] = (global_step - last_step) / (now - last_time)
-        if (world := known_dynamics(envs)) is not None:
-            values |= model_errors(model, world.P, world.initial_state_distrib)
-        for name, value in values.items():
-            writer.add_scalar(name, value, global_step)
-        last_report = global_step, now
-        sums[:] = 0
-
-    def save() -> None:
-        require_finite({"losses/td_error": torch.tensor(sums.sum())}, global_step)
-        parts = {"agent": {"q_table": torch.from_numpy(q)}, "sums": torch.from_numpy(sums)}
-        if args.save_buffer:
-            parts["replay"] = model_state(model)
-        writer.flush()  # curves without a gap, should the run be killed and resumed
-        save_checkpoint(run_dir, args, global_step, parts, rng)
-
-    # the loop
-    progress = make_progress(args, global_step)
-    dones = np.ones(args.num_envs, bool)
-    next_eval = next_multiple(global_step, args.eval_frequency)
-    next_save = next_multiple(global_step, args.checkpoint_frequency)
-    if not checkpoint:
-        save()  # from here on the run folder always holds a checkpoint
-    while True:
-        if global_step >= next_eval:
-            next_eval = next_multiple(global_step, args.eval_frequency)
-            if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
-                video = f"{run_dir}/videos/step-{global_step}" if args.capture_video else None
-                eval_envs = make_vector_env(args, players, video)
-            returns = evaluate(q[:players], eval_envs, args, global_step // args.num_envs, stop)
-            if args.capture_video:
-                eval_envs.close()
-            if not stop.requested:
-                log_evaluation(writer, progress, returns, global_step)
-        ending = stop.requested or global_step >= args.total_timesteps
-        if ending or (global_step >= next_save and (dones.all() or args.num_envs > 1)):
-            next_save = next_multiple(global_step, args.checkpoint_frequency)
-            save()
-        step = global_step // args.num_envs
-        if ending:
-            if step % args.report_frequency and global_step > last_report[0]:  # the rest; a resumed run sums on
-                report()
-            break
-
-        if dones.any():
-            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
-            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones, "time": step})
-        actions = act(q, obs, args.epsilon, rng["act"].random((args.num_envs, 2)))
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        transition = obs, actions, rewards, next_obs, terminations
-        model = update(q, model, sums, transition, step + 1, rng["planning"], rule)
-        obs, dones = next_obs, terminations | truncations
-        global_step += args.num_envs
-        progress.update(args.num_envs)
-        if dones.any():
-            log_episodes(writer, progress, infos, dones, global_step)
-        if (step + 1) % args.report_frequency == 0:
-            report()
-
-    envs.close()
-    if eval_envs is not None and not args.capture_video:
-        eval_envs.close()
-    progress.close()
-    writer.close()
-    if args.save_model:
-        torch.save({"q_table": torch.from_numpy(q)}, f"{run_dir}/{args.exp_name}.pt")
-    print(f"checkpoint at step {global_step}; continue with: python {os.path.basename(__file__)} --resume {run_dir}")
-    stop.exit()
-    return run_dir
 
 
 if __name__ == "__main__":

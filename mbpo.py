@@ -49,350 +49,53 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of every random generator of the run"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic algorithms"""
-    cuda: bool = True
-    """train on the GPU if there is one"""
-    track: bool = False
-    """also log to Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the project name at Weights and Biases"""
-    wandb_entity: str | None = None
-    """the team at Weights and Biases"""
-    capture_video: bool = False
-    """write an MP4 of the first episode of every evaluation into the run folder"""
-    save_model: bool = False
-    """write the weights alone to {exp_name}.pt in the run folder at the end"""
-    eval_frequency: int = 10_000
-    """environment steps between evaluations, 0 = none"""
-    eval_episodes: int = 10
-    """episodes of one evaluation"""
-    checkpoint_frequency: int = 50_000
-    """environment steps between checkpoints, 0 = only at the end or when interrupted"""
-    save_buffer: bool = True
-    """keep the replay buffer in the checkpoint"""
-    resume: str | None = None
-    """run folder to continue"""
-    evaluate: str | None = None
-    """run folder to evaluate: plays eval_episodes, prints mean and standard deviation, trains nothing"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seed of every random generator of the run
+    torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # also log to Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the project name at Weights and Biases
+    wandb_entity: str | None = None  # the team at Weights and Biases
+    capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
+    save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
+    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: int = 10  # episodes of one evaluation
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    save_buffer: bool = True  # keep the replay buffer in the checkpoint
+    resume: str | None = None  # run folder to continue
+    evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments
-    env_id: str = "Hopper-v5"
-    """Gymnasium id (Hopper-v5, my_module:MyEnv-v0) or dm_control task (walker-walk), observed by state"""
-    total_timesteps: int | None = None
-    """environment steps of the run, the random ones included; default by task, see TASKS below"""
-    num_envs: int = 1
-    """environments played side by side, each in its own process if more than one"""
-    buffer_size: int = 1_000_000
-    """capacity of the replay buffer of real transitions"""
-    learning_starts: int | None = None
-    """environment steps of random actions before learning; default by task, 5000 elsewhere"""
-    epoch_length: int | None = None
-    """environment steps of an epoch, the unit of the rollout schedule; default by task, 1000 elsewhere"""
-    updates_per_step: int | None = None
-    """SAC updates per environment step (G); default by task, 20 elsewhere"""
-    batch_size: int = 256
-    """transitions of a SAC batch, real and model ones together"""
-    real_ratio: float = 0.05
-    """share of real transitions in it; 1 = no model, plain SAC with as many updates"""
-    gamma: float = 0.99
-    """discount per step"""
-    tau: float = 0.005
-    """step of the target critics towards the critics, after every update"""
-    learning_rate: float = 3e-4
-    """learning rate of actor, critics and alpha"""
-    hidden_size: int = 256
-    """units of the two hidden layers of actor and critics"""
-    target_entropy: float | None = None
-    """entropy that alpha is tuned to, nats; default by task, minus the number of actions elsewhere"""
-    num_nets: int = 7
-    """networks of the ensemble (E)"""
-    num_elites: int = 5
-    """of these, the ones of lowest holdout error make the rollouts"""
-    model_hidden_size: int | None = None
-    """units of the four hidden layers of each; default by task, 200 elsewhere"""
-    model_lr: float = 1e-3
-    """learning rate of the ensemble"""
-    model_batch_size: int = 256
-    """transitions in a batch of each network"""
-    model_train_frequency: int | None = None
-    """environment steps between trainings of the ensemble (F); default by task, 250 elsewhere"""
-    model_patience: int = 5
-    """a training ends after more epochs than this in which no network improved by 1 percent"""
-    model_max_epochs: int | None = None
-    """epochs of a training at most; default unlimited"""
-    holdout_ratio: float = 0.2
-    """share of the real transitions that is held out of a training, at most 5000 of them"""
-    rollout_batch_size: int = 100_000
-    """start states of the rollouts after each training (R)"""
-    rollout_schedule: tuple[int, int, int, int] | None = None
-    """epochs e0 e1, lengths k0 k1: linearly from k0 at e0 to k1 at e1; default by task, 1 elsewhere"""
-    model_retain_epochs: int | None = None
-    """epochs whose rollouts are kept; default by task, 1 elsewhere"""
+    env_id: str = "Hopper-v5"  # Gymnasium id (my_module:MyEnv-v0) or dm_control task (walker-walk), observed by state
+    total_timesteps: int | None = None  # environment steps of the run, the random ones included; default by task
+    num_envs: int = 1  # environments played side by side, each in its own process if more than one
+    buffer_size: int = 1_000_000  # capacity of the replay buffer of real transitions
+    learning_starts: int | None = None  # environment steps of random actions before learning; default by task
+    epoch_length: int | None = None  # environment steps of an epoch, the schedule's unit; default by task
+    updates_per_step: int | None = None  # SAC updates per environment step (G); default by task, 20 elsewhere
+    batch_size: int = 256  # transitions of a SAC batch, real and model ones together
+    real_ratio: float = 0.05  # share of real transitions in it; 1 = no model, plain SAC with as many updates
+    gamma: float = 0.99  # discount per step
+    tau: float = 0.005  # step of the target critics towards the critics, after every update
+    learning_rate: float = 3e-4  # learning rate of actor, critics and alpha
+    hidden_size: int = 256  # units of the two hidden layers of actor and critics
+    target_entropy: float | None = None  # entropy that alpha is tuned to, nats; default by task, else -actions
+    num_nets: int = 7  # networks of the ensemble (E)
+    num_elites: int = 5  # of these, the ones of lowest holdout error make the rollouts
+    model_hidden_size: int | None = None  # units of the four hidden layers of each; default by task, 200 elsewhere
+    model_lr: float = 1e-3  # learning rate of the ensemble
+    model_batch_size: int = 256  # transitions in a batch of each network
+    model_train_frequency: int | None = None  # environment steps between trainings (F); default by task
+    model_patience: int = 5  # a training ends after more epochs than this in which no network improved by 1 percent
+    model_max_epochs: int | None = None  # epochs of a training at most; default unlimited
+    holdout_ratio: float = 0.2  # share of the real transitions that is held out of a training, at most 5000 of them
+    rollout_batch_size: int = 100_000  # start states of the rollouts after each training (R)
+    rollout_schedule: tuple[int, int, int, int] | None = None  # epochs e0 e1, lengths k0 k1, linearly; default by task
+    model_retain_epochs: int | None = None  # epochs whose rollouts are kept; default by task, 1 elsewhere
 
     # Speed
-    compile: bool = False
-    """torch.compile the losses"""
-    cudagraphs: bool = False
-    """replay the updates of a step, and those of the ensemble, as one CUDA graph each (GPU only)"""
-
-
-# === Environment ===
-
-# The published settings by task (name of the environment without its version). A flag on the command line wins.
-DEFAULTS = {
-    "total_timesteps": 125_000, "learning_starts": 5_000, "epoch_length": 1_000, "updates_per_step": 20,
-    "rollout_schedule": (0, 1, 1, 1), "model_train_frequency": 250, "model_retain_epochs": 1, "model_hidden_size": 200,
-}  # fmt: skip
-PENDULUM = {"total_timesteps": 20_500, "learning_starts": 500, "epoch_length": 250}
-TASKS = {
-    "InvertedPendulum": {**PENDULUM, "updates_per_step": 10, "target_entropy": -0.05},
-    "InvertedDoublePendulum": {**PENDULUM, "target_entropy": -0.5},
-    "Hopper": {"total_timesteps": 130_000, "rollout_schedule": (20, 150, 1, 15), "target_entropy": -1.0},
-    "Walker2d": {"total_timesteps": 305_000, "target_entropy": -3.0},
-    "HalfCheetah": {"total_timesteps": 405_000, "updates_per_step": 40, "target_entropy": -3.0},
-    "Ant": {"total_timesteps": 305_000, "rollout_schedule": (20, 100, 1, 25), "target_entropy": -4.0},
-    "Humanoid": {
-        "total_timesteps": 305_000, "rollout_schedule": (20, 300, 1, 25), "target_entropy": -2.0,
-        "model_train_frequency": 1_000, "model_retain_epochs": 5, "model_hidden_size": 400,
-    },
-    "Pendulum": {**PENDULUM, "total_timesteps": 10_000},  # not in the paper
-}  # fmt: skip
-
-# The paper's truncated observations, 27 and 45 numbers, by the environments' own switches.
-ENV_KWARGS = {
-    "Ant-v5": {"include_cfrc_ext_in_observation": False},
-    "Humanoid-v5": {
-        f"include_{part}_in_observation": False for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
-    },
-}
-
-
-def never(o: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(o[..., 0], dtype=torch.bool)
-
-
-def between(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    return (x > low) & (x < high)
-
-
-def hopper_terminated(o: torch.Tensor) -> torch.Tensor:
-    sane = (o[..., 1:].abs() < 100).all(-1)  # deviation 5
-    return ~(sane & (o[..., 0] > 0.7) & (o[..., 0] < math.inf) & (o[..., 1].abs() < 0.2))
-
-
-def inverted_double_pendulum_terminated(o: torch.Tensor) -> torch.Tensor:
-    first, second = torch.atan2(o[..., 1], o[..., 3]), torch.atan2(o[..., 2], o[..., 4])  # deviation 5
-    return ~(0.6 * (first.cos() + (first + second).cos()) > 1.0)
-
-
-# Next observations (..., D) that end an episode; one that is not a number does, too. To add a task: one line here and,
-# if it needs other settings, one in TASKS.
-TERMINATIONS = {
-    "Hopper": hopper_terminated,
-    "Walker2d": lambda o: ~(between(o[..., 0], 0.8, 2.0) & between(o[..., 1], -1.0, 1.0)),
-    "Ant": lambda o: ~(o.isfinite().all(-1) & (o[..., 0] >= 0.2) & (o[..., 0] <= 1.0)),
-    "Humanoid": lambda o: ~((o[..., 0] >= 1.0) & (o[..., 0] <= 2.0)),
-    "InvertedPendulum": lambda o: ~(o.isfinite().all(-1) & (o[..., 1].abs() <= 0.2)),
-    "InvertedDoublePendulum": inverted_double_pendulum_terminated,
-} | dict.fromkeys(("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum"), never)
-
-
-def is_dm_control(env_id: str) -> bool:
-    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
-    return re.search(r"-v\d+$", env_id) is None
-
-
-def task_name(env_id: str) -> str:
-    """my_module:MyEnv-v0 -> MyEnv."""
-    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
-
-
-def with_task_defaults(args: Args) -> Args:
-    """The settings in force: what was not given is filled in from TASKS."""
-    task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
-    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
-
-
-def termination_function(env_id: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Which next observations end an episode; an environment that is not known is refused, nothing is assumed."""
-    if is_dm_control(env_id) and not env_id.startswith("lqr"):
-        return never
-    if task_name(env_id) not in TERMINATIONS:
-        fail(f"when does {env_id} terminate? Add a function of its observations to TERMINATIONS in {__file__}")
-    return TERMINATIONS[task_name(env_id)]
-
-
-class DMControl(gym.Env):
-    """A task of the dm_control suite with its flattened state as observation.
-
-    An episode of 1000 steps ends by truncation; only a task that says discount 0 terminates.
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
-    render_mode = "rgb_array"
-
-    def __init__(self, env_id: str):
-        from dm_control import suite
-
-        names = {f"{domain}-{task}".replace("_", "-"): (domain, task) for domain, task in suite.ALL_TASKS}
-        name = re.sub("^cup-", "ball-in-cup-", env_id.replace("_", "-"))
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-            fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
-        self.env = suite.load(*names[name], task_kwargs={"random": 0})
-        spec = self.env.action_spec()
-        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
-        dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
-
-    def flatten(self, time_step) -> np.ndarray:
-        return np.concatenate([np.ravel(part) for part in time_step.observation.values()]).astype(np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        if seed is not None:
-            self.env.task._random = np.random.RandomState(seed)  # what suite.load(task_kwargs={"random": seed}) sets
-        return self.flatten(self.env.reset()), {}
-
-    def step(self, action: np.ndarray):
-        time_step = self.env.step(action)
-        terminated = time_step.last() and time_step.discount == 0.0
-        return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
-
-    def render(self) -> np.ndarray:
-        return self.env.physics.render(240, 240, camera_id=0)
-
-
-def make_gymnasium(env_id: str, film: bool) -> gym.Env:
-    """Any registered Gymnasium environment, with the paper's observations."""
-    render = {"render_mode": "rgb_array"} if film else {}
-    try:
-        return gym.make(env_id, **render, **ENV_KWARGS.get(env_id, {}))
-    except gym.error.DependencyNotInstalled as error:
-        fail(str(error).replace("\n", " "))
-    except ImportError as error:
-        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
-    except gym.error.Error as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
-
-
-def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
-    """Thunk of one environment: observations (D,) float32, actions in [-1, 1]."""
-    main_process = os.getpid()
-
-    def thunk() -> gym.Env:
-        if os.getpid() != main_process:
-            os.setsid()  # signals to the process group are for the main process, which closes the workers
-        os.environ.setdefault("MUJOCO_GL", "egl" if video else "disable")
-        if is_dm_control(args.env_id):
-            try:
-                env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
-            except ImportError as error:
-                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
-                fail(f"{args.env_id} needs {package} ({error})")
-        else:
-            env = make_gymnasium(args.env_id, video is not None)
-            if env.spec.max_episode_steps is None:
-                env = gym.wrappers.TimeLimit(env, 1000)
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        if video is not None:  # folder/prefix of the MP4
-            folder, prefix = os.path.split(video)
-            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
-        return fit_spaces(env, args.env_id)
-
-    return thunk
-
-
-def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
-    """Refuses what MBPO cannot use; makes observations float32 and rescales the action box to [-1, 1]."""
-    obs, action = env.observation_space, env.action_space
-    if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1):
-        fail(f"{env_id}: observations must be vectors (D,), not {obs}")
-    if not (isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and action.is_bounded("both")):
-        fail(f"{env_id}: actions must be a bounded vector Box, not {action}")
-    unbounded = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
-    env = gym.wrappers.TransformObservation(env, lambda o: np.asarray(o, np.float32), unbounded)
-    low, scale = action.low, (action.high - action.low) / 2
-    space = gym.spaces.Box(-1, 1, action.shape, np.float32)
-    return gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
-
-
-def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
-    if video is not None:
-        try:
-            film = make_env(args, video)()
-            film.reset()
-            film.close()
-        except Exception as error:  # many types, by environment and OpenGL library
-            fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
-    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
-    mode = gym.vector.AutoresetMode.DISABLED
-    if num_envs == 1:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
-    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
-    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
-
-
-# === Replay buffer ===
-
-
-class ReplayBuffer:
-    """Ring of transitions, one row each: obs (D), action (A), reward, next_obs (D), terminated; on the device."""
-
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
-        self.rows = torch.empty(capacity, sum(self.sizes), device=device)
-        self.end = 0  # rows ever written; row i lives in slot i % capacity
-
-    def __len__(self) -> int:
-        return min(self.end, len(self.rows))
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Rows (B, 2 D + A + 2); the oldest make room."""
-        rows = rows[-len(self.rows) :]
-        slots = (self.end + torch.arange(len(rows), device=rows.device)) % len(self.rows)
-        self.rows[slots] = rows
-        self.end += len(rows)
-
-    def resize(self, capacity: int) -> None:
-        """Another capacity; the newest rows are kept."""
-        if capacity == len(self.rows):
-            return
-        kept = self.newest(min(len(self), capacity))
-        self.rows = kept  # the old ones are freed before the new ones are made
-        self.rows = torch.empty(capacity, sum(self.sizes), device=kept.device)
-        self.rows[: len(kept)], self.end = kept, len(kept)
-
-    def newest(self, count: int) -> torch.Tensor:
-        """The last `count` rows, oldest first, a copy."""
-        slots = torch.arange(self.end - count, self.end, device=self.rows.device) % len(self.rows)
-        return self.rows[slots]
-
-    def sample(self, *shape: int, generator: torch.Generator) -> torch.Tensor:
-        """Copies of rows drawn uniformly with replacement, (*shape, 2 D + A + 2)."""
-        return self.rows[torch.randint(len(self), shape, generator=generator, device=self.rows.device)]
-
-    def state_dict(self) -> dict:
-        return {"rows": self.newest(len(self)).cpu(), "capacity": len(self.rows), "end": self.end}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.rows = self.rows.new_empty(state["capacity"], sum(self.sizes))
-        self.end = state["end"] - len(state["rows"])
-        self.add(state["rows"].to(self.rows.device))
-
-
-def model_buffer_size(rollout_length: int, args: Args) -> int:
-    """Rows for the rollouts of the last model_retain_epochs epochs."""
-    trainings = args.epoch_length / args.model_train_frequency
-    return int(args.model_retain_epochs * trainings * args.rollout_batch_size * rollout_length)
+    compile: bool = False  # torch.compile the losses
+    cudagraphs: bool = False  # replay a step's updates, and the ensemble's, as one CUDA graph each (GPU only)
 
 
 # === Networks ===
@@ -511,7 +214,7 @@ class Agent(nn.Module):
         return obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1)
 
 
-# === Targets and losses ===
+# === Losses ===
 
 
 def model_loss(ensemble: DynamicsEnsemble, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -555,14 +258,6 @@ def sac_losses(agent: Agent, batch: tuple, noise: torch.Tensor, gamma: float) ->
     metrics = {"qf1_loss": qf_losses[0], "qf2_loss": qf_losses[1], "qf_loss": qf_losses.mean(), "actor_loss": pi_loss}
     metrics |= {"alpha_loss": temperature_loss, "alpha": agent.log_alpha.exp(), "qf_values": values.mean()}
     return qf_losses.sum() + pi_loss + temperature_loss, {f"losses/{k}": v.detach() for k, v in metrics.items()}
-
-
-def rollout_length(global_step: int, args: Args) -> int:
-    """k of the schedule: k0 up to epoch e0, linearly to k1 at e1, cut to an integer."""
-    first, last, k0, k1 = args.rollout_schedule
-    epoch = (global_step - args.learning_starts) // args.epoch_length
-    share = min(max((epoch - first) / max(last - first, 1), 0.0), 1.0)
-    return int(k0 + share * (k1 - k0))
 
 
 # === Acting ===
@@ -613,6 +308,20 @@ def rollout(agent: Agent, starts: torch.Tensor, length: int, terminated_fn: Call
             obs = next_obs[~terminations]  # host sync
             if not len(obs):
                 break
+
+
+def rollout_length(global_step: int, args: Args) -> int:
+    """k of the schedule: k0 up to epoch e0, linearly to k1 at e1, cut to an integer."""
+    first, last, k0, k1 = args.rollout_schedule
+    epoch = (global_step - args.learning_starts) // args.epoch_length
+    share = min(max((epoch - first) / max(last - first, 1), 0.0), 1.0)
+    return int(k0 + share * (k1 - k0))
+
+
+def model_buffer_size(rollout_length: int, args: Args) -> int:
+    """Rows for the rollouts of the last model_retain_epochs epochs."""
+    trainings = args.epoch_length / args.model_train_frequency
+    return int(args.model_retain_epochs * trainings * args.rollout_batch_size * rollout_length)
 
 
 # === Updates ===
@@ -751,6 +460,370 @@ def make_updates(agent: Agent, optimizers: dict, args: Args) -> tuple[Callable, 
     return tuple(GraphedUpdate(f) if args.cudagraphs else f for f in (model_fn, policy_fn))
 
 
+# === Replay buffer ===
+
+
+class ReplayBuffer:
+    """Ring of transitions, one row each: obs (D), action (A), reward, next_obs (D), terminated; on the device."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.rows = torch.empty(capacity, sum(self.sizes), device=device)
+        self.end = 0  # rows ever written; row i lives in slot i % capacity
+
+    def __len__(self) -> int:
+        return min(self.end, len(self.rows))
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Rows (B, 2 D + A + 2); the oldest make room."""
+        rows = rows[-len(self.rows) :]
+        slots = (self.end + torch.arange(len(rows), device=rows.device)) % len(self.rows)
+        self.rows[slots] = rows
+        self.end += len(rows)
+
+    def resize(self, capacity: int) -> None:
+        """Another capacity; the newest rows are kept."""
+        if capacity == len(self.rows):
+            return
+        kept = self.newest(min(len(self), capacity))
+        self.rows = kept  # the old ones are freed before the new ones are made
+        self.rows = torch.empty(capacity, sum(self.sizes), device=kept.device)
+        self.rows[: len(kept)], self.end = kept, len(kept)
+
+    def newest(self, count: int) -> torch.Tensor:
+        """The last `count` rows, oldest first, a copy."""
+        slots = torch.arange(self.end - count, self.end, device=self.rows.device) % len(self.rows)
+        return self.rows[slots]
+
+    def sample(self, *shape: int, generator: torch.Generator) -> torch.Tensor:
+        """Copies of rows drawn uniformly with replacement, (*shape, 2 D + A + 2)."""
+        return self.rows[torch.randint(len(self), shape, generator=generator, device=self.rows.device)]
+
+    def state_dict(self) -> dict:
+        return {"rows": self.newest(len(self)).cpu(), "capacity": len(self.rows), "end": self.end}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows = self.rows.new_empty(state["capacity"], sum(self.sizes))
+        self.end = state["end"] - len(state["rows"])
+        self.add(state["rows"].to(self.rows.device))
+
+
+# === Training ===
+
+
+def main(args: Args) -> str:
+    args = with_task_defaults(args)
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    envs, terminated_fn = make_vector_env(args, args.num_envs), termination_function(args.env_id)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    if args.target_entropy is None:
+        args = replace(args, target_entropy=-float(action_dim))
+    run = Run(args, checkpoint)
+    device = run.device
+
+    # what a checkpoint holds: networks, optimizers, buffers, counters, generators
+    agent = Agent(obs_dim, action_dim, args).to(device)
+    optimizers = make_optimizers(agent, args)
+    try:
+        rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+        largest = model_buffer_size(rollout_length(args.total_timesteps, args), args)
+        model_rb = ReplayBuffer(largest, obs_dim, action_dim, device)  # resized at the first training
+    except RuntimeError as error:
+        fail(f"--buffer-size {args.buffer_size} and rollouts do not fit into the memory of {device}: {str(error)[:80]}")
+    counters = {"num_updates": 0, "trained_at": -1, "unlogged": {}}
+    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
+    for i, name in enumerate(("act", "model", "rollout", "replay", "update")):
+        rng[name] = torch.Generator(device).manual_seed(10 * args.seed + i)
+    parts = {"agent": agent, **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}}
+    parts |= {"replay": rb, "model_replay": model_rb} if args.save_buffer else {}
+    run.keep(parts | {"counters": counters}, rng)
+    if checkpoint:
+        counters |= checkpoint["parts"]["counters"]
+    update_model_fn, update_policy_fn = make_updates(agent, optimizers, args)
+    print(
+        f"{run.folder}: {device}, {obs_dim} observations, {action_dim} actions, target entropy {agent.target_entropy}"
+    )
+
+    def learn_model() -> None:
+        """When it is due: trains the ensemble on all real transitions, fills the model buffer with rollouts."""
+        trainings = (run.step - args.learning_starts) // args.model_train_frequency
+        due = trainings > counters["trained_at"] or not len(model_rb)
+        if rb.end < args.learning_starts or args.real_ratio == 1 or not due:
+            return
+        if run.stop.requested or run.step >= args.total_timesteps:
+            return
+        errors = train_model(agent, rb.newest(len(rb)), rng["model"], args, update_model_fn)
+        length = rollout_length(run.step, args)
+        model_rb.resize(model_buffer_size(length, args))
+        starts, rows = agent.unpack(rb.sample(args.rollout_batch_size, generator=rng["rollout"]))[0], 0
+        for step_rows in rollout(agent, starts, length, terminated_fn, rng["rollout"]):
+            model_rb.add(step_rows)
+            rows += len(step_rows)
+        counters["trained_at"], counters["unlogged"] = trainings, training_metrics(agent, errors, run.step)
+        counters["unlogged"] |= {"model/rollout_length": length, "model/mean_rollout": rows / len(starts)}
+
+    def learn_policy(count: int) -> None:
+        """SAC updates on real and model transitions, all drawn at once."""
+        real = int(args.batch_size * args.real_ratio)
+        rows = rb.sample(count, real, generator=rng["replay"])
+        if real < args.batch_size:
+            rows = torch.cat([rows, model_rb.sample(count, args.batch_size - real, generator=rng["replay"])], 1)
+        noise = torch.randn(count, 2, args.batch_size, action_dim, generator=rng["update"], device=device)
+        run.metrics = update_policy_fn(rows, noise)
+        counters["num_updates"] += count
+        if counters["num_updates"] % 1000 < count:
+            run.report()
+
+    dones = np.ones(args.num_envs, bool)
+    learn_model()  # if a resumed run owes it
+    eval_envs = None
+    while run.goes_on(dones):
+        if dones.any():
+            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
+            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
+            require_finite_arrays(run.step, "the environment's observation", obs)
+        learning = rb.end >= args.learning_starts  # again random steps first, if the buffer was not saved
+        if learning:
+            actions = act(agent, obs, device, rng["act"])
+            require_finite_arrays(run.step, "the policy's action", actions)
+        else:
+            actions = rng["prefill"].uniform(-1, 1, (args.num_envs, action_dim)).astype(np.float32)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        require_finite_arrays(run.step, "the environment's observation or reward", next_obs, rewards)
+        columns = obs, actions, rewards[:, None], next_obs, terminations[:, None]
+        rb.add(torch.from_numpy(np.concatenate(columns, 1).astype(np.float32)).to(device))
+        obs, dones = next_obs, terminations | truncations
+        run.step += args.num_envs
+        run.progress.update(args.num_envs)
+        run.log(counters["unlogged"])  # after the step: a resume from before it trains again, or finds it unlogged
+        counters["unlogged"] = {}
+        if dones.any():
+            run.log_episodes(infos, dones)
+        if learning:
+            learn_policy(args.updates_per_step * args.num_envs)
+        learn_model()
+        if run.eval_due():
+            if eval_envs is None:
+                video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
+                eval_envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+            returns, trajectories = evaluate(agent, eval_envs, args, device, run.stop)
+            if args.capture_video:  # the film is written when its environment closes
+                eval_envs.close()
+                eval_envs = None
+            if not run.stop.requested:
+                run.log_evaluation(returns)
+                if counters["trained_at"] >= 0:
+                    log_open_loop(agent, trajectories, run.writer, run.step)
+
+    envs.close()
+    if eval_envs is not None:
+        eval_envs.close()
+    return run.close(agent.state_dict())
+
+
+# === Environment ===
+
+
+# The published settings by task (name of the environment without its version). A flag on the command line wins.
+DEFAULTS = {
+    "total_timesteps": 125_000, "learning_starts": 5_000, "epoch_length": 1_000, "updates_per_step": 20,
+    "rollout_schedule": (0, 1, 1, 1), "model_train_frequency": 250, "model_retain_epochs": 1, "model_hidden_size": 200,
+}  # fmt: skip
+PENDULUM = {"total_timesteps": 20_500, "learning_starts": 500, "epoch_length": 250}
+TASKS = {
+    "InvertedPendulum": {**PENDULUM, "updates_per_step": 10, "target_entropy": -0.05},
+    "InvertedDoublePendulum": {**PENDULUM, "target_entropy": -0.5},
+    "Hopper": {"total_timesteps": 130_000, "rollout_schedule": (20, 150, 1, 15), "target_entropy": -1.0},
+    "Walker2d": {"total_timesteps": 305_000, "target_entropy": -3.0},
+    "HalfCheetah": {"total_timesteps": 405_000, "updates_per_step": 40, "target_entropy": -3.0},
+    "Ant": {"total_timesteps": 305_000, "rollout_schedule": (20, 100, 1, 25), "target_entropy": -4.0},
+    "Humanoid": {
+        "total_timesteps": 305_000, "rollout_schedule": (20, 300, 1, 25), "target_entropy": -2.0,
+        "model_train_frequency": 1_000, "model_retain_epochs": 5, "model_hidden_size": 400,
+    },
+    "Pendulum": {**PENDULUM, "total_timesteps": 10_000},  # not in the paper
+}  # fmt: skip
+# The paper's truncated observations, 27 and 45 numbers, by the environments' own switches.
+ENV_KWARGS = {
+    "Ant-v5": {"include_cfrc_ext_in_observation": False},
+    "Humanoid-v5": {
+        f"include_{part}_in_observation": False for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
+    },
+}
+
+
+def never(o: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(o[..., 0], dtype=torch.bool)
+
+
+def between(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return (x > low) & (x < high)
+
+
+def hopper_terminated(o: torch.Tensor) -> torch.Tensor:
+    sane = (o[..., 1:].abs() < 100).all(-1)  # deviation 5
+    return ~(sane & (o[..., 0] > 0.7) & (o[..., 0] < math.inf) & (o[..., 1].abs() < 0.2))
+
+
+def inverted_double_pendulum_terminated(o: torch.Tensor) -> torch.Tensor:
+    first, second = torch.atan2(o[..., 1], o[..., 3]), torch.atan2(o[..., 2], o[..., 4])  # deviation 5
+    return ~(0.6 * (first.cos() + (first + second).cos()) > 1.0)
+
+
+# Next observations (..., D) that end an episode; one that is not a number does, too. To add a task: one line here and,
+# if it needs other settings, one in TASKS.
+TERMINATIONS = {
+    "Hopper": hopper_terminated,
+    "Walker2d": lambda o: ~(between(o[..., 0], 0.8, 2.0) & between(o[..., 1], -1.0, 1.0)),
+    "Ant": lambda o: ~(o.isfinite().all(-1) & (o[..., 0] >= 0.2) & (o[..., 0] <= 1.0)),
+    "Humanoid": lambda o: ~((o[..., 0] >= 1.0) & (o[..., 0] <= 2.0)),
+    "InvertedPendulum": lambda o: ~(o.isfinite().all(-1) & (o[..., 1].abs() <= 0.2)),
+    "InvertedDoublePendulum": inverted_double_pendulum_terminated,
+} | dict.fromkeys(("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum"), never)
+
+
+def is_dm_control(env_id: str) -> bool:
+    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
+    return re.search(r"-v\d+$", env_id) is None
+
+
+def task_name(env_id: str) -> str:
+    """my_module:MyEnv-v0 -> MyEnv."""
+    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+
+
+def with_task_defaults(args: Args) -> Args:
+    """The settings in force: what was not given is filled in from TASKS."""
+    task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
+    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+
+
+def termination_function(env_id: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Which next observations end an episode; an environment that is not known is refused, nothing is assumed."""
+    if is_dm_control(env_id) and not env_id.startswith("lqr"):
+        return never
+    if task_name(env_id) not in TERMINATIONS:
+        fail(f"when does {env_id} terminate? Add a function of its observations to TERMINATIONS in {__file__}")
+    return TERMINATIONS[task_name(env_id)]
+
+
+def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
+    """Thunk of one environment: observations (D,) float32, actions in [-1, 1]."""
+    main_process = os.getpid()
+
+    def thunk() -> gym.Env:
+        if os.getpid() != main_process:
+            os.setsid()  # signals to the process group are for the main process, which closes the workers
+        os.environ.setdefault("MUJOCO_GL", "egl" if video else "disable")
+        if is_dm_control(args.env_id):
+            try:
+                env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
+            except ImportError as error:
+                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
+                fail(f"{args.env_id} needs {package} ({error})")
+        else:
+            env = make_gymnasium(args.env_id, video is not None)
+            if env.spec.max_episode_steps is None:
+                env = gym.wrappers.TimeLimit(env, 1000)
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        if video is not None:  # folder/prefix of the MP4
+            folder, prefix = os.path.split(video)
+            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
+            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
+        return fit_spaces(env, args.env_id)
+
+    return thunk
+
+
+def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
+    """Refuses what MBPO cannot use; makes observations float32 and rescales the action box to [-1, 1]."""
+    obs, action = env.observation_space, env.action_space
+    if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1):
+        fail(f"{env_id}: observations must be vectors (D,), not {obs}")
+    if not (isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and action.is_bounded("both")):
+        fail(f"{env_id}: actions must be a bounded vector Box, not {action}")
+    unbounded = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda o: np.asarray(o, np.float32), unbounded)
+    low, scale = action.low, (action.high - action.low) / 2
+    space = gym.spaces.Box(-1, 1, action.shape, np.float32)
+    return gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
+
+
+def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
+    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    if video is not None:
+        try:
+            film = make_env(args, video)()
+            film.reset()
+            film.close()
+        except Exception as error:  # many types, by environment and OpenGL library
+            fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
+    mode = gym.vector.AutoresetMode.DISABLED
+    if num_envs == 1:
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
+    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+
+
+def make_gymnasium(env_id: str, film: bool) -> gym.Env:
+    """Any registered Gymnasium environment, with the paper's observations."""
+    render = {"render_mode": "rgb_array"} if film else {}
+    try:
+        return gym.make(env_id, **render, **ENV_KWARGS.get(env_id, {}))
+    except gym.error.DependencyNotInstalled as error:
+        fail(str(error).replace("\n", " "))
+    except ImportError as error:
+        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
+    except gym.error.Error as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+
+
+class DMControl(gym.Env):
+    """A task of the dm_control suite with its flattened state as observation.
+
+    An episode of 1000 steps ends by truncation; only a task that says discount 0 terminates.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
+    render_mode = "rgb_array"
+
+    def __init__(self, env_id: str):
+        from dm_control import suite
+
+        names = {f"{domain}-{task}".replace("_", "-"): (domain, task) for domain, task in suite.ALL_TASKS}
+        name = re.sub("^cup-", "ball-in-cup-", env_id.replace("_", "-"))
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
+        self.env = suite.load(*names[name], task_kwargs={"random": 0})
+        spec = self.env.action_spec()
+        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+        dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
+
+    def flatten(self, time_step) -> np.ndarray:
+        return np.concatenate([np.ravel(part) for part in time_step.observation.values()]).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env.task._random = np.random.RandomState(seed)  # what suite.load(task_kwargs={"random": seed}) sets
+        return self.flatten(self.env.reset()), {}
+
+    def step(self, action: np.ndarray):
+        time_step = self.env.step(action)
+        terminated = time_step.last() and time_step.discount == 0.0
+        return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
+
+    def render(self) -> np.ndarray:
+        return self.env.physics.render(240, 240, camera_id=0)
+
+
 # === Evaluation ===
 
 
@@ -779,6 +852,25 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
                 trajectories.append((np.concatenate([past, next_obs[i][None]]), acted, earned.astype(np.float32)))
             tracks[i].clear()
     return np.array(returns), trajectories
+
+
+def evaluate_run(args: Args) -> str:
+    """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
+    checkpoint = load_checkpoint(args.evaluate, args)
+    refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed compile cudagraphs")
+    device, stop = choose_device(args), StopRequest()
+    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0], args).to(device)
+    agent.load_state_dict(checkpoint["parts"]["agent"])
+    returns, _ = evaluate(agent, envs, args, device, stop)
+    envs.close()
+    if len(returns):
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    stop.exit()
+    return args.evaluate
 
 
 @torch.no_grad()
@@ -825,26 +917,20 @@ def log_open_loop(agent: Agent, trajectories: list, writer: SummaryWriter, step:
     writer.add_figure("open_loop/error", figure, step)
 
 
-def evaluate_run(args: Args) -> str:
-    """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
-    checkpoint = load_checkpoint(args.evaluate, args)
-    refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed compile cudagraphs")
-    device, stop = choose_device(args), StopRequest()
-    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
-    envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
-    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0], args).to(device)
-    agent.load_state_dict(checkpoint["parts"]["agent"])
-    returns, _ = evaluate(agent, envs, args, device, stop)
-    envs.close()
-    if len(returns):
-        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-        print(f"{args.env_id} at step {checkpoint['global_step']}:")
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
-    stop.exit()
-    return args.evaluate
+def training_metrics(agent: Agent, errors: dict, global_step: int) -> dict[str, float]:
+    """What `train_model` returned, which must be finite, and the bounds of the log-variance."""
+    values = {
+        "losses/model_nll": errors["loss"], "losses/model_holdout_mse": errors["mse"].mean(),
+        "model/weighted_mse": errors["weighted_mse"].mean(), "model/disagreement": errors["disagreement"],
+        "model/max_logvar": agent.ensemble.max_logvar.mean(), "model/min_logvar": agent.ensemble.min_logvar.mean(),
+    }  # fmt: skip
+    for name, key in (("holdout_mse", "mse"), ("weighted_mse", "weighted_mse")):
+        values |= {f"model/{name}_{i}": error for i, error in enumerate(errors[key])}
+    values = require_finite({name: value.detach() for name, value in values.items()}, global_step)
+    return values | {"model/epochs": errors["epochs"]}
 
 
-# === Run plumbing (same text in all five scripts) ===
+# === Run: folder, log, checkpoints, Ctrl-C (same text in all five scripts) ===
 
 
 def fail(message: str) -> NoReturn:
@@ -866,66 +952,21 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
 
-def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, SummaryWriter]:
-    """Run folder, device, logs and global seeds; with a checkpoint, that run's folder."""
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
-    if checkpoint:
-        free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
-        refuse_changes(args, checkpoint, free)
-    run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = run_dir.rstrip("/")
-    try:
-        os.makedirs(run_dir, exist_ok=args.resume is not None)
-    except OSError as error:
-        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    if args.track:  # before the writer is made, which it listens to
-        name = os.path.basename(run_dir)
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
-                   config=asdict(args), sync_tensorboard=True)  # fmt: skip
-    step = checkpoint["global_step"] if checkpoint else 0
-    try:
-        writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
-    except OSError as error:
-        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    return run_dir, choose_device(args), writer
-
-
-def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
-    """Settings of a saved run must be as they were, but for those named in `free`."""
-    for name, value in checkpoint["args"].items():
-        if name not in free.split() and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
-
-
 def next_multiple(step: int, frequency: int) -> float:
     """The next multiple of a frequency after this step; 0 = never."""
     return (step // frequency + 1) * frequency if frequency else math.inf
 
 
 def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
-    """Writes everything a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
+    """Writes all that a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
 
     parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
     """
-    state = {
-        "version": 1,
-        "args": asdict(args) | {"resume": None},
-        "global_step": global_step,
-        "parts": {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()},
-        "rng": {
-            name: g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for name, g in rng.items()
-        },
-    }
+    state = {"version": 1, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    for name, generator in rng.items():
+        is_torch = isinstance(generator, torch.Generator)
+        state["rng"][name] = generator.get_state() if is_torch else generator.bit_generator.state
     path = f"{run_dir}/checkpoint.pt"
     try:
         with open(f"{path}.tmp", "wb") as file:
@@ -938,33 +979,33 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
 
 
 def load_checkpoint(run_dir: str, args: Args) -> dict:
-    """Reads a run folder's checkpoint (tensors stay on disk until they are used); names what is wrong in one line."""
+    """Reads a run folder's checkpoint (tensors stay on disk until they are used); says in one line if it cannot."""
     path = os.path.join(run_dir, "checkpoint.pt")
-    if not os.path.isfile(path):
-        fail(f"no checkpoint at {path}")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # many types, for a damaged or foreign file
-        fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
-    if damaged:
-        fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
-    names = {field.name for field in fields(args)}
-    if not isinstance(state, dict) or state.get("version") != 1 or set(state.get("args", ())) != names:
-        fail(f"{path} was written by another script or version")
+    except Exception as error:  # many types, for a missing, damaged or foreign file
+        fail(f"no readable checkpoint at {path} ({type(error).__name__})")
+    ours = isinstance(state, dict) and state.get("version") == 1
+    if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
+        fail(f"{path} is damaged or was written by another script or version")
     return state
 
 
-def restore_rng(rng: dict, states: dict) -> None:
-    """Sets the named generators to the states of a checkpoint."""
-    for name, generator in rng.items():
-        if isinstance(generator, torch.Generator):
-            if states[name].shape == generator.get_state().shape:
-                generator.set_state(states[name])
-            else:
-                print(f"random generator {name} starts anew: it was saved on another kind of device")
-        else:
-            generator.bit_generator.state = states[name]
+def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
+    """Settings of a saved run must be as they were, but for those named in `free`."""
+    for name, value in checkpoint["args"].items():
+        if name not in free.split() and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
+
+
+def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
+    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
+    scalars = [torch.as_tensor(value) for value in metrics.values()]
+    values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+    return values
 
 
 class StopRequest:
@@ -988,48 +1029,110 @@ class StopRequest:
             raise SystemExit(128 + self.requested)
 
 
-def make_progress(args: Args, global_step: int) -> tqdm:
-    """Progress bar in environment steps; into a file it writes a line now and then."""
-    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
-    if not sys.stderr.isatty():
-        progress.write = print  # tqdm's own draws the bar anew at every line
-    return progress
+class Run:
+    """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
+    def __init__(self, args: Args, checkpoint: dict | None):
+        if checkpoint:
+            free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
+            refuse_changes(args, checkpoint, free)
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                fail("--track needs Weights and Biases: pip install wandb")
+        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.folder = (args.resume or f"runs/{name}").rstrip("/")
+        self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
+        try:
+            os.makedirs(self.folder, exist_ok=args.resume is not None)
+            if args.track:  # before the writer is made, which it listens to
+                name = os.path.basename(self.folder)
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
+                           resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if checkpoint else None)
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder}: {error.strerror}")
+        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", self.step)
+        random.seed(args.seed)
+        np.random.seed(args.seed % 2**32)
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        self.device, self.stop = choose_device(args), StopRequest()
+        pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
+        steps = {"total": args.total_timesteps, "initial": self.step, "unit": "step"}
+        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
+        self.say = self.progress.write if sys.stderr.isatty() else print  # tqdm's would draw the bar into the file
+        self.metrics, self.reported = {}, (self.step, time.perf_counter())
+        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
-def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
-    """Prints each episode that ended at this step (more than 16: their mean) and logs their mean."""
-    returns, lengths = infos["episode"]["r"][dones], infos["episode"]["l"][dones]
-    if len(returns) > 16:
-        mean = f"episodic_return={returns.mean():.1f}, length={lengths.mean():.1f}"
-        progress.write(f"global_step={global_step}, {len(returns)} episodes, mean {mean}")
-    else:
-        for episodic_return, length in zip(returns, lengths, strict=True):
-            progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
-    writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
-    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
-    progress.set_postfix({"return": f"{returns.mean():.1f}"}, refresh=False)
+    def keep(self, parts: dict, rng: dict) -> None:
+        """Names what a checkpoint holds, see save_checkpoint; a resumed run finds its objects as they were saved."""
+        self.parts, self.rng = parts, rng
+        if not self.checkpoint:
+            return
+        for name, part in parts.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(self.checkpoint["parts"][name])
+        for name, state in self.checkpoint["rng"].items():
+            if not isinstance(rng[name], torch.Generator):
+                rng[name].bit_generator.state = state
+            elif state.shape == rng[name].get_state().shape:
+                rng[name].set_state(state)
+            else:
+                print(f"random generator {name} starts anew: it was saved on another kind of device")
 
+    def goes_on(self, dones: np.ndarray) -> bool:
+        """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
+        ending = self.stop.requested or self.step >= self.args.total_timesteps
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
+            self.report()  # a loss that is not finite must not reach the checkpoint
+            self.writer.flush()  # curves without a gap, should the run be killed and resumed
+            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+        return not ending
 
-def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, global_step: int) -> None:
-    """Prints and logs mean and standard deviation of an evaluation's returns."""
-    progress.write(f"global_step={global_step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
-    writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-    writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+    def eval_due(self) -> bool:
+        due = self.step >= self.next_eval and not self.stop.requested
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        return due
 
+    def report(self) -> None:
+        """Logs self.metrics, which must be finite, and steps per second, once for each environment step."""
+        values, (last_step, last_time) = require_finite(self.metrics, self.step), self.reported
+        now = time.perf_counter()
+        if values and self.step > last_step:
+            self.log(values | {"charts/SPS": (self.step - last_step) / (now - last_time)})
+            self.reported = self.step, now
 
-def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[str, float]:
-    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
-    if not metrics:
-        return {}
-    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
-    return values
+    def log(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, self.step)
 
+    def log_episodes(self, infos: dict, dones: np.ndarray) -> None:
+        """Prints and logs the mean return and length of the episodes that ended at this step."""
+        mean, length = infos["episode"]["r"][dones].mean(), infos["episode"]["l"][dones].mean()
+        number = f", {dones.sum()} episodes" if dones.sum() > 1 else ""
+        self.say(f"global_step={self.step}, episodic_return={mean:.1f}, length={length:.0f}{number}")
+        self.progress.set_postfix({"return": f"{mean:.1f}"}, refresh=False)
+        self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
 
-# === Main ===
+    def log_evaluation(self, returns: np.ndarray) -> None:
+        self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
+        self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def close(self, weights: dict) -> str:
+        """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
+        self.progress.close()
+        self.writer.close()
+        if self.args.save_model:
+            torch.save(weights, f"{self.folder}/{self.args.exp_name}.pt")
+        script = os.path.basename(__file__)
+        print(f"checkpoint at step {self.step}; continue with: python {script} --resume {self.folder}")
+        self.stop.exit()
+        return self.folder
 
 
 def check_args(args: Args) -> None:
@@ -1066,172 +1169,6 @@ def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) ->
     """Stops the run before what is not finite gets into the replay."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
-
-
-def training_metrics(agent: Agent, errors: dict, global_step: int) -> dict[str, float]:
-    """What `train_model` returned, which must be finite, and the bounds of the log-variance."""
-    values = {
-        "losses/model_nll": errors["loss"], "losses/model_holdout_mse": errors["mse"].mean(),
-        "model/weighted_mse": errors["weighted_mse"].mean(), "model/disagreement": errors["disagreement"],
-        "model/max_logvar": agent.ensemble.max_logvar.mean(), "model/min_logvar": agent.ensemble.min_logvar.mean(),
-    }  # fmt: skip
-    for name, key in (("holdout_mse", "mse"), ("weighted_mse", "weighted_mse")):
-        values |= {f"model/{name}_{i}": error for i, error in enumerate(errors[key])}
-    values = require_finite({name: value.detach() for name, value in values.items()}, global_step)
-    return values | {"model/epochs": errors["epochs"]}
-
-
-def main(args: Args) -> str:
-    args = with_task_defaults(args)
-    check_args(args)
-    if args.evaluate:
-        return evaluate_run(args)
-    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
-    envs, eval_envs = make_vector_env(args, args.num_envs), None
-    terminated_fn = termination_function(args.env_id)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    if args.target_entropy is None:
-        args = replace(args, target_entropy=-float(action_dim))
-    run_dir, device, writer = setup_run(args, checkpoint)
-    stop = StopRequest()
-
-    # networks, optimizers, buffers, generators
-    agent = Agent(obs_dim, action_dim, args).to(device)
-    optimizers = make_optimizers(agent, args)
-    try:
-        rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-        largest = model_buffer_size(rollout_length(args.total_timesteps, args), args)
-        model_rb = ReplayBuffer(largest, obs_dim, action_dim, device)  # resized at the first training
-    except RuntimeError as error:
-        fail(f"--buffer-size {args.buffer_size} and rollouts do not fit into the memory of {device}: {str(error)[:80]}")
-    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
-    for i, name in enumerate(("act", "model", "rollout", "replay", "update")):
-        rng[name] = torch.Generator(device).manual_seed(10 * args.seed + i)
-    global_step, counters = 0, {"num_updates": 0, "trained_at": -1, "unlogged": {}}
-    print(f"{run_dir}: {device}, {obs_dim} observations, {action_dim} actions, target entropy {agent.target_entropy}")
-
-    # resume
-    parts = {"agent": agent, **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}}
-    buffer_parts = {"replay": rb, "model_replay": model_rb} if args.save_buffer else {}
-    if checkpoint:
-        global_step, saved = checkpoint["global_step"], checkpoint["parts"]
-        for name, part in (parts | buffer_parts).items():
-            part.load_state_dict(saved[name])
-        counters = saved["counters"]
-        restore_rng(rng, checkpoint["rng"])
-
-    # executables
-    update_model_fn, update_policy_fn = make_updates(agent, optimizers, args)
-    metrics, last_report = {}, (global_step, time.perf_counter())
-
-    def report() -> None:
-        """Losses of the newest update (which must be finite) and steps per second."""
-        nonlocal last_report
-        values, (last_step, last_time), now = require_finite(metrics, global_step), last_report, time.perf_counter()
-        if values and global_step > last_step:
-            values["charts/SPS"] = (global_step - last_step) / (now - last_time)
-            for name, value in values.items():
-                writer.add_scalar(name, value, global_step)
-            last_report = global_step, now
-
-    def learn_model() -> None:
-        """Trains the ensemble on all real transitions, then fills the model buffer with rollouts of the policy."""
-        errors = train_model(agent, rb.newest(len(rb)), rng["model"], args, update_model_fn)
-        length = rollout_length(global_step, args)
-        model_rb.resize(model_buffer_size(length, args))
-        starts, rows = agent.unpack(rb.sample(args.rollout_batch_size, generator=rng["rollout"]))[0], 0
-        for step_rows in rollout(agent, starts, length, terminated_fn, rng["rollout"]):
-            model_rb.add(step_rows)
-            rows += len(step_rows)
-        counters["unlogged"] = training_metrics(agent, errors, global_step)
-        counters["unlogged"] |= {"model/rollout_length": length, "model/mean_rollout": rows / len(starts)}
-
-    def learn_policy(count: int) -> None:
-        """SAC updates on real and model transitions, all drawn at once."""
-        nonlocal metrics
-        real = int(args.batch_size * args.real_ratio)
-        rows = rb.sample(count, real, generator=rng["replay"])
-        if real < args.batch_size:
-            rows = torch.cat([rows, model_rb.sample(count, args.batch_size - real, generator=rng["replay"])], 1)
-        noise = torch.randn(count, 2, args.batch_size, action_dim, generator=rng["update"], device=device)
-        metrics = update_policy_fn(rows, noise)
-        counters["num_updates"] += count
-
-    def save() -> None:
-        report()  # a loss that is not finite must not reach the checkpoint
-        writer.flush()  # curves without a gap, should the run be killed and resumed
-        save_checkpoint(run_dir, args, global_step, parts | buffer_parts | {"counters": counters}, rng)
-
-    # the loop
-    progress = make_progress(args, global_step)
-    dones = np.ones(args.num_envs, bool)
-    next_eval = next_multiple(global_step, args.eval_frequency)
-    next_save = next_multiple(global_step, args.checkpoint_frequency)
-    if not checkpoint:
-        save()  # from here on the run folder always holds a checkpoint
-    while True:
-        learning = rb.end >= args.learning_starts  # again random steps first, if the buffer was not saved
-        trainings = (global_step - args.learning_starts) // args.model_train_frequency
-        due = learning and args.real_ratio < 1 and (trainings > counters["trained_at"] or not len(model_rb))
-        if due and not stop.requested and global_step < args.total_timesteps:
-            counters["trained_at"] = trainings
-            learn_model()
-        if global_step >= next_eval:
-            next_eval = next_multiple(global_step, args.eval_frequency)
-            if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
-                video = f"{run_dir}/videos/step-{global_step}" if args.capture_video else None
-                eval_envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
-            returns, trajectories = evaluate(agent, eval_envs, args, device, stop)
-            if args.capture_video:
-                eval_envs.close()
-            if not stop.requested:
-                log_evaluation(writer, progress, returns, global_step)
-                if counters["trained_at"] >= 0:
-                    log_open_loop(agent, trajectories, writer, global_step)
-        ending = stop.requested or global_step >= args.total_timesteps
-        if ending or (global_step >= next_save and (dones.all() or args.num_envs > 1)):
-            next_save = next_multiple(global_step, args.checkpoint_frequency)
-            save()
-        if ending:
-            break
-
-        if dones.any():
-            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
-            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
-            require_finite_arrays(global_step, "the environment's observation", obs)
-        if learning:
-            actions = act(agent, obs, device, rng["act"])
-            require_finite_arrays(global_step, "the policy's action", actions)
-        else:
-            actions = rng["prefill"].uniform(-1, 1, (args.num_envs, action_dim)).astype(np.float32)
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        require_finite_arrays(global_step, "the environment's observation or reward", next_obs, rewards)
-        columns = obs, actions, rewards[:, None], next_obs, terminations[:, None]
-        rb.add(torch.from_numpy(np.concatenate(columns, 1).astype(np.float32)).to(device))
-        obs, dones = next_obs, terminations | truncations
-        global_step += args.num_envs
-        progress.update(args.num_envs)
-        while counters[
-            "unlogged"
-        ]:  # after the step: a resume from before it trains again, or has this in its checkpoint
-            writer.add_scalar(*counters["unlogged"].popitem(), global_step)
-        if dones.any():
-            log_episodes(writer, progress, infos, dones, global_step)
-        if learning:
-            learn_policy(args.updates_per_step * args.num_envs)
-            if counters["num_updates"] % 1000 < args.updates_per_step * args.num_envs:
-                report()
-
-    envs.close()
-    if eval_envs is not None and not args.capture_video:
-        eval_envs.close()
-    progress.close()
-    writer.close()
-    if args.save_model:
-        torch.save(agent.state_dict(), f"{run_dir}/{args.exp_name}.pt")
-    print(f"checkpoint at step {global_step}; continue with: python {os.path.basename(__file__)} --resume {run_dir}")
-    stop.exit()
-    return run_dir
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ Deviations from the paper, each also marked at the line it concerns:
   8. With vectors, returns end in the target network's value now (as in Reanalyze), not in that of the search then.
 """
 
+from __future__ import annotations
+
 import difflib
 import functools
 import math
@@ -39,6 +41,7 @@ import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
@@ -53,429 +56,61 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of every random generator of the run"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic algorithms"""
-    cuda: bool = True
-    """train on the GPU if there is one"""
-    track: bool = False
-    """also log to Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the project name at Weights and Biases"""
-    wandb_entity: str | None = None
-    """the team at Weights and Biases"""
-    capture_video: bool = False
-    """write an MP4 of the first episode of every evaluation into the run folder"""
-    save_model: bool = False
-    """write the weights alone to {exp_name}.pt in the run folder at the end"""
-    eval_frequency: int = 10_000
-    """environment steps between evaluations, 0 = none"""
-    eval_episodes: int = 10
-    """episodes of one evaluation"""
-    checkpoint_frequency: int = 50_000
-    """environment steps between checkpoints, 0 = only at the end or when interrupted"""
-    save_buffer: bool = True
-    """keep the replay buffer in the checkpoint"""
-    resume: str | None = None
-    """run folder to continue"""
-    evaluate: str | None = None
-    """run folder to evaluate: plays eval_episodes, prints mean and standard deviation, trains nothing"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seed of every random generator of the run
+    torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # also log to Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the project name at Weights and Biases
+    wandb_entity: str | None = None  # the team at Weights and Biases
+    capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
+    save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
+    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: int = 10  # episodes of one evaluation
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    save_buffer: bool = True  # keep the replay buffer in the checkpoint
+    resume: str | None = None  # run folder to continue
+    evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments
-    env_id: str = "CartPole-v1"
-    """Gymnasium id with Discrete actions (ALE/Pong-v5, my_module:MyEnv-v0), tictactoe or connect_four"""
-    total_timesteps: int | None = None
-    """environment steps of the run; default by task, see TASKS below"""
-    num_envs: int | None = None
-    """environments or games played side by side, one search for all; default by task"""
-    buffer_size: int | None = None
-    """capacity of the replay buffer in environment steps; default by task"""
-    learning_starts: int = 1_000
-    """environment steps before learning"""
-    replay_ratio: float | None = None
-    """updates per environment step; default by task"""
-    batch_size: int | None = None
-    """sequences per update (B); default by task"""
-    learning_rate: float | None = None
-    """learning rate of AdamW; default by task"""
-    weight_decay: float = 1e-4
-    """its weight decay"""
-    max_grad_norm: float = 5.0
-    """gradient norm that an update is clipped to"""
-    gamma: float | None = None
-    """discount per step; default by task"""
-    td_steps: int | None = None
-    """steps of the return before it is bootstrapped (n); default by task"""
-    bootstrap: Literal["search", "target"] | None = None
-    """value that ends it: the played search's root value, or the target network's now; default by task"""
-    unroll_steps: int = 5
-    """steps the model is unrolled in an update (K)"""
-    value_scale: float = 0.25
-    """weight of the value loss"""
-    support_size: int | None = None
-    """values and rewards are distributions over -M ... M in transformed units; default by task"""
-    hidden_size: int | None = None
-    """units of the latent state and hidden layers, channels of images and boards; default by task"""
-    num_blocks: int | None = None
-    """residual blocks of the convolutional networks, each in representation and dynamics; default by task"""
-    search: Literal["gumbel", "puct"] = "gumbel"  # deviation 6
-    """gumbel: sequential halving, improved policy; puct: the paper's search with Dirichlet noise"""
-    num_simulations: int | None = None
-    """simulations per search (S); default by task"""
-    max_considered_actions: int = 16
-    """gumbel: actions at the root that sequential halving begins with"""
-    c_visit: float = 50.0
-    """gumbel: visits added to the largest visit count in the scale of Q"""
-    c_scale: float | None = None
-    """gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task"""
-    pb_c_init: float = 1.25
-    """puct: c1, the weight of the prior"""
-    pb_c_base: float = 19652.0
-    """puct: c2, visits over which that weight grows"""
-    dirichlet_alpha: float | None = None
-    """puct: concentration of the noise in the root's prior; default by task"""
-    dirichlet_fraction: float = 0.25
-    """puct: its share"""
-    temperature_steps: tuple[int, int] | None = None
-    """puct: environment steps at which the temperature falls from 1 to 0.5 and to 0.25; default by task"""
-    opening_moves: int | None = None
-    """board games: self-play begins after 0 to this many random moves; default by task"""
-    temperature_moves: int | None = None
-    """puct: moves of an episode before the most visited action is played; default by task, all elsewhere"""
-    priority_alpha: float | None = None
-    """exponent of the priorities, 0 = uniform replay; default by task"""
-    priority_beta: float = 1.0
-    """exponent of the importance weights"""
-    reanalyze_ratio: float = 0.0
-    """share of a batch whose policies are searched and values bootstrapped anew, with the target network"""
-    target_network_frequency: int = 200
-    """updates between copies to the target network"""
+    env_id: str = "CartPole-v1"  # Gymnasium id with Discrete actions (ALE/Pong-v5), tictactoe or connect_four
+    total_timesteps: int | None = None  # environment steps of the run; default by task, see TASKS below
+    num_envs: int | None = None  # environments or games played side by side, one search for all; default by task
+    buffer_size: int | None = None  # capacity of the replay buffer in environment steps; default by task
+    learning_starts: int = 1_000  # environment steps before learning
+    replay_ratio: float | None = None  # updates per environment step; default by task
+    batch_size: int | None = None  # sequences per update (B); default by task
+    learning_rate: float | None = None  # learning rate of AdamW; default by task
+    weight_decay: float = 1e-4  # its weight decay
+    max_grad_norm: float = 5.0  # gradient norm that an update is clipped to
+    gamma: float | None = None  # discount per step; default by task
+    td_steps: int | None = None  # steps of the return before it is bootstrapped (n); default by task
+    bootstrap: Literal["search", "target"] | None = None  # ended by the value of: search then, target network now
+    unroll_steps: int = 5  # steps the model is unrolled in an update (K)
+    value_scale: float = 0.25  # weight of the value loss
+    support_size: int | None = None  # values and rewards are distributions over -M ... M, transformed; by task
+    hidden_size: int | None = None  # units of latent state and hidden layers, or channels; default by task
+    num_blocks: int | None = None  # residual blocks of convolutional networks; default by task
+    search: Literal["gumbel", "puct"] = "gumbel"  # sequential halving, or the paper's search (deviation 6)
+    num_simulations: int | None = None  # simulations per search (S); default by task
+    max_considered_actions: int = 16  # gumbel: actions at the root that sequential halving begins with
+    c_visit: float = 50.0  # gumbel: visits added to the largest visit count in the scale of Q
+    c_scale: float | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
+    pb_c_init: float = 1.25  # puct: c1, the weight of the prior
+    pb_c_base: float = 19652.0  # puct: c2, visits over which that weight grows
+    dirichlet_alpha: float | None = None  # puct: concentration of the noise in the root's prior; default by task
+    dirichlet_fraction: float = 0.25  # puct: its share
+    temperature_steps: tuple[int, int] | None = None  # puct: steps at which it falls to 0.5, 0.25; by task
+    opening_moves: int | None = None  # board games: self-play begins after 0 to this many random moves; default by task
+    temperature_moves: int | None = None  # puct: moves before the most visited action is played; by task
+    priority_alpha: float | None = None  # exponent of the priorities, 0 = uniform replay; default by task
+    priority_beta: float = 1.0  # exponent of the importance weights
+    reanalyze_ratio: float = 0.0  # share of a batch searched and valued anew with the target network
+    target_network_frequency: int = 200  # updates between copies to the target network
 
     # Speed
-    compile: bool = False
-    """torch.compile the model, the searches' choices and the losses"""
-    cudagraphs: bool = False
-    """replay the search that acts as one CUDA graph (GPU only)"""
-
-
-# === Environment ===
-
-# Settings by task (name of the environment without its version). A flag on the command line wins.
-DEFAULTS = {
-    "total_timesteps": 200_000, "num_envs": 16, "buffer_size": 50_000, "replay_ratio": 0.25, "batch_size": 128,
-    "learning_rate": 1e-3, "gamma": 0.997, "td_steps": 20, "bootstrap": "target", "support_size": 300,
-    "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
-    "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,
-}  # fmt: skip
-BOARD = {
-    "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
-    "dirichlet_alpha": 1.0, "temperature_steps": (10**9, 10**9),
-}  # fmt: skip
-TASKS = {
-    "CartPole": {
-        "total_timesteps": 40_000, "buffer_size": 40_000, "support_size": 20, "c_scale": 0.03,
-        "temperature_steps": (10_000, 20_000),
-    },
-    "LunarLander": {"total_timesteps": 500_000, "support_size": 30, "num_simulations": 25},
-    "tictactoe": BOARD | {
-        "total_timesteps": 200_000, "buffer_size": 20_000, "td_steps": 9, "hidden_size": 16, "num_simulations": 25,
-        "opening_moves": 4, "temperature_moves": 6,
-    },
-    "connect_four": BOARD | {
-        "total_timesteps": 200_000, "buffer_size": 100_000, "replay_ratio": 0.1, "td_steps": 42, "hidden_size": 32,
-        "num_simulations": 32, "opening_moves": 6, "temperature_moves": 12,
-    },
-}  # fmt: skip
-ATARI = {
-    "total_timesteps": 500_000, "buffer_size": 100_000, "batch_size": 256, "td_steps": 5, "num_simulations": 50,
-    "bootstrap": "search", "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000),
-    "priority_alpha": 1.0,
-}  # fmt: skip
-MAX_REWARD = {"CartPole": 1.0, "Acrobot": 1.0, "MountainCar": 1.0}  # largest |reward| of a step, where it is known
-BOARD_GAMES = {"tictactoe": (3, 3, 3, False), "connect_four": (6, 7, 4, True)}  # rows, columns, in a row, gravity
-
-
-def task_name(env_id: str) -> str:
-    """my_module:MyEnv-v0 -> MyEnv."""
-    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
-
-
-def with_task_defaults(args: Args) -> Args:
-    """The settings in force: what was not given is filled in from TASKS."""
-    task = DEFAULTS | (ATARI if args.env_id.startswith("ALE/") else TASKS.get(task_name(args.env_id), {}))
-    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
-
-
-class BoardGame:
-    """N games of m-in-a-row side by side, with the calls of a vector environment that its caller resets.
-
-    Observations (N, 2, R, C): stones of the player to move and of the other; row 0 is the top. An action is a cell, or
-    with gravity a column. A winning move earns its mover 1, everything else 0; statistics count for the first player.
-    A reset with seeds begins games after 0 to opening_moves random moves, too few to end them.
-    """
-
-    def __init__(self, name: str, num_envs: int, opening_moves: int = 0):
-        rows, columns, self.connect, self.gravity = BOARD_GAMES[name]
-        self.name, self.num_envs, self.shape, self.opening_moves = name, num_envs, (rows, columns), opening_moves
-        self.single_observation_space = gym.spaces.Box(0, 1, (2, rows, columns), np.float32)
-        self.single_action_space = gym.spaces.Discrete(columns if self.gravity else rows * columns)
-        lines = [
-            [(y + i * dy) * columns + x + i * dx for i in range(self.connect)]
-            for dy, dx in ((0, 1), (1, 0), (1, 1), (-1, 1))
-            for y in range(rows)
-            for x in range(columns)
-            if 0 <= y + (self.connect - 1) * dy < rows and x + (self.connect - 1) * dx < columns
-        ]
-        self.lines = torch.zeros(rows * columns, len(lines))
-        self.lines[torch.tensor(lines).T, torch.arange(len(lines))] = 1
-        self.stones = torch.zeros(num_envs, 2, rows * columns)
-        self.moves = torch.zeros(num_envs, dtype=torch.long)
-
-    @property
-    def action_planes(self) -> torch.Tensor:
-        """How an action enters the model: (A, 1, R, C), one at its cell or in its column."""
-        rows, columns = self.shape
-        if self.gravity:
-            return torch.eye(columns)[:, None, None].expand(-1, 1, rows, -1)
-        return torch.eye(rows * columns).view(-1, 1, rows, columns)
-
-    @property
-    def legal(self) -> np.ndarray:
-        """Moves that the rules allow, (N, A): empty cells, or columns with room."""
-        empty = self.stones.sum(1) == 0
-        return (empty[:, : self.shape[1]] if self.gravity else empty).numpy()
-
-    def observe(self) -> np.ndarray:
-        """The stones as the network sees them, (N, 2, R, C); a copy."""
-        return self.stones.view(self.num_envs, 2, *self.shape).numpy().copy()
-
-    def reset(self, seed: list[int] | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Begins the games of options["reset_mask"] (N,) anew, all of them without."""
-        mask = options["reset_mask"] if options else np.ones(self.num_envs, bool)
-        self.stones[mask], self.moves[mask] = 0, 0
-        if self.opening_moves:
-            rng = np.random.default_rng(seed)
-            counts = rng.integers(self.opening_moves + 1, size=self.num_envs) * mask
-            for i in range(self.opening_moves):
-                games = np.flatnonzero(counts > i)
-                self._place(games, random_player(self, games, rng))
-        return self.observe(), {}
-
-    def step(self, actions: np.ndarray):
-        """Places a stone on each board and turns it to the other player; actions (N,) must be legal."""
-        wins = self._place(np.arange(self.num_envs), actions)
-        terminations = wins | (self.moves == self.stones.shape[2])
-        results = torch.where(wins, self.moves % 2 * 2.0 - 1, 0.0)  # the first player makes the odd moves
-        # the reward is the mover's, and comes with the move (deviation 5)
-        infos = {"episode": {"r": results.numpy(), "l": self.moves.numpy().copy()}}
-        never = np.zeros(self.num_envs, bool)
-        return self.observe(), wins.float().numpy(), terminations.numpy(), never, infos
-
-    def _place(self, games: np.ndarray, actions: np.ndarray) -> torch.Tensor:
-        """One move in each of these games (M,); which of them it wins (M,)."""
-        games, cells = torch.as_tensor(games), torch.as_tensor(actions)
-        assert self.legal[games, cells].all()
-        if self.gravity:
-            heights = self.stones.sum(1).view(-1, *self.shape).sum(1)[games, cells].long()
-            cells = (self.shape[0] - 1 - heights) * self.shape[1] + cells
-        self.stones[games, 0, cells] = 1
-        self.moves[games] += 1
-        wins = (self.stones[games, 0] @ self.lines == self.connect).any(1)
-        self.stones[games] = self.stones[games].flip(1)
-        return wins
-
-    def close(self) -> None:
-        """Nothing to close; vector environments have it."""
-
-
-def make_gymnasium(env_id: str, film: bool) -> gym.Env:
-    """Any registered Gymnasium environment; Atari games with the usual preprocessing, in colour."""
-    render = {"render_mode": "rgb_array"} if film else {}
-    try:
-        if not env_id.startswith("ALE/"):
-            return gym.make(env_id, **render)
-        import ale_py
-
-        gym.register_envs(ale_py)
-        env = gym.make(env_id, frameskip=1, repeat_action_probability=0.0, **render)  # as in the published results
-        return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=96, grayscale_obs=False)
-    except gym.error.DependencyNotInstalled as error:
-        fail(str(error).replace("\n", " "))
-    except ImportError as error:
-        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
-    except gym.error.Error as error:
-        close = difflib.get_close_matches(env_id, [*BOARD_GAMES, *gym.registry], n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
-
-
-def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
-    """Thunk of one environment: observations (D,) float32, or the last four frames (4, 96, 96, 3) uint8."""
-
-    def thunk() -> gym.Env:
-        env = make_gymnasium(args.env_id, video is not None)
-        if env.spec.max_episode_steps is None:  # 27,000 decisions are the 30 minutes of an Atari game
-            env = gym.wrappers.TimeLimit(env, 27_000)
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        if video is not None:  # folder/prefix of the MP4
-            folder, prefix = os.path.split(video)
-            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
-        return fit_spaces(env, args.env_id)
-
-    return thunk
-
-
-def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
-    """Refuses what MuZero cannot use; images become stacks of four 96x96 frames, vectors float32."""
-    obs, action = env.observation_space, env.action_space
-    if not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
-        fail(f"{env_id}: actions must be Discrete starting at 0, not {action} (continuous ones: mbpo.py, dreamer.py)")
-    is_box = isinstance(obs, gym.spaces.Box)
-    if is_box and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3:
-        if obs.shape[:2] != (96, 96):
-            env = gym.wrappers.ResizeObservation(env, (96, 96))
-        return gym.wrappers.FrameStackObservation(env, 4, padding_type="reset")
-    if not (is_box and len(obs.shape) == 1):
-        fail(f"{env_id}: observations must be images (H, W, 3) of uint8 or vectors (D,), not {obs}")
-    return gym.wrappers.DtypeObservation(env, np.float32)
-
-
-def make_vector_env(args: Args, num_envs: int, video: str | None = None, opening_moves: int = 0):
-    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
-    if args.env_id in BOARD_GAMES:
-        return BoardGame(args.env_id, num_envs, opening_moves)
-    if video is not None:
-        try:
-            film = make_env(args, video)()
-            film.reset()
-            film.close()
-        except Exception as error:  # many types, by environment and OpenGL library
-            fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
-    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
-    return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-
-
-def legal_actions(envs: gym.vector.VectorEnv | BoardGame) -> np.ndarray:
-    """Actions allowed now, (N, A) bool; outside board games all of them."""
-    if isinstance(envs, BoardGame):
-        return envs.legal
-    return np.ones((envs.num_envs, envs.single_action_space.n), bool)
-
-
-# === Replay buffer ===
-
-STEP, TERMINATED, TRUNCATED = 0, 1, 2  # kinds of rows
-
-
-class ReplayBuffer:
-    """Sequences as they were played: a ring of rows (capacity, N) for each of N environments, on the device.
-
-    A row is a step: observation, action, its reward, search policy and root value. A closing row follows the last step
-    of an episode: the final observation and its value, `end` TERMINATED or TRUNCATED. Steps are drawn by priority, as
-    soon as the K + n rows after them exist or their episode is closed. Of stacked frames each is stored once.
-    """
-
-    def __init__(self, envs: gym.vector.VectorEnv | BoardGame, args: Args, device: torch.device):
-        space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
-        self.num_envs, self.stack = envs.num_envs, space.shape[0] if space.dtype == np.uint8 else 1
-        self.capacity, self.span = args.buffer_size // self.num_envs, args.unroll_steps + args.td_steps + 1
-        self.td_steps, self.discount, self.alpha = args.td_steps, edge_discount(args), args.priority_alpha
-        frame = space.shape[1:] if self.stack > 1 else space.shape
-        dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
-        columns = {
-            "obs": (frame, dtype), "action": ((), torch.long), "reward": ((), torch.float32),
-            "policy": ((num_actions,), torch.float32), "value": ((), torch.float32),
-            "legal": ((num_actions,), torch.bool), "end": ((), torch.uint8), "age": ((), torch.long),
-        }  # fmt: skip
-        self.data = {
-            name: torch.zeros(self.capacity, self.num_envs, *shape, dtype=dtype, device=device)
-            for name, (shape, dtype) in columns.items()
-        }
-        self.priority = torch.zeros(self.capacity, self.num_envs, device=device)  # 0 = not to be drawn
-        self.ends = np.zeros(self.num_envs, np.int64)  # rows ever written; row i lives in slot i % capacity
-        self.ready = np.zeros(self.num_envs, np.int64)  # rows before this one have a priority
-
-    def __len__(self) -> int:
-        """Rows that can be drawn or soon will be."""
-        return int(np.minimum(self.ends, self.capacity).sum())
-
-    def add(self, rows: dict[str, torch.Tensor], envs: np.ndarray, closing: bool = False) -> None:
-        """Appends one row to each of the environments `envs` (M,); tensors (N, ...), missing columns are 0."""
-        device = self.priority.device
-        if self.stack > 1:
-            rows = rows | {"obs": rows["obs"][:, -1]}  # the newest frame
-        slots, index = (torch.from_numpy(x).to(device) for x in (self.ends[envs] % self.capacity, envs))
-        for name, column in self.data.items():
-            if name != "age":
-                column[slots, index] = rows[name][index] if name in rows else column.new_zeros(())
-        before = (slots - 1) % self.capacity
-        goes_on = (self.data["end"][before, index] == STEP) & torch.from_numpy(self.ends[envs] > 0).to(device)
-        self.data["age"][slots, index] = torch.where(goes_on, self.data["age"][before, index] + 1, 0)
-        for ahead in range(self.stack):  # the oldest rows have lost the frames before them
-            self.priority[(slots + ahead) % self.capacity, index] = 0
-        self.ends[envs] += 1
-        limit = self.ends[envs] - (1 if closing else self.span - 1)
-        counts = np.maximum(limit - self.ready[envs], 0)
-        if counts.any():
-            of = np.repeat(envs, counts)
-            new = np.concatenate(
-                [np.arange(start, start + n) for start, n in zip(self.ready[envs], counts, strict=True)]
-            )
-            self._set_first_priority(*(torch.from_numpy(x).to(device) for x in (new % self.capacity, of)))
-        self.ready[envs] = np.maximum(self.ready[envs], self.ends[envs] if closing else limit)
-
-    def _set_first_priority(self, slots: torch.Tensor, envs: torch.Tensor) -> None:
-        """p = |nu - z| of steps (M,): root value of the search minus n-step return; 1 where replay is uniform."""
-        if self.alpha == 0:
-            self.priority[slots, envs] = 1.0
-            return
-        rows = self.window(slots, envs, self.td_steps + 1)
-        returns = n_step_returns(rows["reward"], rows["value"], rows["end"], self.td_steps, self.discount)
-        self.set_priority(slots, envs, rows["value"][0] - returns[0])
-
-    def set_priority(self, slots: torch.Tensor, envs: torch.Tensor, errors: torch.Tensor) -> None:
-        """p = |error| + 0.001 of steps (M,)."""
-        self.priority[slots, envs] = errors.abs() + 1e-3
-
-    def window(self, slots: torch.Tensor, envs: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
-        """Copies of the rows (L, B) that begin at slots (B,), without observations; what follows an end is other."""
-        index = (slots + torch.arange(length, device=slots.device)[:, None]) % self.capacity
-        return {name: column[index, envs] for name, column in self.data.items() if name not in ("obs", "age")}
-
-    def observations(self, slots: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
-        """Copies (*slots.shape, ...); frames are stacked, the first of an episode repeated."""
-        if self.stack == 1:
-            return self.data["obs"][slots, envs]
-        back = torch.arange(self.stack - 1, -1, -1, device=slots.device)
-        back = torch.minimum(back, self.data["age"][slots, envs][..., None])
-        return self.data["obs"][(slots[..., None] - back) % self.capacity, envs[..., None]]
-
-    def sample(self, batch_size: int, beta: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Sequences (K + n + 1, B) drawn with P ~ p^alpha, and weights (B,) ~ P^-beta, the largest of them 1."""
-        chances = torch.where(self.priority > 0, self.priority**self.alpha, 0).flatten()
-        cdf = chances.double().cumsum(0)
-        u = torch.rand(batch_size, generator=generator, device=cdf.device, dtype=torch.float64)
-        drawn = torch.searchsorted(cdf, u * cdf[-1], right=True).clamp(max=len(cdf) - 1)
-        slots, envs = drawn // self.num_envs, drawn % self.num_envs
-        weights = chances[drawn] ** -beta
-        rows = self.window(slots, envs, self.span)
-        return rows | {"slots": slots, "envs": envs, "weights": weights / weights.amax()}
-
-    def state_dict(self) -> dict:
-        """The filled part; through NumPy, because torch would save the whole storage behind a slice."""
-        filled = min(int(self.ends.max()), self.capacity)
-        tensors = self.data | {"priority": self.priority}
-        data = {name: torch.from_numpy(tensor[:filled].cpu().numpy().copy()) for name, tensor in tensors.items()}
-        return {"data": data, "ends": self.ends.tolist(), "ready": self.ready.tolist()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, tensor in state["data"].items():
-            target = self.priority if name == "priority" else self.data[name]
-            target[: len(tensor)] = tensor.to(target.device)
-        self.ends, self.ready = np.array(state["ends"], np.int64), np.array(state["ready"], np.int64)
+    compile: bool = False  # torch.compile the model, the searches' choices and the losses
+    cudagraphs: bool = False  # replay the search that acts as one CUDA graph (GPU only)
 
 
 # === Networks ===
@@ -649,6 +284,9 @@ def from_distribution(logits: torch.Tensor, support_size: int) -> torch.Tensor:
     return inverse_transform(logits.softmax(-1) @ bins)
 
 
+STEP, TERMINATED, TRUNCATED = 0, 1, 2  # kinds of rows
+
+
 def n_step_returns(rewards: torch.Tensor, values: torch.Tensor, ends: torch.Tensor, n: int, d: float) -> torch.Tensor:
     """z_k = r_k + d r_{k+1} + ... + d^n nu_{k+n} for k = 0 ... L - n - 1, from rows (L, B); result (L - n, B).
 
@@ -727,7 +365,7 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}, values
 
 
-# === Acting ===
+# === Search ===
 
 
 class SearchResult(NamedTuple):
@@ -932,6 +570,9 @@ def summarize(tree: Tree, action: torch.Tensor, policy: torch.Tensor) -> SearchR
     return SearchResult(action, policy, tree.node_values[0], tree.visit_counts[0].T, tree.qvalues[0].T, depth)
 
 
+# === Acting ===
+
+
 class Executables(NamedTuple):
     """The functions that --compile compiles; these are the reference."""
 
@@ -1069,7 +710,434 @@ def updates_due(global_step: int, args: Args) -> int:
     return max(0, int((global_step - args.learning_starts) * args.replay_ratio))
 
 
-# === Evaluation ===
+# === Replay buffer ===
+
+
+class ReplayBuffer:
+    """Sequences as they were played: a ring of rows (capacity, N) for each of N environments, on the device.
+
+    A row is a step: observation, action, its reward, search policy and root value. A closing row follows the last step
+    of an episode: the final observation and its value, `end` TERMINATED or TRUNCATED. Steps are drawn by priority, as
+    soon as the K + n rows after them exist or their episode is closed. Of stacked frames each is stored once.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv | BoardGame, args: Args, device: torch.device):
+        space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
+        self.num_envs, self.stack = envs.num_envs, space.shape[0] if space.dtype == np.uint8 else 1
+        self.capacity, self.span = args.buffer_size // self.num_envs, args.unroll_steps + args.td_steps + 1
+        self.td_steps, self.discount, self.alpha = args.td_steps, edge_discount(args), args.priority_alpha
+        frame = space.shape[1:] if self.stack > 1 else space.shape
+        dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
+        columns = {
+            "obs": (frame, dtype), "action": ((), torch.long), "reward": ((), torch.float32),
+            "policy": ((num_actions,), torch.float32), "value": ((), torch.float32),
+            "legal": ((num_actions,), torch.bool), "end": ((), torch.uint8), "age": ((), torch.long),
+        }  # fmt: skip
+        self.data = {
+            name: torch.zeros(self.capacity, self.num_envs, *shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in columns.items()
+        }
+        self.priority = torch.zeros(self.capacity, self.num_envs, device=device)  # 0 = not to be drawn
+        self.ends = np.zeros(self.num_envs, np.int64)  # rows ever written; row i lives in slot i % capacity
+        self.ready = np.zeros(self.num_envs, np.int64)  # rows before this one have a priority
+
+    def __len__(self) -> int:
+        """Rows that can be drawn or soon will be."""
+        return int(np.minimum(self.ends, self.capacity).sum())
+
+    def add(self, rows: dict[str, torch.Tensor], envs: np.ndarray, closing: bool = False) -> None:
+        """Appends one row to each of the environments `envs` (M,); tensors (N, ...), missing columns are 0."""
+        device = self.priority.device
+        if self.stack > 1:
+            rows = rows | {"obs": rows["obs"][:, -1]}  # the newest frame
+        slots, index = (torch.from_numpy(x).to(device) for x in (self.ends[envs] % self.capacity, envs))
+        for name, column in self.data.items():
+            if name != "age":
+                column[slots, index] = rows[name][index] if name in rows else column.new_zeros(())
+        before = (slots - 1) % self.capacity
+        goes_on = (self.data["end"][before, index] == STEP) & torch.from_numpy(self.ends[envs] > 0).to(device)
+        self.data["age"][slots, index] = torch.where(goes_on, self.data["age"][before, index] + 1, 0)
+        for ahead in range(self.stack):  # the oldest rows have lost the frames before them
+            self.priority[(slots + ahead) % self.capacity, index] = 0
+        self.ends[envs] += 1
+        limit = self.ends[envs] - (1 if closing else self.span - 1)
+        counts = np.maximum(limit - self.ready[envs], 0)
+        if counts.any():
+            of = np.repeat(envs, counts)
+            new = np.concatenate(
+                [np.arange(start, start + n) for start, n in zip(self.ready[envs], counts, strict=True)]
+            )
+            self._set_first_priority(*(torch.from_numpy(x).to(device) for x in (new % self.capacity, of)))
+        self.ready[envs] = np.maximum(self.ready[envs], self.ends[envs] if closing else limit)
+
+    def _set_first_priority(self, slots: torch.Tensor, envs: torch.Tensor) -> None:
+        """p = |nu - z| of steps (M,): root value of the search minus n-step return; 1 where replay is uniform."""
+        if self.alpha == 0:
+            self.priority[slots, envs] = 1.0
+            return
+        rows = self.window(slots, envs, self.td_steps + 1)
+        returns = n_step_returns(rows["reward"], rows["value"], rows["end"], self.td_steps, self.discount)
+        self.set_priority(slots, envs, rows["value"][0] - returns[0])
+
+    def set_priority(self, slots: torch.Tensor, envs: torch.Tensor, errors: torch.Tensor) -> None:
+        """p = |error| + 0.001 of steps (M,)."""
+        self.priority[slots, envs] = errors.abs() + 1e-3
+
+    def window(self, slots: torch.Tensor, envs: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+        """Copies of the rows (L, B) that begin at slots (B,), without observations; what follows an end is other."""
+        index = (slots + torch.arange(length, device=slots.device)[:, None]) % self.capacity
+        return {name: column[index, envs] for name, column in self.data.items() if name not in ("obs", "age")}
+
+    def observations(self, slots: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
+        """Copies (*slots.shape, ...); frames are stacked, the first of an episode repeated."""
+        if self.stack == 1:
+            return self.data["obs"][slots, envs]
+        back = torch.arange(self.stack - 1, -1, -1, device=slots.device)
+        back = torch.minimum(back, self.data["age"][slots, envs][..., None])
+        return self.data["obs"][(slots[..., None] - back) % self.capacity, envs[..., None]]
+
+    def sample(self, batch_size: int, beta: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Sequences (K + n + 1, B) drawn with P ~ p^alpha, and weights (B,) ~ P^-beta, the largest of them 1."""
+        chances = torch.where(self.priority > 0, self.priority**self.alpha, 0).flatten()
+        cdf = chances.double().cumsum(0)
+        u = torch.rand(batch_size, generator=generator, device=cdf.device, dtype=torch.float64)
+        drawn = torch.searchsorted(cdf, u * cdf[-1], right=True).clamp(max=len(cdf) - 1)
+        slots, envs = drawn // self.num_envs, drawn % self.num_envs
+        weights = chances[drawn] ** -beta
+        rows = self.window(slots, envs, self.span)
+        return rows | {"slots": slots, "envs": envs, "weights": weights / weights.amax()}
+
+    def state_dict(self) -> dict:
+        """The filled part; through NumPy, because torch would save the whole storage behind a slice."""
+        filled = min(int(self.ends.max()), self.capacity)
+        tensors = self.data | {"priority": self.priority}
+        data = {name: torch.from_numpy(tensor[:filled].cpu().numpy().copy()) for name, tensor in tensors.items()}
+        return {"data": data, "ends": self.ends.tolist(), "ready": self.ready.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, tensor in state["data"].items():
+            target = self.priority if name == "priority" else self.data[name]
+            target[: len(tensor)] = tensor.to(target.device)
+        self.ends, self.ready = np.array(state["ends"], np.int64), np.array(state["ready"], np.int64)
+
+
+# === Training ===
+
+
+def main(args: Args) -> str:
+    args = with_task_defaults(args)
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves)
+    check_support(args, envs)
+    run = Run(args, checkpoint)
+    device = run.device
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # many small operations: more threads only wait for each other
+
+    # what a checkpoint holds: networks, optimizer, replay, counters, generators
+    agent = Agent(envs, args).to(device)
+    target = deepcopy(agent).requires_grad_(False)
+    optimizer = make_optimizer(agent, args)
+    try:
+        rb = ReplayBuffer(envs, args, device)
+    except RuntimeError as error:
+        fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {device}: {str(error)[:80]}")
+    counters = {"num_updates": 0}
+    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act"))}
+    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("replay", "update"))}
+    dones, moves = np.ones(args.num_envs, bool), np.zeros(args.num_envs, np.int64)
+
+    def open_episodes() -> dict:
+        """Rows that close the episodes being played as truncated: a simulator cannot be saved."""
+        return {} if dones.all() else closing_rows(agent, obs, ~dones, np.zeros_like(dones), device)
+
+    parts = {"agent": agent, "target": target, "optimizer": optimizer}
+    parts |= {"replay": rb, "open_episodes": SimpleNamespace(state_dict=open_episodes)} if args.save_buffer else {}
+    run.keep(parts | {"counters": counters}, rng)
+    if checkpoint:
+        counters |= checkpoint["parts"]["counters"]
+        if rows := checkpoint["parts"].get("open_episodes"):
+            rows = {name: tensor.to(device) for name, tensor in rows.items()}
+            rb.add(rows, rows["end"].nonzero()[:, 0].cpu().numpy(), closing=True)
+    fns = Executables(*map(torch.compile, Executables())) if args.compile else Executables()
+    act_fn = functools.partial(act, agent, args=args, fns=fns)
+    act_fn = GraphedSearch(act_fn) if args.cudagraphs else act_fn
+    num_parameters = sum(p.numel() for p in agent.parameters())
+    print(f"{run.folder}: {device}, {agent.num_actions} actions, {num_parameters:,} parameters, {args.search} search")
+
+    def learn(count: int) -> None:
+        for _ in range(count):
+            rows = rb.sample(args.batch_size, args.priority_beta, rng["replay"])
+            searched = math.ceil(args.reanalyze_ratio * args.batch_size)
+            if searched:
+                rows = reanalyze(target, rb, rows, searched, args, fns)
+            valued = args.batch_size if args.bootstrap == "target" else searched
+            if valued:
+                rows = fresh_values(target, rb, rows, valued, args.td_steps)
+            shape = args.unroll_steps, args.batch_size
+            actions = torch.randint(agent.num_actions, shape, generator=rng["update"], device=device)
+            run.metrics = update(agent, optimizer, rb, rows, actions, args, fns.losses)
+            counters["num_updates"] += 1
+            if counters["num_updates"] % args.target_network_frequency == 0:
+                target.load_state_dict(agent.state_dict())
+
+    eval_envs = None
+    while run.goes_on(dones):
+        if dones.any():
+            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
+            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
+            require_finite_arrays(run.step, obs)
+            moves[dones] = 0
+        legal = legal_actions(envs)
+        inputs = obs, legal, draw_noise(legal, args, rng["act"]), temperature_of(moves, run.step, args)
+        inputs = [torch.as_tensor(x, device=device) for x in inputs]
+        result = act_fn(*inputs)
+        next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())  # host sync
+        require_finite_arrays(run.step, next_obs, rewards)
+        step_rows = {
+            "obs": inputs[0], "legal": inputs[1], "action": result.action,
+            "policy": result.policy, "value": result.value,
+            "reward": torch.as_tensor(rewards, device=device, dtype=torch.float32),
+        }  # fmt: skip
+        rb.add(step_rows, np.arange(args.num_envs))
+        obs, dones = next_obs, terminations | truncations
+        moves += 1
+        run.step += args.num_envs
+        run.progress.update(args.num_envs)
+        if dones.any():
+            rb.add(closing_rows(agent, obs, dones, terminations, device), np.flatnonzero(dones), closing=True)
+            run.log_episodes(infos, dones)
+        if rb.ready.any() and len(rb) >= args.learning_starts:  # again, if the buffer was not saved
+            before = counters["num_updates"]
+            learn(updates_due(run.step, args) - updates_due(run.step - args.num_envs, args))
+            if counters["num_updates"] // 100 > before // 100:
+                run.report()
+                if (clipped := run.metrics["losses/clipped_targets"]) > 0:
+                    run.say(f"{clipped:.1%} of the targets lie beyond --support-size {args.support_size}")
+        if run.eval_due():
+            if eval_envs is None:
+                video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
+                eval_envs = make_vector_env(args, min(args.eval_episodes, 100), video)
+            returns, trajectories = evaluate(agent, eval_envs, args, device, run.stop, fns)
+            if args.capture_video:  # the film is written when its environment closes
+                eval_envs.close()
+                eval_envs = None
+            if not run.stop.requested:
+                run.log_evaluation(returns)
+                log_diagnostics(agent, trajectories, args, run.writer, run.folder, run.step)
+
+    envs.close()
+    if eval_envs is not None:
+        eval_envs.close()
+    return run.close(agent.state_dict())
+
+
+# === Environment ===
+
+
+# Settings by task (name of the environment without its version). A flag on the command line wins.
+DEFAULTS = {
+    "total_timesteps": 200_000, "num_envs": 16, "buffer_size": 50_000, "replay_ratio": 0.25, "batch_size": 128,
+    "learning_rate": 1e-3, "gamma": 0.997, "td_steps": 20, "bootstrap": "target", "support_size": 300,
+    "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
+    "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,
+}  # fmt: skip
+BOARD = {
+    "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
+    "dirichlet_alpha": 1.0, "temperature_steps": (10**9, 10**9),
+}  # fmt: skip
+TASKS = {
+    "CartPole": {
+        "total_timesteps": 40_000, "buffer_size": 40_000, "support_size": 20, "c_scale": 0.03,
+        "temperature_steps": (10_000, 20_000),
+    },
+    "LunarLander": {"total_timesteps": 500_000, "support_size": 30, "num_simulations": 25},
+    "tictactoe": BOARD | {
+        "total_timesteps": 200_000, "buffer_size": 20_000, "td_steps": 9, "hidden_size": 16, "num_simulations": 25,
+        "opening_moves": 4, "temperature_moves": 6,
+    },
+    "connect_four": BOARD | {
+        "total_timesteps": 200_000, "buffer_size": 100_000, "replay_ratio": 0.1, "td_steps": 42, "hidden_size": 32,
+        "num_simulations": 32, "opening_moves": 6, "temperature_moves": 12,
+    },
+}  # fmt: skip
+ATARI = {
+    "total_timesteps": 500_000, "buffer_size": 100_000, "batch_size": 256, "td_steps": 5, "num_simulations": 50,
+    "bootstrap": "search", "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000),
+    "priority_alpha": 1.0,
+}  # fmt: skip
+MAX_REWARD = {"CartPole": 1.0, "Acrobot": 1.0, "MountainCar": 1.0}  # largest |reward| of a step, where it is known
+BOARD_GAMES = {"tictactoe": (3, 3, 3, False), "connect_four": (6, 7, 4, True)}  # rows, columns, in a row, gravity
+
+
+def task_name(env_id: str) -> str:
+    """my_module:MyEnv-v0 -> MyEnv."""
+    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+
+
+def with_task_defaults(args: Args) -> Args:
+    """The settings in force: what was not given is filled in from TASKS."""
+    task = DEFAULTS | (ATARI if args.env_id.startswith("ALE/") else TASKS.get(task_name(args.env_id), {}))
+    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+
+
+def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
+    """Thunk of one environment: observations (D,) float32, or the last four frames (4, 96, 96, 3) uint8."""
+
+    def thunk() -> gym.Env:
+        env = make_gymnasium(args.env_id, video is not None)
+        if env.spec.max_episode_steps is None:  # 27,000 decisions are the 30 minutes of an Atari game
+            env = gym.wrappers.TimeLimit(env, 27_000)
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        if video is not None:  # folder/prefix of the MP4
+            folder, prefix = os.path.split(video)
+            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
+            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
+        return fit_spaces(env, args.env_id)
+
+    return thunk
+
+
+def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
+    """Refuses what MuZero cannot use; images become stacks of four 96x96 frames, vectors float32."""
+    obs, action = env.observation_space, env.action_space
+    if not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
+        fail(f"{env_id}: actions must be Discrete starting at 0, not {action} (continuous ones: mbpo.py, dreamer.py)")
+    is_box = isinstance(obs, gym.spaces.Box)
+    if is_box and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3:
+        if obs.shape[:2] != (96, 96):
+            env = gym.wrappers.ResizeObservation(env, (96, 96))
+        return gym.wrappers.FrameStackObservation(env, 4, padding_type="reset")
+    if not (is_box and len(obs.shape) == 1):
+        fail(f"{env_id}: observations must be images (H, W, 3) of uint8 or vectors (D,), not {obs}")
+    return gym.wrappers.DtypeObservation(env, np.float32)
+
+
+def make_vector_env(args: Args, num_envs: int, video: str | None = None, opening_moves: int = 0):
+    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    if args.env_id in BOARD_GAMES:
+        return BoardGame(args.env_id, num_envs, opening_moves)
+    if video is not None:
+        try:
+            film = make_env(args, video)()
+            film.reset()
+            film.close()
+        except Exception as error:  # many types, by environment and OpenGL library
+            fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
+    return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+
+
+def make_gymnasium(env_id: str, film: bool) -> gym.Env:
+    """Any registered Gymnasium environment; Atari games with the usual preprocessing, in colour."""
+    render = {"render_mode": "rgb_array"} if film else {}
+    try:
+        if not env_id.startswith("ALE/"):
+            return gym.make(env_id, **render)
+        import ale_py
+
+        gym.register_envs(ale_py)
+        env = gym.make(env_id, frameskip=1, repeat_action_probability=0.0, **render)  # as in the published results
+        return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=96, grayscale_obs=False)
+    except gym.error.DependencyNotInstalled as error:
+        fail(str(error).replace("\n", " "))
+    except ImportError as error:
+        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
+    except gym.error.Error as error:
+        close = difflib.get_close_matches(env_id, [*BOARD_GAMES, *gym.registry], n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+
+
+def legal_actions(envs: gym.vector.VectorEnv | BoardGame) -> np.ndarray:
+    """Actions allowed now, (N, A) bool; outside board games all of them."""
+    if isinstance(envs, BoardGame):
+        return envs.legal
+    return np.ones((envs.num_envs, envs.single_action_space.n), bool)
+
+
+class BoardGame:
+    """N games of m-in-a-row side by side, with the calls of a vector environment that its caller resets.
+
+    Observations (N, 2, R, C): stones of the player to move and of the other; row 0 is the top. An action is a cell, or
+    with gravity a column. A winning move earns its mover 1, everything else 0; statistics count for the first player.
+    A reset with seeds begins games after 0 to opening_moves random moves, too few to end them.
+    """
+
+    def __init__(self, name: str, num_envs: int, opening_moves: int = 0):
+        rows, columns, self.connect, self.gravity = BOARD_GAMES[name]
+        self.name, self.num_envs, self.shape, self.opening_moves = name, num_envs, (rows, columns), opening_moves
+        self.single_observation_space = gym.spaces.Box(0, 1, (2, rows, columns), np.float32)
+        self.single_action_space = gym.spaces.Discrete(columns if self.gravity else rows * columns)
+        lines = [
+            [(y + i * dy) * columns + x + i * dx for i in range(self.connect)]
+            for dy, dx in ((0, 1), (1, 0), (1, 1), (-1, 1))
+            for y in range(rows)
+            for x in range(columns)
+            if 0 <= y + (self.connect - 1) * dy < rows and x + (self.connect - 1) * dx < columns
+        ]
+        self.lines = torch.zeros(rows * columns, len(lines))
+        self.lines[torch.tensor(lines).T, torch.arange(len(lines))] = 1
+        self.stones = torch.zeros(num_envs, 2, rows * columns)
+        self.moves = torch.zeros(num_envs, dtype=torch.long)
+
+    @property
+    def action_planes(self) -> torch.Tensor:
+        """How an action enters the model: (A, 1, R, C), one at its cell or in its column."""
+        rows, columns = self.shape
+        if self.gravity:
+            return torch.eye(columns)[:, None, None].expand(-1, 1, rows, -1)
+        return torch.eye(rows * columns).view(-1, 1, rows, columns)
+
+    @property
+    def legal(self) -> np.ndarray:
+        """Moves that the rules allow, (N, A): empty cells, or columns with room."""
+        empty = self.stones.sum(1) == 0
+        return (empty[:, : self.shape[1]] if self.gravity else empty).numpy()
+
+    def observe(self) -> np.ndarray:
+        """The stones as the network sees them, (N, 2, R, C); a copy."""
+        return self.stones.view(self.num_envs, 2, *self.shape).numpy().copy()
+
+    def reset(self, seed: list[int] | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Begins the games of options["reset_mask"] (N,) anew, all of them without."""
+        mask = options["reset_mask"] if options else np.ones(self.num_envs, bool)
+        self.stones[mask], self.moves[mask] = 0, 0
+        if self.opening_moves:
+            rng = np.random.default_rng(seed)
+            counts = rng.integers(self.opening_moves + 1, size=self.num_envs) * mask
+            for i in range(self.opening_moves):
+                games = np.flatnonzero(counts > i)
+                self._place(games, random_player(self, games, rng))
+        return self.observe(), {}
+
+    def step(self, actions: np.ndarray):
+        """Places a stone on each board and turns it to the other player; actions (N,) must be legal."""
+        wins = self._place(np.arange(self.num_envs), actions)
+        terminations = wins | (self.moves == self.stones.shape[2])
+        results = torch.where(wins, self.moves % 2 * 2.0 - 1, 0.0)  # the first player makes the odd moves
+        # the reward is the mover's, and comes with the move (deviation 5)
+        infos = {"episode": {"r": results.numpy(), "l": self.moves.numpy().copy()}}
+        never = np.zeros(self.num_envs, bool)
+        return self.observe(), wins.float().numpy(), terminations.numpy(), never, infos
+
+    def _place(self, games: np.ndarray, actions: np.ndarray) -> torch.Tensor:
+        """One move in each of these games (M,); which of them it wins (M,)."""
+        games, cells = torch.as_tensor(games), torch.as_tensor(actions)
+        assert self.legal[games, cells].all()
+        if self.gravity:
+            heights = self.stones.sum(1).view(-1, *self.shape).sum(1)[games, cells].long()
+            cells = (self.shape[0] - 1 - heights) * self.shape[1] + cells
+        self.stones[games, 0, cells] = 1
+        self.moves[games] += 1
+        wins = (self.stones[games, 0] @ self.lines == self.connect).any(1)
+        self.stones[games] = self.stones[games].flip(1)
+        return wins
+
+    def close(self) -> None:
+        """Nothing to close; vector environments have it."""
 
 
 def random_player(envs: BoardGame, games: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -1077,7 +1145,10 @@ def random_player(envs: BoardGame, games: np.ndarray, rng: np.random.Generator) 
     return np.where(envs.legal[games], rng.random((len(games), envs.legal.shape[1])), -1).argmax(1)
 
 
-def evaluate(agent, envs, args: Args, device, stop: "StopRequest", fns: Executables, opponent=random_player):
+# === Evaluation ===
+
+
+def evaluate(agent, envs, args: Args, device, stop: StopRequest, fns: Executables, opponent=random_player):
     """Plays args.eval_episodes greedily, without noise, on seeds of its own: training does not notice.
 
     Board games are played against `opponent(envs, games, rng)`, from either seat in turn. Returns the agent's returns
@@ -1116,6 +1187,27 @@ def evaluate(agent, envs, args: Args, device, stop: "StopRequest", fns: Executab
                 returns.append(float(infos["episode"]["r"][i]) * sign)
                 seat[i] = 1 - seat[i]
     return np.array(returns), [trajectories[i] for i in sorted(trajectories)]
+
+
+def evaluate_run(args: Args) -> str:
+    """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
+    checkpoint = load_checkpoint(args.evaluate, args)
+    refuse_changes(
+        args, checkpoint, "evaluate eval_episodes num_envs num_simulations capture_video cuda seed compile cudagraphs"
+    )
+    device, stop = choose_device(args), StopRequest()
+    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    envs = make_vector_env(args, min(args.eval_episodes, 100), video)
+    agent = Agent(envs, args).to(device)
+    agent.load_state_dict(checkpoint["parts"]["agent"])
+    returns, _ = evaluate(agent, envs, args, device, stop, Executables())
+    envs.close()
+    if len(returns):
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    stop.exit()
+    return args.evaluate
 
 
 def discounted_sums(rewards: np.ndarray, last: float, d: float) -> np.ndarray:
@@ -1180,28 +1272,7 @@ def log_diagnostics(
     writer.add_figure("open_loop/error", figure, step)
 
 
-def evaluate_run(args: Args) -> str:
-    """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
-    checkpoint = load_checkpoint(args.evaluate, args)
-    refuse_changes(
-        args, checkpoint, "evaluate eval_episodes num_envs num_simulations capture_video cuda seed compile cudagraphs"
-    )
-    device, stop = choose_device(args), StopRequest()
-    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
-    envs = make_vector_env(args, min(args.eval_episodes, 100), video)
-    agent = Agent(envs, args).to(device)
-    agent.load_state_dict(checkpoint["parts"]["agent"])
-    returns, _ = evaluate(agent, envs, args, device, stop, Executables())
-    envs.close()
-    if len(returns):
-        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-        print(f"{args.env_id} at step {checkpoint['global_step']}:")
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
-    stop.exit()
-    return args.evaluate
-
-
-# === Run plumbing (same text in all five scripts) ===
+# === Run: folder, log, checkpoints, Ctrl-C (same text in all five scripts) ===
 
 
 def fail(message: str) -> NoReturn:
@@ -1223,66 +1294,21 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
 
-def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, SummaryWriter]:
-    """Run folder, device, logs and global seeds; with a checkpoint, that run's folder."""
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
-    if checkpoint:
-        free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
-        refuse_changes(args, checkpoint, free)
-    run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = run_dir.rstrip("/")
-    try:
-        os.makedirs(run_dir, exist_ok=args.resume is not None)
-    except OSError as error:
-        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    if args.track:  # before the writer is made, which it listens to
-        name = os.path.basename(run_dir)
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
-                   config=asdict(args), sync_tensorboard=True)  # fmt: skip
-    step = checkpoint["global_step"] if checkpoint else 0
-    try:
-        writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
-    except OSError as error:
-        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    return run_dir, choose_device(args), writer
-
-
-def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
-    """Settings of a saved run must be as they were, but for those named in `free`."""
-    for name, value in checkpoint["args"].items():
-        if name not in free.split() and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
-
-
 def next_multiple(step: int, frequency: int) -> float:
     """The next multiple of a frequency after this step; 0 = never."""
     return (step // frequency + 1) * frequency if frequency else math.inf
 
 
 def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
-    """Writes everything a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
+    """Writes all that a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
 
     parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
     """
-    state = {
-        "version": 1,
-        "args": asdict(args) | {"resume": None},
-        "global_step": global_step,
-        "parts": {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()},
-        "rng": {
-            name: g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for name, g in rng.items()
-        },
-    }
+    state = {"version": 1, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    for name, generator in rng.items():
+        is_torch = isinstance(generator, torch.Generator)
+        state["rng"][name] = generator.get_state() if is_torch else generator.bit_generator.state
     path = f"{run_dir}/checkpoint.pt"
     try:
         with open(f"{path}.tmp", "wb") as file:
@@ -1295,33 +1321,33 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
 
 
 def load_checkpoint(run_dir: str, args: Args) -> dict:
-    """Reads a run folder's checkpoint (tensors stay on disk until they are used); names what is wrong in one line."""
+    """Reads a run folder's checkpoint (tensors stay on disk until they are used); says in one line if it cannot."""
     path = os.path.join(run_dir, "checkpoint.pt")
-    if not os.path.isfile(path):
-        fail(f"no checkpoint at {path}")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # many types, for a damaged or foreign file
-        fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
-    if damaged:
-        fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
-    names = {field.name for field in fields(args)}
-    if not isinstance(state, dict) or state.get("version") != 1 or set(state.get("args", ())) != names:
-        fail(f"{path} was written by another script or version")
+    except Exception as error:  # many types, for a missing, damaged or foreign file
+        fail(f"no readable checkpoint at {path} ({type(error).__name__})")
+    ours = isinstance(state, dict) and state.get("version") == 1
+    if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
+        fail(f"{path} is damaged or was written by another script or version")
     return state
 
 
-def restore_rng(rng: dict, states: dict) -> None:
-    """Sets the named generators to the states of a checkpoint."""
-    for name, generator in rng.items():
-        if isinstance(generator, torch.Generator):
-            if states[name].shape == generator.get_state().shape:
-                generator.set_state(states[name])
-            else:
-                print(f"random generator {name} starts anew: it was saved on another kind of device")
-        else:
-            generator.bit_generator.state = states[name]
+def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
+    """Settings of a saved run must be as they were, but for those named in `free`."""
+    for name, value in checkpoint["args"].items():
+        if name not in free.split() and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
+
+
+def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
+    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
+    scalars = [torch.as_tensor(value) for value in metrics.values()]
+    values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+    return values
 
 
 class StopRequest:
@@ -1345,48 +1371,110 @@ class StopRequest:
             raise SystemExit(128 + self.requested)
 
 
-def make_progress(args: Args, global_step: int) -> tqdm:
-    """Progress bar in environment steps; into a file it writes a line now and then."""
-    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
-    if not sys.stderr.isatty():
-        progress.write = print  # tqdm's own draws the bar anew at every line
-    return progress
+class Run:
+    """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
+    def __init__(self, args: Args, checkpoint: dict | None):
+        if checkpoint:
+            free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
+            refuse_changes(args, checkpoint, free)
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                fail("--track needs Weights and Biases: pip install wandb")
+        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.folder = (args.resume or f"runs/{name}").rstrip("/")
+        self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
+        try:
+            os.makedirs(self.folder, exist_ok=args.resume is not None)
+            if args.track:  # before the writer is made, which it listens to
+                name = os.path.basename(self.folder)
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
+                           resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if checkpoint else None)
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder}: {error.strerror}")
+        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", self.step)
+        random.seed(args.seed)
+        np.random.seed(args.seed % 2**32)
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        self.device, self.stop = choose_device(args), StopRequest()
+        pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
+        steps = {"total": args.total_timesteps, "initial": self.step, "unit": "step"}
+        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
+        self.say = self.progress.write if sys.stderr.isatty() else print  # tqdm's would draw the bar into the file
+        self.metrics, self.reported = {}, (self.step, time.perf_counter())
+        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
-def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
-    """Prints each episode that ended at this step (more than 16: their mean) and logs their mean."""
-    returns, lengths = infos["episode"]["r"][dones], infos["episode"]["l"][dones]
-    if len(returns) > 16:
-        mean = f"episodic_return={returns.mean():.1f}, length={lengths.mean():.1f}"
-        progress.write(f"global_step={global_step}, {len(returns)} episodes, mean {mean}")
-    else:
-        for episodic_return, length in zip(returns, lengths, strict=True):
-            progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
-    writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
-    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
-    progress.set_postfix({"return": f"{returns.mean():.1f}"}, refresh=False)
+    def keep(self, parts: dict, rng: dict) -> None:
+        """Names what a checkpoint holds, see save_checkpoint; a resumed run finds its objects as they were saved."""
+        self.parts, self.rng = parts, rng
+        if not self.checkpoint:
+            return
+        for name, part in parts.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(self.checkpoint["parts"][name])
+        for name, state in self.checkpoint["rng"].items():
+            if not isinstance(rng[name], torch.Generator):
+                rng[name].bit_generator.state = state
+            elif state.shape == rng[name].get_state().shape:
+                rng[name].set_state(state)
+            else:
+                print(f"random generator {name} starts anew: it was saved on another kind of device")
 
+    def goes_on(self, dones: np.ndarray) -> bool:
+        """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
+        ending = self.stop.requested or self.step >= self.args.total_timesteps
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
+            self.report()  # a loss that is not finite must not reach the checkpoint
+            self.writer.flush()  # curves without a gap, should the run be killed and resumed
+            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+        return not ending
 
-def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, global_step: int) -> None:
-    """Prints and logs mean and standard deviation of an evaluation's returns."""
-    progress.write(f"global_step={global_step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
-    writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-    writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+    def eval_due(self) -> bool:
+        due = self.step >= self.next_eval and not self.stop.requested
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        return due
 
+    def report(self) -> None:
+        """Logs self.metrics, which must be finite, and steps per second, once for each environment step."""
+        values, (last_step, last_time) = require_finite(self.metrics, self.step), self.reported
+        now = time.perf_counter()
+        if values and self.step > last_step:
+            self.log(values | {"charts/SPS": (self.step - last_step) / (now - last_time)})
+            self.reported = self.step, now
 
-def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[str, float]:
-    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
-    if not metrics:
-        return {}
-    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
-    return values
+    def log(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, self.step)
 
+    def log_episodes(self, infos: dict, dones: np.ndarray) -> None:
+        """Prints and logs the mean return and length of the episodes that ended at this step."""
+        mean, length = infos["episode"]["r"][dones].mean(), infos["episode"]["l"][dones].mean()
+        number = f", {dones.sum()} episodes" if dones.sum() > 1 else ""
+        self.say(f"global_step={self.step}, episodic_return={mean:.1f}, length={length:.0f}{number}")
+        self.progress.set_postfix({"return": f"{mean:.1f}"}, refresh=False)
+        self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
 
-# === Main ===
+    def log_evaluation(self, returns: np.ndarray) -> None:
+        self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
+        self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def close(self, weights: dict) -> str:
+        """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
+        self.progress.close()
+        self.writer.close()
+        if self.args.save_model:
+            torch.save(weights, f"{self.folder}/{self.args.exp_name}.pt")
+        script = os.path.basename(__file__)
+        print(f"checkpoint at step {self.step}; continue with: python {script} --resume {self.folder}")
+        self.stop.exit()
+        return self.folder
 
 
 def check_args(args: Args) -> None:
@@ -1443,162 +1531,6 @@ def require_finite_arrays(global_step: int, *arrays: np.ndarray) -> None:
     """Stops the run before an observation or a reward that is not finite gets into the replay."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise SystemExit(f"error: not finite at step {global_step}: the environment's observation or reward")
-
-
-def main(args: Args) -> str:
-    args = with_task_defaults(args)
-    check_args(args)
-    if args.evaluate:
-        return evaluate_run(args)
-    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
-    envs, eval_envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves), None
-    check_support(args, envs)
-    run_dir, device, writer = setup_run(args, checkpoint)
-    stop = StopRequest()
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # many small operations: more threads only wait for each other
-
-    # networks, optimizer, buffer, generators
-    agent = Agent(envs, args).to(device)
-    target = deepcopy(agent).requires_grad_(False)
-    optimizer = make_optimizer(agent, args)
-    try:
-        rb = ReplayBuffer(envs, args, device)
-    except RuntimeError as error:
-        fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {device}: {str(error)[:80]}")
-    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act"))}
-    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("replay", "update"))}
-    global_step, counters = 0, {"num_updates": 0}
-    num_parameters = sum(p.numel() for p in agent.parameters())
-    print(f"{run_dir}: {device}, {agent.num_actions} actions, {num_parameters:,} parameters, {args.search} search")
-
-    # resume
-    parts = {"agent": agent, "target": target, "optimizer": optimizer}
-    buffer_parts = {"replay": rb} if args.save_buffer else {}
-    if checkpoint:
-        global_step, saved = checkpoint["global_step"], checkpoint["parts"]
-        for name, part in (parts | buffer_parts).items():
-            part.load_state_dict(saved[name])
-        if args.save_buffer and saved["open_episodes"]:  # a simulator cannot be saved: they end as truncated
-            rows = {name: tensor.to(device) for name, tensor in saved["open_episodes"].items()}
-            rb.add(rows, rows["end"].nonzero()[:, 0].cpu().numpy(), closing=True)
-        counters = saved["counters"]
-        restore_rng(rng, checkpoint["rng"])
-
-    # executables
-    fns = Executables(*map(torch.compile, Executables())) if args.compile else Executables()
-    act_fn = functools.partial(act, agent, args=args, fns=fns)
-    act_fn = GraphedSearch(act_fn) if args.cudagraphs else act_fn
-
-    metrics, last_report = {}, (global_step, time.perf_counter())
-
-    def report() -> None:
-        """Losses of the newest update (which must be finite) and steps per second."""
-        nonlocal last_report
-        values, (last_step, last_time), now = require_finite(metrics, global_step), last_report, time.perf_counter()
-        if values and global_step > last_step:
-            values["charts/SPS"] = (global_step - last_step) / (now - last_time)
-            for name, value in values.items():
-                writer.add_scalar(name, value, global_step)
-            if values["losses/clipped_targets"] > 0:
-                progress.write(
-                    f"global_step={global_step}, returns beyond --support-size {args.support_size} are clipped"
-                )
-            last_report = global_step, now
-
-    def learn(count: int) -> None:
-        nonlocal metrics
-        for _ in range(count):
-            rows = rb.sample(args.batch_size, args.priority_beta, rng["replay"])
-            searched = math.ceil(args.reanalyze_ratio * args.batch_size)
-            if searched:
-                rows = reanalyze(target, rb, rows, searched, args, fns)
-            valued = args.batch_size if args.bootstrap == "target" else searched
-            if valued:
-                rows = fresh_values(target, rb, rows, valued, args.td_steps)
-            shape = args.unroll_steps, args.batch_size
-            actions = torch.randint(agent.num_actions, shape, generator=rng["update"], device=device)
-            metrics = update(agent, optimizer, rb, rows, actions, args, fns.losses)
-            counters["num_updates"] += 1
-            if counters["num_updates"] % args.target_network_frequency == 0:
-                target.load_state_dict(agent.state_dict())
-
-    def save() -> None:
-        report()  # a loss that is not finite must not reach the checkpoint
-        writer.flush()  # curves without a gap, should the run be killed and resumed
-        saved = parts | buffer_parts | {"counters": counters}
-        if args.save_buffer:
-            never = np.zeros_like(dones)
-            saved["open_episodes"] = {} if dones.all() else closing_rows(agent, obs, ~dones, never, device)
-        save_checkpoint(run_dir, args, global_step, saved, rng)
-
-    # the loop
-    progress = make_progress(args, global_step)
-    dones, moves = np.ones(args.num_envs, bool), np.zeros(args.num_envs, np.int64)
-    next_eval = next_multiple(global_step, args.eval_frequency)
-    next_save = next_multiple(global_step, args.checkpoint_frequency)
-    everyone = np.arange(args.num_envs)
-    if not checkpoint:
-        save()  # from here on the run folder always holds a checkpoint
-    while True:
-        if global_step >= next_eval:
-            next_eval = next_multiple(global_step, args.eval_frequency)
-            if eval_envs is None or args.capture_video:  # a film of each evaluation needs a new recorder
-                video = f"{run_dir}/videos/step-{global_step}" if args.capture_video else None
-                eval_envs = make_vector_env(args, min(args.eval_episodes, 100), video)
-            returns, trajectories = evaluate(agent, eval_envs, args, device, stop, fns)
-            if args.capture_video:
-                eval_envs.close()
-            if not stop.requested:
-                log_evaluation(writer, progress, returns, global_step)
-                log_diagnostics(agent, trajectories, args, writer, run_dir, global_step)
-        ending = stop.requested or global_step >= args.total_timesteps
-        if ending or (global_step >= next_save and (dones.all() or args.num_envs > 1)):
-            next_save = next_multiple(global_step, args.checkpoint_frequency)
-            save()
-        if ending:
-            break
-
-        if dones.any():
-            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
-            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
-            require_finite_arrays(global_step, obs)
-            moves[dones] = 0
-        legal = legal_actions(envs)
-        inputs = obs, legal, draw_noise(legal, args, rng["act"]), temperature_of(moves, global_step, args)
-        inputs = [torch.as_tensor(x, device=device) for x in inputs]
-        result = act_fn(*inputs)
-        next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())  # host sync
-        require_finite_arrays(global_step, next_obs, rewards)
-        step_rows = {
-            "obs": inputs[0], "legal": inputs[1], "action": result.action,
-            "policy": result.policy, "value": result.value,
-            "reward": torch.as_tensor(rewards, device=device, dtype=torch.float32),
-        }  # fmt: skip
-        rb.add(step_rows, everyone)
-        obs, dones = next_obs, terminations | truncations
-        moves += 1
-        global_step += args.num_envs
-        progress.update(args.num_envs)
-        if dones.any():
-            rb.add(closing_rows(agent, obs, dones, terminations, device), np.flatnonzero(dones), closing=True)
-            log_episodes(writer, progress, infos, dones, global_step)
-        if rb.ready.any() and len(rb) >= args.learning_starts:  # again, if the buffer was not saved
-            before = counters["num_updates"]
-            learn(updates_due(global_step, args) - updates_due(global_step - args.num_envs, args))
-            if counters["num_updates"] // 100 > before // 100:
-                report()
-
-    envs.close()
-    if eval_envs is not None and not args.capture_video:
-        eval_envs.close()
-    progress.close()
-    writer.close()
-    if args.save_model:
-        torch.save(agent.state_dict(), f"{run_dir}/{args.exp_name}.pt")
-    print(f"checkpoint at step {global_step}; continue with: python {os.path.basename(__file__)} --resume {run_dir}")
-    stop.exit()
-    return run_dir
 
 
 if __name__ == "__main__":

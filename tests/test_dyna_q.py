@@ -700,9 +700,9 @@ def test_growing_makes_no_more_room_than_needed():
 
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_model_state_round_trip(prioritized):
-    """load_model(model_state(model)) is the model, grown or not, bit by bit, in memory of its own."""
+    """load_model(model.state_dict()) is the model, grown or not, bit by bit, in memory of its own."""
     model = drive(make_rule(prioritized=prioritized), branches=3).model
-    state = dyna_q.model_state(model)
+    state = model.state_dict()
     assert all(tensor.dtype == torch.uint8 for tensor in state.values())
     copy = dyna_q.load_model(state, dyna_q.make_model(3, 6, 3))
     sweeping_alone = "priority", "predecessors", "num_predecessors"
