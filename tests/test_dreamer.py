@@ -1,8 +1,13 @@
 """Numbers of dreamer.py: each piece against its equation written out plainly, a known result or torch.distributions."""
 
 import math
+import os
+import re
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -11,6 +16,21 @@ import torch
 import torch.distributions as td
 import torch.nn as nn
 import torch.nn.functional as F
+from runs import (
+    TWO_ENVS,
+    VECTORS,
+    assert_healthy,
+    command_line,
+    differences,
+    episodes,
+    error_of,
+    image_tags,
+    load,
+    resume,
+    run,
+    scalars,
+    tiny,
+)
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import dreamer
@@ -80,7 +100,7 @@ def float64(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-# --- the equations, written out plainly ---
+# === The equations, written out plainly ===
 
 
 def dense(layer: nn.Linear, *inputs: torch.Tensor) -> torch.Tensor:
@@ -185,7 +205,7 @@ def reference_behavior(agent, stoch, deter, start_weight, noise, args, actor_inp
     return {"actor": actor_loss, "value": value_loss, "feats": feats, "inputs": inputs, "weights": new_weights}
 
 
-# --- sizes and initial quantities ---
+# === Sizes and initial quantities ===
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +337,7 @@ def test_weight_initialisation(walker):
     assert seen == count(agent) - 600 * 200 - 600
 
 
-# --- targets and losses ---
+# === Targets and losses ===
 
 
 def random_returns_input(horizon: int = 6, num: int = 4) -> tuple[torch.Tensor, ...]:
@@ -440,7 +460,7 @@ def test_model_loss_against_torch_distributions(float64, obs_space):
     torch.testing.assert_close(metrics["losses/reward_loss"], reward)
 
 
-# --- networks ---
+# === Networks ===
 
 
 def test_encoder_and_decoder_are_the_plain_convolutions(float64):
@@ -582,7 +602,7 @@ def test_update_noise_shapes_and_seed():
     assert not torch.equal(first["post"].flatten()[:600], first["imag"].flatten()[:600])
 
 
-# --- gradients ---
+# === Gradients ===
 
 
 def touched(agent: dreamer.Agent) -> set[str]:
@@ -685,7 +705,7 @@ def test_imagined_features_exclude_the_start(float64):
     assert (feats[0] - torch.cat([stoch, deter], -1)).abs().min(0).values.max() > 1e-3
 
 
-# --- one update ---
+# === One update ===
 
 
 def test_update_moves_every_weight_and_the_frozen_twins_follow():
@@ -837,7 +857,7 @@ def test_cuda_graph_updates_equal_eager(compile, monkeypatch):
     assert_same_update(updated(IMAGE, device="cuda", updates=6, cudagraphs=True, compile=compile), eager, 1e-3)
 
 
-# --- alignment ---
+# === Alignment ===
 
 
 def toy_episodes(num: int, length: int, shift: int = 0) -> ReplayBuffer:
@@ -895,7 +915,7 @@ def test_shifted_actions_keep_the_reward_loss_off_its_floor(shift, excess):
     assert reward_loss > 0.9189 + 0.8 * excess
 
 
-# --- replay ---
+# === Replay ===
 
 
 def numbered_episode(number: int, length: int) -> dict[str, np.ndarray]:
@@ -1063,7 +1083,7 @@ def test_recorder_keeps_environments_apart():
     assert second["obs"].tolist() == [[100.0], [101.0], [102.0]] and second["cont"].tolist() == [1.0, 1.0, 0.0]
 
 
-# --- schedules ---
+# === Schedules ===
 
 
 @pytest.mark.parametrize("num_envs", [1, 4, 16])
@@ -1083,7 +1103,7 @@ def test_exploration_schedule():
     assert epsilons == pytest.approx([0.4, 0.325, 0.25, 0.1, 0.1])
 
 
-# --- acting ---
+# === Acting ===
 
 
 def quiet_agent(args: Args, obs_space=VECTOR, action_space=BOX) -> dreamer.Agent:
@@ -1226,7 +1246,7 @@ def test_random_actions_and_what_the_environment_gets():
     assert np.array_equal(np.eye(3)[dreamer.env_action(agent, actions)], actions)
 
 
-# --- learning ---
+# === Learning ===
 
 
 def moving_square(args: Args) -> dict[str, torch.Tensor]:
@@ -1263,3 +1283,271 @@ def test_world_model_overfits_one_batch():
     assert misses == pytest.approx(44, abs=1)
     assert 0 < metrics["losses/image_loss"].item() - floor < 5
     assert 0.9189 <= metrics["losses/reward_loss"].item() < 0.9189 + 0.02
+
+
+# === Whole runs ===
+
+WALKER = {"env_id": "walker-walk", "action_repeat": 20, "total_timesteps": 2000, "learning_starts": 1000}
+
+
+WALKER |= {"train_frequency": 500, "eval_frequency": 2000, "eval_episodes": 1, "checkpoint_frequency": 0}
+
+
+CLASSIC = {"learning_starts": 200, "total_timesteps": 400, "train_frequency": 100, "eval_frequency": 200}
+
+
+DREAMS = {
+    "pixels": {"env_id": "fake_envs:TinyPixels-v0"},
+    "discrete pixels": {"env_id": "fake_envs:TinyPixelsDiscrete-v0", "total_timesteps": 72},
+    "two environments": {"env_id": "fake_envs:TinyPixels-v0", "num_envs": 2, "total_timesteps": 72},
+    "CartPole": {"env_id": "CartPole-v1", **CLASSIC},
+    "Pendulum": {"env_id": "Pendulum-v1", "eval_episodes": 1, **CLASSIC},
+    "walker state": {"obs_mode": "state", **WALKER},
+    "walker pixels": {"renderer": "raycast", **WALKER},
+}
+
+
+@pytest.mark.parametrize("kind", DREAMS)
+def test_dreamer_logs_everything_and_moves_all_parameters(kind):
+    """Each kind of environment: tags, finite values, growing steps, files in the run folder, trained parameters."""
+    settings = {"eval_frequency": 24} | DREAMS[kind]
+    run_dir = run(dreamer, **settings)
+    vectors, suite = kind in ("CartPole", "Pendulum", "walker state"), kind.startswith("walker")
+    expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    expected |= {"eval/episodic_return", "eval/episodic_return_std"}
+    expected |= {f"losses/{name}_loss" for name in ("model", "image", "reward", "kl", "actor", "value")}
+    expected |= set() if suite else {"losses/cont_loss"}
+    expected |= {f"grad_norm/{name}" for name in ("model", "actor", "value")}
+    expected |= {"model/kl", "model/prior_entropy", "model/post_entropy"}
+    expected |= {"model/imag_reward", "model/imag_value", "model/actor_entropy"}
+    if "discrete" not in kind:  # its episodes may be too short for a prediction
+        expected |= {"open_loop/obs_mse_horizon_1", "open_loop/reward_error_horizon_1"}
+    tags = scalars(run_dir)
+    assert expected <= set(tags), expected - set(tags)
+    assert_healthy(run_dir)
+    if "discrete" not in kind:
+        strips = set() if vectors else {"open_loop/truth_model_error", "eval/episode"}
+        assert image_tags(run_dir) == {"open_loop/error"} | strips
+        files = {re.sub(r"\d+", "N", name) for name in os.listdir(run_dir)}
+        assert "open_loop_error_N.png" in files
+        assert ("open_loop_truth_model_error_N.gif" in files) == ("eval_episode_N.gif" in files) == (not vectors)
+    state = load(run_dir)
+    args, saved = tiny(dreamer, **settings), state["parts"]
+    assert state["global_step"] == args.total_timesteps
+    assert saved["counters"]["num_updates"] == dreamer.updates_due(args.total_timesteps, args) > 0
+    torch.manual_seed(args.seed)
+    envs = dreamer.make_vector_env(args, dreamer.choose_renderer(args, None), 1)
+    untrained = dreamer.Agent(envs.single_observation_space, envs.single_action_space, args).state_dict()
+    envs.close()
+    assert untrained.keys() == saved["agent"].keys()
+    still = [name for name, tensor in untrained.items() if torch.equal(tensor, saved["agent"][name])]
+    assert not still
+
+
+def test_steps_increase_where_many_updates_fall_on_one_step():
+    """Hundreds of updates may be due at one environment step: that is one point of each curve, not three."""
+    run_dir = run(dreamer, **VECTORS, pretrain_steps=201, batch_size=1)
+    assert_healthy(run_dir)
+    assert all(value > 0 for _, value in scalars(run_dir)["charts/SPS"])
+
+
+@pytest.mark.parametrize("changes", [{}, TWO_ENVS], ids=["one", "two"])
+def test_dreamer_keeps_open_episodes_as_truncated(changes):
+    """One environment, and two, stopped in the middle of their episodes."""
+    steps = 24 + 6 * changes.get("num_envs", 1)
+    run_dir = run(dreamer, **changes, total_timesteps=steps)
+    before = episodes(run_dir)
+    open_now = load(run_dir)["parts"]["open_episodes"]
+    assert len(open_now) == changes.get("num_envs", 1)
+    resume(dreamer, run_dir, **changes, total_timesteps=60)
+    after = episodes(run_dir)
+    for old, new in zip(before, after, strict=False):
+        assert all(np.array_equal(old[name], new[name]) for name in old)
+    assert all(episode["cont"].all() for episode in after), "a stopped episode is not a terminated one"
+    assert all(episode["is_first"][0] == 1 and episode["is_first"][1:].sum() == 0 for episode in after)
+    assert len(after) > len(before)
+
+
+def test_resumed_networks_share_no_storage():
+    """No two of the agent's loaded tensors are one; the frozen twins are the live ones."""
+    run_dir = run(dreamer)
+    args = tiny(dreamer)
+    envs = dreamer.make_vector_env(args, "none", 1)
+    agent = dreamer.Agent(envs.single_observation_space, envs.single_action_space, args).freeze_twins()
+    agent.load_state_dict(load(run_dir)["parts"]["agent"])
+    pointers = [parameter.data_ptr() for parameter in agent.parameters()]
+    assert len(set(pointers)) == len(pointers)
+    live = [*agent.world_model.parameters(), *agent.value.parameters()]
+    frozen = [*agent.frozen["model"].parameters(), *agent.frozen["value"].parameters()]
+    for a, b in zip(live, frozen, strict=True):
+        assert a.data_ptr() == b.data_ptr() and a.requires_grad and not b.requires_grad
+
+
+def test_dreamer_refills_a_replay_that_was_not_saved():
+    """Random actions until learning_starts steps are stored again, then the updates that are due."""
+    settings = {"save_buffer": False, **VECTORS}
+    run_dir = run(dreamer, **settings)
+    saved = load(run_dir)
+    resume(dreamer, run_dir, **settings, total_timesteps=108)
+    values = scalars(run_dir)["losses/value_loss"]
+    new = [step for step, _ in values if step > 48]
+    assert new and min(new) >= 48 + 24 and max(new) == 108
+    state = load(run_dir)
+    assert state["global_step"] == 108
+    assert differences(saved["rng"]["prefill"], state["rng"]["prefill"]) != []
+
+
+def test_gl_without_opengl_names_the_packages(capsys, monkeypatch):
+    """--renderer gl on a machine without OpenGL; auto takes the ray-caster there, and stays with a saved run's."""
+
+    def broken(command, **kwargs):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(dreamer.subprocess, "run", broken)
+    line = error_of(capsys, dreamer.main, tiny(dreamer, env_id="walker-walk", renderer="gl"))
+    assert "libegl1" in line and "--renderer raycast" in line
+    assert dreamer.choose_renderer(tiny(dreamer, env_id="walker-walk"), None) == "raycast"
+    saved = {"parts": {"counters": {"renderer": "gl"}}}
+    assert "libegl1" in error_of(capsys, dreamer.choose_renderer, tiny(dreamer, env_id="walker-walk"), saved)
+
+
+def test_a_run_made_by_ray_casting_stays_with_it(monkeypatch):
+    """`auto` means what the run began with, also once OpenGL has been installed."""
+    monkeypatch.setattr(dreamer.subprocess, "run", lambda command, **kwargs: None)
+    args, saved = tiny(dreamer, env_id="walker-walk"), {"parts": {"counters": {"renderer": "raycast"}}}
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    assert dreamer.choose_renderer(args, saved) == "raycast"
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    assert dreamer.choose_renderer(args, None) == "gl"
+
+
+@pytest.mark.parametrize(("env_id", "package"), [("ALE/Pong-v5", "ale_py"), ("walker-walk", "dm_control")])
+def test_missing_simulators_are_named(capsys, monkeypatch, env_id, package):
+    """The pip command of a simulator that is not installed."""
+    monkeypatch.setitem(sys.modules, package, None)
+    line = error_of(capsys, dreamer.main, tiny(dreamer, env_id=env_id, obs_mode="state"))
+    assert f"pip install {package}" in line
+
+
+@pytest.mark.parametrize("changes", [VECTORS, WALKER | {"obs_mode": "state"}], ids=["vectors", "walker"])
+def test_poisoned_parameter_stops_before_anything_is_played_or_saved(changes):
+    """A parameter that is not finite is reported as a loss, not as a simulator's complaint about its actions."""
+    settings = {"obs_mode": "pixels"} | changes
+    run_dir = run(dreamer, **settings)
+    path = Path(run_dir, "checkpoint.pt")
+    state = torch.load(path, weights_only=True)
+    state["parts"]["agent"]["actor.net.0.weight"][0, 0] = math.nan
+    torch.save(state, path)
+    poisoned = path.read_bytes()
+    with pytest.raises(SystemExit, match=r"not finite at step \d+: (losses/actor_loss|action)"):
+        resume(dreamer, run_dir, **settings | {"total_timesteps": 2 * settings.get("total_timesteps", 48)})
+    assert path.read_bytes() == poisoned
+
+
+def test_speed_flags_do_not_bind_an_evaluation(monkeypatch, capsys):
+    """A run made with CUDA graphs can be played without a GPU."""
+    run_dir = run(dreamer)
+    state = load(run_dir)
+    state["args"] |= {"cudagraphs": True, "bfloat16": True}
+    torch.save(state, Path(run_dir, "checkpoint.pt"))
+    command_line(monkeypatch, dreamer, "--evaluate", run_dir)
+    assert "(2 episodes:" in capsys.readouterr().out
+
+
+def test_resume_on_another_kind_of_device(capsys):
+    """The state of a GPU's random generator does not fit a CPU's: it starts anew, and says so."""
+    run_dir = run(dreamer)
+    state = load(run_dir)
+    state["rng"]["act"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(state, Path(run_dir, "checkpoint.pt"))
+    resume(dreamer, run_dir, total_timesteps=72)
+    assert "act starts anew" in capsys.readouterr().out and load(run_dir)["global_step"] == 72
+
+
+def test_lqr_ends_and_is_the_same_system_every_time():
+    """The one task without a time limit of its own, whose springs are drawn when it is loaded."""
+    args = tiny(dreamer, env_id="lqr-lqr-2-1", obs_mode="state")
+    first, second = (dreamer.make_env(args, "none")() for _ in range(2))
+    stiffness = [env.unwrapped.env.physics.model.jnt_stiffness.copy() for env in (first, second)]
+    assert np.array_equal(*stiffness) and stiffness[0].any()
+    first.action_space.seed(1)
+    for seed in range(5):
+        first.reset(seed=seed)
+        steps, done = 0, False
+        while not done:
+            obs, _, terminated, truncated, _ = first.step(first.action_space.sample())
+            steps, done = steps + 1, terminated or truncated
+        assert steps <= 500 and np.abs(obs).max() < 100  # its bounds of 1e10 mean none: actions stay in [-1, 1]
+
+
+def test_environment_without_a_render_mode():
+    """Rendering is asked for only where a video is."""
+    gym.register("Plain-v0", lambda: gym.make("Counter-v0").unwrapped, max_episode_steps=12)
+    assert dreamer.make_env(tiny(dreamer, env_id="Plain-v0"), "none")().reset(seed=1)[0].shape == (3,)
+
+
+@pytest.mark.parametrize("repeat", [1, 2, 5])
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_replay_holds_what_was_played(repeat, num_envs):
+    """Each episode is of one environment, from first to last entry; rewards of repeated actions are summed."""
+    run_dir = run(dreamer, **VECTORS, num_envs=num_envs, action_repeat=repeat, total_timesteps=120, learning_starts=48)
+    stored = episodes(run_dir)
+    seen = [episode["obs"][0, 0] for episode in stored]
+    assert len(set(seen)) == len(seen) >= 120 // (-(-12 // repeat) * repeat)
+    for i, episode in enumerate(stored):
+        obs, length = episode["obs"], len(episode["reward"])
+        steps = np.minimum(np.arange(length) * repeat, 12)
+        assert (obs[:, 0] == obs[0, 0]).all() and (obs[:, 1] == steps).all()
+        sums = [sum(range(steps[t - 1] + 1, steps[t] + 1)) for t in range(1, length)]
+        assert episode["reward"].tolist() == [0, *sums]
+        assert episode["is_first"].tolist() == [1] + [0] * (length - 1)
+        assert episode["action"][0] == 0 and np.abs(episode["action"]).max() <= 1
+        np.testing.assert_allclose(obs[1:, 2], 2 * episode["action"][1:, 0], rtol=1e-5)  # the Box is [-2, 2]
+        assert episode["cont"].all(), "a time limit is not a termination"
+        assert steps[-1] == 12 or i >= len(stored) - num_envs
+    assert load(run_dir)["global_step"] == 120
+
+
+@pytest.mark.parametrize(("env_id", "length"), [("DeadlyCounter-v0", 8), ("BothEndsCounter-v0", 12)])
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_terminations_are_stored_as_such(env_id, length, num_envs):
+    """cont is 0 on the last entry alone, also where the time limit falls on the same step."""
+    run_dir = run(dreamer, env_id=f"fake_envs:{env_id}", num_envs=num_envs, total_timesteps=96, learning_starts=48)
+    closed = [episode for episode in episodes(run_dir) if episode["obs"][-1, 1] == length]
+    assert len(closed) == 96 // length
+    for episode in closed:
+        assert episode["cont"].tolist() == [1] * length + [0]
+
+
+def test_cartpole_terminates_and_the_head_learns_from_it():
+    """Random play ends by falling, never by the time limit of 500."""
+    run_dir = run(dreamer, env_id="CartPole-v1", total_timesteps=200, learning_starts=200, buffer_size=400)
+    closed = [episode for episode in episodes(run_dir) if episode["cont"][-1] == 0]
+    assert len(closed) >= 3
+    for episode in closed:
+        assert episode["cont"][:-1].all()
+        assert (episode["action"][1:].sum(-1) == 1).all() and set(np.unique(episode["action"])) == {0, 1}
+
+
+@pytest.mark.parametrize(("repeat", "num_envs"), [(1, 1), (4, 1), (1, 2)])
+def test_global_step_counts_steps_of_the_environment(repeat, num_envs):
+    """The lengths of the episodes, action repeats counted and all environments together, add up to the step."""
+    run_dir = run(dreamer, **VECTORS, action_repeat=repeat, num_envs=num_envs, total_timesteps=72, learning_starts=72)
+    events = scalars(run_dir)
+    step = 12 * num_envs
+    assert events["charts/episodic_length"] == [(step * (i + 1), 12) for i in range(72 // step)]
+    assert events["charts/episodic_return"] == [(step * (i + 1), sum(range(13))) for i in range(72 // step)]
+
+
+@pytest.mark.slow
+def test_dreamer_learns_a_tiny_pixel_task():
+    """The picture shows the right action: random play returns -40 an episode, the best constant one -30, perfect 0."""
+    run_dir = run(
+        dreamer, total_timesteps=1800, learning_starts=720, pretrain_steps=300, train_frequency=12, train_steps=8,
+        batch_size=16, batch_length=6, buffer_size=5000, horizon=3, cnn_depth=4, stoch_size=8, deter_size=64,
+        dense_size=64, free_nats=1.0, gamma=0.5, model_lr=2e-3, actor_lr=4e-4, value_lr=1e-3, eval_frequency=1800,
+        eval_episodes=20, checkpoint_frequency=0,
+    )  # fmt: skip
+    mean = scalars(run_dir)["eval/episodic_return"][-1][1]
+    print(f"evaluation return {mean:.1f}")
+    assert mean > -20

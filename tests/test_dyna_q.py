@@ -6,15 +6,36 @@ comment says how they were measured.
 
 import heapq
 import math
+import os
+import types
 from collections import deque
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
+import fake_envs
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from runs import (
+    LAKE,
+    TRAITS,
+    TWO_ENVS,
+    assert_healthy,
+    command_line,
+    copy_of,
+    differences,
+    error_of,
+    load,
+    losses,
+    model_of,
+    resume,
+    run,
+    scalars,
+    tiny,
+)
 
 import dyna_q
 from dyna_q import CHANGES_AT, MAZES, Args, EpisodeStatistics, MazeVector, Rule
@@ -74,7 +95,7 @@ class Learners:
         return self
 
 
-# --- the book's boxes, for one learner, with dictionaries, lists and a heap ---
+# === The book's boxes, for one learner, with dictionaries, lists and a heap ===
 
 
 class Book:
@@ -268,7 +289,7 @@ def test_learners_do_not_mix(settings):
             assert np.array_equal(ours[i][room], single[0])
 
 
-# --- updates worked by hand ---
+# === Updates worked by hand ===
 
 
 def test_four_steps_of_dyna_q_by_hand():
@@ -339,7 +360,7 @@ def test_prioritized_sweeping_by_hand():
     assert not learners.model.priority.any()
 
 
-# --- terminal states and truncation ---
+# === Terminal states and truncation ===
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
@@ -407,7 +428,7 @@ def test_truncation_bootstraps(prioritized, limit, register):
     assert not run.model.outcomes["terminations"].any()
 
 
-# --- acting ---
+# === Acting ===
 
 
 def test_ties_are_broken_evenly():
@@ -462,7 +483,7 @@ def chi_square(counts, shares) -> float:
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-# --- what the planner draws ---
+# === What the planner draws ===
 
 TRIED = [(2, 3), (5, 1), (2, 0), (2, 1), (0, 3)]  # of six states and four actions
 
@@ -519,7 +540,7 @@ def test_dyna_q_plus_draws_untried_actions_of_visited_states():
     assert np.argwhere(counts).tolist() == [[0, 2], [0, 3], [2, 0]]
 
 
-# --- Dyna-Q+ ---
+# === Dyna-Q+ ===
 
 
 def test_bonus_is_kappa_times_the_root_of_the_time_since_the_last_try():
@@ -551,7 +572,7 @@ def test_untried_actions_are_not_written_into_the_model():
     assert learners.model.num_tried[0].tolist() == [1, 0, 0] and learners.model.last_tried[0, 0].tolist() == [1, 0]
 
 
-# --- prioritized sweeping ---
+# === Prioritized sweeping ===
 
 
 def sweeping(n: int, theta: float, size=(4, 2), **settings) -> Learners:
@@ -641,7 +662,7 @@ def test_prioritized_sweeping_needs_no_random_numbers():
         assert rng.random() == twin.random()
 
 
-# --- the model ---
+# === The model ===
 
 
 def test_model_keeps_counts_rewards_and_order():
@@ -718,7 +739,7 @@ def test_model_state_round_trip(prioritized):
     assert q[0].any() and np.array_equal(*q)
 
 
-# --- dynamic programming on a table P[s][a] = [(probability, next, reward, terminated)] ---
+# === Dynamic programming on a table P[s][a] = [(probability, next, reward, terminated)] ===
 
 
 def arrays_of(P: dict) -> tuple[np.ndarray, ...]:
@@ -800,7 +821,7 @@ def make_maze(env_id: str, time: int = 0, num_envs: int = 1, **settings) -> Maze
     return maze
 
 
-# --- mazes ---
+# === Mazes ===
 
 SHORTEST = {
     ("DynaMaze-v0", 0): 14, ("DynaMaze-v0", 10**9): 14, ("BlockingMaze-v0", 999): 10, ("BlockingMaze-v0", 1000): 16,
@@ -952,7 +973,7 @@ def test_picture_of_a_maze():
         assert black == [[3, c] for c in range(9) if c != (0 if time else 8)]
 
 
-# --- environments ---
+# === Environments ===
 
 
 def test_episode_statistics_under_masked_resets():
@@ -1212,7 +1233,7 @@ def test_evaluation_takes_place_in_the_world_as_it_is(time, expected):
     assert dyna_q.evaluate(q, envs, Args(eval_episodes=1), time, SimpleNamespace(requested=0)).tolist() == [expected]
 
 
-# --- model errors ---
+# === Model errors ===
 
 WORLD = {  # four states, one action: 0 -> 1 or 2 (half and half), 1 -> the end in 3 with reward 1, 2 -> 0; 3 is dead
     0: {0: [(0.5, 1, 0.0, False), (0.5, 2, 0.0, False)]},
@@ -1313,7 +1334,7 @@ def test_model_errors_of_gymnasiums_tables(env_id):
     assert 0.1 < missing < 0.9 and wrong == 0
 
 
-# --- learning: main's loop without its logs ---
+# === Learning: main's loop without its logs ===
 
 
 class TableVector(gym.vector.VectorEnv):
@@ -1513,7 +1534,7 @@ def test_large_slippery_lake():
     assert counts.mean() > 0.84 and counts.max() > 0.86
 
 
-# --- the book's figures ---
+# === The book's figures ===
 
 
 def episodes(num_learners: int, n: int, count: int, seed: int = 1) -> np.ndarray:
@@ -1610,3 +1631,442 @@ def test_prioritized_sweeping_needs_far_fewer_updates():
     for refine, most, least in ((1, 250, 3000), (2, 1000, 12_000)):
         sweeps, plain = updates_until_good(refine, prioritized=True), updates_until_good(refine)
         assert sweeps.mean() < most and plain.mean() > least
+
+
+# === Whole runs ===
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """What the ladders of a run play: {environment: [(obs, action, reward, next_obs, terminated)]}, in their order."""
+    logs, step = {}, fake_envs.Ladder.step
+
+    def recorded(self, action):
+        before, result = self.obs, step(self, action)
+        logs.setdefault(self, []).append((before, int(action), result[1], result[0], result[2]))
+        return result
+
+    monkeypatch.setattr(fake_envs.Ladder, "step", recorded)
+    return logs
+
+
+def q_of(run_dir: str) -> np.ndarray:
+    return load(run_dir)["parts"]["agent"]["q_table"].numpy()
+
+
+def q_learning(steps: list[tuple], shape: tuple[int, int], learning_rate: float, gamma: float):
+    """The book's Q-learning on transitions (s, a, r, s', terminated): Q and the absolute TD errors."""
+    q, errors = np.zeros(shape), []
+    for s, a, reward, next_s, terminated in steps:
+        td_error = reward + (0 if terminated else gamma * max(q[next_s])) - q[s, a]
+        q[s, a] += learning_rate * td_error
+        errors.append(abs(td_error))
+    return q, errors
+
+
+def table_errors(model, P: dict, start) -> tuple[float, float]:
+    """model/missing and model/wrong, outcome by outcome."""
+    live, todo = set(), [int(s) for s in np.flatnonzero(start)]
+    while todo:
+        if (s := todo.pop()) not in live:
+            live.add(s)
+            todo += [n for row in P[s].values() for chance, n, _, end in row if chance > 0 and not end]
+    num_real = num_missing = num_known = num_wrong = 0
+    for i, s, a in np.ndindex(model.pairs.shape):
+        visits, num_outcomes, mean_reward = model.pairs[i, s, a].item()
+        known = [outcome.item() for outcome in model.outcomes[i, s, a, :num_outcomes]]
+        assert sum(count for _, count, _ in known) == visits
+        seen = {(n, True) for n, _, ends in known if ends} | {(n, False) for n, count, ends in known if count > ends}
+        real = [(n, bool(end)) for chance, n, _, end in P[s][a] if chance > 0]
+        rewards = [reward for chance, _, reward, _ in P[s][a] if chance > 0]
+        possible = min(rewards) - 1e-9 <= mean_reward <= max(rewards) + 1e-9
+        num_real += len(real) if s in live else 0
+        num_missing += sum(outcome not in seen for outcome in real) if s in live else 0
+        num_known += num_outcomes
+        num_wrong += sum(not possible or any(o not in real for o in seen if o[0] == n) for n, _, _ in known)
+    return num_missing / num_real, num_wrong / num_known
+
+
+LONG = {"checkpoint_frequency": 0, "report_frequency": 500}  # for runs of thousands of steps
+
+
+BLOCKED = "........G ......... ......... .######## ......... ...S....."  # S&B example 8.2, from step 1000 on
+
+
+def maze_table(rows: list[str]) -> tuple[dict, list[bool]]:
+    """P of a drawing, cell by cell, and where it begins."""
+    cells = {(y, x): (y * len(rows[0]) + x, cell) for y, row in enumerate(rows) for x, cell in enumerate(row)}
+    P = {s: {} for s, _ in cells.values()}
+    for (y, x), (s, cell) in cells.items():
+        for a, (dy, dx) in enumerate(((-1, 0), (1, 0), (0, -1), (0, 1))):
+            n, ahead = cells.get((y + dy, x + dx), (s, cell))
+            n, ahead = (s, cell) if ahead == "#" else (n, ahead)
+            P[s][a] = [(1.0, n, float(ahead == "G"), ahead == "G")]
+    return P, [cell == "S" for _, cell in cells.values()]
+
+
+SLIPPERY = {"env_id": "FrozenLake-v1", "env_kwargs": ("is_slippery=True",)}
+
+
+TABLES = {
+    "ladder": {"total_timesteps": 600},
+    "lake": {**SLIPPERY, "total_timesteps": 600},
+    "two lakes": {**SLIPPERY, "num_envs": 2, "total_timesteps": 1200},
+    "lakes that forget": {**SLIPPERY, "model": "last", "num_envs": 3, "total_timesteps": 1800},
+    "changing maze": {"env_id": "BlockingMaze-v0", "max_episode_steps": 60, "total_timesteps": 1800},
+    "taxi": {"env_id": "Taxi-v4", "epsilon": 1.0, "total_timesteps": 600},
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_dyna_q_logs_everything(kind):
+    """Each kind of environment: tags, finite values, growing steps; the model beside the environment's own table."""
+    settings = TABLES[kind] | LONG | {"report_frequency": 100, "eval_frequency": 600}
+    args, run_dir = tiny(dyna_q, **settings), run(dyna_q, **settings)
+    expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    expected |= {"eval/episodic_return", "eval/episodic_return_std"}
+    expected |= {"losses/td_error", "model/planning_td_error", "model/states_visited"}
+    tags = scalars(run_dir)
+    assert set(tags) == expected | (set() if kind == "ladder" else {"model/missing", "model/wrong"})
+    assert_healthy(run_dir)
+    reports = list(range(100 * args.num_envs, args.total_timesteps + 1, 100 * args.num_envs))
+    for tag in set(tags) - {"charts/episodic_return", "charts/episodic_length"}:
+        steps = reports if not tag.startswith("eval/") else list(range(600, args.total_timesteps + 1, 600))
+        assert [step for step, _ in tags[tag]] == steps, tag
+    assert all(value > 0 for _, value in tags["charts/SPS"])
+
+    model, visits = model_of(dyna_q, run_dir), model_of(dyna_q, run_dir).pairs["visits"]
+    if dyna_q.with_task_defaults(args).model == "last":
+        assert visits.max() == model.pairs["num_outcomes"].max() == 1
+    else:
+        assert visits.sum() == args.total_timesteps
+    visited = (visits > 0).any(-1).sum(-1)
+    assert tags["model/states_visited"][-1][1] == pytest.approx(visited.mean())
+    if kind == "ladder":
+        return
+    if kind == "changing maze":
+        table = maze_table(BLOCKED.split())
+    else:
+        world = gym.make(args.env_id, **dyna_q.parse_kwargs(dyna_q.with_task_defaults(args))).unwrapped
+        table = world.P, world.initial_state_distrib
+    missing, wrong = table_errors(model, *table)
+    assert tags["model/missing"][-1][1] == pytest.approx(missing) and 0 < missing < 1
+    assert tags["model/wrong"][-1][1] == pytest.approx(wrong) and (wrong > 0) == (kind == "changing maze")
+    if kind != "changing maze" and args.model != "last":
+        assert all(a >= b for (_, a), (_, b) in zip(tags["model/missing"][:-1], tags["model/missing"][1:], strict=True))
+
+
+ONE_STATE = {"plain": {}, "bonus": {"kappa": 1.0}, "two": TWO_ENVS, "no planning": {"planning_steps": 0}}
+
+
+ONE_STATE |= {"prioritized": {"prioritized": True, "theta": 0.5}}
+
+
+ONE_STATE |= {"two prioritized": ONE_STATE["prioritized"] | TWO_ENVS}
+
+
+@pytest.mark.parametrize("kind", ONE_STATE)
+def test_reported_errors_are_those_of_the_steps_since_the_last_report(kind):
+    """One state, one action, reward 1: each update takes the same share off the error, so every report is known.
+
+    A run that ends reports the two steps since the last report; the resumed one reports all five.
+    """
+    settings = {"env_id": "fake_envs:OneState-v0", "learning_rate": 0.5, "gamma": 0.9, **ONE_STATE[kind]}
+    args = tiny(dyna_q, **settings)
+    run_dir = run(dyna_q, **settings, total_timesteps=12 * args.num_envs)
+    resume(dyna_q, run_dir, **settings, total_timesteps=20 * args.num_envs)
+    error, errors, expected = 1.0, [], {"losses/td_error": [], "model/planning_td_error": []}
+    for _ in range(4):
+        direct, planning = [], []
+        for _ in range(5):
+            direct.append(error)
+            if not args.prioritized:
+                error *= 0.95
+            for _ in range(args.planning_steps):
+                if not args.prioritized or error > args.theta:
+                    planning.append(error)
+                    error *= 0.95
+        errors += direct
+        expected["losses/td_error"].append(np.mean(direct))
+        expected["model/planning_td_error"].append(np.mean(planning) if planning else 0)
+    assert (expected["model/planning_td_error"][-1] == 0) == (args.prioritized or not args.planning_steps)
+    tags = scalars(run_dir)
+    for tag, values in expected.items():
+        regular = [value for step, value in tags[tag] if step % (5 * args.num_envs) == 0]
+        assert regular == pytest.approx(values, rel=1e-5), tag
+    assert dict(tags["losses/td_error"])[12 * args.num_envs] == pytest.approx(np.mean(errors[10:12]), rel=1e-5)
+    assert [value for _, value in tags["model/states_visited"]] == [1] * 5
+    np.testing.assert_allclose(q_of(run_dir), (1 - error) / (1 - 0.9))
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 40])
+@pytest.mark.parametrize(("env_id", "length"), [("Ladder-v0", 12), ("DeadlyLadder-v0", 6), ("BothEndsLadder-v0", 12)])
+def test_each_environment_has_a_learner_of_its_own(played, capsys, num_envs, env_id, length):
+    """Without planning every table is Q-learning on what its own environment played: a truncated episode goes on."""
+    settings = {"env_id": f"fake_envs:{env_id}", "num_envs": num_envs, "planning_steps": 0, "epsilon": 0.5}
+    settings |= {"total_timesteps": 60 * num_envs, "learning_rate": 0.5, "gamma": 0.9, **LONG, "report_frequency": 20}
+    run_dir = run(dyna_q, **settings)
+    said, tags = capsys.readouterr().out, scalars(run_dir)
+    assert len(played) == num_envs and {len(steps) for steps in played.values()} == {60}
+    assert load(run_dir)["global_step"] == 60 * num_envs
+    q, model = q_of(run_dir), model_of(dyna_q, run_dir)
+    assert q.shape == (num_envs, 26, 2)
+    td_errors = []
+    for i, steps in enumerate(played.values()):
+        expected, errors = q_learning(steps, (26, 2), 0.5, 0.9)
+        np.testing.assert_allclose(q[i], expected)
+        td_errors.append(errors)
+        visits, last_tried = np.zeros((2, 26, 2), int)
+        for step, (s, a, *_) in enumerate(steps, 1):
+            visits[s, a] += 1
+            last_tried[s, a] = step
+        assert np.array_equal(model.pairs["visits"][i], visits) and np.array_equal(model.last_tried[i], last_tried)
+    reports = [(20 * num_envs * (j + 1), part.mean()) for j, part in enumerate(np.split(np.array(td_errors), 3, 1))]
+    np.testing.assert_allclose(tags["losses/td_error"], reports, rtol=1e-6)
+
+    returns = np.array([[step[2] for step in steps] for steps in played.values()]).reshape(num_envs, -1, length).sum(-1)
+    ends = [length * num_envs * (j + 1) for j in range(60 // length)]
+    assert tags["charts/episodic_length"] == [(step, length) for step in ends]
+    np.testing.assert_allclose(tags["charts/episodic_return"], list(zip(ends, returns.mean(0), strict=True)), rtol=1e-6)
+    number = f", {num_envs} episodes" if num_envs > 1 else ""
+    shown = [f"episodic_return={mean:.1f}, length={length}{number}" for mean in returns.mean(0)]
+    lines = [line.split(", ", 1) for line in said.splitlines() if "episodic_return" in line]
+    assert [words for _, words in lines] == shown
+    assert [step for step, _ in lines] == [f"global_step={step}" for step in ends for _ in shown[:: len(ends)]]
+
+
+@pytest.mark.parametrize("checkpoint", [0, 12])
+def test_a_td_error_that_is_not_finite_is_found_at_once(checkpoint):
+    """A reward of step 31 that is no number stops the run there, and the checkpoint from before stays."""
+    settings = TRAITS["dyna_q"]["nan reward"] | {"checkpoint_frequency": checkpoint}
+    with pytest.raises(SystemExit, match="not finite at step 31: losses/td_error"):
+        run(dyna_q, **settings, total_timesteps=240)
+    run_dir = str(next(Path.cwd().glob("run_0/runs/*")))
+    assert load(run_dir)["global_step"] == (24 if checkpoint else 0)
+
+
+def test_spaces_that_do_not_begin_with_0():
+    """Observations and actions from 5 on are learned as if they began with 0."""
+    plain, shifted = run(dyna_q), run(dyna_q, env_id="fake_envs:ShiftedLadder-v0")
+    assert differences(load(plain)["parts"], load(shifted)["parts"]) == []
+    assert losses(plain) == losses(shifted)
+
+
+def test_dyna_q_begins_new_episodes_after_a_stop_in_the_middle():
+    """Nothing of an open episode is stored; what was played of it has been learned."""
+    run_dir = run(dyna_q, total_timesteps=30)
+    assert list(load(run_dir)["parts"]) == ["agent", "sums", "replay"]
+    assert model_of(dyna_q, run_dir).pairs["visits"].sum() == 30
+    resume(dyna_q, run_dir, total_timesteps=60)
+    assert scalars(run_dir)["charts/episodic_length"] == [(step, 12) for step in (12, 24, 42, 54)]
+    assert model_of(dyna_q, run_dir).pairs["visits"].sum() == 60
+
+
+def test_a_model_that_was_not_saved_is_learned_anew():
+    """--no-save-buffer: the model knows the steps since the resume alone."""
+    forgets, keeps = (run(dyna_q, save_buffer=saves) for saves in (False, True))
+    visits = {}
+    for saves, run_dir in ((False, forgets), (True, keeps)):
+        resume(dyna_q, run_dir, save_buffer=saves, total_timesteps=60)
+        visits[saves] = scalars(run_dir)["model/states_visited"]
+    assert [step for step, _ in visits[False]] == [step for step, _ in visits[True]] == sorted([*range(5, 61, 5), 48])
+    before, after = (max(value for step, value in visits[False] if (step <= 48) == early) for early in (True, False))
+    assert after <= 12 < before
+    assert [value for _, value in visits[True]] == sorted(value for _, value in visits[True])
+
+
+WALLS = {"env_id": "BlockingMaze-v0", "max_episode_steps": 30}
+
+
+CHECKPOINTS = {
+    "lake": ({**SLIPPERY, "total_timesteps": 600}, [100, 300]),
+    "prioritized lake": ({**SLIPPERY, "prioritized": True, "total_timesteps": 600}, [300]),
+    "before and after the walls change": ({**WALLS, "total_timesteps": 1500}, [900, 1100]),
+    "bonus": ({**WALLS, "kappa": 1e-3, "total_timesteps": 1500}, [900]),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_resume_from_the_end_of_an_episode_equals_never_stopped(monkeypatch, kind):
+    """Bit for bit from checkpoints on the way; the clock that moves the walls goes on."""
+    settings, wanted = CHECKPOINTS[kind]
+    settings = {"checkpoint_frequency": 1, "planning_steps": 10, **settings}
+    copies, save = {}, dyna_q.save_checkpoint
+
+    def save_and_copy(run_dir, args, global_step, parts, rng):
+        save(run_dir, args, global_step, parts, rng)
+        if len(copies) < len(wanted) and global_step >= wanted[len(copies)]:
+            copies[global_step] = copy_of(os.path.abspath(run_dir))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dyna_q, "save_checkpoint", save_and_copy)
+        whole = run(dyna_q, **settings)
+    assert len(copies) == len(wanted) and max(copies) < max(wanted) + 200
+    assert "walls" not in kind or min(copies) < 1000 < max(copies)
+    for step, folder in copies.items():
+        assert load(folder)["global_step"] == step
+        resume(dyna_q, folder, **settings)
+        assert differences(load(whole), load(folder)) == [], step
+        assert losses(whole) == losses(folder), step
+        assert_healthy(folder)
+
+
+VARIANTS = {"counts": {}, "last": {"model": "last"}, "kappa": {"kappa": 1e-4}, "prioritized": {"prioritized": True}}
+
+
+def test_every_variant_finds_the_way_through_the_maze():
+    """S&B example 8.1: 14 steps. Where nothing is random, counts are the book's table to the last bit."""
+    tables = {}
+    for kind, changes in VARIANTS.items():
+        settings = {"env_id": "DynaMaze-v0", "learning_rate": 0.5, "epsilon": 0.5, "planning_steps": 30, **changes}
+        run_dir = run(dyna_q, **settings, **LONG, total_timesteps=6000, eval_frequency=6000)
+        maze = dyna_q.MazeVector(1, dyna_q.MAZES["DynaMaze-v0"])
+        obs, _ = maze.reset()
+        tables[kind], path = q_of(run_dir), []
+        while not maze.goal[obs[0]] and len(path) < 20:
+            obs = maze.step(np.array([tables[kind][0, obs[0]].argmax()]))[0]
+            path.append(int(obs[0]))
+        assert len(path) == 14 and path[-1] == 8, kind
+        assert scalars(run_dir)["eval/episodic_return"] == [(6000, 1)], kind
+        assert scalars(run_dir)["eval/episodic_return_std"] == [(6000, 0)], kind
+    assert np.array_equal(tables["counts"], tables["last"])
+    for a, b in (("counts", "kappa"), ("counts", "prioritized"), ("kappa", "prioritized")):
+        assert not np.array_equal(tables[a], tables[b]), (a, b)
+
+
+def test_evaluations_show_known_returns():
+    """The best returns of the non-slippery lake and of the cliff; wins and losses on the slippery lake."""
+    lake = scalars(run(dyna_q, **LAKE, **LONG, total_timesteps=3000, eval_frequency=3000))
+    assert lake["eval/episodic_return"] == [(3000, 1)] and lake["eval/episodic_return_std"] == [(3000, 0)]
+    cliff = {"env_id": "CliffWalking-v1", "planning_steps": 10, "total_timesteps": 4000, "max_episode_steps": 500}
+    tags = scalars(run(dyna_q, **cliff, **LONG, eval_frequency=4000))
+    assert tags["eval/episodic_return"] == [(4000, -13)] and tags["eval/episodic_return_std"] == [(4000, 0)]
+    tags = scalars(run(dyna_q, **SLIPPERY, **LONG, total_timesteps=4000, eval_frequency=2000, eval_episodes=50))
+    for (_, mean), (_, std) in zip(tags["eval/episodic_return"], tags["eval/episodic_return_std"], strict=True):
+        assert 0 < mean < 1 and mean * 50 == pytest.approx(round(mean * 50), abs=1e-4)
+        assert std == pytest.approx((mean * (1 - mean)) ** 0.5)
+
+
+def test_every_learner_is_evaluated(monkeypatch, capsys):
+    """The episodes that were asked for are shared out evenly, to the first learners if there are fewer."""
+    run_dir = run(dyna_q, num_envs=3)
+    for asked, played in ((1, 1), (3, 3), (7, 7)):
+        capsys.readouterr()
+        command_line(monkeypatch, dyna_q, "--evaluate", run_dir, "--eval-episodes", str(asked))
+        assert f"({played} episodes: " in capsys.readouterr().out
+
+
+FILMS = {
+    "lake": {**SLIPPERY, "total_timesteps": 1000},
+    "maze": {**WALLS, "max_episode_steps": 200, "planning_steps": 50, "kappa": 1e-4, "total_timesteps": 1000},
+}
+
+
+@pytest.mark.parametrize("kind", FILMS)
+def test_films_change_no_figure(monkeypatch, capsys, kind):
+    """Training and evaluations are the same with and without; the maze's way is blocked on the evaluation's clock."""
+    pytest.importorskip("moviepy")
+    settings = FILMS[kind] | LONG | {"eval_frequency": 500}
+    filmed, plain = run(dyna_q, **settings, capture_video=True), run(dyna_q, **settings)
+    assert losses(filmed) == losses(plain)
+    assert differences(load(filmed)["parts"], load(plain)["parts"]) == []
+    videos = list(Path(filmed).rglob("*.mp4"))
+    assert len(videos) == 2 and all(video.stat().st_size > 500 for video in videos)
+    assert not list(Path(plain).rglob("*.mp4"))
+    if kind == "maze":
+        assert scalars(plain)["eval/episodic_return"] == [(500, 1), (1000, 0)]
+    said = []
+    for flags in ((), ("--capture-video",)):
+        capsys.readouterr()
+        command_line(monkeypatch, dyna_q, "--evaluate", plain, *flags)
+        said.append(capsys.readouterr().out.splitlines()[-1])
+    assert said[0] == said[1] and "(2 episodes: " in said[0]
+    assert kind != "maze" or "return 0.0 +- 0.0" in said[0]
+    assert len(list(Path(plain).rglob("*.mp4"))) == 1
+
+
+def test_the_clock_of_the_walls_is_that_of_the_run(monkeypatch):
+    """In the middle of an episode, over its end, over a stop and beside evaluations, for all learners at once."""
+    times, step = [], dyna_q.MazeVector.step
+
+    def recorded(self, actions):
+        times.extend([self.time] if not self.frozen else [])
+        return step(self, actions)
+
+    monkeypatch.setattr(dyna_q.MazeVector, "step", recorded)
+    settings = {"env_id": "BlockingMaze-v0", "max_episode_steps": 30, "num_envs": 2, "eval_frequency": 40}
+    run_dir = run(dyna_q, **settings, total_timesteps=100)
+    resume(dyna_q, run_dir, **settings, total_timesteps=200)
+    assert times == list(range(100))
+
+
+@pytest.mark.parametrize("video", [None, "videos/film"], ids=["plain", "filmed"])
+def test_the_walls_stand_still_while_an_evaluation_plays(video):
+    """Two learners on the way that is open until step 1000, one of them late at times, evaluated 5 steps before it."""
+    if video:
+        pytest.importorskip("moviepy")
+    settings = {"env_id": "BlockingMaze-v0", "max_episode_steps": 60, "eval_episodes": 10}
+    args, stop = dyna_q.with_task_defaults(tiny(dyna_q, **settings)), types.SimpleNamespace(requested=0)
+    q = np.zeros((2, 54, 4))
+    q[:, 45:53, 3] = q[:, [53, 44, 35, 26, 17], 0] = 1  # right along the last row, then up
+    q[1, 48] = 0  # where it begins, any direction is as good
+    q[1, 39, 1] = 1
+    for evaluated, expected in ((995, 1.0), (1000, 0.0)):
+        envs = dyna_q.make_vector_env(args, 2, video)
+        assert dyna_q.evaluate(q, envs, args, evaluated, stop).tolist() == [expected] * 10
+        envs.close()
+
+
+def test_settings_of_the_environment_on_the_command_line(monkeypatch, capsys):
+    """--env-kwargs replaces the task's own; a resume takes the run's."""
+    flags = ("--total-timesteps", "400", "--eval-frequency", "0", "--eval-episodes", "2", "--save-model")
+    command_line(monkeypatch, dyna_q, "--env-kwargs", "is_slippery=True", "map_name=8x8", *flags)
+    (run_dir,) = map(str, Path("runs").iterdir())
+    assert load(run_dir)["args"]["env_kwargs"] == ("is_slippery=True", "map_name=8x8")
+    model = model_of(dyna_q, run_dir)
+    assert model.pairs.shape == (1, 64, 4) and model.pairs["num_outcomes"].max() > 1
+    command_line(monkeypatch, dyna_q, "--resume", run_dir, "--total-timesteps", "500")
+    state = load(run_dir)
+    assert state["global_step"] == 500 and state["args"]["env_kwargs"] == ("is_slippery=True", "map_name=8x8")
+    for setting in ("is_slippery=False", "is_slippery=True"):
+        line = error_of(capsys, command_line, monkeypatch, dyna_q, "--resume", run_dir, "--env-kwargs", setting)
+        assert "--env-kwargs" in line and setting in line
+    command_line(monkeypatch, dyna_q, "--evaluate", run_dir)
+    assert "(2 episodes: " in capsys.readouterr().out
+    assert differences(state, load(run_dir)) == []
+
+
+def test_settings_are_added_to_those_of_the_task():
+    """An id without its version is the task's; what is set anew replaces the task's own setting, the rest stays."""
+    for given, in_force in (
+        (("map_name=8x8",), ("is_slippery=False", "map_name=8x8")),
+        (("is_slippery=true",), ("is_slippery=true",)),
+        (("is_slippery=false",), ("is_slippery=false",)),
+    ):
+        run_dir = run(dyna_q, env_id="FrozenLake", env_kwargs=given, epsilon=1.0, total_timesteps=400)
+        args, model = load(run_dir)["args"], model_of(dyna_q, run_dir)
+        assert args["env_id"] == "FrozenLake-v1" and args["env_kwargs"] == in_force
+        assert model.pairs.shape == (1, 64 if "8x8" in given[0] else 16, 4)
+        assert (model.pairs["num_outcomes"].max() > 1) == ("true" in given[0])
+
+
+def test_settings_of_the_task_stay_in_force(monkeypatch, capsys):
+    """What was left open is filled in and saved: a resume need not give it, may give the same, and nothing else."""
+    short = ("--total-timesteps", "100", "--eval-frequency", "0")
+    command_line(monkeypatch, dyna_q, *short)
+    command_line(monkeypatch, dyna_q, "--env-id", "BlockingMaze-v0", "--learning-rate", "0.5", *short)
+    lake, maze = (str(next(Path("runs").glob(f"{name}*"))) for name in ("FrozenLake", "BlockingMaze"))
+    in_force = {"env_kwargs": ("is_slippery=False",), "gamma": 0.99, "learning_rate": 0.1, "model": "counts"}
+    assert in_force.items() <= load(lake)["args"].items()
+    in_force = {"env_kwargs": (), "gamma": 0.95, "learning_rate": 0.5, "model": "last"}
+    assert in_force.items() <= load(maze)["args"].items()
+    assert model_of(dyna_q, lake).pairs["num_outcomes"].max() == 1
+    for step, flags in ((120, ()), (140, ("--gamma", "0.99", "--env-kwargs", "is_slippery=False"))):
+        command_line(monkeypatch, dyna_q, "--resume", lake, "--total-timesteps", str(step), *flags)
+        assert load(lake)["global_step"] == step
+    for flag, value, saved in (("gamma", "0.5", "0.99"), ("learning-rate", "1.0", "0.1"), ("model", "last", "counts")):
+        line = error_of(capsys, command_line, monkeypatch, dyna_q, "--resume", lake, f"--{flag}", value)
+        assert f"--{flag} {value} clashes" in line and saved in line
+    resume(dyna_q, lake, **LAKE, **dict.fromkeys(("planning_steps",), 10), report_frequency=100, eval_episodes=10,
+           checkpoint_frequency=50_000, total_timesteps=160)  # fmt: skip
+    assert load(lake)["global_step"] == 160

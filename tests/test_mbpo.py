@@ -5,9 +5,11 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import shutil
 from collections import deque
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import fake_envs
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import TWO_ENVS, assert_healthy, differences, image_tags, load, resume, run, scalars, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
@@ -27,12 +30,6 @@ CPU = torch.device("cpu")
 D, A = 3, 2  # numbers of observations and actions, unless a test says otherwise
 SMALL = {"num_nets": 5, "num_elites": 3, "model_hidden_size": 8, "hidden_size": 8, "model_batch_size": 16}
 SMALL |= {"learning_starts": 24, "target_entropy": -1.5, "model_max_epochs": 3}
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Where runs, and MuJoCo with its warnings, may write."""
-    monkeypatch.chdir(tmp_path)
 
 
 def make_args(**changes) -> Args:
@@ -1087,14 +1084,14 @@ def played(monkeypatch):
     assert actions and None not in actions, "actions are sampled"
 
 
-def run(**changes) -> dict:
+def run_small(**changes) -> dict:
     run_dir = mbpo.main(Args(**SMALL | TINY | changes))
     return torch.load(os.path.join(run_dir, "checkpoint.pt"), weights_only=True)
 
 
 def test_order_and_amount_of_work(played):
     """Trainings on all real rows before steps 24, 36 and 48, then rollouts from real states; G updates a step."""
-    state = run()
+    state = run_small()
     added = played.pop(0)
     assert [(at, len(rows)) for name, at, rows in played if name == "train"] == [(24, 24), (36, 36), (48, 48)]
     updates = [at for name, at, _ in played if name == "update"]
@@ -1111,7 +1108,7 @@ def test_order_and_amount_of_work(played):
 @pytest.mark.parametrize(("share", "num_real"), [(0.05, 12), (0.0, 0), (0.5, 128), (1.0, 256)])
 def test_batches_mix_real_and_model_rows(played, share, num_real):
     """256 rows, the first int(256 share) of them played, the others imagined; 1 trains no model at all."""
-    run(real_ratio=share, batch_size=256)
+    run_small(real_ratio=share, batch_size=256)
     known = np.array(played.pop(0), np.float32)
     batches = [rows for name, _, rows in played if name == "update"]
     assert len(batches) == 72
@@ -1123,7 +1120,7 @@ def test_batches_mix_real_and_model_rows(played, share, num_real):
 
 def test_terminations_are_stored_and_truncations_are_not(played):
     """A point that goes too far is terminated; the time limit is not."""
-    state = run(env_id="fake_envs:DeadlyPoint-v0", total_timesteps=96)
+    state = run_small(env_id="fake_envs:DeadlyPoint-v0", total_timesteps=96)
     rows, edge = state["parts"]["replay"]["rows"], fake_envs.POINT_ENDS["DeadlyPoint"]
     assert torch.equal(rows[:, -1].bool(), rows[:, 5].abs() > edge) and 0 < rows[:, -1].sum() < 48
     truncated = rows[:, 7].isclose(torch.tensor(1.0)) & (rows[:, -1] == 0)
@@ -1134,7 +1131,7 @@ def test_terminations_are_stored_and_truncations_are_not(played):
 
 def test_model_buffer_grows_with_the_rollouts(played):
     """Its size follows the length at each training; the rows of the last epochs stay."""
-    state = run(total_timesteps=72, rollout_schedule=(0, 3, 1, 4), model_retain_epochs=2)
+    state = run_small(total_timesteps=72, rollout_schedule=(0, 3, 1, 4), model_retain_epochs=2)
     kept = state["parts"]["model_replay"]
     assert kept["capacity"] == 2 * 20 * 4 and len(kept["rows"]) == 20 * (3 + 4) + 20
     sizes = [data[0] for name, _, data in played[1:] if name == "sample" and data[0] != 10**6]
@@ -1143,14 +1140,14 @@ def test_model_buffer_grows_with_the_rollouts(played):
 
 def test_two_environments_do_twice_the_updates():
     """G updates for each step of each environment."""
-    state = run(num_envs=2, total_timesteps=72)
+    state = run_small(num_envs=2, total_timesteps=72)
     assert state["parts"]["counters"]["num_updates"] == 2 * (72 - 24) and state["global_step"] == 72
 
 
 def test_target_entropy_elsewhere_is_minus_the_number_of_actions():
     """And it is saved with the settings."""
-    assert run(target_entropy=None)["args"]["target_entropy"] == -1
-    assert run(target_entropy=-0.3, seed=2)["args"]["target_entropy"] == pytest.approx(-0.3)
+    assert run_small(target_entropy=None)["args"]["target_entropy"] == -1
+    assert run_small(target_entropy=-0.3, seed=2)["args"]["target_entropy"] == pytest.approx(-0.3)
 
 
 def test_evaluation_plays_the_mode_and_returns_whole_trajectories(args):
@@ -1204,7 +1201,7 @@ def test_first_observations_and_actions_must_be_finite(monkeypatch, owner, name,
     function = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: spoil(function(*args, **kwargs)))
     with pytest.raises(SystemExit, match=f"not finite at step (0|24): {source}; the last checkpoint is intact"):
-        run()
+        run_small()
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
@@ -1218,7 +1215,7 @@ def test_an_observation_that_is_not_finite_stops_the_run(monkeypatch, number):
 
     monkeypatch.setattr(fake_envs.Point, "step", spoiled)
     with pytest.raises(SystemExit, match="not finite at step 29: the environment's observation"):
-        run(checkpoint_frequency=12)
+        run_small(checkpoint_frequency=12)
     (run_dir,) = os.listdir("runs")
     assert torch.load(f"runs/{run_dir}/checkpoint.pt", weights_only=True)["global_step"] == 24
 
@@ -1314,7 +1311,7 @@ def test_compile_compiles_the_losses(monkeypatch):
     """--compile: both losses, and nothing else is changed."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: (compiled.append(function), function)[1])
-    eager, fast = run(seed=3), run(compile=True, exp_name="compiled", seed=3)
+    eager, fast = run_small(seed=3), run_small(compile=True, exp_name="compiled", seed=3)
     assert compiled == [mbpo.model_loss, mbpo.sac_losses]
     for name, tensor in eager["parts"]["agent"].items():
         assert torch.equal(tensor, fast["parts"]["agent"][name]), name
@@ -1330,3 +1327,138 @@ def test_learns(env_id, steps, expected):
     events = EventAccumulator(run_dir)
     events.Reload()
     assert events.Scalars("eval/episodic_return")[-1].value > expected
+
+
+CONTROL = {"learning_starts": 200, "total_timesteps": 400, "epoch_length": 100, "model_train_frequency": 100}
+
+
+CONTROL |= {"eval_frequency": 400, "eval_episodes": 1, "checkpoint_frequency": 0}
+
+
+LATE = CONTROL | {"total_timesteps": 1000, "learning_starts": 800, "eval_frequency": 1000}
+
+
+MODELS = {
+    "point": {"eval_frequency": 24},
+    "two points": {"eval_frequency": 24, "total_timesteps": 72, **TWO_ENVS},
+    "deadly": {"env_id": "fake_envs:DeadlyPoint-v0", "eval_frequency": 24},
+    "Pendulum": {"env_id": "Pendulum-v1", **CONTROL},
+    "Hopper": {"env_id": "Hopper-v5", **CONTROL},
+    "walker": {"env_id": "walker-walk", **LATE, "buffer_size": 1000},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_mbpo_logs_everything_and_moves_all_parameters(kind):
+    """Each kind of environment: tags, finite values, growing steps, files in the run folder, trained parameters."""
+    settings = MODELS[kind]
+    args, run_dir = mbpo.with_task_defaults(tiny(mbpo, **settings)), run(mbpo, **settings)
+    expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    expected |= {"eval/episodic_return", "eval/episodic_return_std"}
+    expected |= {f"losses/{name}" for name in ("qf1_loss", "qf2_loss", "qf_loss", "actor_loss", "alpha_loss", "alpha")}
+    expected |= {"losses/qf_values", "losses/model_nll", "losses/model_holdout_mse"}
+    expected |= {f"model/{name}" for name in ("weighted_mse", "disagreement", "max_logvar", "min_logvar", "epochs")}
+    expected |= {"model/rollout_length", "model/mean_rollout"}
+    expected |= {f"model/{name}_{i}" for name in ("holdout_mse", "weighted_mse") for i in range(3)}
+    curves = {f"open_loop/{name}_error_{k}" for name in ("obs", "reward") for k in range(1, 26)}
+    tags = scalars(run_dir)
+    assert expected <= set(tags) <= expected | curves
+    assert curves <= set(tags) or kind not in ("Pendulum", "walker")
+    assert image_tags(run_dir) == {"open_loop/error"}
+    assert_healthy(run_dir)
+    trained = list(range(args.learning_starts, args.total_timesteps, args.model_train_frequency))
+    assert [step for step, _ in tags["losses/model_nll"]] == [step + args.num_envs for step in trained]
+    state = load(run_dir)
+    saved = state["parts"]
+    assert state["global_step"] == args.total_timesteps
+    assert saved["counters"]["num_updates"] == args.total_timesteps - args.learning_starts > 0
+    envs = mbpo.make_vector_env(args, 1)
+    torch.manual_seed(args.seed)
+    spaces = envs.single_observation_space, envs.single_action_space
+    untrained = mbpo.Agent(*(space.shape[0] for space in spaces), args).state_dict()
+    envs.close()
+    assert untrained.keys() == saved["agent"].keys()
+    still = [name for name, tensor in untrained.items() if torch.equal(tensor, saved["agent"][name])]
+    assert set(still) <= {"ensemble.elites"}
+
+
+def test_mbpo_begins_where_its_random_steps_end():
+    """A model's curves begin one step after learning_starts; rollouts of one step are as long as that."""
+    run_dir = run(mbpo)
+    tags = scalars(run_dir)
+    for tag in ("model/rollout_length", "model/mean_rollout"):
+        assert tags[tag] == [(25, 1), (37, 1)]
+    assert [step for step, _ in tags["losses/model_nll"]] == [25, 37]
+    for name in ("max_logvar", "min_logvar"):
+        bounds = load(run_dir)["parts"]["agent"][f"ensemble.{name}"]
+        assert tags[f"model/{name}"][-1][1] == pytest.approx(bounds.mean().item())
+    errors = [[value for _, value in tags[f"model/holdout_mse_{i}"]] for i in range(3)]
+    assert np.mean(errors, 0) == pytest.approx([value for _, value in tags["losses/model_holdout_mse"]])
+
+
+def test_mbpo_trains_again_once_a_replay_is_refilled():
+    """Without the saved buffers there is nothing to sample from: the ensemble is trained although it is not yet due."""
+    settings = {"save_buffer": False, "learning_starts": 6, "model_train_frequency": 24}
+    run_dir = run(mbpo, **settings, total_timesteps=36)
+    resume(mbpo, run_dir, **settings, total_timesteps=48)
+    assert [step for step, _ in scalars(run_dir)["losses/model_nll"]] == [7, 31, 43]
+
+
+def test_mbpo_rollouts_end_where_everything_dies(monkeypatch):
+    """The mean length of rollouts is what was rolled, not what was planned."""
+    monkeypatch.setitem(fake_envs.POINT_ENDS, "Point", -1.0)
+    tags = scalars(run(mbpo, rollout_schedule=(0, 1, 3, 3)))
+    assert tags["model/rollout_length"] == [(25, 3), (37, 3)] and tags["model/mean_rollout"] == [(25, 1), (37, 1)]
+
+
+def test_mbpo_resumes_from_the_step_of_a_training(monkeypatch):
+    """Killed right after the checkpoint that follows a training: its curves are kept and it is not done again."""
+    whole = run(mbpo, checkpoint_frequency=12)
+    folders, save = [], mbpo.save_checkpoint
+
+    def save_and_die(run_dir, args, global_step, *rest):
+        save(run_dir, args, global_step, *rest)
+        if global_step == 36:
+            folders.append(os.path.abspath(run_dir))
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mbpo, "save_checkpoint", save_and_die)
+        run(mbpo, checkpoint_frequency=12)
+    resume(mbpo, folders[0], checkpoint_frequency=12)
+    assert differences(load(whole)["parts"], load(folders[0])["parts"]) == []
+    assert scalars(folders[0])["losses/model_nll"] == scalars(whole)["losses/model_nll"]
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_mbpo_replay_holds_what_was_played(monkeypatch, num_envs):
+    """Each environment's steps in their order; a time limit is no termination, death is."""
+    for name, fatal in (("Counter", None), ("DeadlyCounter", 8), ("BothEndsCounter", 12)):
+        ends = (lambda o: o[..., 1] == 8) if fatal == 8 else mbpo.never
+        monkeypatch.setitem(mbpo.TERMINATIONS, name, ends)
+        settings = {"env_id": f"fake_envs:{name}-v0", "num_envs": num_envs, "total_timesteps": 96}
+        run_dir = run(mbpo, **settings, learning_starts=95, updates_per_step=0)
+        rows = load(run_dir)["parts"]["replay"]["rows"].reshape(-1, num_envs, 9)
+        obs, action, reward, next_obs, terminated = rows.split([3, 1, 1, 3, 1], -1)
+        length = 8 if fatal == 8 else 12
+        count = (torch.arange(96 // num_envs) % length + 1)[:, None].expand(-1, num_envs)
+        assert (obs[..., 1] == count - 1).all() and (next_obs[..., 1] == count).all()
+        assert (reward[..., 0] == count).all() and (obs[..., 0] == next_obs[..., 0]).all()
+        assert torch.equal(terminated[..., 0].bool(), count == (fatal or -1))
+        torch.testing.assert_close(next_obs[..., 2], 2 * action[..., 0])  # the Box is [-2, 2]
+        assert (obs[1:, :, 2] == next_obs[:-1, :, 2])[count[1:, 0] > 1].all() and (action.abs() <= 1).all()
+
+
+@pytest.mark.parametrize("kind", ["actor.net.0.weight", "ensemble.layers.0.weight"])
+def test_mbpo_stops_where_a_loss_is_not_finite(kind):
+    """A poisoned parameter is reported as a loss; the checkpoint from before stays."""
+    run_dir = run(mbpo)
+    path = Path(run_dir, "checkpoint.pt")
+    state = load(run_dir)
+    state["parts"]["agent"][kind][:] = math.nan
+    torch.save(state, path)
+    poisoned = path.read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        resume(mbpo, run_dir, total_timesteps=96)
+    assert re.search(r"not finite at step \d+: ", str(stopped.value.code))
+    assert path.read_bytes() == poisoned

@@ -1,8 +1,10 @@
 """muzero.py in numbers: the searches against hand-worked tables and a plain recursion, targets, replay, boards."""
 
+import importlib
 import importlib.util
 import itertools
 import math
+import os
 import shutil
 import sys
 import types
@@ -12,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from runs import TWO_ENVS, assert_healthy, image_tags, load, resume, run, scalars, tiny
 
 import muzero
 
@@ -1478,3 +1481,165 @@ def test_the_solver_judges_moves(boards):
     blocked, open_ = ({"action": np.array([3, 0, 3, 0, 3, reply])} for reply in (3, 0))
     assert boards.kept_values([blocked], [1])[1] == boards.kept_values([open_], [1])[1] == 3
     assert boards.kept_values([blocked], [1])[0] > boards.kept_values([open_], [1])[0] - 1
+
+
+# === Whole runs ===
+
+FOUR_ENVS = {"num_envs": 4, "learning_starts": 24, "total_timesteps": 120}
+
+
+GAMES = {
+    "counter": {},
+    "two": TWO_ENVS,
+    "puct": {"search": "puct", "priority_alpha": 0.6},
+    "reanalyzed": {"reanalyze_ratio": 0.5, "bootstrap": "search"},
+    "deadly": {"env_id": "fake_envs:DeadlyDiscreteCounter-v0"},
+    "pixels": {"env_id": "fake_envs:CalmPixelsDiscrete-v0", "total_timesteps": 36},
+    "CartPole": {"env_id": "CartPole-v1", **FOUR_ENVS},
+    "tictactoe": {"env_id": "tictactoe", **FOUR_ENVS},
+    "connect_four": {"env_id": "connect_four", "search": "puct", **FOUR_ENVS},
+}
+
+
+@pytest.mark.parametrize("kind", GAMES)
+def test_muzero_logs_everything_and_moves_all_parameters(kind):
+    """Each kind of task: tags, finite values, growing steps, files in the run folder, trained parameters."""
+    settings = {"total_timesteps": 60, "eval_frequency": 24} | GAMES[kind]
+    args, run_dir = muzero.with_task_defaults(tiny(muzero, **settings)), run(muzero, **settings)
+    expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    expected |= {"eval/episodic_return", "eval/episodic_return_std", "grad_norm/agent"}
+    expected |= {f"losses/{name}" for name in ("policy_loss", "value_loss", "reward_loss", "loss", "clipped_targets")}
+    expected |= {"search/depth", "search/root_value_error", "search/root_value_bias"}
+    expected |= {"open_loop/value_error_0", "open_loop/policy_error_0"}
+    expected |= {f"open_loop/{name}_error_1" for name in ("value", "policy", "reward")}
+    tags = scalars(run_dir)
+    assert expected <= set(tags), expected - set(tags)
+    beyond = {f"open_loop/{name}_error_{k}" for name in ("value", "policy", "reward") for k in (2, 4)}
+    assert set(tags) <= expected | beyond and beyond <= set(tags)
+    assert image_tags(run_dir) == {"open_loop/error"}
+    assert f"open_loop_error_{args.total_timesteps // 24 * 24}.png" in os.listdir(run_dir)
+    assert_healthy(run_dir)
+    state = load(run_dir)
+    saved = state["parts"]
+    assert state["global_step"] == args.total_timesteps
+    assert saved["counters"]["num_updates"] == muzero.updates_due(args.total_timesteps, args) > 0
+    torch.manual_seed(args.seed)
+    untrained = muzero.Agent(muzero.make_vector_env(args, 1), args).state_dict()
+    assert untrained.keys() == saved["agent"].keys() == saved["target"].keys()
+    still = [name for name, tensor in untrained.items() if torch.equal(tensor, saved["agent"][name])]
+    assert set(still) <= {"network.action_planes"}
+    assert any(not torch.equal(tensor, saved["target"][name]) for name, tensor in untrained.items())
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+@pytest.mark.parametrize(("name", "length"), [("", 12), ("Deadly", 8), ("BothEnds", 12)])
+def test_muzero_replay_holds_what_was_played(name, length, num_envs):
+    """Each environment's steps in their order, the final observation after them; a time limit is no termination."""
+    settings = {"env_id": f"fake_envs:{name}DiscreteCounter-v0", "num_envs": num_envs, "total_timesteps": 48 * num_envs}
+    run_dir = run(muzero, **settings, buffer_size=200 * num_envs)
+    replay = load(run_dir)["parts"]["replay"]
+    data = {key: column[: replay["ends"][0]] for key, column in replay["data"].items()}
+    count = torch.arange(replay["ends"][0])[:, None].expand(-1, num_envs) % (length + 1)
+    assert replay["ends"] == [48 + 48 // length] * num_envs == replay["ready"]
+    closing = count == length
+    assert (data["obs"][..., 1] == count).all() and torch.equal(data["age"], count)
+    assert (data["reward"] == torch.where(closing, 0, count + 1)).all()
+    kind = muzero.TRUNCATED if name == "" else muzero.TERMINATED
+    assert (data["end"] == torch.where(closing, kind, muzero.STEP)).all()
+    assert (data["value"][closing] == 0).all() == (kind == muzero.TERMINATED)
+    steps = ~closing[:-1]
+    assert (data["action"][:-1][steps] == data["obs"][1:, :, 2][steps]).all()
+    assert (data["priority"] > 0).eq(~closing).all()
+    torch.testing.assert_close(data["policy"].sum(-1), (~closing).float())
+
+
+def test_muzero_stores_what_its_searches_found(monkeypatch):
+    """Action, policy and root value of each search, drawn with new noise, beside the moves that the rules allowed."""
+    act, temperature_of, results, noises, moves = muzero.act, muzero.temperature_of, [], [], []
+
+    def recorded_act(agent, obs, legal, noise, temperature, **kwargs):
+        noises.append(noise)
+        results.append(act(agent, obs, legal, noise, temperature, **kwargs))
+        return results[-1]
+
+    def recorded_temperature(counts, global_step, args):
+        moves.append(counts.copy())
+        return temperature_of(counts, global_step, args)
+
+    monkeypatch.setattr(muzero, "act", recorded_act)
+    monkeypatch.setattr(muzero, "temperature_of", recorded_temperature)
+    run_dir, openings = run(muzero, **FOUR_ENVS | {"env_id": "tictactoe", "total_timesteps": 100}), []
+    replay = load(run_dir)["parts"]["replay"]
+    assert len(results) == 25 and all(noise.any() for noise in noises)
+    assert not any(torch.equal(*pair) for pair in zip(noises[:-1], noises[1:], strict=True))
+    for i, end in enumerate(replay["ends"]):
+        data = {name: column[:end, i] for name, column in replay["data"].items()}
+        data = {name: column[data["end"] == muzero.STEP] for name, column in data.items()}
+        for name in ("action", "policy", "value"):
+            assert torch.equal(data[name], torch.stack([getattr(result, name)[i] for result in results])), name
+        assert torch.equal(data["legal"], data["obs"].sum(1).flatten(1) == 0) and not data["legal"].all()
+        openings.append(data["obs"].flatten(1).sum(1).numpy() - [count[i] for count in moves])
+    starts = np.array(moves).T == 0
+    assert all((opening[1:] == opening[:-1])[~start[1:]].all() for opening, start in zip(openings, starts, strict=True))
+    assert np.min(openings) == 0 and np.max(openings) == 4 and np.max(moves) <= 8 and starts.sum() > 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "fresh"),
+    [({}, 4), ({"bootstrap": "search"}, 0), ({"bootstrap": "search", "reanalyze_ratio": 0.3}, 2)],
+)
+def test_muzero_bootstraps_from_the_target_network(monkeypatch, settings, fresh):
+    """How many of a batch of 4 end in the target network's value now; the target network is another than the agent."""
+    fresh_values, update, counts, networks = muzero.fresh_values, muzero.update, [], []
+
+    def recorded_fresh_values(target, rb, rows, count, td_steps):
+        networks.append(target)
+        counts.append(count)
+        return fresh_values(target, rb, rows, count, td_steps)
+
+    def recorded_update(agent, *rest):
+        assert all(target is not agent for target in networks)
+        return update(agent, *rest)
+
+    monkeypatch.setattr(muzero, "fresh_values", recorded_fresh_values)
+    monkeypatch.setattr(muzero, "update", recorded_update)
+    run_dir = run(muzero, **settings)
+    num_updates = load(run_dir)["parts"]["counters"]["num_updates"]
+    assert counts == [fresh] * (num_updates if fresh else 0)
+
+
+def test_muzero_keeps_open_episodes_as_truncated():
+    """Stopped in the middle of its episodes: the resumed run closes them with the observation that came last."""
+    run_dir = run(muzero, **TWO_ENVS, total_timesteps=36)
+    saved = load(run_dir)["parts"]
+    assert saved["open_episodes"]["obs"][:, 1].tolist() == [6, 6]
+    resume(muzero, run_dir, **TWO_ENVS, total_timesteps=60)
+    data = load(run_dir)["parts"]["replay"]["data"]
+    row = saved["replay"]["ends"][0]
+    assert data["end"][row].tolist() == [muzero.TRUNCATED] * 2 and data["obs"][row, :, 1].tolist() == [6, 6]
+    assert torch.equal(data["value"][row], saved["open_episodes"]["value"]) and data["value"][row].all()
+    assert data["obs"][row + 1, :, 1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("key", ["network.encoder.0.weight", "network.reward.bias"])
+def test_muzero_stops_where_a_loss_is_not_finite(key):
+    """A poisoned parameter is reported as a loss; the checkpoint from before stays."""
+    run_dir = run(muzero)
+    path = Path(run_dir, "checkpoint.pt")
+    state = load(run_dir)
+    state["parts"]["agent"][key][:] = math.nan
+    torch.save(state, path)
+    poisoned = path.read_bytes()
+    with pytest.raises(SystemExit, match=r"not finite at step \d+: losses/"):
+        resume(muzero, run_dir, total_timesteps=96)
+    assert path.read_bytes() == poisoned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_muzero_learns_cartpole(seed):
+    """The default command: at least 475 over 100 episodes, and 20K steps later still."""
+    run_dir = muzero.main(muzero.Args(cuda=False, seed=seed, eval_episodes=100, eval_frequency=20_000))
+    evaluations = [value for _, value in scalars(run_dir)["eval/episodic_return"]]
+    print(f"evaluation returns {evaluations}")
+    assert min(evaluations[-2:]) >= 475

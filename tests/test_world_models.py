@@ -1,7 +1,11 @@
 """Numbers of world_models.py: each piece against plain loops from the equations, torch.distributions, or the sheets."""
 
+import importlib
 import math
 import os
+import re
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -14,6 +18,22 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from runs import (
+    ROOT,
+    TWO_ENVS,
+    assert_healthy,
+    close_writers,
+    copy_of,
+    differences,
+    error_of,
+    image_tags,
+    load,
+    losses,
+    resume,
+    run,
+    scalars,
+    tiny,
+)
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
 import world_models
@@ -25,12 +45,6 @@ BOX = Spec("box", 2, 12, True, True)
 DOOM = Spec("thirds", 1, 2100, True, False)
 CAR = Spec("car", 3, 1000, False, False)
 QUIET = SimpleNamespace(requested=0)
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Where runs may write."""
-    monkeypatch.chdir(tmp_path)
 
 
 def make_args(**changes) -> Args:
@@ -1119,3 +1133,262 @@ def test_calibration_says_what_to_change(spreads, predicted, recall, shift, advi
     assert logged["model/live_dims"] == sum(spread > 0.15 for spread in spreads)
     assert logged["calibration/recording_real"] == mean and logged["calibration/constant_2_real"] == 20
     assert logged["calibration/constant_1_dream"] == pytest.approx(20 + shift * 1.01 * std, nan_ok=True)
+
+
+# === Whole runs ===
+
+WORLDS = {
+    "pixels": {},
+    "deadly discrete": {"env_id": "fake_envs:TinyPixelsDiscrete-v0", "total_timesteps": 96},
+    "real": {"controller_env": "real"},
+    "two": TWO_ENVS,
+    "drawn": {"env_id": "CartPole-v1", "render_obs": True, "total_timesteps": 120, "dream_length": 20},
+}
+
+
+@pytest.mark.parametrize("kind", WORLDS)
+def test_world_models_logs_everything_and_moves_all_parameters(kind):
+    """Each kind of environment and of evolution: tags and their steps, files in the run folder, trained parameters."""
+    settings = WORLDS[kind] | {"eval_frequency": 24}
+    args, run_dir = world_models.with_task_defaults(tiny(world_models, **settings)), run(world_models, **settings)
+    dreaming, constants = kind != "real", 2 if kind == "drawn" else 3
+    heads = {"losses/done_loss", "losses/reward_loss", "dream/episodic_return", "dream/episodic_return_std"}
+    heads |= {f"model/deaths_{name}" for name in ("true", "predicted", "recall")}
+    policies = ["recording", *(f"constant_{i}" for i in range(constants))]
+    heads |= {f"calibration/{policy}_{where}" for policy in policies for where in ("dream", "real")}
+    expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"} | (heads if dreaming else set())
+    expected |= {"eval/episodic_return", "eval/episodic_return_std", "model/live_dims", "model/holdout_mdn_nll"}
+    expected |= {"losses/vae_recon_loss", "losses/vae_kl_loss", "losses/mdn_nll"}
+    expected |= {f"controller/{name}" for name in ("mean", "best", "std", "sigma", "length")}
+    horizons = {f"open_loop/image_mse_horizon_{k}" for k in (1, 5, 15, 45)}
+    tags = scalars(run_dir)
+    assert expected <= set(tags) <= expected | horizons
+    assert_healthy(run_dir)
+    pictures = {"vae/reconstructions", "dream/episode"}
+    assert pictures <= image_tags(run_dir) <= pictures | {"open_loop/error", "open_loop/truth_dream"}
+    files = {re.sub(r"\d+", "N", name) for name in os.listdir(run_dir)}
+    assert {"frames.bin", "latents.bin", "scalars.jsonl", "reconstructions.png", "dream_episode_N.gif"} <= files
+    if kind in ("pixels", "real", "two"):  # whose held-out episode is long enough
+        assert "open_loop/image_mse_horizon_5" in tags
+        assert {"open_loop_error.png", "open_loop_truth_dream_N.gif"} <= files
+    state = load(run_dir)
+    recorded, saved = state["parts"]["counters"]["collected"], state["parts"]
+    assert recorded == args.total_timesteps and saved["counters"]["stage"] == "done"
+    lengths = [value for tag, *value in [(t, *v) for t in ("controller/length",) for v in tags[t]]]
+    made = 0 if dreaming else round(sum(length for _, length in lengths) * args.population * args.episodes)
+    assert state["global_step"] == recorded + made
+    steps = [step for step, _ in tags["controller/mean"]]
+    assert steps[-1] == state["global_step"] + 2 and len(steps) == 2
+    assert [step for step, _ in tags["eval/episodic_return"]] == steps
+    assert tags["losses/mdn_nll"][-1][0] == recorded + args.model_updates
+    torch.manual_seed(args.seed)
+    envs = world_models.make_vector_env(args, 1)
+    untrained = world_models.Agent(world_models.make_spec(envs, args), args).state_dict()
+    envs.close()
+    assert untrained.keys() == saved["agent"].keys()
+    still = [name for name, tensor in untrained.items() if torch.equal(tensor, saved["agent"][name])]
+    assert set(still) <= {"model.start_c", "model.start_h"}  # zero where an episode begins
+    rows = np.fromfile(Path(run_dir, "frames.bin"), np.uint8)
+    assert len(rows) == len(saved["replay"]["reward"]) * 64 * 64 * 3
+
+
+@pytest.mark.parametrize("stage", ["v", "encode", "m", "c", "evaluate"])
+def test_interrupted_in_any_stage_and_resumed_equals_never_interrupted(monkeypatch, stage):
+    """A kill after some of the stage's work: what was saved of it is not done again, and the end is the same."""
+    settings = {"eval_frequency": 24, "checkpoint_frequency": 8, "model_updates": 9, "generations": 3}
+    whole = run(world_models, **settings)
+    places = {"v": "update_vae", "encode": "preprocess", "m": "update_model", "c": "dream", "evaluate": "log_gif"}
+    function, calls = getattr(world_models, places[stage]), []
+
+    def killed(*args, **kwargs):
+        run_now = world_models.RUNNING[-1]
+        calls.append(run_now.stage)
+        if run_now.stage == stage and calls.count(stage) == (7 if stage in ("v", "m") else 1):
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    init = world_models.Run.__init__
+    running = []
+    monkeypatch.setattr(world_models, "RUNNING", running, raising=False)
+    monkeypatch.setattr(world_models.Run, "__init__", lambda self, *a: (running.append(self), init(self, *a))[1])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(world_models, places[stage], killed)
+        run(world_models, **settings)
+    close_writers()
+    run_dir = str(next(Path.cwd().glob("run_1/runs/*")))
+    counters = load(run_dir)["parts"]["counters"]
+    assert counters["stage"] == stage
+    resume(world_models, run_dir, **settings)
+    assert differences(load(whole), load(run_dir)) == []
+    assert losses(run_dir) == losses(whole)
+    assert_healthy(run_dir)
+
+
+def test_stages_are_done_again_on_purpose(capsys):
+    """--from-stage keeps what comes before, takes new settings of what comes after, and purges its curves."""
+    run_dir = run(world_models, eval_frequency=24)
+    before, tags = load(run_dir), scalars(run_dir)
+    again = copy_of(run_dir)
+    resume(world_models, again, eval_frequency=24, from_stage="m")
+    assert differences(before, load(again)) == [] and losses(again) == losses(run_dir)
+    resume(world_models, again, eval_frequency=24, from_stage="m", model_updates=8, temperature=0.5)
+    after = load(again)
+    found = differences(before["parts"]["agent"], after["parts"]["agent"])
+    changed = {path.removeprefix("/") for path in found}
+    assert changed and all(name.startswith(("model.", "controller")) for name in changed)
+    assert after["args"] == before["args"] | {"model_updates": 8, "temperature": 0.5}
+    assert scalars(again)["losses/vae_kl_loss"] == tags["losses/vae_kl_loss"]
+    assert [step for step, _ in scalars(again)["losses/mdn_nll"]] == [56]
+    assert_healthy(again)
+    for stage, flags in (("c", {"model_updates": 9}), ("v", {"env_id": "fake_envs:TinyPixelsDiscrete-v0"})):
+        line = error_of(capsys, resume, world_models, again, from_stage=stage, **flags)
+        assert "clashes" in line
+    assert differences(after, load(again)) == []
+
+
+def test_more_generations_go_on_where_the_others_ended():
+    """As if all had been asked for at once, curves included; both scores of the old end stay."""
+    whole = run(world_models, generations=4, eval_frequency=24)
+    run_dir = run(world_models, generations=2, eval_frequency=24)
+    resume(world_models, run_dir, generations=4, eval_frequency=24)
+    assert differences(load(whole), load(run_dir)) == []
+    assert losses(whole) == losses(run_dir)
+
+
+def test_not_further_than_it_has_come(capsys):
+    """A later stage than the one in progress cannot be done again."""
+    run_dir = run(world_models)
+    state = load(run_dir)
+    state["parts"]["counters"]["stage"] = "v"
+    torch.save(state, Path(run_dir, "checkpoint.pt"))
+    assert "not come further than v" in error_of(capsys, resume, world_models, run_dir, from_stage="m")
+    assert "no controller yet" in error_of(capsys, world_models.main, tiny(world_models, evaluate=run_dir))
+
+
+@pytest.mark.parametrize("what", ["foreign frames", "no frames", "half of the latents"])
+def test_data_that_is_not_this_runs_is_refused(capsys, what):
+    """One line that names the file and the stage to repeat; the checkpoint stays."""
+    run_dir, other = run(world_models), run(world_models, env_id="fake_envs:TinyPixelsDiscrete-v0")
+    before = Path(run_dir, "checkpoint.pt").read_bytes()
+    frames, latents = Path(run_dir, "frames.bin"), Path(run_dir, "latents.bin")
+    if what == "foreign frames":
+        shutil.copy(Path(other, "frames.bin"), frames)
+        with open(frames, "ab") as file:
+            file.write(bytes(10**6))
+    elif what == "no frames":
+        frames.unlink()
+    else:
+        latents.write_bytes(latents.read_bytes()[:100])
+    line = error_of(capsys, resume, world_models, run_dir, from_stage="m")
+    assert (str(latents) if "latents" in what else str(frames)) in line
+    assert ("--from-stage encode" if "latents" in what else "--from-stage collect") in line
+    assert Path(run_dir, "checkpoint.pt").read_bytes() == before
+    repeated = resume(world_models, run_dir, from_stage="encode" if "latents" in what else "collect")
+    assert load(repeated)["parts"]["counters"]["stage"] == "done"
+
+
+def test_data_that_was_not_kept_is_missed(capsys):
+    """--no-save-buffer: C can be evolved anew, V and M cannot."""
+    run_dir = run(world_models, save_buffer=False)
+    line = error_of(capsys, resume, world_models, run_dir, save_buffer=False, from_stage="m")
+    assert "--no-save-buffer" in line and "--from-stage collect" in line
+    resume(world_models, run_dir, save_buffer=False, from_stage="c")
+    assert load(run_dir)["parts"]["counters"]["stage"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("poison", "words"), [(math.nan, "not finite: latents of V"), (0.0, "latents of V are constant")]
+)
+def test_latents_that_cannot_be_learned_from_stop_the_run(poison, words):
+    """Not finite, or the same for every frame: one message, and the stage can be repeated."""
+    run_dir = run(world_models)
+    state = load(run_dir)
+    state["parts"]["agent"]["vae.mu.weight"][:] = poison
+    torch.save(state, Path(run_dir, "checkpoint.pt"))
+    with pytest.raises(SystemExit, match=words):
+        resume(world_models, run_dir, from_stage="encode")
+    resume(world_models, run_dir, from_stage="v")
+    assert load(run_dir)["parts"]["counters"]["stage"] == "done"
+
+
+@pytest.mark.parametrize(("package", "changes"), [("vizdoom", {"env_id": "VizdoomTakeCover-v1"}), ("envpool", {})])
+def test_missing_simulators_of_world_models_are_named(capsys, monkeypatch, package, changes):
+    """The pip command of a simulator that is not installed."""
+    monkeypatch.setitem(sys.modules, package, None)
+    changes = changes or {"env_id": "CarRacing-v3", "envpool": True}
+    assert f"pip install {package}" in error_of(capsys, world_models.main, tiny(world_models, **changes))
+    assert os.listdir() == []
+
+
+def test_a_bad_dream_is_said_before_anything_is_evolved_in_it(capsys):
+    """After six updates M knows nothing: the report names the policies that disagree and what to raise."""
+    run_dir = run(world_models)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("calibration: ")]
+    assert "NOT like the real environment (recording" in lines[-1] and "--total-timesteps" in lines[-1]
+    tags = scalars(run_dir)
+    real = tags["calibration/recording_real"][0][1]
+    returns = [value for _, value in tags["charts/episodic_return"]]
+    assert real == pytest.approx(np.mean(returns), rel=1e-5)
+    assert f"real {real:.1f} +- {np.std(returns):.1f}" in lines[1]
+
+
+def test_a_stage_begun_anew_is_remembered_before_the_old_one_is_given_up(monkeypatch):
+    """Killed in the first update of --from-stage m: a plain resume goes on with it, and V's curves are there once."""
+    run_dir = run(world_models)
+    before = [line for line in Path(run_dir, "scalars.jsonl").read_text().splitlines() if '"v"' in line]
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world_models, "update_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            resume(world_models, run_dir, from_stage="m", model_updates=9)
+    state = load(run_dir)
+    assert state["parts"]["counters"]["stage"] == "m" and state["args"]["model_updates"] == 9
+    resume(world_models, run_dir, model_updates=9)
+    lines = Path(run_dir, "scalars.jsonl").read_text().splitlines()
+    assert [line for line in lines if '"v"' in line] == before
+    assert load(run_dir)["parts"]["counters"]["stage"] == "done" and any('["m", 9, ' in line for line in lines)
+
+
+def test_a_run_that_kept_no_buffer_records_anew():
+    """More steps than were recorded: all of them again, not only those that are missing."""
+    run_dir = run(world_models, save_buffer=False)
+    resume(world_models, run_dir, save_buffer=False, total_timesteps=72)
+    state = load(run_dir)
+    assert state["global_step"] == state["parts"]["counters"]["collected"] == 72
+    assert os.path.getsize(Path(run_dir, "frames.bin")) == 72 * 64 * 64 * 3
+
+
+def test_temperature_table(monkeypatch, capsys):
+    """Two temperatures, each evolved in a copy of the run, which itself stays as it is; once more over the copies."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    table = importlib.import_module("world_models_temperature")
+    run_dir = run(world_models)
+    kept = {path.name: path.read_bytes() for path in Path(run_dir).iterdir()}
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["", run_dir, "--temperatures", "0.5", "1.3", "--eval-episodes", "2"])
+        table.main()
+        lines = capsys.readouterr().out.splitlines()[-4:]
+        assert lines[0] == "| temperature | dream (100 dreams) | real (2 episodes) |"
+        assert [line.split(" ")[1] for line in lines[2:]] == ["0.5", "1.3"] and all("±" in line for line in lines[2:])
+    assert kept == {path.name: path.read_bytes() for path in Path(run_dir).iterdir()}
+    for temperature in (0.5, 1.3):
+        assert load(f"{run_dir}_tau{temperature}")["args"]["temperature"] == temperature
+
+
+@pytest.mark.slow
+def test_world_models_learn_a_tiny_pixel_task_in_their_dream(capsys):
+    """The picture shows the right action: random play returns -40 an episode, the best constant one -30, perfect 0."""
+    run_dir = run(
+        world_models, env_id="fake_envs:TinyPixels-v0", total_timesteps=6000, vae_depth=8, vae_batch_size=32,
+        vae_epochs=12, vae_lr=1e-3, hidden_size=32, num_mixtures=3, sequence_length=24, model_batch_size=16,
+        model_updates=3000, model_lr=3e-3, model_lr_decay=0.999, temperature=1.0, population=24, episodes=8,
+        generations=40, sigma=0.3, eval_frequency=1, eval_generations=20, eval_episodes=20, checkpoint_frequency=0,
+    )  # fmt: skip
+    tags = scalars(run_dir)
+    real, dreamed = (tags[f"{name}/episodic_return"][-1][1] for name in ("eval", "dream"))
+    print(f"dream {dreamed:.1f}, real {real:.1f}")
+    assert real > -20 and abs(real - dreamed) < 10
+    assert "NOT like" not in capsys.readouterr().out
