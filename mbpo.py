@@ -7,6 +7,19 @@
 # ///
 """MBPO: soft actor-critic on short rollouts that an ensemble of dynamics models branches off from real states.
 
+The algorithm, with the functions that are its steps:
+  before every F-th environment step
+    train_model    fit the E networks of the ensemble to all real transitions by maximum likelihood (model_loss), until
+                   none improves on held-out ones; those of lowest error there, the elites, make the rollouts
+    rollout        from R real states, k = rollout_length steps of the actor in the model (model_step); each step is a
+                   transition of the model buffer, which holds those of the last epoch
+  at every environment step
+    act            sample the actor; the transition goes into the replay
+    update_policy  G times update: a step of critics, actor and temperature (critic_loss, actor_loss, alpha_loss) on
+                   5 % real and 95 % model transitions; the target critics follow
+The first part of the file is the algorithm, up to main; environments, evaluation and the run folder follow it.
+Shapes: B rows of a batch, D numbers of an observation, A of an action, E networks.
+
 Paper:      Janner et al. 2019, When to Trust Your Model, arXiv 1906.08253   Reference code: jannerm/mbpo (TensorFlow 1)
 Run:        python mbpo.py --env-id Hopper-v5          (or: uv run mbpo.py --env-id Hopper-v5)
 Resume:     python mbpo.py --resume runs/<run folder>
@@ -18,7 +31,10 @@ Deviations from the reference code, each also marked at the line it concerns:
   3. A transition is in the replay at once, and there are exactly learning_starts random ones (the reference adds whole
      episodes when they end); updates begin right after them (the reference waits for 1,000, twice the pendulums' 500).
   4. Critics, actor and temperature step from the same parameters (the reference's single call has no defined order).
-  5. Both angles of the double pendulum's termination are normalised, and Hopper's bound of 100 holds on both sides.
+  5. Both angles of the double pendulum's termination are normalised, Hopper's bound of 100 holds on both sides, and an
+     observation that is not a number terminates.
+  6. Gymnasium's v5 tasks (the reference: gym's v2), whose reward drops at the step that terminates. Tasks that the
+     paper does not have (Pendulum, dm_control, Swimmer, Reacher, Pusher) have settings of ours.
 """
 
 import difflib
@@ -69,29 +85,35 @@ class Args:
     env_id: str = "Hopper-v5"  # Gymnasium id (my_module:MyEnv-v0) or dm_control task (walker-walk), observed by state
     total_timesteps: int | None = None  # environment steps of the run, the random ones included; default by task
     num_envs: int = 1  # environments played side by side, each in its own process if more than one
+
+    # Real experience
     buffer_size: int = 1_000_000  # capacity of the replay buffer of real transitions
     learning_starts: int | None = None  # environment steps of random actions before learning; default by task
-    epoch_length: int | None = None  # environment steps of an epoch, the schedule's unit; default by task
-    updates_per_step: int | None = None  # SAC updates per environment step (G); default by task, 20 elsewhere
-    batch_size: int = 256  # transitions of a SAC batch, real and model ones together
-    real_ratio: float = 0.05  # share of real transitions in it; 1 = no model, plain SAC with as many updates
-    gamma: float = 0.99  # discount per step
-    tau: float = 0.005  # step of the target critics towards the critics, after every update
-    learning_rate: float = 3e-4  # learning rate of actor, critics and alpha
-    hidden_size: int = 256  # units of the two hidden layers of actor and critics
-    target_entropy: float | None = None  # entropy that alpha is tuned to, nats; default by task, else -actions
+    epoch_length: int | None = None  # environment steps of an epoch, the schedules' unit; default by task
+
+    # Soft actor-critic
+    updates_per_step: int | None = None  # policy updates for each environment step (G); default by task, else 20
+    batch_size: int = 256  # transitions of a policy update, real and model ones together
+    real_ratio: float = 0.05  # share of real transitions in a policy update's batch; 1 = no model, only real ones
+    gamma: float = 0.99  # discount per environment step
+    tau: float = 0.005  # share of the way to the critics that the target critics go after every policy update
+    learning_rate: float = 3e-4  # Adam's learning rate for actor, critics and temperature
+    hidden_size: int = 256  # units of each of the two hidden layers of actor and critics
+    target_entropy: float | None = None  # entropy that the temperature aims at, nats; default by task, else -actions
+
+    # Ensemble
     num_nets: int = 7  # networks of the ensemble (E)
-    num_elites: int = 5  # of these, the ones of lowest holdout error make the rollouts
-    model_hidden_size: int | None = None  # units of the four hidden layers of each; default by task, 200 elsewhere
-    model_lr: float = 1e-3  # learning rate of the ensemble
-    model_batch_size: int = 256  # transitions in a batch of each network
-    model_train_frequency: int | None = None  # environment steps between trainings (F); default by task
-    model_patience: int = 5  # a training ends after more epochs than this in which no network improved by 1 percent
-    model_max_epochs: int | None = None  # epochs of a training at most; default unlimited
-    holdout_ratio: float = 0.2  # share of the real transitions that is held out of a training, at most 5000 of them
-    rollout_batch_size: int = 100_000  # start states of the rollouts after each training (R)
-    rollout_schedule: tuple[int, int, int, int] | None = None  # epochs e0 e1, lengths k0 k1, linearly; default by task
-    model_retain_epochs: int | None = None  # epochs whose rollouts are kept; default by task, 1 elsewhere
+    num_elites: int = 5  # networks of lowest held-out error, which make the rollouts
+    model_hidden_size: int | None = None  # units of each of a network's four hidden layers; default by task, else 200
+    model_lr: float = 1e-3  # Adam's learning rate for the ensemble
+    model_batch_size: int = 256  # transitions in a batch of each network of the ensemble
+    model_train_frequency: int | None = None  # environment steps between trainings of the ensemble (F); default by task
+    model_max_epochs: int | None = None  # passes over the data in a training of the ensemble at most; default unlimited
+
+    # Rollouts
+    rollout_batch_size: int = 100_000  # start states of the rollouts after each training of the ensemble (R)
+    rollout_schedule: tuple[int, int, int, int] | None = None  # e0 e1 k0 k1: k0 steps at epoch e0 to k1 at e1; by task
+    model_retain_epochs: int | None = None  # epochs whose rollouts the model buffer holds; default by task, else 1
 
     # Speed
     compile: bool = False  # torch.compile the losses
@@ -326,6 +348,10 @@ def model_buffer_size(rollout_length: int, args: Args) -> int:
 
 # === Updates ===
 
+# Of the real transitions, this share and at most so many are held out of a training, to tell the networks' errors; it
+# ends after more than PATIENCE epochs in which no network improved by MIN_GAIN.
+HOLDOUT_RATIO, MAX_HOLDOUT, PATIENCE, MIN_GAIN = 0.2, 5_000, 5, 0.01
+
 
 def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Adam]:
     """Adam for the ensemble, whose weights decay as in L2 regularisation, and for actor, critics and alpha."""
@@ -370,7 +396,7 @@ def train_model(agent: Agent, rows: torch.Tensor, generator: torch.Generator, ar
     rows = rows[torch.randperm(len(rows), generator=generator, device=device)]
     obs, actions, rewards, next_obs, _ = agent.unpack(rows)
     inputs, targets = torch.cat([obs, actions], -1), torch.cat([rewards[:, None], next_obs - obs], -1)
-    held = min(int(args.holdout_ratio * len(rows)), 5_000)
+    held = min(int(HOLDOUT_RATIO * len(rows)), MAX_HOLDOUT)
     holdout, inputs, targets = (inputs[:held], targets[:held]), inputs[held:], targets[held:]
     ensemble.fit_normalizer(inputs)
     shape = args.num_nets, len(inputs)
@@ -378,12 +404,12 @@ def train_model(agent: Agent, rows: torch.Tensor, generator: torch.Generator, ar
     networks = [p for p in ensemble.parameters() if p.dim() == 3]  # all but the shared bounds
     best, snapshot = torch.full((args.num_nets,), 1e10, device=device), [p.detach().clone() for p in networks]
     epoch = without_improvement = 0
-    while without_improvement <= args.model_patience and epoch != args.model_max_epochs:
+    while without_improvement <= PATIENCE and epoch != args.model_max_epochs:
         order = bootstrap.gather(1, torch.rand(shape, generator=generator, device=device).argsort(1))
         batches = order.split(args.model_batch_size, 1)
         loss = sum(update_fn(inputs[batch], targets[batch]) for batch in batches) / len(batches)
         mse = holdout_errors(ensemble, *holdout)["mse"]
-        improved = (best - mse) / best > 0.01
+        improved = (best - mse) / best > MIN_GAIN
         best = torch.where(improved, mse, best)
         for saved, parameter in zip(snapshot, networks, strict=True):
             saved.copy_(torch.where(improved[:, None, None], parameter, saved).detach())
@@ -1137,28 +1163,25 @@ class Run:
 
 def check_args(args: Args) -> None:
     """Refuses impossible numbers in one line."""
-    at_least = {
-        1: "total_timesteps num_envs eval_episodes buffer_size epoch_length batch_size hidden_size num_nets num_elites "
-        "model_hidden_size model_batch_size model_train_frequency model_max_epochs rollout_batch_size "
+    bounds = {
+        (1, math.inf): "total_timesteps num_envs eval_episodes buffer_size epoch_length batch_size hidden_size "
+        "num_nets model_hidden_size model_batch_size model_train_frequency model_max_epochs rollout_batch_size "
         "model_retain_epochs",
-        0: "seed eval_frequency checkpoint_frequency updates_per_step real_ratio gamma tau learning_rate model_lr "
-        "model_patience holdout_ratio",
-        2: "learning_starts",
+        (0, math.inf): "seed eval_frequency checkpoint_frequency updates_per_step learning_rate model_lr",
+        (0, 1): "real_ratio gamma tau",
+        (1, args.num_nets): "num_elites",
+        (math.ceil(1 / HOLDOUT_RATIO), math.inf): "learning_starts",
     }
-    if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
-        fail("--cudagraphs needs a GPU")
-    for bound, names in at_least.items():
+    for (low, high), names in bounds.items():
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not value >= bound:
-                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
-    for name, bound in (("real_ratio", 1), ("gamma", 1), ("tau", 1), ("num_elites", args.num_nets)):
-        if getattr(args, name) > bound:
-            fail(f"--{name.replace('_', '-')} must be at most {bound}, not {getattr(args, name)}")
+            if value is not None and not low <= value <= high:
+                bound = f"at most {high}" if value > high else f"at least {low}"
+                fail(f"--{name.replace('_', '-')} must be {bound}, not {value}")
+    if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
+        fail("--cudagraphs needs a GPU")
     if args.buffer_size < args.learning_starts:
         fail(f"--buffer-size {args.buffer_size} does not hold the {args.learning_starts} steps of --learning-starts")
-    if not 0 < int(args.holdout_ratio * args.learning_starts) < args.learning_starts:
-        fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to train or to test on")
     if model_buffer_size(1, args) < 1:
         fail(f"--rollout-batch-size {args.rollout_batch_size} leaves no room for rollouts in an epoch's buffer")
     if min(args.rollout_schedule[2:]) < 1:

@@ -395,7 +395,8 @@ def test_each_network_is_restored_to_its_own_best(monkeypatch, kind, patience):
             best[e], best_epoch[e] = table[epoch, e], epoch
         epoch, since = epoch + 1, 0 if better else since + 1
     table = [*table[:epoch].astype(np.float32).tolist(), FINAL]
-    recorder = Recorder(monkeypatch, 40, table, model_patience=patience, model_max_epochs=None)
+    monkeypatch.setattr(mbpo, "PATIENCE", patience)
+    recorder = Recorder(monkeypatch, 40, table, model_max_epochs=None)
     assert recorder.tests == epoch + 1 == recorder.result["epochs"] + 1
     for name, parameter in recorder.agent.ensemble.named_parameters():
         if "logvar" in name:
@@ -500,8 +501,9 @@ def test_published_settings(task):
     assert tuple(getattr(args, name) for name in COLUMNS) == TABLE[task]
     assert (args.num_nets, args.num_elites, args.rollout_batch_size, args.real_ratio) == (7, 5, 100_000, 0.05)
     assert (args.gamma, args.tau, args.learning_rate, args.model_lr) == (0.99, 0.005, 3e-4, 1e-3)
-    assert (args.batch_size, args.model_batch_size, args.hidden_size, args.model_patience) == (256, 256, 256, 5)
-    assert args.model_max_epochs is None and args.holdout_ratio == 0.2 and args.buffer_size == 10**6
+    assert (args.batch_size, args.model_batch_size, args.hidden_size, mbpo.PATIENCE) == (256, 256, 256, 5)
+    assert args.model_max_epochs is None and args.buffer_size == 10**6
+    assert (mbpo.HOLDOUT_RATIO, mbpo.MAX_HOLDOUT, mbpo.MIN_GAIN) == (0.2, 5_000, 0.01)
 
 
 def test_a_flag_wins_over_the_task():
