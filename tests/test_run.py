@@ -477,6 +477,7 @@ BAD_MODELS = {
     "unknown termination": ({"env_id": "fake_envs:Counter-v0"}, "to TERMINATIONS in "),
     "two with unknown termination": ({"env_id": "fake_envs:Counter-v0", "num_envs": 2}, "to TERMINATIONS in "),
     "unknown task": ({"env_id": "walker-wlak"}, "walker-walk"),
+    "full observations": ({"env_id": "Humanoid-v4"}, "use Humanoid-v5"),
     "no batch": ({"batch_size": 0}, "--batch-size"),
     "no model batch": ({"model_batch_size": 0}, "--model-batch-size"),
     "no rollouts": ({"rollout_batch_size": 0}, "--rollout-batch-size"),
