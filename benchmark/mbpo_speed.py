@@ -81,7 +81,7 @@ def main() -> None:
             1.36e9 * 4_000 / 256 + 2 * 1.8e6 * 1_000,
         ),
         "rollout_100k": (
-            lambda: [len(part) for part in mbpo.rollout(agent, starts, 1, mbpo.never, generator)], 1,
+            lambda: [len(part) for part in mbpo.rollout(agent, starts, 1, mbpo.never_terminates, generator)], 1,
             100_000 * (0.26e6 + 0.14e6),
         ),
     }  # fmt: skip
