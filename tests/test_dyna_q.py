@@ -1246,7 +1246,7 @@ def test_what_is_played_has_no_bonus():
 
 
 def test_dyna_q_plus_is_evaluated_by_what_it_knows(monkeypatch, capsys):
-    """What wins figure 8.5 would circle after its bonus while the clock stands still; it is evaluated by what it knows."""
+    """What wins figure 8.5 would circle after its bonus while the clock stands still; evaluated by what it knows."""
     settings = {"env_id": "ShortcutMaze-v0", "kappa": 1e-3, "planning_steps": 50, "max_episode_steps": 10_000}
     run_dir = run(dyna_q, **settings, **LONG, total_timesteps=4000, eval_frequency=500, eval_episodes=1)
     assert [value for _, value in scalars(run_dir)["eval/episodic_return"]] == [1] * 8
