@@ -765,10 +765,12 @@ def draw_policy(q: np.ndarray, envs: gym.vector.VectorEnv) -> str:
 def known_dynamics(envs: gym.vector.VectorEnv) -> gym.Env | None:
     """The environment, if it publishes P[s][a] = [(probability, next, reward, terminated)] and where it begins."""
     world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
+    S, A = int(envs.single_observation_space.n), int(envs.single_action_space.n)
     try:  # to measure the model, never to learn
-        fits = all(len(outcome) == 4 for row in world.P.values() for part in row.values() for outcome in part)
-        return world if fits and hasattr(world, "initial_state_distrib") else None
-    except (AttributeError, TypeError):  # no P, or one of another form
+        outcomes = [outcome for s in range(S) for a in range(A) for outcome in world.P[s][a]]
+        fits = all(len(outcome) == 4 and outcome[1] in range(S) for outcome in outcomes)
+        return world if fits and len(world.initial_state_distrib) == S else None
+    except (AttributeError, LookupError, TypeError):  # no P, or one of another form
         return None
 
 
@@ -779,14 +781,14 @@ def read_table(world: gym.Env, layout: int) -> tuple[np.ndarray, np.ndarray]:
     An outcome of probability 0 is none.
     """
     P, new, reached = world.P, set(np.flatnonzero(world.initial_state_distrib).tolist()), set()
-    table = np.zeros((len(P), len(P[0]), max(len(outcomes) for row in P.values() for outcomes in row.values()), 4))
-    for s, row in P.items():
-        for a, outcomes in row.items():
-            table[s, a, : len(outcomes)] = outcomes
+    S, A = len(world.initial_state_distrib), len(P[0])
+    table = np.zeros((S, A, max(len(P[s][a]) for s in range(S) for a in range(A)), 4))
+    for s, a in np.ndindex(S, A):
+        table[s, a, : len(P[s][a])] = P[s][a]
     while new:
         reached |= new
-        new = {n for s in new for part in P[s].values() for p, n, _, end in part if p > 0 and not end} - reached
-    return table, np.isin(np.arange(len(P)), list(reached))
+        new = {n for s in new for a in range(A) for p, n, _, end in P[s][a] if p > 0 and not end} - reached
+    return table, np.isin(np.arange(S), list(reached))
 
 
 def model_errors(model: Model, table: np.ndarray, reached: np.ndarray) -> dict[str, float]:

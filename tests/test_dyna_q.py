@@ -1408,23 +1408,20 @@ def test_model_errors_of_a_changing_maze():
 
 def around(world) -> SimpleNamespace:
     """Stands in for vector environments around this one."""
-    return SimpleNamespace(unwrapped=SimpleNamespace(envs=[SimpleNamespace(unwrapped=world)]))
+    spaces = {"single_observation_space": gym.spaces.Discrete(4), "single_action_space": gym.spaces.Discrete(1)}
+    return SimpleNamespace(unwrapped=SimpleNamespace(envs=[SimpleNamespace(unwrapped=world)]), **spaces)
 
 
 def test_a_table_of_another_form_is_none():
-    """P must hold lists of four: an environment with a P of triples, or of something else, is learned without it."""
-    tables = ({0: {0: [(1.0, 0, 0.0)]}}, {0: [0]}, [[[0.5]]], None, {0: {0: 3}})
+    """P must hold lists of four for every state: an environment with triples, or something else, does without it."""
+    changes = {0: [(1.0, 0, 0.0)]}, {0: 3}, {0: [0.5]}, {}, {0: [(1.0, 4, 0.0, False)]}
+    tables = [WORLD | {2: row} for row in changes] + [None, {s: WORLD[s] for s in range(3)}, np.full((4, 1, 4), 0.25)]
     for P in tables:
-        world = World(P, np.ones(1))
-        assert (
-            dyna_q.known_dynamics(SimpleNamespace(unwrapped=SimpleNamespace(envs=[SimpleNamespace(unwrapped=world)])))
-            is None
-        )
+        assert dyna_q.known_dynamics(around(World(P, np.eye(4)[0]))) is None
     world = World(WORLD, np.eye(4)[0])
-    envs = SimpleNamespace(unwrapped=SimpleNamespace(envs=[SimpleNamespace(unwrapped=world)]))
-    assert dyna_q.known_dynamics(envs) is world
+    assert dyna_q.known_dynamics(around(world)) is world
     del world.initial_state_distrib
-    assert dyna_q.known_dynamics(envs) is None
+    assert dyna_q.known_dynamics(around(world)) is None
 
 
 @pytest.mark.parametrize("env_id", ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4"])
