@@ -7,7 +7,7 @@
 # ///
 """Dyna-Q: a table of action values learned from real steps and, many times more often, from steps of a learned model.
 
-The algorithm, with the functions that are its steps; (a) to (f) as in the box "Tabular Dyna-Q" of S&B. For ever:
+The algorithm, with the functions that are its steps; (a) to (f) as in the box "Tabular Dyna-Q" of S&B:
   (a) s                  the state of the environment
   (b) act                a random action with probability epsilon, else one of the largest Q(s, .)
   (c) envs.step          the environment gives the reward r and the next state s', and says whether that was the end
@@ -342,8 +342,8 @@ learn_by_dyna_q = for_each_learner(dyna_q_step)
 learn_by_sweeping = for_each_learner(prioritized_sweeping_step)
 
 
-def update(q: np.ndarray, model: Model, sums: np.ndarray, transition: tuple, step: int, rng, settings: Settings):
-    """One real step of all learners, which adds to sums (N, 3); rng is a NumPy generator. Returns the model."""
+def update(q, model: Model, sums, transition: tuple, step: int, rng: np.random.Generator, settings: Settings) -> Model:
+    """One real step of all learners, which changes q and adds to sums (N, 3). Returns the model, with room for more."""
     learn = learn_by_sweeping if settings.prioritized else learn_by_dyna_q
     uniforms = rng.random((len(q), 0 if settings.prioritized else settings.planning_steps, 2))
     full = learn(q, model, sums, *transition, uniforms, step, settings)
