@@ -7,13 +7,15 @@
 # ///
 """Dyna-Q: a table of action values learned from real steps and, many times more often, from steps of a learned model.
 
-The algorithm (S&B box "Tabular Dyna-Q"), with the functions that are its steps, at every environment step:
-  (b) act                an epsilon-greedy action of Q
-  (d) dyna_q_step        direct update: Q(s, a) towards r + gamma max Q(s', .)
-  (e) record             model learning: count that a in s has led to s', with r on average
-  (f) dyna_q_step        planning, n times: a pair tried before, Q towards what the model expects (expected_target)
-prioritized_sweeping_step does (f) in the order of the largest changes. The first part of the file is the algorithm, up
-to main; environments, evaluation and the run folder follow it.
+The algorithm, with the functions that are its steps; (a) to (f) as in the box "Tabular Dyna-Q" of S&B:
+  (a) s                  the state of the environment
+  (b) act                a random action with probability epsilon, else one of the largest Q(s, .)
+  (c) envs.step          the environment gives the reward r and the next state s', and says whether that was the end
+  (d) dyna_q_step        direct update: Q(s, a) += alpha (r + gamma max Q(s', .) - Q(s, a)), no Q(s', .) after the end
+  (e) record             model learning: count that a in s has led to s', and take r into the mean reward
+  (f) dyna_q_step        planning, n times: Q(s, a) += alpha (expected_target - Q(s, a)) of a pair (s, a) tried before
+Dyna-Q+ (--kappa) adds a bonus to (f) for what was not tried for long. prioritized_sweeping_step (--prioritized) takes
+the pairs of (f) in the order of their errors. These functions are one learner's; for_each_learner has a loop of many.
 
 Paper:      Sutton 1990, Integrated Architectures for Learning, Planning, and Reacting, ICML
             Sutton & Barto 2018, Reinforcement Learning, 2nd edition, chapter 8 (cited as S&B)
@@ -21,16 +23,21 @@ Run:        python dyna_q.py --env-id FrozenLake-v1          (or: uv run dyna_q.
 Resume:     python dyna_q.py --resume runs/<run folder>
 Evaluate:   python dyna_q.py --evaluate runs/<run folder> [--capture-video]
 Watch:      tensorboard --logdir runs
+Look in:    NUMBA_DISABLE_JIT=1 python dyna_q.py             (not compiled: print and breakpoints work everywhere)
 Deviations from the book, each also marked at the line it concerns:
   1. The model counts outcomes and planning backs up their expectation (S&B exercise 8.5). Where the world is
      deterministic this is the book's model; --model last is the book's table, which holds the last outcome alone.
   2. Prioritized sweeping takes its priorities from the same expectation.
   3. An episode ends after max_episode_steps, truncated, not terminated: the value of its last state counts.
+  4. The time since the last try of Dyna-Q+ counts from the start of the run for what was never tried.
+  5. Dyna-Q+ is evaluated by the values of its model without the bonus, which is there to explore.
+  6. The book prints no alpha, n and kappa for its changing mazes: alpha is 1 there, n and kappa are yours to set.
 It runs on the CPU, compiled: the updates of a learner follow one another, there is nothing to spread over a GPU.
 """
 
 import ast
 import difflib
+import functools
 import inspect
 import math
 import os
@@ -71,161 +78,140 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments
-    env_id: str = "FrozenLake-v1"  # Gymnasium id with Discrete observations and actions, or one of MAZES below
+    env_id: str = "FrozenLake-v1"  # Gymnasium id with discrete observations and actions, or one of MAZES below
     total_timesteps: int = 20_000  # environment steps of the run, summed over all learners: each gets its share
-    num_envs: int = 1  # environments side by side, each with a learner of its own: num_envs independent runs
+    num_envs: int = 1  # learners side by side, each with an environment of its own: num_envs independent runs
     env_kwargs: tuple[str, ...] | None = None  # settings of the environment (map_name=8x8), added to those in TASKS
-    max_episode_steps: int = 10_000  # an episode is truncated here at the latest, in environment steps
+    max_episode_steps: int = 10_000  # environment steps after which an episode is truncated at the latest
+    # learning
     gamma: float | None = None  # discount per step; default by task, 0.99 elsewhere
-    learning_rate: float | None = None  # step size (alpha); default by task, 0.1 elsewhere
+    learning_rate: float | None = None  # step size of an update (alpha); default by task, 0.1 elsewhere
     epsilon: float = 0.1  # share of random actions
+    # planning
     planning_steps: int = 10  # updates from the model after each real step (n); 0 = Q-learning
     model: Literal["counts", "last"] | None = None  # all outcomes of a state and action, or the last; default by task
-    kappa: float = 0.0  # Dyna-Q+ if > 0: planning adds kappa * sqrt(steps since the pair was tried) to the reward
-    prioritized: bool = False  # prioritized sweeping: planning takes the pair that would change most
-    theta: float = 1e-4  # prioritized sweeping: changes up to this size are not queued
+    kappa: float = 0.0  # Dyna-Q+ if > 0: planning adds kappa * sqrt(steps since an action was tried) to its reward
+    prioritized: bool = False  # prioritized sweeping: planning updates the state and action of the largest error
+    theta: float = 1e-4  # prioritized sweeping: errors up to this size are not queued
+    # logs
     report_frequency: int = 100  # steps of each environment between reports of losses and model errors
 
 
 # === Model ===
 
-PAIR = np.dtype([("visits", np.int32), ("num_outcomes", np.int32), ("reward", np.float64)])  # reward: the mean
-OUTCOME = np.dtype([("next_obs", np.int32), ("count", np.int32), ("terminations", np.int32)])
+# Without Numba's counting of references to arrays: a quarter of the time. So these functions make no arrays, and what
+# model_of returns must not leave them.
+compiled = njit(_nrt=False)
 
 
 class Model(NamedTuple):
-    """What N learners know of their worlds: S states, A actions, up to K outcomes of a pair, up to P predecessors.
+    """What a learner knows of its world: S states, A actions, room for K outcomes of a pair of state and action.
 
-    It takes the place of a replay buffer. In queue and predecessors the pair (s, a) is the number s * A + a.
+    It takes the place of a replay buffer. make_model makes it for N learners: every array has N as its first axis.
     """
 
-    pairs: np.ndarray  # (N, S, A) of PAIR
-    outcomes: np.ndarray  # (N, S, A, K) of OUTCOME: the states a pair led to, how often, how often by a termination
-    last_tried: np.ndarray  # (N, S, A) step of the run, 0 = never
-    visited: np.ndarray  # (N, S) the states in which an action was taken, in order of appearance
-    num_visited: np.ndarray  # (N,)
-    tried: np.ndarray  # (N, S, A) the actions taken in a state, in order of appearance
-    num_tried: np.ndarray  # (N, S)
-    priority: np.ndarray  # (N, S * A) of the pairs in the queue, 0 = not queued
-    predecessors: np.ndarray  # (N, S, P) the pairs that lead to a state, as far as known
-    num_predecessors: np.ndarray  # (N, S)
+    visits: np.ndarray  # (S, A) how often the action was taken in the state
+    rewards: np.ndarray  # (S, A) mean reward
+    next_states: np.ndarray  # (S, A, K) the states that followed, in order of appearance
+    counts: np.ndarray  # (S, A, K) how often each of them followed; 0 = no such outcome
+    terminations: np.ndarray  # (S, A, K) how often the episode ended with it
+    last_tried: np.ndarray  # (S, A) step of the run, 0 = never (deviation 4: as if tried at the start)
+    visited: np.ndarray  # (S,) the states in which an action was taken, in order of appearance
+    num_visited: np.ndarray  # (1,) length of that list
+    tried: np.ndarray  # (S, A) the actions taken in a state, in order of appearance
+    num_tried: np.ndarray  # (S,) length of each of these lists
+    priority: np.ndarray  # (S * A,) absolute error of pair s * A + a, 0 = not in the queue of prioritized sweeping
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The arrays as tensors of bytes (torch has no records); they share memory with the model."""
-        return {name: torch.from_numpy(array.view(np.uint8)) for name, array in self._asdict().items()}
+        """The arrays as tensors that share memory with them."""
+        return {name: torch.from_numpy(array) for name, array in self._asdict().items()}
 
 
 def make_model(num_learners: int, num_states: int, num_actions: int) -> Model:
-    """A model that knows nothing, with room for one outcome of each pair. Small types: the CPU's cache is the limit."""
-    n, s, a = num_learners, num_states, num_actions
+    """The models of N learners that know nothing. Small types: the CPU's cache is the limit."""
+    states = num_learners, num_states
+    pairs = *states, num_actions
+    outcomes = *pairs, 2  # the last place stays free for what is new; grow doubles them
     return Model(
-        pairs=np.zeros((n, s, a), PAIR),
-        outcomes=np.zeros((n, s, a, 1), OUTCOME),
-        last_tried=np.zeros((n, s, a), np.int64),
-        visited=np.zeros((n, s), np.int32),
-        num_visited=np.zeros(n, np.int32),
-        tried=np.zeros((n, s, a), np.int32),
-        num_tried=np.zeros((n, s), np.int32),
-        priority=np.zeros((n, s * a)),
-        predecessors=np.zeros((n, s, 1), np.int32),
-        num_predecessors=np.zeros((n, s), np.int32),
-    )
+        visits=np.zeros(pairs, np.int32), rewards=np.zeros(pairs),
+        next_states=np.zeros(outcomes, np.int32), counts=np.zeros(outcomes, np.int32),
+        terminations=np.zeros(outcomes, np.int32), last_tried=np.zeros(pairs, np.int64),
+        visited=np.zeros(states, np.int32), num_visited=np.zeros((num_learners, 1), np.int32),
+        tried=np.zeros(pairs, np.int32), num_tried=np.zeros(states, np.int32),
+        priority=np.zeros((num_learners, num_states * num_actions)),
+    )  # fmt: skip
+
+
+def load_model(state: dict[str, torch.Tensor]) -> Model:
+    """The inverse of state_dict, in memory of its own."""
+    return Model(**{name: tensor.numpy().copy() for name, tensor in state.items()})
 
 
 def grow(model: Model) -> Model:
-    """Twice the room for outcomes and predecessors."""
-    outcomes, predecessors = (np.concatenate([x, np.zeros_like(x)], -1) for x in (model.outcomes, model.predecessors))
-    return model._replace(outcomes=outcomes, predecessors=predecessors)
+    """Twice the room for outcomes."""
+    lists = {name: getattr(model, name) for name in ("next_states", "counts", "terminations")}
+    return model._replace(**{name: np.concatenate([x, np.zeros_like(x)], -1) for name, x in lists.items()})
 
 
-def load_model(state: dict[str, torch.Tensor], like: Model) -> Model:
-    """The inverse; `like` tells the types."""
-    return Model(**{name: state[name].numpy().copy().view(array.dtype) for name, array in like._asdict().items()})
+@compiled
+def model_of(models, i):
+    """Learner i's part of the arrays."""
+    return Model(
+        models.visits[i], models.rewards[i], models.next_states[i], models.counts[i], models.terminations[i],
+        models.last_tried[i], models.visited[i], models.num_visited[i], models.tried[i], models.num_tried[i],
+        models.priority[i],
+    )  # fmt: skip
 
 
-@njit
-def find_outcome(model, i, s, a, next_s):
-    """Index of an outcome of the pair, num_outcomes if it has not been seen."""
-    for k in range(model.pairs[i, s, a].num_outcomes):
-        if model.outcomes[i, s, a, k].next_obs == next_s:
-            return k
-    return model.pairs[i, s, a].num_outcomes
-
-
-@njit
-def has_room(model, i, s, a, next_s, rule):
-    """Whether `record` can store this transition without more room."""
-    k, num_outcomes = find_outcome(model, i, s, a, next_s), model.pairs[i, s, a].num_outcomes
-    full = rule.prioritized and model.num_predecessors[i, next_s] == model.predecessors.shape[2]
-    return k < num_outcomes or ((rule.overwrite or k < model.outcomes.shape[3]) and not full)
-
-
-@njit
-def record(model, i, s, a, reward, next_s, terminated, step, rule):
-    """Model learning, S&B box "Tabular Dyna-Q" step (e), with counts in place of the last outcome (deviation 1)."""
-    pair = model.pairs[i, s, a]
-    if pair.visits == 0:
-        if model.num_tried[i, s] == 0:
-            model.visited[i, model.num_visited[i]] = s
-            model.num_visited[i] += 1
-        model.tried[i, s, model.num_tried[i, s]] = a
-        model.num_tried[i, s] += 1
-    elif rule.overwrite:
-        forget(model, i, s, a, rule)
-    k = find_outcome(model, i, s, a, next_s)
-    outcome = model.outcomes[i, s, a, k]
-    if k == pair.num_outcomes:
-        outcome.next_obs, outcome.count, outcome.terminations = next_s, 0, 0
-        pair.num_outcomes += 1
-        if rule.prioritized:
-            model.predecessors[i, next_s, model.num_predecessors[i, next_s]] = s * model.pairs.shape[2] + a
-            model.num_predecessors[i, next_s] += 1
-    outcome.count += 1
-    outcome.terminations += terminated
-    pair.visits += 1
-    pair.reward += (reward - pair.reward) / pair.visits
-    model.last_tried[i, s, a] = step
-
-
-@njit
-def forget(model, i, s, a, rule):
-    """Drops the one outcome that is known of a pair, and the pair from the predecessors of the state it led to."""
-    pair = model.pairs[i, s, a]
-    pair.visits, pair.num_outcomes, pair.reward = 0, 0, 0.0
-    if rule.prioritized:
-        next_s = model.outcomes[i, s, a, 0].next_obs
-        for j in range(model.num_predecessors[i, next_s]):
-            if model.predecessors[i, next_s, j] == s * model.pairs.shape[2] + a:
-                model.num_predecessors[i, next_s] -= 1
-                model.predecessors[i, next_s, j] = model.predecessors[i, next_s, model.num_predecessors[i, next_s]]
-                break
+@compiled
+def record(model, s, a, reward, next_s, terminated, step, last_alone):
+    """Model learning: counts one outcome of a pair (deviation 1); with last_alone it takes the place of all others."""
+    if model.visits[s, a] == 0:  # a pair that planning can draw from now on
+        if model.num_tried[s] == 0:
+            model.visited[model.num_visited[0]] = s
+            model.num_visited[0] += 1
+        model.tried[s, model.num_tried[s]] = a
+        model.num_tried[s] += 1
+    if last_alone:
+        model.visits[s, a], model.rewards[s, a], model.counts[s, a, 0], model.terminations[s, a, 0] = 0, 0.0, 0, 0
+    k = 0
+    while model.counts[s, a, k] > 0 and model.next_states[s, a, k] != next_s:
+        k += 1  # the last place is always free
+    model.next_states[s, a, k] = next_s
+    model.counts[s, a, k] += 1
+    model.terminations[s, a, k] += terminated
+    model.visits[s, a] += 1
+    model.rewards[s, a] += (reward - model.rewards[s, a]) / model.visits[s, a]
+    model.last_tried[s, a] = step
 
 
 # === Targets ===
 
 
-@njit
-def max_value(q, i, s):
-    best = q[i, s, 0]
-    for a in range(1, q.shape[2]):
-        best = max(best, q[i, s, a])
+@compiled
+def max_value(q, s):
+    """max_a Q(s, a)."""
+    best = q[s, 0]
+    for a in range(1, q.shape[1]):
+        best = max(best, q[s, a])
     return best
 
 
-@njit
-def expected_target(q, pairs, outcomes, i, s, a, gamma):
+@njit(_nrt=False, inline="always")  # a third of the time of a call with so many arrays
+def expected_target(q, model, s, a, gamma):
     """Expected update of a pair under the model, S&B section 8.5: r + gamma * sum_s' p(s') max_a' Q(s', a').
 
     Nothing is added beyond a termination. An untried pair leads back to its state with reward 0 (S&B section 8.3).
     """
-    pair = pairs[i, s, a]
-    if pair.visits == 0:
-        return gamma * max_value(q, i, s)
+    if model.visits[s, a] == 0:
+        return gamma * max_value(q, s)
     value = 0.0
-    for k in range(pair.num_outcomes):
-        outcome = outcomes[i, s, a, k]
-        value += (outcome.count - outcome.terminations) / pair.visits * max_value(q, i, outcome.next_obs)
-    return pair.reward + gamma * value
+    for k in range(model.counts.shape[2]):
+        if model.counts[s, a, k] == 0:
+            break
+        went_on = model.counts[s, a, k] - model.terminations[s, a, k]
+        value += went_on / model.visits[s, a] * max_value(q, model.next_states[s, a, k])
+    return model.rewards[s, a] + gamma * value
 
 
 # === Acting ===
@@ -240,7 +226,7 @@ def act(q, obs, epsilon, uniforms):
         if uniforms[i, 0] < epsilon:
             actions[i] = int(uniforms[i, 1] * len(values))
             continue
-        best, ties = max_value(q, i, obs[i]), 0
+        best, ties = max_value(q[i], obs[i]), 0
         for value in values:
             ties += value == best
         rank = int(uniforms[i, 1] * ties)
@@ -255,8 +241,8 @@ def act(q, obs, epsilon, uniforms):
 # === Updates ===
 
 
-class Rule(NamedTuple):
-    """The settings of an update."""
+class Settings(NamedTuple):
+    """The flags that an update needs, in a form that compiled functions take."""
 
     gamma: float
     learning_rate: float
@@ -264,93 +250,104 @@ class Rule(NamedTuple):
     kappa: float
     prioritized: bool
     theta: float
-    overwrite: bool
+    last_alone: bool  # --model last
 
 
-def make_rule(args: Args) -> Rule:
-    return Rule(**{name: getattr(args, name) for name in Rule._fields[:-1]}, overwrite=args.model == "last")
+def make_settings(args: Args) -> Settings:
+    return Settings(**{name: getattr(args, name) for name in Settings._fields[:-1]}, last_alone=args.model == "last")
 
 
-@njit
-def dyna_q_step(q, model, sums, obs, actions, rewards, next_obs, terminations, uniforms, step, rule):
-    """One real step of each learner: direct update, model learning, planning; S&B box "Tabular Dyna-Q" (d) to (f).
+@compiled
+def dyna_q_step(q, model, s, a, reward, next_s, terminated, uniforms, step, settings):
+    """What follows one real step of one learner: direct update, model learning, planning; changes q and model.
 
-    Arrays of the transition (N,), uniforms (N, n, 2) in [0, 1), step of the run counted from 1. Changes in place q
-    (N, S, A), model and sums (N, 3), which adds up the absolute TD error of the real step, those of planning, and the
-    updates of planning. Returns False, with nothing changed, if the model must grow first.
+    q (S, A), uniforms (n, 2) random numbers in [0, 1), step of the run counted from 1. Returns the absolute TD error of
+    the direct update, the sum of those of planning, and the number of planning updates.
     """
-    for i in range(len(obs)):
-        if not has_room(model, i, obs[i], actions[i], next_obs[i], rule):
-            return False
-    pairs, outcomes, _, visited, num_visited, tried, num_tried, _, _, _ = model  # model.x in the loop: half the speed
-    for i in range(len(obs)):
-        s, a = obs[i], actions[i]
-        value = 0.0 if terminations[i] else max_value(q, i, next_obs[i])
-        td_error = rewards[i] + rule.gamma * value - q[i, s, a]
-        q[i, s, a] += rule.learning_rate * td_error
-        sums[i, 0] += abs(td_error)
-        record(model, i, s, a, rewards[i], next_obs[i], terminations[i], step, rule)
-        for j in range(rule.planning_steps):  # uniformly: first a visited state, then an action tried in it
-            s = visited[i, int(uniforms[i, j, 0] * num_visited[i])]
-            if rule.kappa > 0:  # Dyna-Q+ (S&B section 8.3): untried actions too, and a bonus for the time since
-                a = int(uniforms[i, j, 1] * q.shape[2])
-                bonus = rule.kappa * math.sqrt(step - model.last_tried[i, s, a])
-            else:
-                a, bonus = tried[i, s, int(uniforms[i, j, 1] * num_tried[i, s])], 0.0
-            td_error = bonus + expected_target(q, pairs, outcomes, i, s, a, rule.gamma) - q[i, s, a]
-            q[i, s, a] += rule.learning_rate * td_error
-            sums[i, 1] += abs(td_error)
-        sums[i, 2] += rule.planning_steps
-    return True
+    value = 0.0 if terminated else max_value(q, next_s)
+    direct_error = reward + settings.gamma * value - q[s, a]
+    q[s, a] += settings.learning_rate * direct_error
+    record(model, s, a, reward, next_s, terminated, step, settings.last_alone)
+    planning_error = 0.0
+    for j in range(settings.planning_steps):
+        s, bonus = model.visited[int(uniforms[j, 0] * model.num_visited[0])], 0.0  # a random one of those visited
+        if settings.kappa > 0:  # Dyna-Q+ (S&B section 8.3): any action, and a bonus for the time since it was tried
+            a = int(uniforms[j, 1] * q.shape[1])
+            bonus = settings.kappa * math.sqrt(step - model.last_tried[s, a])
+        else:
+            a = model.tried[s, int(uniforms[j, 1] * model.num_tried[s])]  # a random one of those tried in s
+        td_error = bonus + expected_target(q, model, s, a, settings.gamma) - q[s, a]
+        q[s, a] += settings.learning_rate * td_error
+        planning_error += abs(td_error)
+    return abs(direct_error), planning_error, settings.planning_steps
 
 
-@njit
-def push(q, model, i, s, a, rule):
-    """Queues a pair by its absolute TD error if that exceeds theta; one that is queued is raised, never lowered."""
-    priority = abs(expected_target(q, model.pairs, model.outcomes, i, s, a, rule.gamma) - q[i, s, a])  # deviation 2
-    if priority > rule.theta:
-        pair = s * q.shape[2] + a
-        model.priority[i, pair] = max(priority, model.priority[i, pair])
+@compiled
+def queue(q, model, s, a, settings):
+    """Queues a pair by its absolute error if that exceeds theta; one that is queued is raised, never lowered."""
+    error = abs(expected_target(q, model, s, a, settings.gamma) - q[s, a])  # deviation 2: an expected priority
+    if error > settings.theta:
+        pair = s * q.shape[1] + a
+        model.priority[pair] = max(error, model.priority[pair])
 
 
-@njit
-def prioritized_sweeping_step(q, model, sums, obs, actions, rewards, next_obs, terminations, uniforms, step, rule):
-    """One real step of each learner, S&B box "Prioritized sweeping" (d) to (g). As dyna_q_step; uniforms are not used.
+@compiled
+def prioritized_sweeping_step(q, model, s, a, reward, next_s, terminated, uniforms, step, settings):
+    """In place of dyna_q_step: the box "Prioritized sweeping" of S&B, without direct update and random numbers.
 
-    The highest priority is found by looking at all S * A of them: for tables, shorter than a heap and fast enough.
+    The highest priority and what leads to a state are found by looking at all pairs: plain, and for tables fast enough.
     """
-    for i in range(len(obs)):
-        if not has_room(model, i, obs[i], actions[i], next_obs[i], rule):
-            return False
-    for i in range(len(obs)):
-        s, a = obs[i], actions[i]
-        value = 0.0 if terminations[i] else max_value(q, i, next_obs[i])
-        sums[i, 0] += abs(rewards[i] + rule.gamma * value - q[i, s, a])
-        record(model, i, s, a, rewards[i], next_obs[i], terminations[i], step, rule)
-        push(q, model, i, s, a, rule)
-        for _ in range(rule.planning_steps):
-            pair = np.argmax(model.priority[i])
-            if model.priority[i, pair] == 0:
-                break
-            model.priority[i, pair] = 0
-            s, a = pair // q.shape[2], pair % q.shape[2]
-            td_error = expected_target(q, model.pairs, model.outcomes, i, s, a, rule.gamma) - q[i, s, a]
-            q[i, s, a] += rule.learning_rate * td_error
-            sums[i, 1] += abs(td_error)
-            sums[i, 2] += 1
-            for j in range(model.num_predecessors[i, s]):
-                before = model.predecessors[i, s, j]
-                push(q, model, i, before // q.shape[2], before % q.shape[2], rule)
-    return True
+    value = 0.0 if terminated else max_value(q, next_s)
+    direct_error = reward + settings.gamma * value - q[s, a]
+    record(model, s, a, reward, next_s, terminated, step, settings.last_alone)
+    queue(q, model, s, a, settings)
+    planning_error, num_updates = 0.0, 0
+    while num_updates < settings.planning_steps:
+        pair = model.priority.argmax()
+        if model.priority[pair] == 0:  # the queue is empty
+            break
+        model.priority[pair] = 0
+        s, a = pair // q.shape[1], pair % q.shape[1]
+        td_error = expected_target(q, model, s, a, settings.gamma) - q[s, a]
+        q[s, a] += settings.learning_rate * td_error
+        planning_error += abs(td_error)
+        num_updates += 1
+        for before, action, k in np.ndindex(model.counts.shape):  # all pairs that are known to lead to s
+            if model.counts[before, action, k] > 0 and model.next_states[before, action, k] == s:
+                queue(q, model, before, action, settings)
+    return abs(direct_error), planning_error, num_updates
 
 
-def update(q: np.ndarray, model: Model, sums: np.ndarray, transition: tuple, step: int, rng, rule: Rule) -> Model:
-    """One real step of all learners, see dyna_q_step; rng is a NumPy generator. Returns the model, grown or not."""
-    learn = prioritized_sweeping_step if rule.prioritized else dyna_q_step
-    uniforms = rng.random((len(q), 0 if rule.prioritized else rule.planning_steps, 2))
-    while not learn(q, model, sums, *transition, uniforms, step, rule):
-        model = grow(model)
-    return model
+def for_each_learner(step_of_one: Callable) -> Callable:
+    """A real step of all learners, by dyna_q_step or prioritized_sweeping_step, only one of which need be compiled."""
+
+    @compiled
+    def learn(q, models, sums, obs, actions, rewards, next_obs, terminations, uniforms, step, settings):
+        """q (N, S, A), transition (N,), uniforms (N, n, 2). Returns whether there must be room for more outcomes."""
+        full = False
+        for i in range(len(obs)):
+            s, a, model = obs[i], actions[i], model_of(models, i)
+            transition = s, a, rewards[i], next_obs[i], terminations[i]
+            direct, planning, updates = step_of_one(q[i], model, *transition, uniforms[i], step, settings)
+            sums[i, 0] += direct
+            sums[i, 1] += planning
+            sums[i, 2] += updates
+            full |= model.counts[s, a, -1] > 0
+        return full
+
+    return learn
+
+
+learn_by_dyna_q = for_each_learner(dyna_q_step)
+learn_by_sweeping = for_each_learner(prioritized_sweeping_step)
+
+
+def update(q, model: Model, sums, transition: tuple, step: int, rng: np.random.Generator, settings: Settings) -> Model:
+    """One real step of all learners, which changes q and adds to sums (N, 3). Returns the model, with room for more."""
+    learn = learn_by_sweeping if settings.prioritized else learn_by_dyna_q
+    uniforms = rng.random((len(q), 0 if settings.prioritized else settings.planning_steps, 2))
+    full = learn(q, model, sums, *transition, uniforms, step, settings)
+    return grow(model) if full else model
 
 
 # === Training ===
@@ -369,17 +366,17 @@ def main(args: Args) -> str:
     num_states, num_actions = int(envs.single_observation_space.n), int(envs.single_action_space.n)
     try:
         q = np.zeros((args.num_envs, num_states, num_actions))
-        model, rule = make_model(*q.shape), make_rule(args)
+        model, settings = make_model(*q.shape), make_settings(args)
     except MemoryError as error:
         fail(f"the tables do not fit into memory: {error}")
-    sums = np.zeros((args.num_envs, 3))  # see dyna_q_step
+    sums = np.zeros((args.num_envs, 3))  # absolute TD errors of real steps, those of planning, updates of planning
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act", "planning"))}
     if checkpoint:
         q[:], sums[:] = checkpoint["parts"]["agent"]["q_table"], checkpoint["parts"]["sums"]
-        model = load_model(checkpoint["parts"]["replay"], model) if args.save_buffer else model
+        model = load_model(checkpoint["parts"]["replay"]) if args.save_buffer else model
     parts = {"agent": {"q_table": torch.from_numpy(q)}, "sums": torch.from_numpy(sums)}  # they share memory
     run.keep(parts | ({"replay": model} if args.save_buffer else {}), rng)
-    print(f"{run.folder}: {args.num_envs} learners, {math.ceil(args.total_timesteps / args.num_envs)} steps each, "
+    print(f"{run.folder}: {math.ceil(args.total_timesteps / args.num_envs)} steps of each learner ({args.num_envs}), "
           f"{num_states} states, {num_actions} actions, gamma {args.gamma}, alpha {args.learning_rate}, "
           f"{args.model}, {' '.join(args.env_kwargs)}")  # fmt: skip
 
@@ -390,13 +387,13 @@ def main(args: Args) -> str:
         run.metrics = {"losses/td_error": direct / steps / args.num_envs}
         run.metrics |= {"model/planning_td_error": planning / max(updates, 1)}
         run.metrics |= {"model/states_visited": model.num_visited.mean()}
-        if (world := known_dynamics(envs)) is not None:
-            run.metrics |= model_errors(model, world.P, world.initial_state_distrib)
+        if world is not None:
+            run.metrics |= model_errors(model, *read_table(world, getattr(world, "layout", 0)))
         run.report()
         run.metrics, sums[:] = {}, 0
 
     dones, step = np.ones(args.num_envs, bool), run.step // args.num_envs
-    eval_envs = None
+    eval_envs, world = None, known_dynamics(envs)
     while run.goes_on(dones):
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
@@ -405,11 +402,12 @@ def main(args: Args) -> str:
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         step, run.step = step + 1, run.step + args.num_envs
         transition = obs, actions, rewards, next_obs, terminations
-        model = update(q, model, sums, transition, step, rng["planning"], rule)
+        model = update(q, model, sums, transition, step, rng["planning"], settings)
         if args.save_buffer:
             run.parts["replay"] = model  # it may have grown
         if not math.isfinite(sums.sum()):
-            raise SystemExit(f"error: not finite at step {run.step}: losses/td_error; the last checkpoint is intact")
+            culprit = "the environment's reward" if not np.isfinite(rewards).all() else "losses/td_error"
+            raise SystemExit(f"error: not finite at step {run.step}: {culprit}; the last checkpoint is intact")
         obs, dones = next_obs, terminations | truncations
         run.progress.update(args.num_envs)
         if dones.any():
@@ -421,7 +419,7 @@ def main(args: Args) -> str:
             if eval_envs is None:
                 video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
                 eval_envs = make_vector_env(args, players, video)
-            returns = evaluate(q[:players], eval_envs, args, step, run.stop)
+            returns = evaluate(values_to_play(q[:players], model, args), eval_envs, args, step, run.stop)
             if args.capture_video:  # the film is written when its environment closes
                 eval_envs.close()
                 eval_envs = None
@@ -430,6 +428,8 @@ def main(args: Args) -> str:
 
     if step % args.report_frequency and run.step > run.reported[0]:
         report()  # the rest; what was saved has the sums that a resumed run goes on with
+    if arrows := draw_policy(values_to_play(q[:1], model, args)[0], envs):
+        run.say(f"what the first learner would do:\n{arrows}")
     envs.close()
     if eval_envs is not None:
         eval_envs.close()
@@ -468,7 +468,8 @@ MAZES = {
 CHANGES_AT = {"BlockingMaze-v0": 1000, "ShortcutMaze-v0": 3000}  # steps of the run
 
 # What a task needs other than the defaults; a flag given on the command line wins.
-CHANGING = {"gamma": 0.95, "learning_rate": 1.0, "model": "last"}  # counts would remember walls that are gone
+# Counts would remember walls that are gone; alpha is that of other implementations (deviation 6: the book prints none).
+CHANGING = {"gamma": 0.95, "learning_rate": 1.0, "model": "last"}
 TASKS = {
     "FrozenLake-v1": {"env_kwargs": ("is_slippery=False",)},
     "FrozenLake8x8-v1": {"env_kwargs": ("is_slippery=False",)},
@@ -483,7 +484,7 @@ TASKS = {
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given is filled in from TASKS, an id without its version completed."""
-    env_id = next((name for name in TASKS if args.env_id in (name, name.rpartition("-v")[0])), args.env_id)
+    env_id = {name.rpartition("-v")[0]: name for name in TASKS}.get(args.env_id, args.env_id)
     task = {"env_kwargs": (), "gamma": 0.99, "learning_rate": 0.1, "model": "counts"} | TASKS.get(env_id, {})
     given = args.env_kwargs or ()
     names = {setting.partition("=")[0] for setting in given}
@@ -708,7 +709,10 @@ def evaluate_run(args: Args) -> str:
     stop, step = StopRequest(), checkpoint["global_step"] // args.num_envs
     players = min(args.num_envs, args.eval_episodes)
     envs = make_vector_env(args, players, f"{args.evaluate}/videos/evaluate" if args.capture_video else None)
-    returns = evaluate(checkpoint["parts"]["agent"]["q_table"].numpy()[:players], envs, args, step, stop)
+    q = checkpoint["parts"]["agent"]["q_table"].numpy()[:players]
+    if "replay" in checkpoint["parts"]:
+        q = values_to_play(q, load_model(checkpoint["parts"]["replay"]), args)
+    returns = evaluate(q, envs, args, step, stop)
     envs.close()
     if len(returns):
         single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
@@ -718,39 +722,100 @@ def evaluate_run(args: Args) -> str:
     return args.evaluate
 
 
-def known_dynamics(envs: gym.vector.VectorEnv):
-    """The environment, if it publishes its table P and initial_state_distrib: to measure the model, never to learn."""
+def values_to_play(q: np.ndarray, model: Model, args: Args) -> np.ndarray:
+    """The tables (N, S, A) to be evaluated, of the first N learners; those of Dyna-Q+ without the bonus (deviation 5).
+
+    Greedy in a table with the bonus, one goes to what was not tried for long, for ever while the clock stands still.
+    """
+    if args.kappa > 0:
+        q = np.zeros_like(q)
+        iterate_values(q, model, args.gamma)
+    return q
+
+
+@compiled
+def iterate_values(q, models, gamma):
+    """Value iteration on each learner's model: expected updates of the known pairs of q until none changes."""
+    for i in range(len(q)):
+        model, change, sweeps = model_of(models, i), 1.0, 0
+        while change > 1e-9 and sweeps < 1_000:
+            change, sweeps = 0.0, sweeps + 1
+            for s, a in np.ndindex(model.visits.shape):
+                if model.visits[s, a] > 0:
+                    value = expected_target(q[i], model, s, a, gamma)
+                    change, q[i, s, a] = max(change, abs(value - q[i, s, a])), value
+
+
+ARROWS = {"MazeVector": "^v<>", "FrozenLakeEnv": "<v>^", "CliffWalkingEnv": "^>v<"}  # of actions 0 to 3
+
+
+def draw_policy(q: np.ndarray, envs: gym.vector.VectorEnv) -> str:
+    """The greedy actions of a table (S, A) as arrows, for mazes, lakes and cliffs; . where all actions are as good."""
     world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
-    known = isinstance(getattr(world, "P", None), dict) and hasattr(world, "initial_state_distrib")
-    return world if known else None
+    if type(world).__name__ not in ARROWS:
+        return ""
+    if hasattr(world, "shape"):  # the cliff, C, in its last row, from the start to the goal
+        cells = np.full(world.shape, ".")
+        cells[-1, 1:-1], cells[-1, -1] = "C", "G"
+    else:
+        cells = world.desc.astype(str) if hasattr(world, "desc") else world.grids[world.layout].copy()
+    arrows = np.array(list(ARROWS[type(world).__name__]))[q.argmax(1)].reshape(cells.shape)
+    known = (q.max(1) > q.min(1)).reshape(cells.shape) & ~np.isin(cells, ["#", "G", "H", "C"])
+    cells = np.where(known, arrows, np.where(np.isin(cells, ["S", "F"]), ".", cells))
+    return "\n".join(" ".join(row) for row in cells)
 
 
-def model_errors(model: Model, P: dict, start: np.ndarray) -> dict[str, float]:
-    """The learners' models beside the environment's own table P[s][a] = [(probability, next, reward, terminated)].
+def known_dynamics(envs: gym.vector.VectorEnv) -> gym.Env | None:
+    """The environment, if it publishes P[s][a] = [(probability, next, reward, terminated)] and where it begins."""
+    world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
+    S, A = int(envs.single_observation_space.n), int(envs.single_action_space.n)
+    try:  # to measure the model, never to learn
+        outcomes = [outcome for s in range(S) for a in range(A) for outcome in world.P[s][a]]
+        fits = all(len(outcome) == 4 and outcome[1] in range(S) for outcome in outcomes)
+        return world if fits and len(world.initial_state_distrib) == S else None
+    except (AttributeError, LookupError, TypeError):  # no P, or one of another form
+        return None
 
-    missing: share of the table's outcomes that no visit has shown, in states that can be reached from `start` (S,);
+
+@functools.lru_cache(maxsize=1)
+def read_table(world: gym.Env, layout: int) -> tuple[np.ndarray, np.ndarray]:
+    """The environment's P as (S, A, B, 4), and which states (S,) can be reached; once for each layout of a maze.
+
+    An outcome of probability 0 is none.
+    """
+    P, new, reached = world.P, set(np.flatnonzero(world.initial_state_distrib).tolist()), set()
+    S, A = len(world.initial_state_distrib), len(P[0])
+    table = np.zeros((S, A, max(len(P[s][a]) for s in range(S) for a in range(A)), 4))
+    for s, a in np.ndindex(S, A):
+        table[s, a, : len(P[s][a])] = P[s][a]
+    while new:
+        reached |= new
+        new = {n for s in new for a in range(A) for p, n, _, end in P[s][a] if p > 0 and not end} - reached
+    return table, np.isin(np.arange(S), list(reached))
+
+
+def model_errors(model: Model, table: np.ndarray, reached: np.ndarray) -> dict[str, float]:
+    """The learners' models beside the environment's own table, see read_table.
+
+    missing: share of the table's outcomes that no visit has shown, in states that can be reached;
     wrong: share of the model's outcomes that the table does not have, or whose rewards it rules out.
     """
-    num_outcomes = max(len(outcomes) for row in P.values() for outcomes in row.values())
-    table = np.zeros((*model.pairs.shape[1:], num_outcomes, 4))
-    for s, row in P.items():
-        for a, outcomes in row.items():
-            table[s, a, : len(outcomes)] = outcomes
-    real, next_s, reward, terminal = table[..., 0] > 0, table[..., 1].astype(int), table[..., 2], table[..., 3] > 0
-    live = np.asarray(start) > 0  # (S,)
-    while not live[reached := next_s[live][(real & ~terminal)[live]]].all():
-        live[reached] = True
-
-    pairs, outcomes = model.pairs, model.outcomes
-    known = np.arange(outcomes.shape[3]) < pairs["num_outcomes"][..., None]  # (N, S, A, K)
-    ended, went_on = outcomes["terminations"] > 0, outcomes["count"] > outcomes["terminations"]
-    same = (known[..., None] & real[:, :, None]) & (outcomes["next_obs"][..., None] == next_s[:, :, None])
-    seen = same & np.where(terminal[:, :, None], ended[..., None], went_on[..., None])
+    real, next_s, reward, terminal = table[..., 0] > 0, table[..., 1], table[..., 2], table[..., 3] > 0  # (S, A, B)
     low, high = np.where(real, reward, np.inf).min(-1) - 1e-9, np.where(real, reward, -np.inf).max(-1) + 1e-9
-    wrong = (ended & ~(same & terminal[:, :, None]).any(-1)) | (went_on & ~(same & ~terminal[:, :, None]).any(-1))
-    wrong = known & (wrong | ((pairs["reward"] < low) | (pairs["reward"] > high))[..., None])
-    missing = (real & ~seen.any(3))[:, live].sum() / (len(pairs) * real[live].sum())
-    return {"model/missing": missing, "model/wrong": wrong.sum() / max(known.sum(), 1)}
+    bad_reward = (model.rewards < low) | (model.rewards > high)  # (N, S, A)
+    shown = np.zeros((len(model.visits), *real.shape), bool)  # (N, S, A, B)
+    num_known = num_wrong = 0
+    for k in range(model.counts.shape[-1]):  # an outcome of the model beside each of the table
+        known, ended = model.counts[..., k] > 0, model.terminations[..., k] > 0
+        went_on, can_end, can_go_on = model.counts[..., k] > model.terminations[..., k], False, False
+        for b in range(real.shape[-1]):
+            same = known & real[..., b] & (model.next_states[..., k] == next_s[..., b])
+            shown[..., b] |= same & np.where(terminal[..., b], ended, went_on)
+            can_end, can_go_on = can_end | (same & terminal[..., b]), can_go_on | (same & ~terminal[..., b])
+        num_known += known.sum()
+        num_wrong += (known & (bad_reward | (ended & ~can_end) | (went_on & ~can_go_on))).sum()
+    missing = (real & ~shown)[:, reached].sum() / (len(shown) * real[reached].sum())
+    return {"model/missing": missing, "model/wrong": num_wrong / max(num_known, 1)}
 
 
 # === Run: folder, log, checkpoints, Ctrl-C (same text in all five scripts) ===

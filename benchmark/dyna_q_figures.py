@@ -22,7 +22,8 @@ class Trial:
 
     def __init__(self, **settings):
         self.args = dyna_q.with_task_defaults(dyna_q.Args(**settings))
-        self.envs, self.rule = dyna_q.make_vector_env(self.args, self.args.num_envs), dyna_q.make_rule(self.args)
+        self.envs = dyna_q.make_vector_env(self.args, self.args.num_envs)
+        self.settings = dyna_q.make_settings(self.args)
         size = self.args.num_envs, self.envs.single_observation_space.n, self.envs.single_action_space.n
         self.q, self.model, self.sums = np.zeros(size), dyna_q.make_model(*size), np.zeros((size[0], 3))
         self.rng = {
@@ -43,7 +44,7 @@ class Trial:
         obs, rewards, terminations, truncations, infos = self.envs.step(actions)
         self.time += 1
         self.transition, rng = (self.obs, actions, rewards, obs, terminations), self.rng["planning"]
-        self.model = dyna_q.update(self.q, self.model, self.sums, self.transition, self.time, rng, self.rule)
+        self.model = dyna_q.update(self.q, self.model, self.sums, self.transition, self.time, rng, self.settings)
         self.obs, self.dones = obs, terminations | truncations
         return rewards, infos
 

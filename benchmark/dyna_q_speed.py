@@ -43,9 +43,9 @@ def main() -> None:
         row = {"learners": learners, "n": n, **changes, "loop_us": loop * 1e6, "loop_steps_per_s": learners / loop}
         if not trial.args.prioritized:  # which updates only what has changed
             uniforms = trial.rng["planning"].random((learners, n, 2))
-            arguments = trial.q, trial.model, trial.sums, *trial.transition, uniforms, trial.time, trial.rule
-            assert dyna_q.dyna_q_step(*arguments)
-            planner = seconds_per_call(lambda a=arguments: dyna_q.dyna_q_step(*a), 20_000 // (4 * learners) + 20)
+            arguments = trial.q, trial.model, trial.sums, *trial.transition, uniforms, trial.time, trial.settings
+            assert not dyna_q.learn_by_dyna_q(*arguments)  # there is room for what has been seen already
+            planner = seconds_per_call(lambda a=arguments: dyna_q.learn_by_dyna_q(*a), 20_000 // (4 * learners) + 20)
             row |= {"loop_updates_per_s": learners * n / loop, "planner_updates_per_s": learners * n / planner}
         rows.append(row)
     for row in rows:

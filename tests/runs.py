@@ -143,7 +143,7 @@ TRAITS = {
         "workers": False,
         "kills": 4,  # each costs a compilation
         "nan reward": {"env_id": "fake_envs:NanLadder-v0"},
-        "spoiled": "losses/td_error",
+        "spoiled": "the environment's reward",
         "fixed": "planning_steps",
     },
     "mbpo": {
@@ -347,4 +347,4 @@ LAKE = {"env_id": "FrozenLake-v1"}
 
 
 def model_of(dyna_q, run_dir: str):
-    return dyna_q.load_model(load(run_dir)["parts"]["replay"], dyna_q.make_model(1, 1, 1))
+    return dyna_q.load_model(load(run_dir)["parts"]["replay"])

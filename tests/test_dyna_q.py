@@ -7,6 +7,8 @@ comment says how they were measured.
 import heapq
 import math
 import os
+import subprocess
+import sys
 import types
 from collections import deque
 from itertools import product
@@ -38,17 +40,17 @@ from runs import (
 )
 
 import dyna_q
-from dyna_q import CHANGES_AT, MAZES, Args, EpisodeStatistics, MazeVector, Rule
+from dyna_q import CHANGES_AT, MAZES, Args, EpisodeStatistics, MazeVector, Settings
 
 ALMOST_ONE = np.nextafter(1, 0)  # the largest number that a generator hands out
 CHI_SQUARE = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 11: 31.26}  # exceeded once in 1,000 times, by degrees of freedom
 UP, DOWN, LEFT, RIGHT = range(4)
 
 
-def make_rule(**settings) -> Rule:
+def make_settings(**flags) -> Settings:
     """The settings of an update, by the names of the flags."""
     plain = {"gamma": 0.9, "learning_rate": 0.5, "planning_steps": 3, "model": "counts"}
-    return dyna_q.make_rule(Args(**(plain | settings)))
+    return dyna_q.make_settings(Args(**(plain | flags)))
 
 
 @pytest.fixture
@@ -81,16 +83,16 @@ def columns(transitions: list[tuple]) -> tuple[np.ndarray, ...]:
 class Learners:
     """q, model and sums of N learners, updated from lists of transitions, one transition for each learner at a time."""
 
-    def __init__(self, q, rule: Rule):
-        self.q, self.rule, self.step = np.array(q, float), rule, 0
+    def __init__(self, q, settings: Settings):
+        self.q, self.settings, self.step = np.array(q, float), settings, 0
         self.model, self.sums = dyna_q.make_model(*self.q.shape), np.zeros((len(self.q), 3))
 
     def update(self, *transitions, uniforms=None) -> "Learners":
         """One real step; uniforms (N, n, 2)."""
         self.step += 1
         if uniforms is None:
-            uniforms = np.zeros((len(self.q), self.rule.planning_steps, 2))
-        args = columns(transitions), self.step, Fixed(uniforms), self.rule
+            uniforms = np.zeros((len(self.q), self.settings.planning_steps, 2))
+        args = columns(transitions), self.step, Fixed(uniforms), self.settings
         self.model = dyna_q.update(self.q, self.model, self.sums, *args)
         return self
 
@@ -101,18 +103,18 @@ class Learners:
 class Book:
     """S&B "Tabular Dyna-Q", "Prioritized sweeping" and the footnote of section 8.3, read off the page.
 
-    model: (s, a) -> {(r, s', terminated): how often}; with rule.overwrite the last outcome replaces all others.
+    model: (s, a) -> {(r, s', terminated): how often}; with settings.last_alone the last outcome replaces all others.
     """
 
-    def __init__(self, q, rule: Rule):
-        self.q, self.rule = np.array(q, float).tolist(), rule
+    def __init__(self, q, settings: Settings):
+        self.q, self.settings = np.array(q, float).tolist(), settings
         self.model, self.stamps = {}, {}
         self.tried = {}  # visited state -> actions taken there, both in order of appearance
         self.heap, self.queued = [], {}  # entries of the heap that are not in queued any more are skipped
         self.sums = [0.0, 0.0, 0]
 
     def backup(self, reward, next_s, terminated):
-        return reward if terminated else reward + self.rule.gamma * max(self.q[next_s])
+        return reward if terminated else reward + self.settings.gamma * max(self.q[next_s])
 
     def target(self, s, a):
         """Sum over the outcomes of p(s', r | s, a) [r + gamma max Q(s', .)]."""
@@ -124,30 +126,30 @@ class Book:
         self.stamps[s, a] = step
         if (s, a) not in self.model:
             self.tried.setdefault(s, []).append(a)
-        if (s, a) not in self.model or self.rule.overwrite:
+        if (s, a) not in self.model or self.settings.last_alone:
             self.model[s, a] = {}
         self.model[s, a][outcome] = self.model[s, a].get(outcome, 0) + 1
 
     def dyna_q(self, s, a, *outcome, step, uniforms):
         """Steps (d), (e) and (f) of the box."""
         td_error = self.backup(*outcome) - self.q[s][a]
-        self.q[s][a] += self.rule.learning_rate * td_error
+        self.q[s][a] += self.settings.learning_rate * td_error
         self.sums[0] += abs(td_error)
         self.learn(s, a, outcome, step)
         for u, v in uniforms:
             states = list(self.tried)
             s = states[int(u * len(states))]
-            actions = list(range(len(self.q[s]))) if self.rule.kappa else self.tried[s]
+            actions = list(range(len(self.q[s]))) if self.settings.kappa else self.tried[s]
             a = actions[int(v * len(actions))]
-            bonus = self.rule.kappa * math.sqrt(step - self.stamps.get((s, a), 0))
+            bonus = self.settings.kappa * math.sqrt(step - self.stamps.get((s, a), 0))
             td_error = self.target(s, a) + bonus - self.q[s][a]
-            self.q[s][a] += self.rule.learning_rate * td_error
+            self.q[s][a] += self.settings.learning_rate * td_error
             self.sums[1] += abs(td_error)
             self.sums[2] += 1
 
     def push(self, s, a):
         priority = abs(self.target(s, a) - self.q[s][a])
-        if priority > self.rule.theta and priority > self.queued.get((s, a), 0):
+        if priority > self.settings.theta and priority > self.queued.get((s, a), 0):
             self.queued[s, a] = priority
             heapq.heappush(self.heap, (-priority, s, a))
 
@@ -156,7 +158,7 @@ class Book:
         self.sums[0] += abs(self.backup(*outcome) - self.q[s][a])
         self.learn(s, a, outcome, step)
         self.push(s, a)
-        for _ in range(self.rule.planning_steps):
+        for _ in range(self.settings.planning_steps):
             while self.heap and self.queued.get(self.heap[0][1:]) != -self.heap[0][0]:
                 heapq.heappop(self.heap)
             if not self.heap:
@@ -164,7 +166,7 @@ class Book:
             _, s, a = heapq.heappop(self.heap)
             del self.queued[s, a]
             td_error = self.target(s, a) - self.q[s][a]
-            self.q[s][a] += self.rule.learning_rate * td_error
+            self.q[s][a] += self.settings.learning_rate * td_error
             self.sums[1] += abs(td_error)
             self.sums[2] += 1
             for pair, outcomes in self.model.items():
@@ -189,20 +191,22 @@ def random_walk(seed: int, steps: int, num_states: int, num_actions: int, branch
     return walk
 
 
-def drive(rule: Rule, branches: int, seed: int = 0, num_learners=3, steps=300, room=1, sizes=(6, 3)) -> SimpleNamespace:
+def drive(
+    settings: Settings, branches: int, seed: int = 0, num_learners=3, steps=300, room=1, sizes=(6, 3)
+) -> SimpleNamespace:
     """Several learners in worlds of their own; q after each step (steps, N, S, A), beside that of the book's boxes."""
     rng = np.random.default_rng(seed)
-    learners = Learners(rng.normal(size=(num_learners, *sizes)), rule)
-    books = [Book(q, rule) for q in learners.q]
-    while learners.model.outcomes.shape[-1] < room:
+    learners = Learners(rng.normal(size=(num_learners, *sizes)), settings)
+    books = [Book(q, settings) for q in learners.q]
+    while learners.model.counts.shape[-1] < room:
         learners.model = dyna_q.grow(learners.model)
     walks = [random_walk(100 * seed + i, steps, *sizes, branches) for i in range(num_learners)]
     history, expected = [], []
     for step in range(steps):
-        uniforms = rng.random((num_learners, rule.planning_steps, 2))
+        uniforms = rng.random((num_learners, settings.planning_steps, 2))
         learners.update(*[walk[step] for walk in walks], uniforms=uniforms)
         for book, walk, numbers in zip(books, walks, uniforms, strict=True):
-            learn = book.sweep if rule.prioritized else book.dyna_q
+            learn = book.sweep if settings.prioritized else book.dyna_q
             learn(*walk[step], step=step + 1, uniforms=numbers)
         history.append(learners.q.copy())
         expected.append(np.array([book.q for book in books]))
@@ -216,23 +220,23 @@ def drive(rule: Rule, branches: int, seed: int = 0, num_learners=3, steps=300, r
 @pytest.mark.parametrize("model", ["counts", "last"])
 def test_dyna_q_is_the_box_where_the_world_is_deterministic(model, kappa):
     """Counts and last outcome are the same model there, and Q is the book's to the last bit after every step."""
-    run = drive(make_rule(model=model, kappa=kappa, learning_rate=0.3), branches=1)
+    run = drive(make_settings(model=model, kappa=kappa, learning_rate=0.3), branches=1)
     assert np.array_equal(run.q, run.expected)
     np.testing.assert_allclose(run.sums, [book.sums for book in run.books], rtol=1e-12)
 
 
 def test_deterministic_counts_and_last_agree():
     """The two models give the same Q in a deterministic world and different ones in a stochastic world."""
-    same = [drive(make_rule(model=model, gamma=0.95), branches=1, seed=2).q for model in ("counts", "last")]
+    same = [drive(make_settings(model=model, gamma=0.95), branches=1, seed=2).q for model in ("counts", "last")]
     assert np.array_equal(*same)
-    other = [drive(make_rule(model=model, gamma=0.95), branches=3, seed=2).q for model in ("counts", "last")]
+    other = [drive(make_settings(model=model, gamma=0.95), branches=3, seed=2).q for model in ("counts", "last")]
     assert np.abs(other[0][-1] - other[1][-1]).max() > 0.1
 
 
 @pytest.mark.parametrize("kappa", [0.0, 0.05])
 def test_dyna_q_backs_up_the_expectation_over_counted_outcomes(kappa):
     """In a stochastic world planning is the expected update under a dictionary of counts."""
-    run = drive(make_rule(kappa=kappa, learning_rate=0.3), branches=4)
+    run = drive(make_settings(kappa=kappa, learning_rate=0.3), branches=4)
     np.testing.assert_allclose(run.q, run.expected, rtol=0, atol=1e-11)
     np.testing.assert_allclose(run.sums, [book.sums for book in run.books], rtol=1e-11)
     assert max(len(outcomes) for outcomes in run.books[0].model.values()) == 4
@@ -240,17 +244,17 @@ def test_dyna_q_backs_up_the_expectation_over_counted_outcomes(kappa):
 
 def test_last_outcome_overwrites():
     """In a stochastic world --model last is the book's table, which the newest transition overwrites."""
-    run = drive(make_rule(model="last", learning_rate=0.3), branches=4)
+    run = drive(make_settings(model="last", learning_rate=0.3), branches=4)
     assert np.array_equal(run.q, run.expected)
-    assert run.model.outcomes.shape[-1] == 1
+    assert run.model.counts.shape[-1] == 2 and not run.model.counts[..., 1].any()
 
 
 @pytest.mark.parametrize("n, theta", [(1, 1e-4), (5, 0.05), (40, 1e-4)])
 @pytest.mark.parametrize("model", ["counts", "last"])
 def test_prioritized_sweeping_is_the_box_where_the_world_is_deterministic(model, n, theta):
     """Q is that of a plain implementation with a heap, to the last bit after every step."""
-    rule = make_rule(model=model, prioritized=True, planning_steps=n, theta=theta)
-    run = drive(rule, branches=1)
+    settings = make_settings(model=model, prioritized=True, planning_steps=n, theta=theta)
+    run = drive(settings, branches=1)
     assert np.array_equal(run.q, run.expected)
     np.testing.assert_allclose(run.sums, [book.sums for book in run.books], rtol=1e-12)
     assert 0 < run.sums[0, 2] <= 300 * n and (n == 1 or run.sums[0, 2] < 300 * n)
@@ -259,24 +263,23 @@ def test_prioritized_sweeping_is_the_box_where_the_world_is_deterministic(model,
 @pytest.mark.parametrize("model", ["counts", "last"])
 def test_prioritized_sweeping_in_a_stochastic_world(model):
     """Priorities come from the expected update; what no longer leads to a state is no predecessor of it."""
-    run = drive(make_rule(model=model, prioritized=True, planning_steps=4, theta=0.01), branches=3)
+    run = drive(make_settings(model=model, prioritized=True, planning_steps=4, theta=0.01), branches=3)
     np.testing.assert_allclose(run.q, run.expected, rtol=0, atol=1e-11)
     np.testing.assert_allclose(run.sums, [book.sums for book in run.books], rtol=1e-11)
     for book, i in zip(run.books, range(3), strict=True):
-        for s in range(6):
-            known = run.model.predecessors[i, s, : run.model.num_predecessors[i, s]].tolist()
-            real = {p * 3 + a for (p, a), outcomes in book.model.items() if any(o[1] == s for o in outcomes)}
-            assert sorted(known) == sorted(real)
+        for (s, a), outcomes in book.model.items():
+            known = run.model.next_states[i, s, a][run.model.counts[i, s, a] > 0]
+            assert sorted(known) == sorted({o[1] for o in outcomes})
 
 
 @pytest.mark.parametrize("settings", [{}, {"kappa": 0.1}, {"prioritized": True, "theta": 0.01}, {"model": "last"}])
 def test_learners_do_not_mix(settings):
     """Five learners side by side end as five learners alone do, model and all."""
-    rule, sizes = make_rule(**settings), (5, 4)
+    settings, sizes = make_settings(**settings), (5, 4)
     rng = np.random.default_rng(3)
     q, uniforms = rng.normal(size=(5, *sizes)), rng.random((120, 5, 3, 2))
     walks = [random_walk(i, 120, *sizes, branches=2) for i in range(5)]
-    together, alone = Learners(q, rule), [Learners(q[i : i + 1], rule) for i in range(5)]
+    together, alone = Learners(q, settings), [Learners(q[i : i + 1], settings) for i in range(5)]
     for step in range(120):
         together.update(*[walk[step] for walk in walks], uniforms=uniforms[step])
         for i in range(5):
@@ -294,7 +297,7 @@ def test_learners_do_not_mix(settings):
 
 def test_four_steps_of_dyna_q_by_hand():
     """n = 2, alpha = gamma = 1/2, three states, two actions, Q = 0, every number worked out in the comments."""
-    learners = Learners(np.zeros((1, 3, 2)), make_rule(gamma=0.5, learning_rate=0.5, planning_steps=2))
+    learners = Learners(np.zeros((1, 3, 2)), make_settings(gamma=0.5, learning_rate=0.5, planning_steps=2))
     # (0, 1) gives 4 and leads to 1. Direct: 0 + (4 - 0) / 2 = 2. Planning knows this pair alone, twice:
     # 2 + (4 + 0/2 - 2) / 2 = 3, then 3 + (4 - 3) / 2 = 3.5
     learners.update((0, 1, 4.0, 1, False), uniforms=[[[0.9, 0.9], [0.1, 0.1]]])
@@ -320,8 +323,8 @@ def test_four_steps_of_dyna_q_by_hand():
 
 def test_last_step_by_hand_with_the_last_outcome():
     """The fourth step of the sequence above when the model holds the last outcome alone."""
-    rule = make_rule(gamma=0.5, learning_rate=0.5, planning_steps=2, model="last")
-    learners = Learners(np.zeros((1, 3, 2)), rule)
+    settings = make_settings(gamma=0.5, learning_rate=0.5, planning_steps=2, model="last")
+    learners = Learners(np.zeros((1, 3, 2)), settings)
     learners.update((0, 1, 4.0, 1, False), uniforms=[[[0.9, 0.9], [0.1, 0.1]]])
     learners.update((1, 0, 8.0, 2, True), uniforms=[[[0.4, 0.9], [0.5, 0.0]]])
     learners.update((0, 0, -2.0, 0, False), uniforms=[[[0.1, 0.6], [0.2, 0.3]]])
@@ -332,8 +335,8 @@ def test_last_step_by_hand_with_the_last_outcome():
 
 def test_dyna_q_plus_by_hand():
     """kappa = 1, n = 2: untried actions are drawn, and the bonus is the root of the steps since the last try."""
-    rule = make_rule(gamma=0.5, learning_rate=0.5, planning_steps=2, kappa=1.0)
-    learners = Learners(np.zeros((1, 3, 2)), rule)
+    settings = make_settings(gamma=0.5, learning_rate=0.5, planning_steps=2, kappa=1.0)
+    learners = Learners(np.zeros((1, 3, 2)), settings)
     # Direct, without bonus: 0 + (4 - 0) / 2 = 2. (0, 0), untried for 1 step, leads to itself: (0 + 1 + 2/2) / 2 = 1.
     # (0, 1), tried just now, no bonus: 2 + (4 + 0/2 - 2) / 2 = 3
     learners.update((0, 1, 4.0, 1, False), uniforms=[[[0.0, 0.0], [0.0, 0.5]]])
@@ -348,8 +351,8 @@ def test_dyna_q_plus_by_hand():
 
 def test_prioritized_sweeping_by_hand():
     """A chain 0 -> 1 -> 2 -> end: the reward walks back until the change no longer exceeds theta."""
-    rule = make_rule(gamma=0.5, learning_rate=0.5, planning_steps=5, prioritized=True, theta=0.5)
-    learners = Learners(np.zeros((1, 4, 2)), rule)
+    settings = make_settings(gamma=0.5, learning_rate=0.5, planning_steps=5, prioritized=True, theta=0.5)
+    learners = Learners(np.zeros((1, 4, 2)), settings)
     learners.update((0, 0, 0.0, 1, False)).update((1, 0, 0.0, 2, False))  # no error, nothing queued
     assert not learners.q.any() and learners.sums.tolist() == [[0, 0, 0]]
     # priority 8: Q(2, 0) = 0 + (8 - 0) / 2 = 4. Into 2 leads (1, 0), priority 0 + 4/2 = 2: Q(1, 0) = (2 - 0) / 2 = 1.
@@ -366,16 +369,16 @@ def test_prioritized_sweeping_by_hand():
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_terminal_gives_the_reward_alone(prioritized):
     """A terminal state adds no value, in direct and planning updates, even if Q is not 0 there."""
-    rule = make_rule(learning_rate=1.0, planning_steps=1, prioritized=prioritized)
-    learners = Learners(np.full((1, 2, 2), 7.0), rule).update((0, 1, 2.5, 1, True))
+    settings = make_settings(learning_rate=1.0, planning_steps=1, prioritized=prioritized)
+    learners = Learners(np.full((1, 2, 2), 7.0), settings).update((0, 1, 2.5, 1, True))
     assert learners.q.tolist() == [[[7, 2.5], [7, 7]]]
     assert learners.sums[0].tolist() == ([4.5, 4.5, 1] if prioritized else [4.5, 0, 1])
 
 
 def test_direct_update_alone():
     """n = 0 is one-step Q-learning, with and without termination."""
-    rule = make_rule(learning_rate=0.5, planning_steps=0)
-    learners = Learners([[[1.0, 2.0], [6.0, 4.0]]], rule).update((0, 1, 2.5, 1, True))
+    settings = make_settings(learning_rate=0.5, planning_steps=0)
+    learners = Learners([[[1.0, 2.0], [6.0, 4.0]]], settings).update((0, 1, 2.5, 1, True))
     assert learners.q.tolist() == [[[1, 2.25], [6, 4]]]  # 2 + (2.5 - 2) / 2
     learners.update((0, 0, 1.0, 1, False))
     np.testing.assert_allclose(learners.q, [[[1 + (1 + 0.9 * 6 - 1) / 2, 2.25], [6, 4]]], rtol=1e-15)
@@ -385,13 +388,14 @@ def test_direct_update_alone():
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_terminal_observation_that_is_also_a_live_state(prioritized):
     """A pair that leads to state 1 and ends there one time in four takes three quarters of that state's value."""
-    rule = make_rule(learning_rate=1.0, planning_steps=1, prioritized=prioritized, theta=0.0)
-    learners = Learners(np.zeros((1, 2, 1)), rule)
+    settings = make_settings(learning_rate=1.0, planning_steps=1, prioritized=prioritized, theta=0.0)
+    learners = Learners(np.zeros((1, 2, 1)), settings)
     learners.update((1, 0, 8.0, 0, True), uniforms=[[[0.0, 0.0]]])
     for terminated in (False, False, True, False):
         learners.update((0, 0, 1.0, 1, terminated), uniforms=[[[0.9, 0.0]]])
     np.testing.assert_allclose(learners.q, [[[1 + 0.9 * 0.75 * 8], [8]]], rtol=1e-14)
-    assert learners.model.outcomes[0, 0, 0, 0].tolist() == (1, 4, 1)
+    model = learners.model
+    assert [x[0, 0, 0, 0] for x in (model.next_states, model.counts, model.terminations)] == [1, 4, 1]
 
 
 class Corridor(gym.Env):
@@ -425,7 +429,7 @@ def test_truncation_bootstraps(prioritized, limit, register):
     for q in run.q:
         np.testing.assert_allclose(q[:, 1], [0.5, 1, 2, 2], atol=1e-8)
         np.testing.assert_allclose(q[:, 0], [0.25, 0.25, 0.5, 1], atol=1e-8)
-    assert not run.model.outcomes["terminations"].any()
+    assert not run.model.terminations.any()
 
 
 # === Acting ===
@@ -494,10 +498,10 @@ def drawn_pairs(kappa: float, uniforms: np.ndarray) -> np.ndarray:
     The last real step is to (0, 3) and has no error, so a draw shows as the one value that has changed, or as none.
     """
     size = len(uniforms)
-    learners = Learners(np.zeros((size, 6, 4)), make_rule(planning_steps=0, kappa=kappa, learning_rate=0.5))
+    learners = Learners(np.zeros((size, 6, 4)), make_settings(planning_steps=0, kappa=kappa, learning_rate=0.5))
     for s, a in TRIED[:-1]:
         learners.update(*[(s, a, 100.0, 4, True)] * size)
-    learners.rule = learners.rule._replace(planning_steps=1)
+    learners.settings = learners.settings._replace(planning_steps=1)
     before = learners.q.copy()
     learners.update(*[(0, 3, 0.0, 4, True)] * size, uniforms=uniforms[:, None])
     changed = learners.q != before
@@ -545,14 +549,14 @@ def test_dyna_q_plus_draws_untried_actions_of_visited_states():
 
 def test_bonus_is_kappa_times_the_root_of_the_time_since_the_last_try():
     """A planning update adds kappa sqrt(tau), tau the steps since the last try, or since the start if untried."""
-    rule = make_rule(gamma=0.5, learning_rate=1.0, planning_steps=2, kappa=0.3)
-    learners = Learners(np.zeros((1, 4, 3)), rule._replace(planning_steps=0))
+    settings = make_settings(gamma=0.5, learning_rate=1.0, planning_steps=2, kappa=0.3)
+    learners = Learners(np.zeros((1, 4, 3)), settings._replace(planning_steps=0))
     learners.update((1, 2, 6.0, 3, True))  # step 1
     learners.update((1, 1, 4.0, 3, True))  # step 2
     for _ in range(8):  # steps 3 to 10
         learners.update((0, 0, 0.0, 3, True))
     assert learners.q[0, :2].tolist() == [[0, 0, 0], [0, 4, 6]]  # the direct update knows no bonus
-    learners.rule = rule
+    learners.settings = settings
     uniforms = [[[0.0, 0.99], [0.0, 0.5]]]  # step 11: state 1, action 2, 10 steps ago; action 1, 9 steps ago
     learners.update((0, 0, 0.0, 3, True), uniforms=uniforms)
     assert learners.q[0, 1].tolist() == [0, 0.3 * math.sqrt(9) + 4, 0.3 * math.sqrt(10) + 6]
@@ -564,11 +568,11 @@ def test_bonus_is_kappa_times_the_root_of_the_time_since_the_last_try():
 
 def test_untried_actions_are_not_written_into_the_model():
     """Planning an untried action leaves it untried: no visit, no outcome, not among the tried."""
-    learners = Learners(np.ones((1, 3, 2)), make_rule(kappa=0.5)).update(
+    learners = Learners(np.ones((1, 3, 2)), make_settings(kappa=0.5)).update(
         (0, 0, 1.0, 1, False), uniforms=[[[0, 0.9]] * 3]
     )
     assert learners.q[0, 0, 1] != 1
-    assert learners.model.pairs["visits"][0].tolist() == [[1, 0], [0, 0], [0, 0]]
+    assert learners.model.visits[0].tolist() == [[1, 0], [0, 0], [0, 0]]
     assert learners.model.num_tried[0].tolist() == [1, 0, 0] and learners.model.last_tried[0, 0].tolist() == [1, 0]
 
 
@@ -576,8 +580,8 @@ def test_untried_actions_are_not_written_into_the_model():
 
 
 def sweeping(n: int, theta: float, size=(4, 2), **settings) -> Learners:
-    rule = make_rule(prioritized=True, planning_steps=n, theta=theta, gamma=0.5, **settings)
-    return Learners(np.zeros((1, *size)), rule)
+    settings = make_settings(prioritized=True, planning_steps=n, theta=theta, gamma=0.5, **settings)
+    return Learners(np.zeros((1, *size)), settings)
 
 
 def test_only_changes_above_theta_are_queued():
@@ -601,7 +605,7 @@ def test_the_highest_priority_goes_first_and_n_is_the_most():
     learners = sweeping(0, 0.25, learning_rate=1.0)
     for s, a, reward in ((0, 1, 2.0), (1, 0, 4.0), (2, 1, 3.0)):
         learners.update((s, a, reward, 3, True))
-    learners.rule = learners.rule._replace(planning_steps=2)
+    learners.settings = learners.settings._replace(planning_steps=2)
     learners.update((3, 0, 0.0, 3, True))  # 4 and 3 are done, 2 is left
     assert learners.q[0].tolist() == [[0, 0], [4, 0], [0, 3], [0, 0]]
     assert learners.model.priority[0].tolist() == [0, 2, 0, 0, 0, 0, 0, 0]
@@ -617,36 +621,33 @@ def test_all_predecessors_are_queued_each_with_its_own_change():
     for s, a, reward in ((0, 0, 0.0), (0, 1, 1.0), (1, 1, -2.0), (2, 1, 0.0)):
         learners.update((s, a, reward, 2, False))
     learners.model.priority[:] = 0
-    learners.rule = learners.rule._replace(planning_steps=1)
+    learners.settings = learners.settings._replace(planning_steps=1)
     learners.update((2, 0, 4.0, 3, True))  # Q(2, 0) = 4: into 2 lead 0 + 4/2, 1 + 4/2, -2 + 4/2 (no change), 0 + 4/2
     assert learners.q[0].tolist() == [[0, 0], [0, 0], [4, 0], [0, 0]]
     assert learners.model.priority[0].tolist() == [2, 3, 0, 0, 0, 2, 0, 0]
 
 
-def test_predecessors_are_a_set():
-    """A transition seen again adds no predecessor; another pair, or another outcome of the same pair, adds one."""
-    learners = sweeping(1, 0.0)
-    for transition in [(0, 0, 0.0, 2, False)] * 5 + [(1, 1, 0.0, 2, False)] * 3 + [(0, 0, 0.0, 3, False)] * 2:
+def test_a_pair_that_leads_to_a_state_in_some_way_is_a_predecessor():
+    """Each pair that ever led to the state is queued after it, once, whichever of its outcomes that is; no other."""
+    learners = sweeping(1, 0.0, learning_rate=1.0)
+    for transition in [(0, 0, 0.0, 2, False)] * 5 + [(1, 1, 0.0, 3, False)] * 3 + [(1, 1, 0.0, 2, False)] * 2:
         learners.update(transition)
-    assert learners.model.num_predecessors[0].tolist() == [0, 0, 2, 1]
-    assert sorted(learners.model.predecessors[0, 2, :2]) == [0, 3] and learners.model.predecessors[0, 3, 0] == 0
+    learners.update((1, 0, 0.0, 3, False)).update((2, 0, 4.0, 3, True))  # Q(2, 0) = 4
+    assert learners.model.priority[0].tolist() == [2, 0, 0, 0.5 * 2 / 5 * 4, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
 def test_stale_predecessors_are_dropped_by_the_last_outcome(moved):
-    """With --model last a pair that leads elsewhere is no predecessor any more, whichever place in the list it had."""
+    """With --model last a pair that leads elsewhere is no predecessor any more."""
     pairs = [(0, 0), (0, 1), (1, 1)]
     learners = sweeping(0, 0.0, model="last")
     for s, a in pairs:
         learners.update((s, a, 0.0, 2, False))
     s, a = pairs[moved]
     learners.update((s, a, 0.0, 3, False)).update((s, a, 0.0, 3, False))
-    assert learners.model.num_predecessors[0].tolist() == [0, 0, 2, 1]
     kept = [2 * s + a for i, (s, a) in enumerate(pairs) if i != moved]
-    assert sorted(learners.model.predecessors[0, 2, :2].tolist()) == kept
-    assert learners.model.predecessors[0, 3, 0] == 2 * s + a
     learners.model.priority[:] = 0
-    learners.rule = learners.rule._replace(planning_steps=1)
+    learners.settings = learners.settings._replace(planning_steps=1)
     learners.update((2, 0, 4.0, 3, True))
     assert np.flatnonzero(learners.model.priority[0]).tolist() == kept
 
@@ -654,10 +655,10 @@ def test_stale_predecessors_are_dropped_by_the_last_outcome(moved):
 def test_prioritized_sweeping_needs_no_random_numbers():
     """It takes nothing from the planning generator; Dyna-Q takes two numbers for each planning step."""
     for settings, numbers in (({"prioritized": True, "theta": 1e-4}, 0), ({}, 2 * 3 * 2)):
-        rule, rng, twin = make_rule(**settings), np.random.default_rng(5), np.random.default_rng(5)
+        settings, rng, twin = make_settings(**settings), np.random.default_rng(5), np.random.default_rng(5)
         model = dyna_q.make_model(2, 3, 2)
         transition = columns([(0, 0, 1.0, 1, False)] * 2)
-        dyna_q.update(np.zeros((2, 3, 2)), model, np.zeros((2, 3)), transition, 1, rng, rule)
+        dyna_q.update(np.zeros((2, 3, 2)), model, np.zeros((2, 3)), transition, 1, rng, settings)
         twin.random(numbers)
         assert rng.random() == twin.random()
 
@@ -667,28 +668,28 @@ def test_prioritized_sweeping_needs_no_random_numbers():
 
 def test_model_keeps_counts_rewards_and_order():
     """Visits, mean rewards, outcomes with their terminations, and the order in which states and actions appeared."""
-    learners = Learners(np.zeros((1, 4, 3)), make_rule())
+    learners = Learners(np.zeros((1, 4, 3)), make_settings())
     for transition in [(2, 1, 1.0, 3, False), (2, 1, 4.0, 0, True), (2, 1, 1.0, 3, True), (2, 0, 5.0, 2, False),
                        (1, 2, -1.0, 1, False), (2, 1, 0.0, 3, False)]:  # fmt: skip
         learners.update(transition)
     model = learners.model
-    assert model.pairs["visits"][0].tolist() == [[0, 0, 0], [0, 0, 1], [1, 4, 0], [0, 0, 0]]
-    assert model.pairs["reward"][0, [2, 2, 1], [1, 0, 2]].tolist() == [1.5, 5, -1]
-    assert model.pairs["num_outcomes"][0, 2].tolist() == [1, 2, 0]
-    assert model.outcomes[0, 2, 1].tolist() == [(3, 3, 1), (0, 1, 1)]
-    assert model.num_visited.tolist() == [2] and model.visited[0, :2].tolist() == [2, 1]
+    assert model.visits[0].tolist() == [[0, 0, 0], [0, 0, 1], [1, 4, 0], [0, 0, 0]]
+    assert model.rewards[0, [2, 2, 1], [1, 0, 2]].tolist() == [1.5, 5, -1]
+    assert (model.counts > 0).sum(-1)[0, 2].tolist() == [1, 2, 0]
+    assert model.next_states[0, 2, 1, :2].tolist() == [3, 0] and model.counts[0, 2, 1, :2].tolist() == [3, 1]
+    assert model.terminations[0, 2, 1, :2].tolist() == [1, 1]
+    assert model.num_visited.tolist() == [[2]] and model.visited[0, :2].tolist() == [2, 1]
     assert model.num_tried[0].tolist() == [0, 1, 2, 0] and model.tried[0, 2, :2].tolist() == [1, 0]
     assert model.last_tried[0].tolist() == [[0, 0, 0], [0, 0, 5], [4, 6, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_nothing_is_lost_when_the_model_grows(prioritized):
-    """More outcomes and predecessors than there was room for: the same as with room from the start, and the book."""
-    rule = make_rule(prioritized=prioritized, theta=0.01)
-    small = drive(rule, branches=6, seed=4, sizes=(7, 3))
-    large = drive(rule, branches=6, seed=4, room=32, sizes=(7, 3))
-    assert small.model.outcomes.shape[-1] == small.model.predecessors.shape[-1]
-    assert 4 < small.model.outcomes.shape[-1] < large.model.outcomes.shape[-1] == 32
+    """More outcomes than there was room for: the same as with room from the start, and the book."""
+    settings = make_settings(prioritized=prioritized, theta=0.01)
+    small = drive(settings, branches=6, seed=4, sizes=(7, 3))
+    large = drive(settings, branches=6, seed=4, room=32, sizes=(7, 3))
+    assert 4 < small.model.counts.shape[-1] < large.model.counts.shape[-1] == 32
     assert np.array_equal(small.q, large.q) and np.array_equal(small.sums, large.sums)
     np.testing.assert_allclose(small.q, small.expected, rtol=0, atol=1e-11)
     for one, other in zip(small.model, large.model, strict=True):
@@ -696,46 +697,40 @@ def test_nothing_is_lost_when_the_model_grows(prioritized):
         assert np.array_equal(one, other[room]) and not other.view(np.uint8).sum() > one.view(np.uint8).sum()
 
 
-def test_a_step_without_room_changes_nothing():
-    """dyna_q_step and prioritized_sweeping_step say False, for any learner without room, before they touch anything."""
-    for step, settings in ((dyna_q.dyna_q_step, {}), (dyna_q.prioritized_sweeping_step, {"prioritized": True})):
-        learners = Learners(np.zeros((2, 4, 2)), make_rule(**settings))
-        learners.update((0, 0, 1.0, 1, False), (0, 0, 1.0, 1, False))
-        before = [learners.q.copy(), learners.sums.copy(), *[array.copy() for array in learners.model]]
-        args = columns([(1, 0, 1.0, 2, False), (0, 0, 5.0, 2, False)]), np.zeros((2, 3, 2)), 2, learners.rule
-        assert not step(learners.q, learners.model, learners.sums, *args[0], *args[1:])
-        after = learners.q, learners.sums, *learners.model
-        assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
-        model = dyna_q.grow(learners.model)
-        assert step(learners.q, model, learners.sums, *args[0], *args[1:])
+def test_there_is_always_room_for_one_outcome_more():
+    """After every step each pair has a free place at the end, as record takes the first that is free."""
+    learners = Learners(np.zeros((2, 6, 2)), make_settings())
+    for next_s in (1, 2, 2, 3, 4, 5, 0):
+        learners.update((0, 0, 1.0, next_s, False), (0, 1, 1.0, 1, False))
+        assert not learners.model.counts[..., -1].any()
+    assert learners.model.next_states[0, 0, 0].tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
+    assert learners.model.counts[0, 0, 0].tolist() == [1, 2, 1, 1, 1, 1, 0, 0]
 
 
 def test_growing_makes_no_more_room_than_needed():
-    """One outcome a pair, one predecessor a state: the model of a deterministic chain stays as it was made."""
+    """One outcome a pair: the model of a deterministic chain stays as it was made."""
     for settings in ({}, {"prioritized": True}, {"prioritized": True, "model": "last"}):
-        learners = Learners(np.zeros((1, 4, 2)), make_rule(**settings))
+        learners = Learners(np.zeros((1, 4, 2)), make_settings(**settings))
         for s in (0, 1, 2, 0, 1, 2):
             learners.update((s, 1, 0.0, s + 1, False))
-        assert learners.model.outcomes.shape == (1, 4, 2, 1) and learners.model.predecessors.shape == (1, 4, 1)
+        assert learners.model.counts.shape == (1, 4, 2, 2)
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_model_state_round_trip(prioritized):
     """load_model(model.state_dict()) is the model, grown or not, bit by bit, in memory of its own."""
-    model = drive(make_rule(prioritized=prioritized), branches=3).model
+    model = drive(make_settings(prioritized=prioritized), branches=3).model
     state = model.state_dict()
-    assert all(tensor.dtype == torch.uint8 for tensor in state.values())
-    copy = dyna_q.load_model(state, dyna_q.make_model(3, 6, 3))
-    sweeping_alone = "priority", "predecessors", "num_predecessors"
+    copy = dyna_q.load_model(state)
     for name, array in model._asdict().items():
         loaded = getattr(copy, name)
         assert loaded.dtype == array.dtype and loaded.shape == array.shape and np.array_equal(loaded, array), name
-        assert array.view(np.uint8).any() or (name in sweeping_alone and not prioritized), name
+        assert array.any() or (name == "priority" and not prioritized), name
         assert not np.shares_memory(loaded, array) and loaded.flags.writeable
     transitions, q = columns([(0, 0, 1.0, 1, False)] * 3), [np.zeros((3, 6, 3)) for _ in range(2)]
     for values, m in zip(q, (model, copy), strict=True):
         rng = np.random.default_rng(0)
-        dyna_q.update(values, m, np.zeros((3, 3)), transitions, 301, rng, make_rule(prioritized=prioritized))
+        dyna_q.update(values, m, np.zeros((3, 3)), transitions, 301, rng, make_settings(prioritized=prioritized))
     assert q[0].any() and np.array_equal(*q)
 
 
@@ -1102,11 +1097,11 @@ def test_an_evaluation_that_goes_in_circles_ends():
     assert len(steps) == 2_000
 
 
-def test_rule_takes_the_flags():
-    """The settings of an update are those of the command line; --model last overwrites."""
+def test_settings_take_the_flags():
+    """The settings of an update are those of the command line; --model last keeps the last outcome alone."""
     args = Args(gamma=0.1, learning_rate=0.2, planning_steps=3, kappa=0.4, prioritized=True, theta=0.6, model="last")
-    assert dyna_q.make_rule(args) == Rule(0.1, 0.2, 3, 0.4, True, 0.6, True)
-    assert not dyna_q.make_rule(Args(model="counts")).overwrite
+    assert dyna_q.make_settings(args) == Settings(0.1, 0.2, 3, 0.4, True, 0.6, True)
+    assert not dyna_q.make_settings(Args(model="counts")).last_alone
 
 
 class Offset(gym.Env):
@@ -1233,6 +1228,91 @@ def test_evaluation_takes_place_in_the_world_as_it_is(time, expected):
     assert dyna_q.evaluate(q, envs, Args(eval_episodes=1), time, SimpleNamespace(requested=0)).tolist() == [expected]
 
 
+def test_what_is_played_has_no_bonus():
+    """Dyna-Q+: the values of the known pairs by value iteration on the model; what was never tried keeps its 0."""
+    args, envs = Args(env_id="DynaMaze-v0", model="last", kappa=0.1, num_envs=3), MazeVector(3, "S . . .\n. # . G")
+    run = train(args, 14, EpisodeStatistics(envs, max_episode_steps=99))
+    assert dyna_q.values_to_play(run.q, run.model, dyna_q.replace(run.args, kappa=0.0)) is run.q
+    values = dyna_q.values_to_play(run.q[:2], run.model, run.args)
+    assert values.shape == (2, 8, 4) and np.abs(values - run.q[:2]).max() > 0.05 and values.any()
+    for i in range(2):
+        known, table = run.model.visits[i] > 0, {}
+        assert (known.any(1) & ~known.all(1)).any()
+        for s, a in np.ndindex(8, 4):  # --model last: one outcome a pair
+            reward, next_s, ended = (x[i, s, a] for x in (run.model.rewards, *outcome_of(run.model)))
+            outcome = (1.0, int(next_s), reward, bool(ended)) if known[s, a] else (1.0, s, 0.0, True)
+            table.setdefault(s, {})[a] = [outcome]
+        np.testing.assert_allclose(values[i], value_iteration(table, 0.95), atol=1e-8)
+
+
+def outcome_of(model) -> tuple[np.ndarray, np.ndarray]:
+    """The first outcome of each pair: next state and terminations, (N, S, A)."""
+    return model.next_states[..., 0], model.terminations[..., 0]
+
+
+def test_dyna_q_plus_is_evaluated_by_what_it_knows(monkeypatch, capsys):
+    """What wins figure 8.5 would circle after its bonus while the clock stands still; evaluated by what it knows."""
+    settings = {"env_id": "ShortcutMaze-v0", "kappa": 1e-3, "planning_steps": 50, "max_episode_steps": 10_000}
+    run_dir = run(dyna_q, **settings, **LONG, total_timesteps=4000, eval_frequency=500, eval_episodes=1)
+    assert [value for _, value in scalars(run_dir)["eval/episodic_return"]] == [1] * 8
+    q, players = q_of(run_dir), EpisodeStatistics(make_maze("ShortcutMaze-v0"), 1000)
+    stop, args = SimpleNamespace(requested=0), dyna_q.with_task_defaults(Args(**settings, eval_episodes=1))
+    returns = [dyna_q.evaluate(q, players, args, step, stop)[0] for step in range(0, 3000, 100)]
+    assert min(returns) == 0 or np.abs(q).max() > 1  # the table itself holds more than any return
+    capsys.readouterr()
+    command_line(monkeypatch, dyna_q, "--evaluate", run_dir)
+    assert "return 1.0 +- 0.0" in capsys.readouterr().out
+
+
+# === Arrows ===
+
+
+def test_arrows_of_mazes_lakes_and_cliffs():
+    """The greedy action of each cell where one is better than another; walls, holes, cliff and goal as they are."""
+    maze = MazeVector(1, "S . #\n. . G")
+    q = np.zeros((6, 4))
+    q[0, DOWN], q[3, RIGHT], q[4, RIGHT], q[1, LEFT], q[2, UP] = 1, 1, 1, 1, 1
+    assert dyna_q.draw_policy(q, maze) == "v < #\n> > G"
+    q[0] = 0
+    assert dyna_q.draw_policy(q, maze) == ". < #\n> > G"
+    lake = gym.make("FrozenLake-v1", is_slippery=False).unwrapped
+    arrows = dyna_q.draw_policy(value_iteration(lake.P, 0.9), around(lake)).splitlines()
+    assert arrows[1:] == ["v H v H", "> v v H", "H > > G"] and arrows[0][0] in "v>"
+    cliff = gym.make("CliffWalking-v1").unwrapped
+    arrows = dyna_q.draw_policy(value_iteration(cliff.P, 1.0), around(cliff))
+    assert arrows.splitlines()[2:] == ["> > > > > > > > > > > v", "^ C C C C C C C C C C G"]
+    taxi = around(gym.make("Taxi-v4").unwrapped)
+    assert dyna_q.draw_policy(np.zeros((500, 6)), taxi) == ""
+
+
+def test_a_run_ends_with_arrows(capsys):
+    """Drawn once, from what would be evaluated."""
+    run(dyna_q, env_id="DynaMaze-v0", **LONG, kappa=1e-4, planning_steps=50, total_timesteps=3000)
+    said = capsys.readouterr().out.splitlines()
+    rows = said[said.index("what the first learner would do:") + 1 :][:6]
+    assert [len(row) for row in rows] == [17] * 6 and rows[0][-1] == "G" and rows[1][-1] == "^"
+
+
+# === Not compiled ===
+
+
+def test_it_runs_without_the_compiler(tmp_path):
+    """NUMBA_DISABLE_JIT=1: the same run to the last bit, for a reader with a breakpoint."""
+    flags = ["--env-id", "DynaMaze-v0", "--total-timesteps", "400", "--eval-frequency", "200"]
+    flags += ["--eval-episodes", "1", "--max-episode-steps", "200"]
+    for changes in (["--kappa", "1e-3"], ["--prioritized"]):
+        tables = []
+        for disabled in ("0", "1"):
+            folder = tmp_path / f"{changes[0]}{disabled}"
+            folder.mkdir()
+            command = [sys.executable, dyna_q.__file__, *flags, *changes]
+            env = os.environ | {"NUMBA_DISABLE_JIT": disabled, "PYTHONPATH": str(Path(__file__).parent)}
+            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            tables.append(load(str(next(folder.glob("runs/*"))))["parts"])
+        assert differences(*tables) == []
+
+
 # === Model errors ===
 
 WORLD = {  # four states, one action: 0 -> 1 or 2 (half and half), 1 -> the end in 3 with reward 1, 2 -> 0; 3 is dead
@@ -1244,12 +1324,23 @@ WORLD = {  # four states, one action: 0 -> 1 or 2 (half and half), 1 -> the end 
 ALL = [(0, 0, 0.0, 1, False), (0, 0, 0.0, 2, False), (1, 0, 1.0, 3, True), (2, 0, -1.0, 0, False)]
 
 
+class World:
+    """An environment's table and where it begins."""
+
+    def __init__(self, P: dict, start: np.ndarray):
+        self.P, self.initial_state_distrib = P, start
+
+
+def table_of(P: dict, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return dyna_q.read_table(World(P, start), 0)
+
+
 def errors_of(transitions: list[tuple], P: dict = WORLD, start=(1, 0, 0, 0), actions=1, model="counts") -> tuple:
     """(missing, wrong) of a learner that saw these transitions."""
-    learners = Learners(np.zeros((1, len(P), actions)), make_rule(planning_steps=0, model=model))
+    learners = Learners(np.zeros((1, len(P), actions)), make_settings(planning_steps=0, model=model))
     for transition in transitions:
         learners.update(transition)
-    errors = dyna_q.model_errors(learners.model, P, np.array(start, float))
+    errors = dyna_q.model_errors(learners.model, *table_of(P, np.array(start, float)))
     assert list(errors) == ["model/missing", "model/wrong"]
     return tuple(errors.values())
 
@@ -1299,10 +1390,11 @@ def test_model_errors_of_random_rewards_and_shared_outcomes():
 
 def test_model_errors_of_several_learners():
     """The share is over all learners: one knows everything, one nothing, one something false."""
-    learners = Learners(np.zeros((2, 4, 1)), make_rule(planning_steps=0))
+    learners = Learners(np.zeros((2, 4, 1)), make_settings(planning_steps=0))
     for good in ALL:
         learners.update(good, (3, 0, 0.0, 1, False))
-    assert dyna_q.model_errors(learners.model, WORLD, np.eye(4)[0]) == {"model/missing": 0.5, "model/wrong": 0.2}
+    errors = dyna_q.model_errors(learners.model, *table_of(WORLD, np.eye(4)[0]))
+    assert errors == {"model/missing": 0.5, "model/wrong": 0.2}
 
 
 def test_model_errors_of_a_changing_maze():
@@ -1317,6 +1409,24 @@ def test_model_errors_of_a_changing_maze():
     bump = (0, RIGHT, 0.0, 0, False)
     assert errors_of([*old, bump], maze.P, start, 4, "last") == (0, 0)
     assert errors_of([*old, bump], maze.P, start, 4) == (0, 1 / 9)
+
+
+def around(world) -> SimpleNamespace:
+    """Stands in for vector environments around this one."""
+    spaces = {"single_observation_space": gym.spaces.Discrete(4), "single_action_space": gym.spaces.Discrete(1)}
+    return SimpleNamespace(unwrapped=SimpleNamespace(envs=[SimpleNamespace(unwrapped=world)]), **spaces)
+
+
+def test_a_table_of_another_form_is_none():
+    """P must hold lists of four for every state: an environment with triples, or something else, does without it."""
+    changes = {0: [(1.0, 0, 0.0)]}, {0: 3}, {0: [0.5]}, {}, {0: [(1.0, 4, 0.0, False)]}
+    tables = [WORLD | {2: row} for row in changes] + [None, {s: WORLD[s] for s in range(3)}, np.full((4, 1, 4), 0.25)]
+    for P in tables:
+        assert dyna_q.known_dynamics(around(World(P, np.eye(4)[0]))) is None
+    world = World(WORLD, np.eye(4)[0])
+    assert dyna_q.known_dynamics(around(world)) is world
+    del world.initial_state_distrib
+    assert dyna_q.known_dynamics(around(world)) is None
 
 
 @pytest.mark.parametrize("env_id", ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4"])
@@ -1372,7 +1482,11 @@ def train(args: Args, steps: int, envs=None, until=None) -> SimpleNamespace:
     envs = envs or dyna_q.make_vector_env(args, args.num_envs)
     shape = args.num_envs, int(envs.single_observation_space.n), int(envs.single_action_space.n)
     run = SimpleNamespace(args=args, envs=envs, q=np.zeros(shape), model=dyna_q.make_model(*shape), rewards=[])
-    run.sums, run.rule, run.lengths = np.zeros((shape[0], 3)), dyna_q.make_rule(args), [[] for _ in range(shape[0])]
+    run.sums, run.settings, run.lengths = (
+        np.zeros((shape[0], 3)),
+        dyna_q.make_settings(args),
+        [[] for _ in range(shape[0])],
+    )
     generators = [np.random.default_rng([args.seed, i]) for i in range(3)]
     dones = np.ones(shape[0], bool)
     for step in range(steps):
@@ -1382,7 +1496,7 @@ def train(args: Args, steps: int, envs=None, until=None) -> SimpleNamespace:
         actions = dyna_q.act(run.q, obs, args.epsilon, generators[1].random((shape[0], 2)))
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         transition = obs, actions, rewards, next_obs, terminations
-        run.model = dyna_q.update(run.q, run.model, run.sums, transition, step + 1, generators[2], run.rule)
+        run.model = dyna_q.update(run.q, run.model, run.sums, transition, step + 1, generators[2], run.settings)
         obs, dones = next_obs, terminations | truncations
         run.rewards.append(rewards)
         for i in np.flatnonzero(dones):
@@ -1418,7 +1532,7 @@ def test_this_loop_is_that_of_main(settings, tmp_path, monkeypatch, capfd):
     saved = torch.load(f"{folder}/checkpoint.pt", weights_only=True)["parts"]
     run = train(args, args.total_timesteps // args.num_envs)
     assert run.q.any() and np.array_equal(saved["agent"]["q_table"].numpy(), run.q)
-    model = dyna_q.load_model(saved["replay"], dyna_q.make_model(*run.q.shape))
+    model = dyna_q.load_model(saved["replay"])
     assert all(np.array_equal(one, other) for one, other in zip(model, run.model, strict=True))
 
 
@@ -1427,23 +1541,27 @@ def plan(run: SimpleNamespace, updates: int = 20_000) -> tuple[np.ndarray, np.nd
 
     The backups come with one real step more, so the model is read after it.
     """
-    rule = run.rule._replace(learning_rate=1.0, planning_steps=updates, prioritized=False)
+    settings = run.settings._replace(learning_rate=1.0, planning_steps=updates, prioritized=False)
     q, sums = run.q[:1].copy(), np.zeros((1, 3))
     model = dyna_q.Model(*[array[:1].copy() for array in run.model])
     s = int(model.visited[0, 0])
     a = int(model.tried[0, s, 0])
     _, next_s, reward, terminated = run.P[s][a][0]
     transition = columns([(s, a, reward, next_s, terminated)])
-    model = dyna_q.update(q, model, sums, transition, 10**6, np.random.default_rng(0), rule)
+    model = dyna_q.update(q, model, sums, transition, 10**6, np.random.default_rng(0), settings)
     table = {}
-    for s, row in enumerate(model.pairs[0]):
-        for a, pair in enumerate(row):
-            outcomes = model.outcomes[0, s, a, : pair["num_outcomes"]]
-            entries = [(o["count"] - o["terminations"], o["next_obs"], False) for o in outcomes]
-            entries += [(o["terminations"], o["next_obs"], True) for o in outcomes]
-            known = [(n / pair["visits"], int(next_s), pair["reward"], end) for n, next_s, end in entries]
-            table.setdefault(s, {})[a] = known or [(1.0, s, 0.0, True)]  # what was never tried keeps its 0
-    return q[0], value_iteration(table, rule.gamma)
+    for s, a in np.ndindex(q.shape[1:]):
+        visits, reward = model.visits[0, s, a], model.rewards[0, s, a]
+        outcomes = zip(model.next_states[0, s, a], model.counts[0, s, a], model.terminations[0, s, a], strict=True)
+        known = []
+        for next_s, count, ends in outcomes:
+            if count:
+                known += [
+                    ((count - ends) / visits, int(next_s), reward, False),
+                    (ends / visits, int(next_s), reward, True),
+                ]
+        table.setdefault(s, {})[a] = known or [(1.0, s, 0.0, True)]  # what was never tried keeps its 0
+    return q[0], value_iteration(table, settings.gamma)
 
 
 def test_deterministic_frozen_lake_is_value_iteration():
@@ -1454,7 +1572,7 @@ def test_deterministic_frozen_lake_is_value_iteration():
     for q in run.q:
         np.testing.assert_allclose(q, optimal, atol=1e-9)
     assert expected_return(run.P, run.start, greedy(run.q[0]), 6) == 1
-    assert dyna_q.model_errors(run.model, run.P, run.start) == {"model/missing": 0, "model/wrong": 0}
+    assert dyna_q.model_errors(run.model, *table_of(run.P, run.start)) == {"model/missing": 0, "model/wrong": 0}
 
 
 def test_slippery_frozen_lake_is_value_iteration():
@@ -1470,7 +1588,7 @@ def test_slippery_frozen_lake_and_its_model():
     """Planning alone solves the learned model exactly, which differs from the world by what chance has shown."""
     run = train(Args(env_kwargs=("is_slippery=True",), epsilon=0.5, num_envs=2), 12_000)
     optimal = value_iteration(run.P, 0.99)
-    assert dyna_q.model_errors(run.model, run.P, run.start) == {"model/missing": 0, "model/wrong": 0}
+    assert dyna_q.model_errors(run.model, *table_of(run.P, run.start)) == {"model/missing": 0, "model/wrong": 0}
     q, of_model = plan(run)
     np.testing.assert_allclose(q, of_model, atol=1e-9)
     assert 1e-3 < np.abs(of_model - optimal).max() < 0.15
@@ -1487,7 +1605,7 @@ def test_cliff_walking_is_value_iteration():
     """The greedy path along the cliff takes 13 steps; Q is that of dynamic programming on every pair in reach."""
     run = train(Args(env_id="CliffWalking-v1", epsilon=1.0, planning_steps=50), 30_000)
     optimal = value_iteration(run.P, 1.0)
-    known = run.model.pairs["visits"][0] > 0
+    known = run.model.visits[0] > 0
     assert known.any(-1).sum() == 37 and known.sum() == 37 * 4  # 48 cells less ten of cliff and the goal
     np.testing.assert_allclose(run.q[0][known], optimal[known], atol=1e-8)
     assert expected_return(run.P, run.start, greedy(run.q[0]), 13) == -13
@@ -1498,9 +1616,9 @@ def test_taxi_is_value_iteration():
     """Taxi-v4: Q on every pair in reach, and 7.93 on average over the starts, by exact evaluation."""
     run = train(Args(env_id="Taxi-v4", epsilon=1.0, planning_steps=30), 100_000)
     optimal = value_iteration(run.P, 0.99)
-    errors = dyna_q.model_errors(run.model, run.P, run.start)
+    errors = dyna_q.model_errors(run.model, *table_of(run.P, run.start))
     assert errors["model/missing"] < 0.005 and errors["model/wrong"] == 0
-    known = run.model.pairs["visits"][0] > 0
+    known = run.model.visits[0] > 0
     assert known.any(-1).sum() == 400 and round(errors["model/missing"] * 2400) == 2400 - known.sum()
     np.testing.assert_allclose(run.q[0][known], optimal[known], atol=1e-3)
     assert round(expected_return(run.P, run.start, greedy(run.q[0]), 200), 2) == 7.93
@@ -1672,9 +1790,10 @@ def table_errors(model, P: dict, start) -> tuple[float, float]:
             live.add(s)
             todo += [n for row in P[s].values() for chance, n, _, end in row if chance > 0 and not end]
     num_real = num_missing = num_known = num_wrong = 0
-    for i, s, a in np.ndindex(model.pairs.shape):
-        visits, num_outcomes, mean_reward = model.pairs[i, s, a].item()
-        known = [outcome.item() for outcome in model.outcomes[i, s, a, :num_outcomes]]
+    for i, s, a in np.ndindex(model.visits.shape):
+        visits, mean_reward = model.visits[i, s, a], model.rewards[i, s, a]
+        outcomes = zip(model.next_states[i, s, a], model.counts[i, s, a], model.terminations[i, s, a], strict=True)
+        known = [outcome for outcome in outcomes if outcome[1]]
         assert sum(count for _, count, _ in known) == visits
         seen = {(n, True) for n, _, ends in known if ends} | {(n, False) for n, count, ends in known if count > ends}
         real = [(n, bool(end)) for chance, n, _, end in P[s][a] if chance > 0]
@@ -1682,7 +1801,7 @@ def table_errors(model, P: dict, start) -> tuple[float, float]:
         possible = min(rewards) - 1e-9 <= mean_reward <= max(rewards) + 1e-9
         num_real += len(real) if s in live else 0
         num_missing += sum(outcome not in seen for outcome in real) if s in live else 0
-        num_known += num_outcomes
+        num_known += len(known)
         num_wrong += sum(not possible or any(o not in real for o in seen if o[0] == n) for n, _, _ in known)
     return num_missing / num_real, num_wrong / num_known
 
@@ -1735,9 +1854,9 @@ def test_dyna_q_logs_everything(kind):
         assert [step for step, _ in tags[tag]] == steps, tag
     assert all(value > 0 for _, value in tags["charts/SPS"])
 
-    model, visits = model_of(dyna_q, run_dir), model_of(dyna_q, run_dir).pairs["visits"]
+    model, visits = model_of(dyna_q, run_dir), model_of(dyna_q, run_dir).visits
     if dyna_q.with_task_defaults(args).model == "last":
-        assert visits.max() == model.pairs["num_outcomes"].max() == 1
+        assert visits.max() == (model.counts > 0).sum(-1).max() == 1
     else:
         assert visits.sum() == args.total_timesteps
     visited = (visits > 0).any(-1).sum(-1)
@@ -1820,7 +1939,7 @@ def test_each_environment_has_a_learner_of_its_own(played, capsys, num_envs, env
         for step, (s, a, *_) in enumerate(steps, 1):
             visits[s, a] += 1
             last_tried[s, a] = step
-        assert np.array_equal(model.pairs["visits"][i], visits) and np.array_equal(model.last_tried[i], last_tried)
+        assert np.array_equal(model.visits[i], visits) and np.array_equal(model.last_tried[i], last_tried)
     reports = [(20 * num_envs * (j + 1), part.mean()) for j, part in enumerate(np.split(np.array(td_errors), 3, 1))]
     np.testing.assert_allclose(tags["losses/td_error"], reports, rtol=1e-6)
 
@@ -1839,7 +1958,7 @@ def test_each_environment_has_a_learner_of_its_own(played, capsys, num_envs, env
 def test_a_td_error_that_is_not_finite_is_found_at_once(checkpoint):
     """A reward of step 31 that is no number stops the run there, and the checkpoint from before stays."""
     settings = TRAITS["dyna_q"]["nan reward"] | {"checkpoint_frequency": checkpoint}
-    with pytest.raises(SystemExit, match="not finite at step 31: losses/td_error"):
+    with pytest.raises(SystemExit, match="not finite at step 31: the environment's reward"):
         run(dyna_q, **settings, total_timesteps=240)
     run_dir = str(next(Path.cwd().glob("run_0/runs/*")))
     assert load(run_dir)["global_step"] == (24 if checkpoint else 0)
@@ -1856,10 +1975,10 @@ def test_dyna_q_begins_new_episodes_after_a_stop_in_the_middle():
     """Nothing of an open episode is stored; what was played of it has been learned."""
     run_dir = run(dyna_q, total_timesteps=30)
     assert list(load(run_dir)["parts"]) == ["agent", "sums", "replay"]
-    assert model_of(dyna_q, run_dir).pairs["visits"].sum() == 30
+    assert model_of(dyna_q, run_dir).visits.sum() == 30
     resume(dyna_q, run_dir, total_timesteps=60)
     assert scalars(run_dir)["charts/episodic_length"] == [(step, 12) for step in (12, 24, 42, 54)]
-    assert model_of(dyna_q, run_dir).pairs["visits"].sum() == 60
+    assert model_of(dyna_q, run_dir).visits.sum() == 60
 
 
 def test_a_model_that_was_not_saved_is_learned_anew():
@@ -2024,7 +2143,7 @@ def test_settings_of_the_environment_on_the_command_line(monkeypatch, capsys):
     (run_dir,) = map(str, Path("runs").iterdir())
     assert load(run_dir)["args"]["env_kwargs"] == ("is_slippery=True", "map_name=8x8")
     model = model_of(dyna_q, run_dir)
-    assert model.pairs.shape == (1, 64, 4) and model.pairs["num_outcomes"].max() > 1
+    assert model.visits.shape == (1, 64, 4) and (model.counts > 0).sum(-1).max() > 1
     command_line(monkeypatch, dyna_q, "--resume", run_dir, "--total-timesteps", "500")
     state = load(run_dir)
     assert state["global_step"] == 500 and state["args"]["env_kwargs"] == ("is_slippery=True", "map_name=8x8")
@@ -2046,8 +2165,8 @@ def test_settings_are_added_to_those_of_the_task():
         run_dir = run(dyna_q, env_id="FrozenLake", env_kwargs=given, epsilon=1.0, total_timesteps=400)
         args, model = load(run_dir)["args"], model_of(dyna_q, run_dir)
         assert args["env_id"] == "FrozenLake-v1" and args["env_kwargs"] == in_force
-        assert model.pairs.shape == (1, 64 if "8x8" in given[0] else 16, 4)
-        assert (model.pairs["num_outcomes"].max() > 1) == ("true" in given[0])
+        assert model.visits.shape == (1, 64 if "8x8" in given[0] else 16, 4)
+        assert ((model.counts > 0).sum(-1).max() > 1) == ("true" in given[0])
 
 
 def test_settings_of_the_task_stay_in_force(monkeypatch, capsys):
@@ -2060,7 +2179,7 @@ def test_settings_of_the_task_stay_in_force(monkeypatch, capsys):
     assert in_force.items() <= load(lake)["args"].items()
     in_force = {"env_kwargs": (), "gamma": 0.95, "learning_rate": 0.5, "model": "last"}
     assert in_force.items() <= load(maze)["args"].items()
-    assert model_of(dyna_q, lake).pairs["num_outcomes"].max() == 1
+    assert (model_of(dyna_q, lake).counts > 0).sum(-1).max() == 1
     for step, flags in ((120, ()), (140, ("--gamma", "0.99", "--env-kwargs", "is_slippery=False"))):
         command_line(monkeypatch, dyna_q, "--resume", lake, "--total-timesteps", str(step), *flags)
         assert load(lake)["global_step"] == step

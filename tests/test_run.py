@@ -37,7 +37,6 @@ from runs import (
     flags_of,
     load,
     losses,
-    model_of,
     not_finite,
     processes_in,
     resume,
@@ -651,8 +650,6 @@ def test_nan_reward_stops_the_run_and_keeps_the_last_checkpoint(script):
     state = load(run_dir)
     assert 0 < state["global_step"] <= 36
     assert not_finite(state["parts"]) == []
-    if script.__name__ == "dyna_q":  # its replay is bytes
-        assert np.isfinite(model_of(script, run_dir).pairs["reward"]).all()
 
 
 # === Evaluation and videos ===
