@@ -9,13 +9,14 @@
 """Dreamer (V1): a latent world model learned from pixels; actor and value learned by back-propagation through dreams.
 
 The algorithm, with the functions that are its steps:
-  play     act: filter the observation into a latent state (RSSM.obs_step), sample the actor, add noise; store episodes
-  learn    update, train_steps times for every train_frequency environment steps, on sequences from the replay:
-    model    model_loss: filter the sequences (RSSM.observe), reconstruct observations and rewards from the states, and
-             keep each state's posterior near its prior, the prediction without the observation (Eq. 10)
-    dream    imagine: from every one of these states, H steps of the prior, the actor choosing the actions
-    actor    behavior_losses: maximise the lambda-return of the dreams, its gradient passing through the model (Eq. 7)
-    value    behavior_losses: regress the same lambda-return (Eq. 8)
+  act           filter the observation into a latent state (RSSM.obs_step), sample the actor, add noise; play that
+                action; what was seen and done goes into the replay, episode by episode
+  update        train_steps times for every train_frequency environment steps, on B sequences of L steps of the replay:
+    model_loss  filter the sequences into states (RSSM.observe); reconstruct observations and rewards from the states,
+                and draw each posterior and its prior, the prediction made without the observation, together (Eq. 10)
+    imagine     dream: from every one of these states H steps of the prior, the actor choosing the actions
+    actor_loss  maximise the lambda_return of the dreams; its gradient passes back through value, reward, model (Eq. 7)
+    value_loss  regress the values of the dreamt states on the same lambda_return (Eq. 8)
 The first part of the file is the algorithm, up to main; environments, pictures and the run folder follow it.
 
 Paper:      Hafner et al. 2020, Dream to Control, arXiv 1912.01603   Reference code: danijar/dreamer (TensorFlow 2)
@@ -23,14 +24,23 @@ Run:        python dreamer.py --env-id walker-walk          (or: uv run dreamer.
 Resume:     python dreamer.py --resume runs/<run folder>
 Evaluate:   python dreamer.py --evaluate runs/<run folder> [--capture-video]
 Watch:      tensorboard --logdir runs
-Deviations from the reference code, each also marked at the line it concerns:
-  1. float32 or bfloat16 instead of float16 with loss scaling.
-  2. A chunk may end on the last entry of an episode (the reference's exclusive bound never trains on it), and where an
-     episode is shorter than a chunk the chunk runs on into its neighbours, the state being reset at each first entry.
-  3. With the continuation head, terminal start states get weight 0 (the reference drops the last state of each chunk).
-  4. The mode of the policy is chosen for each environment by itself (the reference's gather is right for one only).
-  5. Vector observations (not in V1): symlog, dense encoder and decoder, Normal with standard deviation 0.1.
-  6. 1M environment steps by default (5M in the paper); the replay holds the last 500K time steps (unbounded there).
+Deviations from the reference code ("there"), each also named at its line; where that code and the paper differ in sizes
+or settings, the code is followed (docs/dreamer.md says where):
+  1. Precision: float32, or bfloat16 with --bfloat16; float16 with loss scaling there.
+  2. Replay: a chunk may end on the last entry of an episode (there never, by an exclusive bound). Where an episode is
+     shorter than a chunk, the chunk runs on into its neighbours, the state being reset at each first entry (there such
+     episodes are skipped: where lengths differ, so do the weights of the samples). New episodes are in it at once.
+  3. With the continuation head, dreams from terminal states weigh 0 (there each chunk's last state starts no dream).
+  4. The policy's mode is chosen for each environment by itself (the gather there is right for one only).
+  5. Vector observations (none there): symlog, dense encoder and decoder, Normal with standard deviation 0.1.
+  6. 1M environment steps by default (5M there), and the replay holds the last 500K time steps (unbounded there).
+  7. Discrete exploration: epsilon falls with the updates, as in the paper's Atari runs (there constant by default).
+  8. Adam's epsilon is added after the bias correction, as torch does (before it there, as Keras does).
+  9. 100 updates when learning starts (101 there: one more while its graph is built).
+ 10. Evaluation: ten episodes, whose seeds are the same ten every time (there one, always another).
+ 11. The losses in the log are those of one batch in a hundred (there the mean over all since the last report).
+ 12. Atari: losing a life is not an end, frames shrink by area averages (there it is an end; another filter).
+ 13. Gymnasium environments without a time limit get 27,000 steps, on which an episode is cut off (Atari's limit).
 """
 
 import difflib
@@ -48,7 +58,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, NoReturn
 
 import gymnasium as gym
@@ -86,7 +96,7 @@ class Args:
     obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; Gymnasium ids decide alone
     renderer: Literal["auto", "gl", "raycast"] = "auto"  # dm_control pixels: OpenGL, our ray-caster; auto = gl if there
     action_repeat: int | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
-    cont_head: Literal["auto", "on", "off"] = "auto"  # learn when episodes terminate; auto = not on dm_control
+    cont_head: bool | None = None  # learn when episodes terminate; default: not on dm_control, else yes
     clip_rewards: Literal["none", "tanh"] = "none"  # squash rewards before learning (tanh in V1's Atari experiments)
 
     # replay, and how often to learn from it
@@ -102,21 +112,21 @@ class Args:
     # networks
     cnn_depth: int = 32  # channels of the first convolution; the others are multiples of it
     stoch_size: int = 30  # size of the stochastic part of the latent state
-    deter_size: int = 200  # size of the deterministic part and of the model's hidden layers
-    dense_size: int = 400  # units per hidden layer of the heads
+    deter_size: int = 200  # size of the deterministic part of the latent state and of the RSSM's hidden layers
+    dense_size: int = 400  # units per hidden layer of reward, continuation, value, actor and of vector observations
 
-    # world model and behavior
-    free_nats: float = 3.0  # nats of KL, averaged over the batch, that cost nothing
-    kl_scale: float = 1.0  # weight of the KL loss
-    cont_scale: float = 10.0  # weight of the continuation loss
+    # world model
+    free_nats: float = 3.0  # nats of KL between posterior and prior, averaged over the batch, that cost nothing
+    kl_scale: float = 1.0  # weight of the KL between posterior and prior in the world model's loss
+    model_lr: float = 6e-4  # learning rate of the world model
+
+    # behavior
     horizon: int = 15  # imagined steps (H)
     gamma: float = 0.99  # discount per decision
-    td_lambda: float = 0.95  # mixing factor of the lambda-return
-    model_lr: float = 6e-4  # learning rate of the world model
+    td_lambda: float = 0.95  # lambda of the lambda-return: 0 trusts the value after one step, 1 after all H
     actor_lr: float = 8e-5  # learning rate of the actor
     value_lr: float = 8e-5  # learning rate of the value network
-    adam_eps: float = 1e-7  # epsilon of the three Adam optimizers
-    max_grad_norm: float = 100.0  # gradient norm that each optimizer is clipped to
+    max_grad_norm: float = 100.0  # norm to which the gradients of model, actor and value are clipped, each by itself
     expl_noise: float = 0.3  # standard deviation of the Normal added to continuous actions while collecting
     expl_epsilon: tuple[float, float, int] = (0.4, 0.1, 200_000)  # discrete: random share at first, at last, updates
 
@@ -124,6 +134,10 @@ class Args:
     bfloat16: bool = False  # bfloat16 autocast for matrix products and convolutions
     compile: bool = False  # torch.compile the losses
     cudagraphs: bool = False  # replay an update as one CUDA graph (GPU only)
+
+
+ADAM_EPS = 1e-7  # Keras' default, which the reference code keeps
+CONT_SCALE = 10.0  # weight of the continuation loss
 
 
 # === Networks ===
@@ -268,7 +282,7 @@ class RSSM(nn.Module):
 class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward head and (where episodes can terminate) continuation head."""
 
-    def __init__(self, obs_space: gym.Space, action_dim: int, use_cont: bool, args: Args):
+    def __init__(self, obs_space: gym.Space, action_dim: int, args: Args):
         super().__init__()
         feat_dim, image = args.stoch_size + args.deter_size, obs_space.dtype == np.uint8
         embed_dim = 32 * args.cnn_depth if image else args.dense_size
@@ -279,7 +293,7 @@ class WorldModel(nn.Module):
             ConvDecoder(feat_dim, args.cnn_depth) if image else mlp(feat_dim, args.dense_size, 3, obs_space.shape[0])
         )
         self.reward = mlp(feat_dim, args.dense_size, 2, 1)
-        self.cont = mlp(feat_dim, args.dense_size, 3, 1) if use_cont else None
+        self.cont = mlp(feat_dim, args.dense_size, 3, 1) if args.cont_head else None
         self.apply(init_weights)
         self.to(memory_format=torch.channels_last)
 
@@ -351,9 +365,8 @@ class Agent(nn.Module):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
-        use_cont = args.cont_head == "on" or (args.cont_head == "auto" and not is_dm_control(args.env_id))
         feat_dim = args.stoch_size + args.deter_size
-        self.world_model = WorldModel(obs_space, self.action_dim, use_cont, args)
+        self.world_model = WorldModel(obs_space, self.action_dim, args)
         self.actor = Actor(feat_dim, self.action_dim, self.discrete, args.dense_size)
         self.value = mlp(feat_dim, args.dense_size, 3, 1).apply(init_weights)
 
@@ -422,7 +435,7 @@ def model_loss(world_model: WorldModel, batch: dict, noise: torch.Tensor, args: 
     if world_model.cont is not None:
         logit = world_model.cont(feat).squeeze(-1).float()  # the head's mean is the discount: soft targets gamma and 0
         losses["cont_loss"] = F.binary_cross_entropy_with_logits(logit, args.gamma * batch["cont"])
-        loss = loss + args.cont_scale * losses["cont_loss"]
+        loss = loss + CONT_SCALE * losses["cont_loss"]
     with torch.no_grad():
         entropy = 0.5 * math.log(2 * math.pi * math.e) * args.stoch_size
         diagnostics = {
@@ -550,7 +563,7 @@ def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Adam]:
     groups = {"model": (agent.world_model, args.model_lr), "actor": (agent.actor, args.actor_lr)}
     groups["value"] = (agent.value, args.value_lr)
     return {
-        name: torch.optim.Adam(net.parameters(), lr, eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
+        name: torch.optim.Adam(net.parameters(), lr, eps=ADAM_EPS, fused=True, capturable=device.type == "cuda")
         for name, (net, lr) in groups.items()
     }
 
@@ -707,12 +720,13 @@ class EpisodeRecorder:
 
 
 def main(args: Args) -> str:
+    args = with_task_defaults(args)
     check_args(args)
     if args.evaluate:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume else None
     renderer = choose_renderer(args, checkpoint)
-    envs, repeat = make_vector_env(args, renderer, args.num_envs), default_action_repeat(args)
+    envs, repeat = make_vector_env(args, renderer, args.num_envs), args.action_repeat
     obs_space = envs.single_observation_space
     run = Run(args, checkpoint)
     device = run.device
@@ -816,8 +830,11 @@ def is_dm_control(env_id: str) -> bool:
     return re.search(r"-v\d+$", env_id) is None
 
 
-def default_action_repeat(args: Args) -> int:
-    return args.action_repeat or (2 if is_dm_control(args.env_id) else 1)
+def with_task_defaults(args: Args) -> Args:
+    """The settings in force: what was not given depends on the kind of environment."""
+    suite = is_dm_control(args.env_id)
+    defaults = {"action_repeat": 2 if suite else 1, "cont_head": not suite}
+    return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
 def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[], gym.Env]:
@@ -838,7 +855,7 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
             env = make_gymnasium(args.env_id, video is not None)
             if env.spec.max_episode_steps is None:  # an episode must end to be stored; 27,000 as in V1's Atari runs
                 env = gym.wrappers.TimeLimit(env, 27_000)
-        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), default_action_repeat(args))
+        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), args.action_repeat)
         if pixels:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)
         if video is not None:  # folder/prefix of the MP4
@@ -1489,8 +1506,8 @@ def check_args(args: Args) -> None:
     at_least = {
         1: "total_timesteps num_envs eval_episodes train_frequency batch_size batch_length cnn_depth stoch_size "
         "deter_size dense_size action_repeat",
-        0: "seed eval_frequency checkpoint_frequency train_steps pretrain_steps free_nats kl_scale cont_scale gamma "
-        "td_lambda model_lr actor_lr value_lr adam_eps max_grad_norm expl_noise",
+        0: "seed eval_frequency checkpoint_frequency train_steps pretrain_steps free_nats kl_scale gamma "
+        "td_lambda model_lr actor_lr value_lr max_grad_norm expl_noise",
         2: "horizon",
     }
     for bound, names in at_least.items():
@@ -1507,7 +1524,7 @@ def check_args(args: Args) -> None:
         fail(
             f"--batch-length {args.batch_length} does not fit twice into the buffer (--buffer-size {args.buffer_size})"
         )
-    if args.batch_length * default_action_repeat(args) > args.learning_starts:
+    if args.batch_length * args.action_repeat > args.learning_starts:
         fail(f"--learning-starts {args.learning_starts} must fill a sequence (--batch-length {args.batch_length})")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")

@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 def tiny_args(**overrides) -> Args:
     """Settings small enough for milliseconds; the continuation head is off unless asked for."""
     sizes = {"batch_size": 3, "batch_length": 5, "horizon": 4, "cnn_depth": 2, "stoch_size": 3, "deter_size": 8}
-    others = {"dense_size": 10, "cont_head": "off", "cuda": False, "env_id": "Toy-v0"}
+    others = {"dense_size": 10, "cont_head": False, "cuda": False, "env_id": "Toy-v0"}
     return Args(**(sizes | others | overrides))
 
 
@@ -242,13 +242,25 @@ def test_parameter_counts_of_walker(walker):
 
 def test_continuation_head_size_and_presence():
     """413,601 parameters; there by default outside dm_control, and on request."""
-    args = Args(env_id="ALE/Pong-v5")
+    args = dreamer.with_task_defaults(Args(env_id="ALE/Pong-v5"))
     agent = dreamer.Agent(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(6), args)
     assert count(agent.world_model.cont) == 413_601
-    assert make_agent(tiny_args(cont_head="auto")).world_model.cont is not None
-    assert make_agent(tiny_args(cont_head="auto", env_id="walker-walk")).world_model.cont is None
-    assert make_agent(tiny_args(cont_head="on", env_id="walker-walk")).world_model.cont is not None
-    assert make_agent(tiny_args(cont_head="off")).world_model.cont is None
+    for env_id, wanted, has_one in (
+        ("Toy-v0", None, True),
+        ("walker-walk", None, False),
+        ("walker-walk", True, True),
+        ("Toy-v0", False, False),
+    ):
+        args = dreamer.with_task_defaults(tiny_args(cont_head=wanted, env_id=env_id))
+        assert (make_agent(args).world_model.cont is not None) == has_one == args.cont_head
+
+
+@pytest.mark.parametrize(
+    ("env_id", "given", "repeat"), [("Toy-v0", None, 1), ("cup-catch", None, 2), ("cup-catch", 4, 4)]
+)
+def test_action_repeat_of_the_environment(env_id, given, repeat):
+    """2 on dm_control, 1 elsewhere, or what was asked for."""
+    assert dreamer.with_task_defaults(tiny_args(env_id=env_id, action_repeat=given)).action_repeat == repeat
 
 
 def test_initial_latents(walker):
@@ -311,7 +323,7 @@ def test_initial_policy(walker):
 
 def test_initial_continuation_is_one_half():
     """Zero bias: on the zero feature, and nearly so on others, the head says 0.5."""
-    agent = make_agent(tiny_args(cont_head="on", dense_size=400), biases=False)
+    agent = make_agent(tiny_args(cont_head=True, dense_size=400), biases=False)
     head = agent.world_model.cont
     assert torch.sigmoid(head(torch.zeros(1, 11))).item() == 0.5
     assert torch.sigmoid(head(torch.randn(500, 11) * 0.3)).mean().item() == pytest.approx(0.5, abs=0.1)
@@ -430,7 +442,7 @@ def test_preprocess():
 @pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
 def test_model_loss_against_torch_distributions(float64, obs_space):
     """Sums over pixels and latents, means over batch and time, KL clipped after its mean, soft continuation targets."""
-    args = tiny_args(cont_head="on", kl_scale=0.3, cont_scale=7.0, gamma=0.9)
+    args = tiny_args(cont_head=True, kl_scale=0.3, gamma=0.9)
     agent, batch, noise = setup(args, obs_space)
     model = agent.world_model
     embed = model.encoder(dreamer.preprocess(batch["obs"]).flatten(0, 1)).unflatten(0, (5, 3))
@@ -452,7 +464,7 @@ def test_model_loss_against_torch_distributions(float64, obs_space):
         expected = {"image_loss": image, "reward_loss": reward, "kl_loss": clipped, "cont_loss": cont}
         for name, value in expected.items():
             torch.testing.assert_close(metrics[f"losses/{name}"], value)
-        torch.testing.assert_close(loss, image + reward + 0.3 * clipped + 7 * cont)
+        torch.testing.assert_close(loss, image + reward + 0.3 * clipped + 10 * cont)
     torch.testing.assert_close(states["stoch"], post["stoch"])
     args.clip_rewards = "tanh"
     reward = -td.Normal(head(model.reward, feat)[..., 0], 1.0).log_prob(torch.tanh(batch["reward"])).mean()
@@ -618,7 +630,7 @@ def names_under(agent: dreamer.Agent, *prefixes: str) -> set[str]:
 @pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
 def test_each_loss_reaches_its_own_network_only(obs_space, action_space):
     """Each loss moves all of its network and nothing else, and the sum gives each the gradient of its own loss."""
-    args = tiny_args(free_nats=0.0, cont_head="on")
+    args = tiny_args(free_nats=0.0, cont_head=True)
     agent, batch, noise = setup(args, obs_space, action_space)
     expected = {"model": "world_model.", "actor": "actor.", "value": "value."}
     for name, prefix in expected.items():
@@ -637,7 +649,7 @@ def test_each_loss_reaches_its_own_network_only(obs_space, action_space):
 
 
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
-@pytest.mark.parametrize("cont_head", ["off", "on"])
+@pytest.mark.parametrize("cont_head", [False, True])
 def test_behavior_losses_and_gradients_against_a_plain_reference(float64, cont_head, action_space):
     """Losses and autograd.grad of dreams through the live networks equal those of one pass through the frozen twins."""
     args = tiny_args(cont_head=cont_head, td_lambda=0.8, gamma=0.9)
@@ -657,7 +669,7 @@ def test_behavior_losses_and_gradients_against_a_plain_reference(float64, cont_h
 
 def test_actor_gradient_against_finite_differences(float64):
     """With the actor's inputs held still (they are detached), d loss / d weight is the slope of the loss."""
-    args = tiny_args(cont_head="on")
+    args = tiny_args(cont_head=True)
     agent, batch, noise = setup(args)
     _, post, _ = dreamer.model_loss(agent.world_model, batch, noise["post"], args)
     stoch, deter = (post[k].detach().flatten(0, 1) for k in ("stoch", "deter"))
@@ -710,7 +722,7 @@ def test_imagined_features_exclude_the_start(float64):
 
 def test_update_moves_every_weight_and_the_frozen_twins_follow():
     """Each actor element moves; the twins share storage with the live weights and are nobody's parameters."""
-    args = tiny_args(free_nats=0.0, cont_head="on")
+    args = tiny_args(free_nats=0.0, cont_head=True)
     agent, batch, noise = setup(args, IMAGE)
     before = {name: param.detach().clone() for name, param in agent.named_parameters()}
     dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
@@ -764,7 +776,7 @@ def test_first_step_is_adams():
 
 def test_update_leaves_its_inputs_alone():
     """Neither the batch nor the noise is changed in place; the metrics carry no graph."""
-    args = tiny_args(cont_head="on")
+    args = tiny_args(cont_head=True)
     agent, batch, noise = setup(args, IMAGE)
     copies = {k: v.clone() for k, v in (batch | noise).items()}
     metrics = dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
@@ -775,7 +787,7 @@ def test_update_leaves_its_inputs_alone():
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
 def test_losses_never_wait_for_a_tensor(action_space):
     """No host sync: forward and backward run on tensors without content, which refuse item() and branches."""
-    args = tiny_args(cont_head="on")
+    args = tiny_args(cont_head=True)
     agent, batch, noise = setup(args, IMAGE, action_space)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch, noise = ({k: mode.from_tensor(v) for k, v in x.items()} for x in (batch, noise))
@@ -788,9 +800,12 @@ def test_losses_never_wait_for_a_tensor(action_space):
 
 def updated(obs_space, action_space=BOX, device: str = "cpu", updates: int = 1, **flags) -> tuple[dict, dict, dict]:
     """Metrics, gradients and weights after updates with flags; a large epsilon makes Adam's step smooth."""
-    args = tiny_args(adam_eps=1.0, model_lr=0.1, actor_lr=0.1, value_lr=0.1, batch_length=4, horizon=2, **flags)
+    args = tiny_args(model_lr=0.1, actor_lr=0.1, value_lr=0.1, batch_length=4, horizon=2, **flags)
     agent = make_agent(args, obs_space, action_space).to(device).freeze_twins()
-    update_fn = dreamer.make_update(agent, dreamer.make_optimizers(agent, args), args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dreamer, "ADAM_EPS", 1.0)
+        optimizers = dreamer.make_optimizers(agent, args)
+    update_fn = dreamer.make_update(agent, optimizers, args)
     for i in range(updates):
         batch, noise = make_batch(agent, args, obs_space, seed=i), make_noise(agent, args, seed=i)
         metrics = update_fn(*({k: v.to(device) for k, v in x.items()} for x in (batch, noise)))
@@ -826,7 +841,7 @@ def assert_same_update(fast: tuple, eager: tuple, tolerance: float) -> None:
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
 def test_compiled_losses_are_one_graph(action_space, monkeypatch):
     """The whole of the losses is traced without a break and gives the eager update (traced, not yet made into code)."""
-    eager = updated(IMAGE, action_space=action_space, cont_head="on")
+    eager = updated(IMAGE, action_space=action_space, cont_head=True)
     compiled, plain = [], torch.compile
 
     def traced(function):
@@ -835,7 +850,7 @@ def test_compiled_losses_are_one_graph(action_space, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
-    assert_same_update(updated(IMAGE, action_space=action_space, cont_head="on", compile=True), eager, 1e-4)
+    assert_same_update(updated(IMAGE, action_space=action_space, cont_head=True, compile=True), eager, 1e-4)
     assert compiled == [dreamer.compute_losses]
 
 
@@ -1332,7 +1347,7 @@ def test_dreamer_logs_everything_and_moves_all_parameters(kind):
         assert "open_loop_error_N.png" in files
         assert ("open_loop_truth_model_error_N.gif" in files) == ("eval_episode_N.gif" in files) == (not vectors)
     state = load(run_dir)
-    args, saved = tiny(dreamer, **settings), state["parts"]
+    args, saved = dreamer.with_task_defaults(tiny(dreamer, **settings)), state["parts"]
     assert state["global_step"] == args.total_timesteps
     assert saved["counters"]["num_updates"] == dreamer.updates_due(args.total_timesteps, args) > 0
     torch.manual_seed(args.seed)
@@ -1371,7 +1386,7 @@ def test_dreamer_keeps_open_episodes_as_truncated(changes):
 def test_resumed_networks_share_no_storage():
     """No two of the agent's loaded tensors are one; the frozen twins are the live ones."""
     run_dir = run(dreamer)
-    args = tiny(dreamer)
+    args = dreamer.with_task_defaults(tiny(dreamer))
     envs = dreamer.make_vector_env(args, "none", 1)
     agent = dreamer.Agent(envs.single_observation_space, envs.single_action_space, args).freeze_twins()
     agent.load_state_dict(load(run_dir)["parts"]["agent"])
@@ -1466,7 +1481,7 @@ def test_resume_on_another_kind_of_device(capsys):
 
 def test_lqr_ends_and_is_the_same_system_every_time():
     """The one task without a time limit of its own, whose springs are drawn when it is loaded."""
-    args = tiny(dreamer, env_id="lqr-lqr-2-1", obs_mode="state")
+    args = dreamer.with_task_defaults(tiny(dreamer, env_id="lqr-lqr-2-1", obs_mode="state"))
     first, second = (dreamer.make_env(args, "none")() for _ in range(2))
     stiffness = [env.unwrapped.env.physics.model.jnt_stiffness.copy() for env in (first, second)]
     assert np.array_equal(*stiffness) and stiffness[0].any()
@@ -1483,7 +1498,8 @@ def test_lqr_ends_and_is_the_same_system_every_time():
 def test_environment_without_a_render_mode():
     """Rendering is asked for only where a video is."""
     gym.register("Plain-v0", lambda: gym.make("Counter-v0").unwrapped, max_episode_steps=12)
-    assert dreamer.make_env(tiny(dreamer, env_id="Plain-v0"), "none")().reset(seed=1)[0].shape == (3,)
+    args = dreamer.with_task_defaults(tiny(dreamer, env_id="Plain-v0"))
+    assert dreamer.make_env(args, "none")().reset(seed=1)[0].shape == (3,)
 
 
 @pytest.mark.parametrize("repeat", [1, 2, 5])
