@@ -777,7 +777,7 @@ def main(args: Args) -> str:
     dones, state = np.ones(args.num_envs, bool), agent.world_model.rssm.initial(args.num_envs)  # all begin an episode
     action, eval_envs = np.zeros((args.num_envs, agent.action_dim), np.float32), None
     if args.num_envs == 1:
-        train()  # what a resumed run owes
+        train()  # what a resumed run owes (several environments: it makes up for it below)
     while run.goes_on(dones):  # which saves, too, when it is due
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
@@ -796,7 +796,7 @@ def main(args: Args) -> str:
             obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
         else:
             envs.step_async(env_action(agent, action))
-            train()  # while the environments step
+            train()  # several environments: while they step
             obs, rewards, terminations, truncations, infos = envs.step_wait()
         recorder.add(obs, action, rewards, terminations)
         dones = terminations | truncations
@@ -807,7 +807,7 @@ def main(args: Args) -> str:
         if dones.any():
             run.log_episodes(infos, dones)
         if args.num_envs == 1 or run.step >= args.total_timesteps:
-            train()
+            train()  # one environment: after its step
         if run.eval_due():
             eval_envs = evaluate_and_log(agent, eval_envs, renderer, run)
 
