@@ -489,12 +489,16 @@ LOSSES = model_loss, actor_loss, value_loss  # three graphs; --compile compiles 
 
 
 def compute_losses(agent: Agent, batch: dict, noise: dict, args: Args, functions: tuple = LOSSES) -> tuple[dict, dict]:
-    """The losses of model, actor and value, each a graph of its own, and metrics as detached scalars."""
+    """The losses of model, actor and value, each with a gradient for its own network only; detached metrics."""
     model_fn, actor_fn, value_fn = functions
     with torch.autocast(batch["obs"].device.type, torch.bfloat16, enabled=args.bfloat16):  # deviation 1: no float16
         model, post, metrics = model_fn(agent.world_model, batch, noise["post"], args)
         start_weight = batch["cont"].flatten()  # deviation 3: a dream from a terminal state weighs 0
+        for network in (agent.world_model, agent.value):  # the actor's gradient passes through them, not into them
+            network.requires_grad_(False)
         actor, dreams, dream_metrics = actor_fn(agent, post, start_weight, noise, args)
+        for network in (agent.world_model, agent.value):
+            network.requires_grad_(True)
         value = value_fn(agent.value, *dreams)
     losses = {"model": model, "actor": actor, "value": value}
     metrics |= {f"losses/{name}_loss": loss for name, loss in losses.items()} | dream_metrics
@@ -579,7 +583,7 @@ def update(agent: Agent, optimizers: dict, batch: dict, noise: dict, args: Args,
     losses, metrics = compute_losses(agent, batch, noise, args, functions)
     for name, optimizer in optimizers.items():
         optimizer.zero_grad(set_to_none=True)
-        losses[name].backward(inputs=optimizer.param_groups[0]["params"])  # through other networks, not into them
+        losses[name].backward()  # each before the first step
     for name, optimizer in optimizers.items():
         parameters = optimizer.param_groups[0]["params"]
         metrics[f"grad_norm/{name}"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

@@ -637,8 +637,6 @@ def test_each_network_gets_the_gradient_of_its_own_loss(obs_space, action_space)
     agent, batch, noise = setup(args, obs_space, action_space)
     losses, _ = dreamer.compute_losses(agent, batch, noise, args)
     expected = gradients_of(agent, losses)
-    passed = [agent.value[0].weight, agent.world_model.reward[0].weight, agent.world_model.rssm.cell.weight_hh]
-    assert all(gradient.any() for gradient in torch.autograd.grad(losses["actor"], passed))
     dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
     for name, net in networks(agent).items():
         for param, gradient in zip(net.parameters(), expected[name], strict=True):
@@ -648,7 +646,7 @@ def test_each_network_gets_the_gradient_of_its_own_loss(obs_space, action_space)
 
 @pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
 def test_losses_stop_where_they_should(obs_space):
-    """The model's and the value's reach their own network only; the actor's not the encoder, decoder and posterior."""
+    """Each reaches all of its own network and no other; afterwards every parameter can be learned again."""
     args = tiny_args(free_nats=0.0, cont_head=True)
     agent, batch, noise = setup(args, obs_space)
     losses, _ = dreamer.compute_losses(agent, batch, noise, args)
@@ -660,8 +658,8 @@ def test_losses_stop_where_they_should(obs_space):
     names = [name for name, _ in agent.named_parameters()]
     assert reached["model"] == {name for name in names if name.startswith("world_model.")}
     assert reached["value"] == {name for name in names if name.startswith("value.")}
-    no_dream = ("world_model.encoder", "world_model.decoder", "world_model.rssm.post")
-    assert reached["actor"] == {name for name in names if not name.startswith(no_dream)}
+    assert reached["actor"] == {name for name in names if name.startswith("actor.")}
+    assert all(param.requires_grad for param in agent.parameters())
 
 
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
