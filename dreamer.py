@@ -8,14 +8,16 @@
 # ///
 """Dreamer (V1): a latent world model learned from pixels; actor and value learned by back-propagation through dreams.
 
-The algorithm, with the functions that are its steps:
-  play     act: filter the observation into a latent state (RSSM.obs_step), sample the actor, add noise; store episodes
-  learn    update, train_steps times for every train_frequency environment steps, on sequences from the replay:
-    model    model_loss: filter the sequences (RSSM.observe), reconstruct observations and rewards from the states, and
-             keep each state's posterior near its prior, the prediction without the observation (Eq. 10)
-    dream    imagine: from every one of these states, H steps of the prior, the actor choosing the actions
-    actor    behavior_losses: maximise the lambda-return of the dreams, its gradient passing through the model (Eq. 7)
-    value    behavior_losses: regress the same lambda-return (Eq. 8)
+The algorithm, with the functions that are its steps, which main takes in turns:
+  act           filter the observation into the latent state (RSSM.obs_step), sample an action there, add noise;
+                once an episode has ended, what was seen and done goes into the replay (ReplayBuffer.add)
+  update        train_steps times for every train_frequency environment steps, on B sequences of L steps of the replay:
+    model_loss  filter the sequences into states (RSSM.observe); reconstruct observations and rewards from each state,
+                and pull its posterior and its prior, the prediction without the observation, together (Eq. 10)
+    imagine     dream: from every one of these states H steps of the prior, the actor choosing the actions
+    actor_loss  maximise the lambda_return of the dreams; its gradient passes back through value, reward, model (Eq. 7)
+    value_loss  regress the values of the dreamt states on the same lambda_return (Eq. 8)
+  evaluate      now and then: play the policy's mode, without noise
 The first part of the file is the algorithm, up to main; environments, pictures and the run folder follow it.
 
 Paper:      Hafner et al. 2020, Dream to Control, arXiv 1912.01603   Reference code: danijar/dreamer (TensorFlow 2)
@@ -23,14 +25,23 @@ Run:        python dreamer.py --env-id walker-walk          (or: uv run dreamer.
 Resume:     python dreamer.py --resume runs/<run folder>
 Evaluate:   python dreamer.py --evaluate runs/<run folder> [--capture-video]
 Watch:      tensorboard --logdir runs
-Deviations from the reference code, each also marked at the line it concerns:
-  1. float32 or bfloat16 instead of float16 with loss scaling.
-  2. A chunk may end on the last entry of an episode (the reference's exclusive bound never trains on it), and where an
-     episode is shorter than a chunk the chunk runs on into its neighbours, the state being reset at each first entry.
-  3. With the continuation head, terminal start states get weight 0 (the reference drops the last state of each chunk).
-  4. The mode of the policy is chosen for each environment by itself (the reference's gather is right for one only).
-  5. Vector observations (not in V1): symlog, dense encoder and decoder, Normal with standard deviation 0.1.
-  6. 1M environment steps by default (5M in the paper); the replay holds the last 500K time steps (unbounded there).
+Deviations from the reference code ("there"), each also named at its line; where that code and the paper differ, the
+code is followed (docs/dreamer.md says where):
+  1. Precision: float32, or bfloat16 with --bfloat16; float16 with loss scaling there.
+  2. Replay: chunks may end on the last entry of an episode (there never). Where an episode is shorter than a chunk, the
+     chunk runs on into its neighbours, the state being reset at each first entry; there such episodes are skipped, so
+     samples are weighted otherwise where lengths differ. New episodes count at once (there a bit later).
+  3. With the continuation head, dreams from terminal states weigh 0 (there each chunk's last state starts no dream).
+  4. The policy's mode is chosen for each environment by itself (the gather there is right for one only).
+  5. Vector observations (none there): symlog, dense encoder and decoder, Normal with standard deviation 0.1.
+  6. 1M environment steps by default (5M there), and the replay holds the last 500K time steps (unbounded there).
+  7. Discrete exploration: epsilon falls with the updates, as in the paper's Atari runs (constant there).
+  8. Adam's epsilon is added after the bias correction, as torch does (before it there, as Keras does).
+  9. 100 updates when learning starts (101 there, the first of which builds the graph).
+ 10. An evaluation is ten episodes, with the same ten seeds every time (there one, always another).
+ 11. The losses in the log are those of one batch in a hundred (there the mean of all since the last report).
+ 12. Atari: losing a life does not end an episode (there it does); frames shrink by averaging areas.
+ 13. Gymnasium environments without a time limit are cut off after 27,000 steps, Atari's limit.
 """
 
 import difflib
@@ -47,8 +58,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, NoReturn
 
 import gymnasium as gym
@@ -86,7 +96,7 @@ class Args:
     obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; Gymnasium ids decide alone
     renderer: Literal["auto", "gl", "raycast"] = "auto"  # dm_control pixels: OpenGL, our ray-caster; auto = gl if there
     action_repeat: int | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
-    cont_head: Literal["auto", "on", "off"] = "auto"  # learn when episodes terminate; auto = not on dm_control
+    cont_head: bool | None = None  # learn when episodes terminate; default: not on dm_control, else yes
     clip_rewards: Literal["none", "tanh"] = "none"  # squash rewards before learning (tanh in V1's Atari experiments)
 
     # replay, and how often to learn from it
@@ -102,21 +112,21 @@ class Args:
     # networks
     cnn_depth: int = 32  # channels of the first convolution; the others are multiples of it
     stoch_size: int = 30  # size of the stochastic part of the latent state
-    deter_size: int = 200  # size of the deterministic part and of the model's hidden layers
-    dense_size: int = 400  # units per hidden layer of the heads
+    deter_size: int = 200  # size of the deterministic part of the latent state and of the RSSM's hidden layers
+    dense_size: int = 400  # units per hidden layer of reward, continuation, value, actor and of vector observations
 
-    # world model and behavior
-    free_nats: float = 3.0  # nats of KL, averaged over the batch, that cost nothing
-    kl_scale: float = 1.0  # weight of the KL loss
-    cont_scale: float = 10.0  # weight of the continuation loss
+    # world model
+    free_nats: float = 3.0  # nats of KL between posterior and prior, averaged over the batch, that cost nothing
+    kl_scale: float = 1.0  # weight of the KL between posterior and prior in the world model's loss
+    model_lr: float = 6e-4  # learning rate of the world model
+
+    # behavior
     horizon: int = 15  # imagined steps (H)
     gamma: float = 0.99  # discount per decision
-    td_lambda: float = 0.95  # mixing factor of the lambda-return
-    model_lr: float = 6e-4  # learning rate of the world model
+    td_lambda: float = 0.95  # lambda of the lambda-return: 0 trusts the value after one step, 1 after all H
     actor_lr: float = 8e-5  # learning rate of the actor
     value_lr: float = 8e-5  # learning rate of the value network
-    adam_eps: float = 1e-7  # epsilon of the three Adam optimizers
-    max_grad_norm: float = 100.0  # gradient norm that each optimizer is clipped to
+    max_grad_norm: float = 100.0  # norm to which the gradients of model, actor and value are clipped, each by itself
     expl_noise: float = 0.3  # standard deviation of the Normal added to continuous actions while collecting
     expl_epsilon: tuple[float, float, int] = (0.4, 0.1, 200_000)  # discrete: random share at first, at last, updates
 
@@ -126,33 +136,193 @@ class Args:
     cudagraphs: bool = False  # replay an update as one CUDA graph (GPU only)
 
 
+ADAM_EPS = 1e-7  # Keras' default, which the reference code keeps
+CONT_SCALE = 10.0  # weight of the continuation loss
+
+
 # === Networks ===
 
+# Shapes: T (in a batch L) time steps, B sequences, H dreamt steps, N states or environments; S stoch, D deter,
+# F = S + D features, E embedding, A action. Time comes first. Noise is drawn elsewhere and handed in.
 
-def init_weights(module: nn.Module) -> None:
-    """Keras' defaults, which the reference's scores rest on: Xavier uniform, zero bias, orthogonal recurrence."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.GRUCell):
-        nn.init.xavier_uniform_(module.weight_ih)
-        nn.init.orthogonal_(module.weight_hh)
-        nn.init.zeros_(module.bias_ih)
-        nn.init.zeros_(module.bias_hh)
+
+class RSSM(nn.Module):
+    """Recurrent state-space model (PlaNet, Eq. 4), whose state is (stoch, deter), the papers' s and h.
+
+    deter_t = GRU([stoch_t-1, action_t], deter_t-1), where action_t is the one that led to time step t. Then stoch_t is
+    drawn from a Normal: the posterior, given deter_t and the embedded observation, or else the prior, given deter_t.
+    """
+
+    def __init__(self, action_dim: int, embed_dim: int, stoch: int, deter: int, min_std: float = 0.1):
+        super().__init__()
+        self.stoch, self.deter, self.min_std = stoch, deter, min_std
+        self.img_in = nn.Linear(stoch + action_dim, deter)
+        self.cell = nn.GRUCell(deter, deter)
+        self.prior_hidden = nn.Linear(deter, deter)
+        self.prior_out = nn.Linear(deter, 2 * stoch)
+        self.post_hidden = nn.Linear(deter + embed_dim, deter)
+        self.post_out = nn.Linear(deter, 2 * stoch)
+
+    def initial(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The zero state: stoch (B, S), deter (B, D)."""
+        weight = self.img_in.weight
+        return weight.new_zeros(batch_size, self.stoch), weight.new_zeros(batch_size, self.deter)
+
+    def deter_step(self, stoch: torch.Tensor, deter: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """The next deter (B, D); float32 under autocast too, for it is carried on from step to step."""
+        x = F.elu(self.img_in(torch.cat([stoch, action], -1)))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.cell(x.float(), deter)
+
+    def mean_std(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs of a layer (..., 2S) -> mean and standard deviation (..., S)."""
+        mean, std = out.float().chunk(2, -1)
+        return mean, F.softplus(std) + self.min_std
+
+    def prior(self, deter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation (..., S) of p(stoch | deter)."""
+        return self.mean_std(self.prior_out(F.elu(self.prior_hidden(deter))))
+
+    def posterior(self, deter: torch.Tensor, embed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation (..., S) of q(stoch | deter, observation)."""
+        return self.mean_std(self.post_out(F.elu(self.post_hidden(torch.cat([deter, embed], -1)))))
+
+    def img_step(self, stoch, deter, action, noise) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step without an observation: stoch (B, S), a sample of the prior by Normal noise, and deter (B, D)."""
+        deter = self.deter_step(stoch, deter, action)
+        mean, std = self.prior(deter)
+        return mean + std * noise, deter
+
+    def obs_step(self, stoch, deter, action, embed, is_first, noise) -> tuple[torch.Tensor, ...]:
+        """One step with an observation, from the zero state where is_first (B,) is 1: stoch, deter, mean, std."""
+        keep = 1 - is_first[:, None]
+        deter = self.deter_step(stoch * keep, deter * keep, action)
+        mean, std = self.posterior(deter, embed)
+        return mean + std * noise, deter, mean, std
+
+    def observe(self, embed, action, is_first, noise) -> dict[str, torch.Tensor]:
+        """Posterior states along sequences (T, B, ...) from the zero state: stoch, deter, mean, std (T, B, ...)."""
+        stoch, deter = self.initial(action.shape[1])
+        post = {"stoch": [], "deter": [], "mean": [], "std": []}
+        for t in range(len(action)):
+            step = self.obs_step(stoch, deter, action[t], embed[t], is_first[t], noise[t])
+            stoch, deter, _, _ = step
+            for name, tensor in zip(post, step, strict=True):
+                post[name].append(tensor)
+        return {name: torch.stack(tensors) for name, tensors in post.items()}
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward head and (where episodes can terminate) continuation head.
+
+    The heads read features (..., F) = [stoch, deter]. The continuation head's sigmoid is the discount after a state:
+    it learns gamma where the episode goes on and 0 where it has terminated.
+    """
+
+    def __init__(self, obs_space: gym.Space, action_dim: int, args: Args):
+        super().__init__()
+        image, units = obs_space.dtype == np.uint8, args.dense_size  # deviation 5: vectors, too
+        feat_dim, embed_dim = args.stoch_size + args.deter_size, 32 * args.cnn_depth if image else units
+        self.obs_std = 1.0 if image else 0.1
+        self.encoder = ConvEncoder(args.cnn_depth) if image else mlp(obs_space.shape[0], units, 2, embed_dim)
+        self.rssm = RSSM(action_dim, embed_dim, args.stoch_size, args.deter_size)
+        self.decoder = ConvDecoder(feat_dim, args.cnn_depth) if image else mlp(feat_dim, units, 3, obs_space.shape[0])
+        self.reward = mlp(feat_dim, units, 2, 1)
+        self.cont = mlp(feat_dim, units, 3, 1) if args.cont_head else None
+        self.apply(init_weights)
+        self.to(memory_format=torch.channels_last)
+
+    def embed(self, obs: torch.Tensor) -> torch.Tensor:
+        """Preprocessed observations (T, B, ...) -> (T, B, E)."""
+        return self.encoder(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])
+
+    def decode(self, feat: torch.Tensor) -> torch.Tensor:
+        """Features (T, B, F) -> mean of the preprocessed observations (T, B, ...)."""
+        return self.decoder(feat.flatten(0, 1)).float().unflatten(0, feat.shape[:2])
+
+
+class Actor(nn.Module):
+    """The policy. Continuous: tanh of a Normal, its mean bounded by 5, its std 5 at first. Discrete: one-hot action."""
+
+    RAW_INIT_STD = math.log(math.exp(5) - 1)  # whose softplus is 5
+
+    def __init__(self, feat_dim: int, action_dim: int, discrete: bool, units: int):
+        super().__init__()
+        self.discrete, self.action_dim = discrete, action_dim
+        self.net = mlp(feat_dim, units, 4, action_dim if discrete else 2 * action_dim)
+        self.apply(init_weights)
+
+    def dist(self, feat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Features (..., F) -> the policy there: (mean, std) before the tanh, or (logits,), each (..., A)."""
+        out = self.net(feat).float()
+        if self.discrete:
+            return (out,)
+        mean, std = out.chunk(2, -1)
+        return 5 * torch.tanh(mean / 5), F.softplus(std + self.RAW_INIT_STD) + 1e-4
+
+    def draw_noise(self, shape: tuple, generator: torch.Generator) -> torch.Tensor:
+        """The random part (*shape, A) of `sample` and `mode`: standard Normal, or Gumbel for discrete actions."""
+        noise = torch.empty(*shape, self.action_dim, device=generator.device)
+        if self.discrete:
+            return -noise.exponential_(generator=generator).log_()
+        return noise.normal_(generator=generator)
+
+    def sample(self, dist: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
+        """Action (..., A) with a gradient: reparameterised, or straight-through for one-hot actions."""
+        if self.discrete:
+            (logits,) = dist
+            one_hot = F.one_hot((logits + noise).argmax(-1), self.action_dim).float()
+            probs = logits.softmax(-1)
+            return one_hot + probs - probs.detach()
+        mean, std = dist
+        return torch.tanh(mean + std * noise)
+
+    def mode(self, dist: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
+        """Most likely action (N, A): arg-max, or each row's likeliest of 100 samples, made with noise (100, N, A)."""
+        if self.discrete:
+            return F.one_hot(dist[0].argmax(-1), self.action_dim).float()
+        mean, std = dist
+        x = mean + std * noise
+        log_tanh_grad = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2)
+        log_prob = (-0.5 * noise**2 - std.log() - log_tanh_grad).sum(-1)  # (100, N), up to a constant
+        rows = torch.arange(len(mean), device=mean.device)
+        return torch.tanh(x[log_prob.argmax(0), rows])  # deviation 4: each row has a best sample of its own
+
+    def entropy(self, dist: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Nats (...): of the Normal before the tanh, or of the categorical. For logging only."""
+        if self.discrete:
+            log_probs = dist[0].log_softmax(-1)
+            return -(log_probs.exp() * log_probs).sum(-1)
+        return (dist[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+class Agent(nn.Module):
+    """All networks of a run: world model, actor and value."""
+
+    def __init__(self, obs_space: gym.Space, action_space: gym.Space, args: Args):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
+        feat_dim = args.stoch_size + args.deter_size
+        self.world_model = WorldModel(obs_space, self.action_dim, args)
+        self.actor = Actor(feat_dim, self.action_dim, self.discrete, args.dense_size)
+        self.value = mlp(feat_dim, args.dense_size, 3, 1).apply(init_weights)
+
+
+def preprocess(obs: torch.Tensor) -> torch.Tensor:
+    """Images (..., H, W, C) uint8 -> (..., C, H, W) in [-0.5, 0.5]; vectors -> symlog: sign(x) ln(1 + |x|)."""
+    if obs.dtype == torch.uint8:
+        return obs.movedim(-1, -3).float() / 255 - 0.5  # a view in channels-last order, which is what convolutions like
+    return torch.sign(obs) * torch.log1p(torch.abs(obs))  # deviation 5: vectors
 
 
 def mlp(in_dim: int, units: int, layers: int, out_dim: int) -> nn.Sequential:
     """`layers` hidden layers with ELU, then a linear output."""
-    dims = [in_dim] + [units] * layers
-    hidden = [m for i, o in zip(dims[:-1], dims[1:], strict=True) for m in (nn.Linear(i, o), nn.ELU(inplace=True))]
-    return nn.Sequential(*hidden, nn.Linear(dims[-1], out_dim))
-
-
-def preprocess(obs: torch.Tensor) -> torch.Tensor:
-    """Images (..., H, W, C) uint8 -> (..., C, H, W) in [-0.5, 0.5]; vectors (..., D) -> symlog (deviation 5)."""
-    if obs.dtype == torch.uint8:
-        return obs.movedim(-1, -3).float() / 255 - 0.5  # a view in channels-last order, which is what convolutions like
-    return torch.sign(obs) * torch.log1p(torch.abs(obs))
+    modules = []
+    for _ in range(layers):
+        modules += [nn.Linear(in_dim, units), nn.ELU(inplace=True)]
+        in_dim = units
+    return nn.Sequential(*modules, nn.Linear(in_dim, out_dim))
 
 
 class ConvEncoder(nn.Module):
@@ -184,193 +354,43 @@ class ConvDecoder(nn.Module):
         self.deconv4 = nn.ConvTranspose2d(depth, 3, 6, stride=2)  # 64 x 64
 
     def forward(self, feat: torch.Tensor) -> torch.Tensor:
-        # on a 1 x 1 input a transposed convolution is a matrix product, several times faster
-        weight, bias = self.deconv1.weight, self.deconv1.bias.repeat_interleave(25)
-        x = F.linear(self.dense(feat), weight.flatten(1).t(), bias).unflatten(1, (-1, 5, 5))
-        x = F.relu_(x).contiguous(memory_format=torch.channels_last)
+        x = F.relu_(deconv_of_one_pixel(self.deconv1, self.dense(feat)))
         x = F.relu_(self.deconv2(x))
         x = F.relu_(self.deconv3(x))
-        # stride 2 = stride 1 to four times the channels, then a shuffle: twice as fast where the channels are few
-        weight, bias = F.pixel_unshuffle(self.deconv4.weight, 2), self.deconv4.bias.repeat_interleave(4)
-        return F.pixel_shuffle(F.conv_transpose2d(x, weight, bias), 2)
+        return deconv_to_few_channels(self.deconv4, x)
 
 
-class RSSM(nn.Module):
-    """Recurrent state-space model (section 3.1 of the paper's appendix, PlaNet): state = (stoch, deter).
-
-    What does not depend on the recurrence is kept out of it: callers pass the action's and the embedding's share of the
-    first layers, computed for all time steps at once by `action_part` and `embed_part`.
-    """
-
-    def __init__(self, action_dim: int, embed_dim: int, stoch: int, deter: int, min_std: float = 0.1):
-        super().__init__()
-        self.stoch, self.deter, self.min_std = stoch, deter, min_std
-        self.img_in = nn.Linear(stoch + action_dim, deter)
-        self.cell = nn.GRUCell(deter, deter)
-        self.prior_hidden = nn.Linear(deter, deter)
-        self.prior_out = nn.Linear(deter, 2 * stoch)
-        self.post_hidden = nn.Linear(deter + embed_dim, deter)
-        self.post_out = nn.Linear(deter, 2 * stoch)
-
-    def initial(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The zero state: stoch (B, S), deter (B, D)."""
-        weight = self.img_in.weight
-        return weight.new_zeros(batch_size, self.stoch), weight.new_zeros(batch_size, self.deter)
-
-    def action_part(self, action: torch.Tensor) -> torch.Tensor:
-        return F.linear(action, self.img_in.weight[:, self.stoch :], self.img_in.bias)
-
-    def embed_part(self, embed: torch.Tensor) -> torch.Tensor:
-        return F.linear(embed, self.post_hidden.weight[:, self.deter :], self.post_hidden.bias)
-
-    def deter_step(self, stoch: torch.Tensor, deter: torch.Tensor, action_part: torch.Tensor) -> torch.Tensor:
-        """GRU; under autocast its products are bfloat16, while gates and the state that is carried stay float32."""
-        x = F.elu_(F.linear(stoch, self.img_in.weight[:, : self.stoch]) + action_part)
-        reset_x, update_x, new_x = F.linear(x, self.cell.weight_ih, self.cell.bias_ih).float().chunk(3, -1)
-        reset_h, update_h, new_h = F.linear(deter, self.cell.weight_hh, self.cell.bias_hh).float().chunk(3, -1)
-        new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
-        return new + torch.sigmoid(update_x + update_h) * (deter - new)
-
-    def stats(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = out.float().chunk(2, -1)
-        return mean, F.softplus(std) + self.min_std
-
-    def prior(self, deter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation (..., S) of p(stoch | deter)."""
-        return self.stats(self.prior_out(F.elu_(self.prior_hidden(deter))))
-
-    def img_step(self, stoch, deter, action_part, noise) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step without an observation: the prior's sample becomes the state."""
-        deter = self.deter_step(stoch, deter, action_part)
-        mean, std = self.prior(deter)
-        return mean + std * noise, deter
-
-    def obs_step(self, stoch, deter, action_part, embed_part, keep, noise) -> tuple[torch.Tensor, ...]:
-        """One step with an observation; `keep` (B, 1) is 0 where an episode begins. Returns stoch, deter, mean, std."""
-        deter = self.deter_step(stoch * keep, deter * keep, action_part)
-        hidden = F.elu_(F.linear(deter, self.post_hidden.weight[:, : self.deter]) + embed_part)
-        mean, std = self.stats(self.post_out(hidden))
-        return mean + std * noise, deter, mean, std
-
-    def observe(self, embed, action, is_first, noise) -> dict[str, torch.Tensor]:
-        """Posterior states along sequences (T, B, ...) from the zero state: stoch, deter, mean, std (T, B, ...)."""
-        stoch, deter = self.initial(action.shape[1])
-        inputs = self.action_part(action), self.embed_part(embed), 1 - is_first[..., None], noise
-        states = []
-        for step in zip(*(x.unbind(0) for x in inputs), strict=True):
-            states.append(self.obs_step(stoch, deter, *step))
-            stoch, deter = states[-1][:2]
-        return {
-            k: torch.stack(v) for k, v in zip(("stoch", "deter", "mean", "std"), zip(*states, strict=True), strict=True)
-        }
+def deconv_of_one_pixel(deconv: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
+    """deconv(x) for 1 x 1 pictures, given as (N, C): one matrix product, several times faster. -> (N, C', K, K)."""
+    size = deconv.kernel_size[0]
+    product = F.linear(x, deconv.weight.flatten(1).t(), deconv.bias.repeat_interleave(size**2))
+    return product.unflatten(1, (-1, size, size)).contiguous(memory_format=torch.channels_last)
 
 
-class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward head and (where episodes can terminate) continuation head."""
-
-    def __init__(self, obs_space: gym.Space, action_dim: int, use_cont: bool, args: Args):
-        super().__init__()
-        feat_dim, image = args.stoch_size + args.deter_size, obs_space.dtype == np.uint8
-        embed_dim = 32 * args.cnn_depth if image else args.dense_size
-        self.obs_std = 1.0 if image else 0.1
-        self.encoder = ConvEncoder(args.cnn_depth) if image else mlp(obs_space.shape[0], args.dense_size, 2, embed_dim)
-        self.rssm = RSSM(action_dim, embed_dim, args.stoch_size, args.deter_size)
-        self.decoder = (
-            ConvDecoder(feat_dim, args.cnn_depth) if image else mlp(feat_dim, args.dense_size, 3, obs_space.shape[0])
-        )
-        self.reward = mlp(feat_dim, args.dense_size, 2, 1)
-        self.cont = mlp(feat_dim, args.dense_size, 3, 1) if use_cont else None
-        self.apply(init_weights)
-        self.to(memory_format=torch.channels_last)
-
-    def embed(self, obs: torch.Tensor) -> torch.Tensor:
-        """Preprocessed observations (T, B, ...) -> (T, B, E)."""
-        return self.encoder(obs.flatten(0, 1)).unflatten(0, obs.shape[:2])
-
-    def decode(self, feat: torch.Tensor) -> torch.Tensor:
-        """Features (T, B, F) -> mean of the preprocessed observations (T, B, ...)."""
-        return self.decoder(feat.flatten(0, 1)).float().unflatten(0, feat.shape[:2])
+def deconv_to_few_channels(deconv: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
+    """deconv(x) of stride 2 as stride 1 to four times the channels and a shuffle: twice as fast where they are few."""
+    weight, bias = F.pixel_unshuffle(deconv.weight, 2), deconv.bias.repeat_interleave(4)
+    return F.pixel_shuffle(F.conv_transpose2d(x, weight, bias), 2)
 
 
-class Actor(nn.Module):
-    """Continuous: tanh of a Normal with mean bounded by 5 and standard deviation starting at 5. Discrete: one-hot."""
-
-    def __init__(self, feat_dim: int, action_dim: int, discrete: bool, units: int):
-        super().__init__()
-        self.discrete, self.action_dim = discrete, action_dim
-        self.net = mlp(feat_dim, units, 4, action_dim if discrete else 2 * action_dim)
-        self.apply(init_weights)
-
-    def stats(self, feat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Features (..., F) -> (mean, std) before the tanh, or (logits,), each (..., A)."""
-        out = self.net(feat).float()
-        if self.discrete:
-            return (out,)
-        mean, std = out.chunk(2, -1)
-        return 5 * torch.tanh(mean / 5), F.softplus(std + math.log(math.exp(5) - 1)) + 1e-4
-
-    def draw_noise(self, shape: tuple, generator: torch.Generator) -> torch.Tensor:
-        """What `sample` adds, (*shape, A): standard Normal, or Gumbel for discrete actions."""
-        noise = torch.empty(*shape, self.action_dim, device=generator.device)
-        if self.discrete:
-            return -noise.exponential_(generator=generator).log_()
-        return noise.normal_(generator=generator)
-
-    def sample(self, stats: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
-        """Action (..., A) with a gradient: reparameterised, or straight-through for one-hot actions."""
-        if self.discrete:
-            (logits,) = stats
-            one_hot = F.one_hot((logits + noise).argmax(-1), self.action_dim).float()
-            probs = logits.softmax(-1)
-            return one_hot + probs - probs.detach()
-        mean, std = stats
-        return torch.tanh(mean + std * noise)
-
-    def mode(self, stats: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
-        """Most likely action (N, A): arg-max, or per row the likeliest sample of the noise (100, N, A), deviation 4."""
-        if self.discrete:
-            return F.one_hot(stats[0].argmax(-1), self.action_dim).float()
-        mean, std = stats
-        x = mean + std * noise
-        log_tanh_grad = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2)
-        log_prob = (-0.5 * noise**2 - std.log() - log_tanh_grad).sum(-1)  # (100, N), up to a constant
-        return torch.tanh(x.gather(0, log_prob.argmax(0)[None, :, None].expand(1, *mean.shape))[0])
-
-    def entropy(self, stats: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Nats (...): of the Normal before the tanh, or of the categorical. For logging only."""
-        if self.discrete:
-            log_probs = stats[0].log_softmax(-1)
-            return -(log_probs.exp() * log_probs).sum(-1)
-        return (stats[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-
-
-class Agent(nn.Module):
-    """The networks of a run, and frozen twins for the actor's loss to be differentiated through."""
-
-    def __init__(self, obs_space: gym.Space, action_space: gym.Space, args: Args):
-        super().__init__()
-        self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
-        use_cont = args.cont_head == "on" or (args.cont_head == "auto" and not is_dm_control(args.env_id))
-        feat_dim = args.stoch_size + args.deter_size
-        self.world_model = WorldModel(obs_space, self.action_dim, use_cont, args)
-        self.actor = Actor(feat_dim, self.action_dim, self.discrete, args.dense_size)
-        self.value = mlp(feat_dim, args.dense_size, 3, 1).apply(init_weights)
-
-    def freeze_twins(self) -> "Agent":
-        """Twins share the weights but take no gradient: losses flow through them, not into them.
-
-        To be called once the networks are on their device; the twins stay out of parameters() and state_dict().
-        """
-        live = nn.ModuleDict({"model": self.world_model, "value": self.value})
-        frozen = deepcopy(live).requires_grad_(False)
-        for twin, parameter in zip(frozen.parameters(), live.parameters(), strict=True):
-            twin.data = parameter.data
-        self.__dict__["frozen"] = frozen
-        return self
+def init_weights(module: nn.Module) -> None:
+    """Keras' defaults, which the reference's scores rest on: Xavier uniform, zero bias, orthogonal recurrence."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.GRUCell):
+        nn.init.xavier_uniform_(module.weight_ih)
+        nn.init.orthogonal_(module.weight_hh)
+        nn.init.zeros_(module.bias_ih)
+        nn.init.zeros_(module.bias_hh)
 
 
 # === Losses ===
+
+
+def normal_loss(pred: torch.Tensor, target: torch.Tensor, std: float = 1.0) -> torch.Tensor:
+    """Negative log-likelihood under Normal(pred, std), elementwise."""
+    return 0.5 * ((pred - target) / std) ** 2 + math.log(std) + 0.5 * math.log(2 * math.pi)
 
 
 def kl_divergence(post_mean, post_std, prior_mean, prior_std) -> torch.Tensor:
@@ -380,136 +400,148 @@ def kl_divergence(post_mean, post_std, prior_mean, prior_std) -> torch.Tensor:
     return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
 
 
-def lambda_return(rewards, values, conts, td_lambda: float) -> torch.Tensor:
-    """Lambda-return of states 1..H-1 (Eq. 6 as the reference indexes it): rewards, values, conts (H, N) -> (H-1, N).
-
-    rewards[k] is collected on arriving at state k, values[k] includes it, conts[k] is the discount after state k.
-    """
-    returns, last = [], values[-1]
-    for k in reversed(range(len(values) - 1)):
-        last = rewards[k] + conts[k] * ((1 - td_lambda) * values[k + 1] + td_lambda * last)
-        returns.append(last)
-    return torch.stack(returns[::-1])
-
-
-def discount_weights(conts: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Probability that the dream is still running at states 1..H-1: conts (H, N), start (N,) -> (H-1, N), detached."""
-    return torch.cumprod(torch.cat([start[None], conts[:-2]]), 0).detach()
-
-
-def normal_loss(pred: torch.Tensor, target: torch.Tensor, std: float = 1.0) -> torch.Tensor:
-    """Negative log-likelihood under Normal(pred, std), elementwise."""
-    return 0.5 * ((pred - target) / std) ** 2 + math.log(std) + 0.5 * math.log(2 * math.pi)
-
-
 def model_loss(world_model: WorldModel, batch: dict, noise: torch.Tensor, args: Args) -> tuple:
-    """World-model loss (Eq. 10 with free nats) of a batch (L, B, ...). Returns the loss, posterior states, metrics."""
+    """Eq. 10: mean of - ln p(obs | state) - ln p(reward | state) + KL(posterior || prior) over a batch (L, B, ...).
+
+    Returns the loss, the posterior states (from `observe`) and metrics.
+    """
     obs = preprocess(batch["obs"])
     post = world_model.rssm.observe(world_model.embed(obs), batch["action"], batch["is_first"], noise)
-    feat = torch.cat([post["stoch"], post["deter"]], -1)  # (L, B, F)
     prior_mean, prior_std = world_model.rssm.prior(post["deter"])
-    kl = kl_divergence(post["mean"], post["std"], prior_mean, prior_std)  # (L, B)
+    kl = kl_divergence(post["mean"], post["std"], prior_mean, prior_std).mean()
+    kl_loss = kl.clamp(min=args.free_nats)  # no gradient below the free nats
+    feat = torch.cat([post["stoch"], post["deter"]], -1)  # (L, B, F)
+    image_loss = normal_loss(world_model.decode(feat), obs, world_model.obs_std)
+    image_loss = image_loss.flatten(2).sum(-1).mean()  # summed over pixels
     rewards = torch.tanh(batch["reward"]) if args.clip_rewards == "tanh" else batch["reward"]
-    image = normal_loss(world_model.decode(feat), obs, world_model.obs_std)
-    image = image.flatten(2).sum(-1)  # (L, B), sum over pixels
-    reward = normal_loss(world_model.reward(feat).squeeze(-1).float(), rewards)
-    losses = {
-        "image_loss": image.mean(),
-        "reward_loss": reward.mean(),
-        "kl_loss": kl.mean().clamp(min=args.free_nats),
-    }
-    loss = losses["image_loss"] + losses["reward_loss"] + args.kl_scale * losses["kl_loss"]
+    reward_loss = normal_loss(world_model.reward(feat).squeeze(-1).float(), rewards).mean()
+    loss = image_loss + reward_loss + args.kl_scale * kl_loss
+    metrics = {"losses/image_loss": image_loss, "losses/reward_loss": reward_loss, "losses/kl_loss": kl_loss}
     if world_model.cont is not None:
-        logit = world_model.cont(feat).squeeze(-1).float()  # the head's mean is the discount: soft targets gamma and 0
-        losses["cont_loss"] = F.binary_cross_entropy_with_logits(logit, args.gamma * batch["cont"])
-        loss = loss + args.cont_scale * losses["cont_loss"]
+        logit = world_model.cont(feat).squeeze(-1).float()  # towards gamma, and 0 where a state is terminal
+        cont_loss = F.binary_cross_entropy_with_logits(logit, args.gamma * batch["cont"])
+        loss = loss + CONT_SCALE * cont_loss
+        metrics["losses/cont_loss"] = cont_loss
     with torch.no_grad():
-        entropy = 0.5 * math.log(2 * math.pi * math.e) * args.stoch_size
-        diagnostics = {
-            "kl": kl.mean(),
-            "prior_entropy": prior_std.log().sum(-1).mean() + entropy,
-            "post_entropy": post["std"].log().sum(-1).mean() + entropy,
-        }
-    return loss, post, {f"losses/{k}": v for k, v in losses.items()} | {f"model/{k}": v for k, v in diagnostics.items()}
+        constant = 0.5 * math.log(2 * math.pi * math.e) * args.stoch_size
+        metrics["model/kl"] = kl
+        metrics["model/prior_entropy"] = prior_std.log().sum(-1).mean() + constant
+        metrics["model/post_entropy"] = post["std"].log().sum(-1).mean() + constant
+    return loss, post, metrics
 
 
 def imagine(rssm: RSSM, actor: Actor, stoch, deter, noise: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Dreams of H steps from N states: features (H, N, F) of states 1..H (the start is not kept) and policy entropy."""
     feats, entropies = [], []
-    for state_noise, action_noise in zip(noise["imag"].unbind(0), noise["action"].unbind(0), strict=True):
-        stats = actor.stats(torch.cat([stoch, deter], -1).detach())  # only the actor's input is cut from the graph
-        action = actor.sample(stats, action_noise)
-        stoch, deter = rssm.img_step(stoch, deter, rssm.action_part(action), state_noise)
+    for k in range(len(noise["action"])):
+        dist = actor.dist(torch.cat([stoch, deter], -1).detach())  # only the actor's input is cut from the graph
+        action = actor.sample(dist, noise["action"][k])
+        stoch, deter = rssm.img_step(stoch, deter, action, noise["prior"][k])
         feats.append(torch.cat([stoch, deter], -1))
-        entropies.append(actor.entropy(tuple(s.detach() for s in stats)).mean())
+        entropies.append(actor.entropy(dist).mean().detach())
     return torch.stack(feats), torch.stack(entropies).mean()
 
 
-def behavior_losses(agent: Agent, post: dict, start_weight: torch.Tensor, noise: dict, args: Args) -> tuple:
-    """Actor loss (Eq. 7) and value loss (Eq. 8) on dreams from all N = L*B posterior states; start_weight (N,)."""
-    model, value = agent.frozen["model"], agent.frozen["value"]
-    stoch, deter = (post[k].detach().flatten(0, 1) for k in ("stoch", "deter"))
+def lambda_return(rewards, values, discounts, td_lambda: float) -> torch.Tensor:
+    """Lambda-return of states 1..H-1 (Eq. 6): rewards, values, discounts (H, N) -> (H-1, N).
+
+    G_k = r_k + d_k ((1 - lambda) v_k+1 + lambda G_k+1), G_H = v_H. The indices are the reference code's: r_k is
+    collected on arriving at state k, v_k includes it, d_k is the discount after state k.
+    """
+    returns, last = [], values[-1]
+    for k in reversed(range(len(values) - 1)):
+        last = rewards[k] + discounts[k] * ((1 - td_lambda) * values[k + 1] + td_lambda * last)
+        returns.append(last)
+    return torch.stack(returns[::-1])
+
+
+def dream_weights(discounts: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """w_k = start d_1 ... d_k-1, the weights of states 1..H-1: discounts (H, N), start (N,) -> (H-1, N), detached."""
+    return torch.cumprod(torch.cat([start[None], discounts[:-2]]), 0).detach()
+
+
+def actor_loss(agent: Agent, post: dict, start_weight: torch.Tensor, noise: dict, args: Args) -> tuple:
+    """Eq. 7: minus the mean of w_k G_k over dreams from all N = L*B posterior states; start_weight (N,).
+
+    Returns the loss, what `value_loss` needs of the dreams (states 1..H-1, their returns and weights), and metrics.
+    """
+    model = agent.world_model
+    stoch, deter = post["stoch"].detach().flatten(0, 1), post["deter"].detach().flatten(0, 1)
     imag_feat, entropy = imagine(model.rssm, agent.actor, stoch, deter, noise)  # (H, N, F)
     rewards = model.reward(imag_feat).squeeze(-1).float()
-    values = value(imag_feat).squeeze(-1).float()
+    values = agent.value(imag_feat).squeeze(-1).float()
     if model.cont is None:
-        conts = torch.full_like(rewards, args.gamma)
+        discounts = torch.full_like(rewards, args.gamma)
     else:
-        conts = torch.sigmoid(model.cont(imag_feat).squeeze(-1).float())
-    returns = lambda_return(rewards, values, conts, args.td_lambda)
-    weights = discount_weights(conts, start_weight)
-    actor_loss = -(weights * returns).mean()
-    value_pred = agent.value(imag_feat[:-1].detach()).squeeze(-1).float()
-    value_loss = (weights * normal_loss(value_pred, returns.detach())).mean()
-    metrics = {
-        "losses/actor_loss": actor_loss,
-        "losses/value_loss": value_loss,
-        "model/imag_reward": rewards.mean(),
-        "model/imag_value": values.mean(),
-        "model/actor_entropy": entropy,
-    }
-    return actor_loss, value_loss, metrics
+        discounts = torch.sigmoid(model.cont(imag_feat).squeeze(-1).float())
+    returns = lambda_return(rewards, values, discounts, args.td_lambda)
+    weights = dream_weights(discounts, start_weight)
+    metrics = {"model/imag_reward": rewards.mean(), "model/imag_value": values.mean(), "model/actor_entropy": entropy}
+    return -(weights * returns).mean(), (imag_feat[:-1].detach(), returns.detach(), weights), metrics
 
 
-def compute_losses(agent: Agent, batch: dict, noise: dict, args: Args) -> tuple[torch.Tensor, dict]:
-    """Sum of the three losses; each reaches the parameters of its own optimizer only. Metrics are detached scalars."""
-    with torch.autocast(batch["obs"].device.type, torch.bfloat16, enabled=args.bfloat16):  # deviation 1
-        model, post, metrics = model_loss(agent.world_model, batch, noise["post"], args)
-        start_weight = batch["cont"].flatten()  # deviation 3
-        actor, value, behavior = behavior_losses(agent, post, start_weight, noise, args)
-    metrics |= behavior | {"losses/model_loss": model}
-    return model + actor + value, {k: v.detach() for k, v in metrics.items()}
+def value_loss(value: nn.Module, feat: torch.Tensor, returns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Eq. 8: mean of w_k (v_k - G_k)^2 / 2, up to a constant; feat, returns, weights (H-1, N, ...) have no gradient."""
+    return (weights * normal_loss(value(feat).squeeze(-1).float(), returns)).mean()
+
+
+LOSSES = model_loss, actor_loss, value_loss  # three graphs; --compile compiles each
+
+
+def compute_losses(agent: Agent, batch: dict, noise: dict, args: Args, functions: tuple = LOSSES) -> tuple[dict, dict]:
+    """The losses of model, actor and value, each with a gradient for its own network only; detached metrics."""
+    model_fn, actor_fn, value_fn = functions
+    with torch.autocast(batch["obs"].device.type, torch.bfloat16, enabled=args.bfloat16):  # deviation 1: no float16
+        model, post, metrics = model_fn(agent.world_model, batch, noise["post"], args)
+        start_weight = batch["cont"].flatten()  # deviation 3: a dream from a terminal state weighs 0
+        for network in (agent.world_model, agent.value):  # the actor's gradient passes through them, not into them
+            network.requires_grad_(False)
+        actor, dreams, dream_metrics = actor_fn(agent, post, start_weight, noise, args)
+        for network in (agent.world_model, agent.value):
+            network.requires_grad_(True)
+        value = value_fn(agent.value, *dreams)
+    losses = {"model": model, "actor": actor, "value": value}
+    metrics |= {f"losses/{name}_loss": loss for name, loss in losses.items()} | dream_metrics
+    return losses, {name: value.detach() for name, value in metrics.items()}
 
 
 # === Acting ===
 
 
 @torch.no_grad()
-def act(agent: Agent, obs: np.ndarray, action, is_first, state, generator: torch.Generator, explore: float | None):
-    """One decision for N environments: obs (N, ...), the action (N, A) executed before it, is_first (N,) and the state.
+def act(agent: Agent, obs, action, is_first, state, generator, noise_scale: float = 0.0, greedy: bool = False) -> tuple:
+    """One decision for N environments: actions (N, A), an array, and the new state, (stoch, deter).
 
-    explore: None for the mode (evaluation), else the scale of the exploration noise. Returns actions (N, A), state.
+    From arrays obs (N, ...), the action (N, A) executed before it and is_first (N,), and from the state that the last
+    decision returned. The action is the policy's mode if greedy, else a sample with the noise of `exploration`.
     """
-    device, num_envs = generator.device, len(obs)
-    action, is_first = (torch.as_tensor(x, dtype=torch.float32, device=device) for x in (action, is_first))
-    model, actor = agent.world_model, agent.actor
+    device, num_envs, model, actor = generator.device, len(obs), agent.world_model, agent.actor
+    action = torch.as_tensor(action, dtype=torch.float32, device=device)
+    is_first = torch.as_tensor(is_first, dtype=torch.float32, device=device)
     embed = model.embed(preprocess(torch.as_tensor(obs, device=device)[None]))[0]
     noise = torch.randn(num_envs, model.rssm.stoch, generator=generator, device=device)
-    parts = model.rssm.action_part(action), model.rssm.embed_part(embed), 1 - is_first[:, None], noise
-    stoch, deter, _, _ = model.rssm.obs_step(*state, *parts)  # the posterior is sampled in evaluation too
-    stats = actor.stats(torch.cat([stoch, deter], -1))
-    if explore is None:
-        action = actor.mode(stats, actor.draw_noise((100, num_envs), generator))
+    stoch, deter, _, _ = model.rssm.obs_step(*state, action, embed, is_first, noise)  # if greedy, too, a sample
+    dist = actor.dist(torch.cat([stoch, deter], -1))
+    if greedy:
+        action = actor.mode(dist, actor.draw_noise((100, num_envs), generator))
     else:
-        action = actor.sample(stats, actor.draw_noise((num_envs,), generator))
+        action = actor.sample(dist, actor.draw_noise((num_envs,), generator))
         if agent.discrete:
             uniform = torch.randint(agent.action_dim, (num_envs,), generator=generator, device=device)
-            swap = torch.rand(num_envs, 1, generator=generator, device=device) < explore
+            swap = torch.rand(num_envs, 1, generator=generator, device=device) < noise_scale
             action = torch.where(swap, F.one_hot(uniform, agent.action_dim), action.round())  # exactly one-hot
         else:
             noise = torch.randn(action.shape, generator=generator, device=device)
-            action = (action + explore * noise).clamp(-1, 1)
+            action = (action + noise_scale * noise).clamp(-1, 1)
     return action.cpu().numpy(), (stoch, deter)  # host sync
+
+
+def exploration(agent: Agent, num_updates: int, args: Args) -> float:
+    """Standard deviation of the Normal added to actions; for discrete ones epsilon, the share drawn uniformly."""
+    if not agent.discrete:
+        return args.expl_noise
+    first, last, decay = args.expl_epsilon
+    return max(first + (last - first) * num_updates / decay, last)  # deviation 7: epsilon falls with the updates
 
 
 def random_action(agent: Agent, num_envs: int, rng: np.random.Generator) -> np.ndarray:
@@ -520,50 +552,41 @@ def random_action(agent: Agent, num_envs: int, rng: np.random.Generator) -> np.n
 
 
 def env_action(agent: Agent, action: np.ndarray) -> np.ndarray:
+    """What the environments take: indices (N,) in place of one-hot actions (N, A)."""
     return action.argmax(-1) if agent.discrete else action
-
-
-def exploration(agent: Agent, num_updates: int, args: Args) -> float:
-    """Standard deviation of the Normal noise, or epsilon falling linearly with the updates (V1's Atari setting)."""
-    if not agent.discrete:
-        return args.expl_noise
-    first, last, decay = args.expl_epsilon
-    return max(first + (last - first) * num_updates / decay, last)
 
 
 # === Updates ===
 
 
 def draw_noise(agent: Agent, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """All randomness of one update, drawn up front."""
+    """All randomness of one update, drawn up front: a compiled or recorded update then is a function of its inputs."""
     normal = functools.partial(torch.randn, generator=generator, device=generator.device)
     num_starts = args.batch_length * args.batch_size
     return {
         "post": normal(args.batch_length, args.batch_size, args.stoch_size),
-        "imag": normal(args.horizon, num_starts, args.stoch_size),
+        "prior": normal(args.horizon, num_starts, args.stoch_size),
         "action": agent.actor.draw_noise((args.horizon, num_starts), generator),
     }
 
 
 def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Adam]:
-    device = next(agent.parameters()).device
-    groups = {"model": (agent.world_model, args.model_lr), "actor": (agent.actor, args.actor_lr)}
-    groups["value"] = (agent.value, args.value_lr)
-    return {
-        name: torch.optim.Adam(net.parameters(), lr, eps=args.adam_eps, fused=True, capturable=device.type == "cuda")
-        for name, (net, lr) in groups.items()
-    }
+    """One for each loss; deviation 8: torch's Adam adds epsilon after the bias correction."""
+    learned = {"model": (agent.world_model, args.model_lr), "actor": (agent.actor, args.actor_lr)}
+    learned["value"] = (agent.value, args.value_lr)
+    flags = {"eps": ADAM_EPS, "fused": True, "capturable": next(agent.parameters()).device.type == "cuda"}
+    return {name: torch.optim.Adam(net.parameters(), lr, **flags) for name, (net, lr) in learned.items()}
 
 
-def update(agent: Agent, optimizers: dict, batch: dict, noise: dict, args: Args, losses_fn=compute_losses) -> dict:
-    """One gradient step of model, actor and value from the same parameters. Returns detached scalars, no host sync."""
-    for optimizer in optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    loss, metrics = losses_fn(agent, batch, noise, args)
-    loss.backward()  # one pass: the frozen twins and detached inputs send each gradient to its own network
+def update(agent: Agent, optimizers: dict, batch: dict, noise: dict, args: Args, functions: tuple = LOSSES) -> dict:
+    """One gradient step of model, actor and value, all from the same parameters. Detached metrics, no host sync."""
+    losses, metrics = compute_losses(agent, batch, noise, args, functions)
     for name, optimizer in optimizers.items():
-        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
-        metrics[f"grad_norm/{name}"] = norm
+        optimizer.zero_grad(set_to_none=True)
+        losses[name].backward()  # each before the first step
+    for name, optimizer in optimizers.items():
+        parameters = optimizer.param_groups[0]["params"]
+        metrics[f"grad_norm/{name}"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
     return metrics
 
@@ -595,19 +618,12 @@ class GraphedUpdate:
         return self.metrics
 
 
-def make_update(agent: Agent, optimizers: dict, args: Args) -> Callable[[dict, dict], dict]:
-    """`update` as (batch, noise) -> metrics, made fast as the flags ask; the eager one is the reference."""
-    losses_fn = torch.compile(compute_losses) if args.compile else compute_losses
-    update_fn = functools.partial(update, agent, optimizers, args=args, losses_fn=losses_fn)
-    return GraphedUpdate(update_fn) if args.cudagraphs else update_fn
-
-
 def updates_due(global_step: int, args: Args) -> int:
     """Updates that a run has made once it is at this step: tied to environment steps, whatever the number of envs."""
     if global_step < args.learning_starts:
         return 0
     blocks = (global_step - args.learning_starts) // args.train_frequency
-    return args.pretrain_steps + blocks * args.train_steps
+    return args.pretrain_steps + blocks * args.train_steps  # deviation 9: none for building a graph
 
 
 # === Replay buffer ===
@@ -628,6 +644,7 @@ class ReplayBuffer:
             name: torch.empty(capacity, *shape, dtype=dtype if name == "obs" else torch.float32, device=device)
             for name, shape in shapes.items()
         }
+        self.nbytes = sum(tensor.nbytes for tensor in self.data.values())
         self.end = 0  # entries ever written; entry i lives in slot i % capacity
         self.starts = np.zeros(0, np.int64)  # of the stored episodes, oldest first, on the same count
         self.lengths = np.zeros(0, np.int64)
@@ -635,12 +652,8 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return int(self.end - self.starts[0]) if len(self.starts) else 0
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.data.values())
-
     def add(self, episode: dict[str, np.ndarray]) -> None:
-        """Stores an episode of arrays (T, ...); the oldest make room, one longer than the ring loses its head."""
+        """Stores an episode of arrays (T, ...); deviation 6: the oldest leave, of too long a one the head is lost."""
         length = min(len(episode["reward"]), self.capacity)
         slots = torch.from_numpy((self.end + np.arange(length)) % self.capacity).to(self.device)
         for name, tensor in self.data.items():
@@ -651,7 +664,10 @@ class ReplayBuffer:
         self.starts, self.lengths = self.starts[kept], self.lengths[kept]
 
     def sample(self, batch_size: int, length: int, rng: np.random.Generator, device: torch.device) -> dict:
-        """Chunks (L, B, ...), copies: an episode uniformly, then a start uniformly, last one included (deviation 2)."""
+        """Chunks (L, B, ...), copies: an episode uniformly, then a start uniformly.
+
+        Deviation 2: the last possible start is one of them, and episodes shorter than a chunk are not left out.
+        """
         i = rng.integers(len(self.starts), size=batch_size)
         start = self.starts[i] + rng.integers(np.maximum(self.lengths[i] - length, 0) + 1)
         start = np.minimum(start, self.end - length)  # the newest episode, if short, is preceded by its neighbours
@@ -673,33 +689,39 @@ class ReplayBuffer:
 
 
 class EpisodeRecorder:
-    """The episodes being played, one list of entries (as in ReplayBuffer) for each environment."""
+    """The episodes being played: for each environment the columns of its entries so far (as in ReplayBuffer)."""
 
     def __init__(self, num_envs: int, action_dim: int):
         self.no_action = np.zeros(action_dim, np.float32)
-        self.open: list[list[tuple]] = [[] for _ in range(num_envs)]
+        self.open: list[dict[str, list]] = [{} for _ in range(num_envs)]
 
     def begin(self, obs: np.ndarray, mask: np.ndarray) -> None:
+        """First entries, of the environments in the mask."""
         for i in np.flatnonzero(mask):
-            self.open[i] = [(obs[i].copy(), self.no_action, 0.0, 1.0, 1.0)]
+            first = {"obs": obs[i].copy(), "action": self.no_action, "reward": 0.0, "cont": 1.0, "is_first": 1.0}
+            self.open[i] = {name: [value] for name, value in first.items()}
 
-    def add(self, obs, action, rewards, terminations) -> None:
-        for i, entries in enumerate(self.open):
-            entries.append((obs[i].copy(), action[i].copy(), rewards[i], 1.0 - terminations[i], 0.0))
+    def add(self, obs: np.ndarray, action: np.ndarray, rewards: np.ndarray, terminations: np.ndarray) -> None:
+        """The next entry of each environment."""
+        for i, columns in enumerate(self.open):
+            columns["obs"].append(obs[i].copy())
+            columns["action"].append(action[i].copy())
+            columns["reward"].append(rewards[i])
+            columns["cont"].append(1.0 - terminations[i])
+            columns["is_first"].append(0.0)
 
     def episode(self, i: int) -> dict[str, np.ndarray]:
         """Episode i so far, as arrays (T, ...)."""
-        names = ("obs", "action", "reward", "cont", "is_first")
-        return {name: np.stack(column) for name, column in zip(names, zip(*self.open[i], strict=True), strict=True)}
+        return {name: np.stack(column) for name, column in self.open[i].items()}
 
     def end(self, i: int) -> dict[str, np.ndarray]:
         """Closes episode i and returns it."""
-        episode, self.open[i] = self.episode(i), []
+        episode, self.open[i] = self.episode(i), {}
         return episode
 
     def state_dict(self) -> list[dict[str, torch.Tensor]]:
         """The open episodes; a simulator cannot be saved, so a resumed run stores them as truncated."""
-        started = [i for i, entries in enumerate(self.open) if len(entries) > 1]
+        started = [i for i, columns in enumerate(self.open) if columns and len(columns["reward"]) > 1]
         return [{name: torch.from_numpy(array) for name, array in self.episode(i).items()} for i in started]
 
 
@@ -707,26 +729,28 @@ class EpisodeRecorder:
 
 
 def main(args: Args) -> str:
+    args = with_task_defaults(args)
     check_args(args)
     if args.evaluate:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume else None
     renderer = choose_renderer(args, checkpoint)
-    envs, repeat = make_vector_env(args, renderer, args.num_envs), default_action_repeat(args)
+    envs, repeat = make_vector_env(args, renderer, args.num_envs), args.action_repeat
     obs_space = envs.single_observation_space
     run = Run(args, checkpoint)
     device = run.device
 
     # what a checkpoint holds: networks, optimizers, replay, counters, generators
-    agent = Agent(obs_space, envs.single_action_space, args).to(device).freeze_twins()
+    agent = Agent(obs_space, envs.single_action_space, args).to(device)
     optimizers = make_optimizers(agent, args)
     try:
         rb = ReplayBuffer(args.buffer_size, obs_space, agent.action_dim, device if args.buffer_on_gpu else "cpu")
     except RuntimeError as error:
         fail(f"--buffer-size {args.buffer_size} does not fit into memory: {str(error)[:80]}")
-    recorder, counters = EpisodeRecorder(args.num_envs, agent.action_dim), {"num_updates": 0, "renderer": renderer}
-    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill", "replay"))}
-    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("act", "update"))}
+    recorder = EpisodeRecorder(args.num_envs, agent.action_dim)
+    counters = {"num_updates": 0, "renderer": renderer}  # a run stays with the renderer that it began with
+    rng = {name: np.random.default_rng([args.seed, i]) for name, i in {"reset": 0, "prefill": 1, "replay": 2}.items()}
+    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for name, i in {"act": 0, "update": 1}.items()}
     parts = {"agent": agent, **{f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}}
     parts |= {"replay": rb, "open_episodes": recorder} if args.save_buffer else {}
     run.keep(parts | {"counters": counters}, rng)
@@ -736,8 +760,7 @@ def main(args: Args) -> str:
             rb.add({name: tensor.numpy() for name, tensor in episode.items()})
     update_fn = make_update(agent, optimizers, args)
     print(f"{run.folder}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
-    if device.type == "cpu" and not checkpoint:
-        warn_if_slow(agent, obs_space, args, device)
+    warn_if_slow(device, obs_space)
 
     def filled() -> bool:
         """Is the random prefill there? After a resume without the saved replay it is played again."""
@@ -753,22 +776,21 @@ def main(args: Args) -> str:
             run.progress.set_description(f"update {counters['num_updates']}/{due}", refresh=False)
             run.progress.update(0)
             if counters["num_updates"] % 100 == 0:
-                run.report()
+                run.report()  # deviation 11: losses of the last batch
 
-    dones, state = np.ones(args.num_envs, bool), agent.world_model.rssm.initial(args.num_envs)
-    action = np.zeros((args.num_envs, agent.action_dim), np.float32)
+    dones, state = np.ones(args.num_envs, bool), agent.world_model.rssm.initial(args.num_envs)  # all begin an episode
+    action, eval_envs = np.zeros((args.num_envs, agent.action_dim), np.float32), None
     if args.num_envs == 1:
-        train()  # what a resumed run owes
-    eval_envs = None
-    while run.goes_on(dones):
+        train()  # what a resumed run owes (several environments: it makes up for it below)
+    while run.goes_on(dones):  # which saves, too, when it is due
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
             action = np.where(dones[:, None], np.float32(0), action)
             recorder.begin(obs, dones)
         if filled():
-            explore = exploration(agent, counters["num_updates"], args)
-            action, state = act(agent, obs, action, dones, state, rng["act"], explore)
+            noise_scale = exploration(agent, counters["num_updates"], args)
+            action, state = act(agent, obs, action, dones, state, rng["act"], noise_scale)
         else:
             action = random_action(agent, args.num_envs, rng["prefill"])
         if not np.isfinite(action).all():  # a simulator would stop with a less helpful message
@@ -778,7 +800,7 @@ def main(args: Args) -> str:
             obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
         else:
             envs.step_async(env_action(agent, action))
-            train()  # while the environments step
+            train()  # several environments: while they step
             obs, rewards, terminations, truncations, infos = envs.step_wait()
         recorder.add(obs, action, rewards, terminations)
         dones = terminations | truncations
@@ -789,18 +811,9 @@ def main(args: Args) -> str:
         if dones.any():
             run.log_episodes(infos, dones)
         if args.num_envs == 1 or run.step >= args.total_timesteps:
-            train()
+            train()  # one environment: after its step
         if run.eval_due():
-            if eval_envs is None:
-                video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
-                eval_envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
-            returns, episodes = evaluate(agent, eval_envs, args, device, run.stop)
-            if args.capture_video:  # the film is written when its environment closes
-                eval_envs.close()
-                eval_envs = None
-            if not run.stop.requested:
-                run.log_evaluation(returns)
-                log_open_loop(agent, episodes, args, run.writer, run.folder, run.step)
+            eval_envs = evaluate_and_log(agent, eval_envs, renderer, run)
 
     envs.close()
     if eval_envs is not None:
@@ -816,8 +829,11 @@ def is_dm_control(env_id: str) -> bool:
     return re.search(r"-v\d+$", env_id) is None
 
 
-def default_action_repeat(args: Args) -> int:
-    return args.action_repeat or (2 if is_dm_control(args.env_id) else 1)
+def with_task_defaults(args: Args) -> Args:
+    """The settings in force: what was not given depends on the kind of environment."""
+    suite = is_dm_control(args.env_id)
+    defaults = {"action_repeat": 2 if suite else 1, "cont_head": not suite}
+    return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
 def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[], gym.Env]:
@@ -835,10 +851,10 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
                 package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
-            env = make_gymnasium(args.env_id, video is not None)
-            if env.spec.max_episode_steps is None:  # an episode must end to be stored; 27,000 as in V1's Atari runs
+            env = make_gymnasium(args.env_id, video is not None)  # deviation 12: Atari with all its lives
+            if env.spec.max_episode_steps is None:  # deviation 13: a time limit, for an episode must end to be stored
                 env = gym.wrappers.TimeLimit(env, 27_000)
-        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), default_action_repeat(args))
+        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), args.action_repeat)
         if pixels:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)
         if video is not None:  # folder/prefix of the MP4
@@ -980,19 +996,22 @@ def choose_renderer(args: Args, checkpoint: dict | None) -> str:
     if checkpoint and wanted == "auto" and checkpoint["parts"]["counters"]["renderer"] != "none":
         wanted = checkpoint["parts"]["counters"]["renderer"]
     pictures = is_dm_control(args.env_id) and (args.obs_mode == "pixels" or args.capture_video)
+    if not pictures or wanted == "raycast":
+        os.environ["MUJOCO_GL"] = "disable"
+        return "raycast" if pictures else "none"
     backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa", "glfw"]
     probe = [sys.executable, "-c", "from dm_control import _render; _render.Renderer(64, 64).make_current()"]
-    for backend in backends if pictures and wanted != "raycast" else ():
+    for backend in backends:
         try:
             subprocess.run(probe, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, timeout=60, check=True)
         except subprocess.SubprocessError:
             continue
         os.environ["MUJOCO_GL"] = backend
         return "gl"
-    if pictures and wanted == "gl":
+    if wanted == "gl":
         fail("no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
     os.environ["MUJOCO_GL"] = "disable"
-    return "raycast" if pictures else "none"
+    return "raycast"
 
 
 class RayCaster:
@@ -1015,7 +1034,8 @@ class RayCaster:
         self.colors, self.planes = self._rgba(rgba, matid)[:, :3].astype(float), []
         for i in range(model.ngeom):
             texture = self._texture(matid[i]) * self.colors[i]
-            self.planes += [(i, texture)] if model.geom_type[i] == 0 and texture.size > 3 else []
+            if model.geom_type[i] == 0 and texture.size > 3:
+                self.planes.append((i, texture))
             self.colors[i] = texture.mean((0, 1))
         self.sky = np.zeros((1, 3))
         for i in np.flatnonzero(model.tex_type == 2)[:1]:  # by elevation: the middle columns of the cube's first side
@@ -1136,8 +1156,9 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
     Returns the returns (episodes,) and the first episode of each environment as replay entries, never trained on.
     """
     generator = torch.Generator(device).manual_seed(args.seed)
-    seeds = np.random.default_rng([args.seed, 99])
-    quota = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # fixed, so that short episodes do not win
+    seeds = np.random.default_rng([args.seed, 99])  # deviation 10: the same episodes every time
+    share, more = divmod(args.eval_episodes, envs.num_envs)  # each environment plays its own, or short ones would win
+    quota = share + (np.arange(envs.num_envs) < more)
     returns, episodes = [], {}
     recorder = EpisodeRecorder(envs.num_envs, agent.action_dim)
     dones, state = np.ones(envs.num_envs, bool), agent.world_model.rssm.initial(envs.num_envs)
@@ -1147,7 +1168,7 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
             obs, _ = envs.reset(seed=seeds.integers(2**31, size=envs.num_envs).tolist(), options={"reset_mask": dones})
             action = np.where(dones[:, None], np.float32(0), action)
             recorder.begin(obs, dones)
-        action, state = act(agent, obs, action, dones, state, generator, explore=None)
+        action, state = act(agent, obs, action, dones, state, generator, greedy=True)
         obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
         recorder.add(obs, action, rewards, terminations)
         dones = terminations | truncations
@@ -1158,6 +1179,22 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
                 returns.append(float(infos["episode"]["r"][i]))
                 episodes.setdefault(i, episode)
     return np.array(returns), list(episodes.values())
+
+
+def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, renderer: str, run: "Run"):
+    """Evaluates and logs at a run's present step. Returns the environments for the next time; None: to be made anew."""
+    args = run.args
+    if envs is None:
+        video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
+        envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
+    returns, episodes = evaluate(agent, envs, args, run.device, run.stop)
+    if not run.stop.requested:
+        run.log_evaluation(returns)
+        log_open_loop(agent, episodes, args, run.writer, run.folder, run.step)
+    if args.capture_video:  # the film is written when its environment closes
+        envs.close()
+        return None
+    return envs
 
 
 def evaluate_run(args: Args) -> str:
@@ -1193,8 +1230,8 @@ def open_loop(agent: Agent, batch: dict, generator: torch.Generator, context: in
     post = rssm.observe(model.embed(truth[head]), batch["action"][head], batch["is_first"][head], noise[head])
     feats = [torch.cat([post["stoch"], post["deter"]], -1)]
     stoch, deter = post["stoch"][-1], post["deter"][-1]
-    for action_part, step_noise in zip(rssm.action_part(batch["action"][context:]), noise[context:], strict=True):
-        stoch, deter = rssm.img_step(stoch, deter, action_part, step_noise)
+    for action, step_noise in zip(batch["action"][context:], noise[context:], strict=True):
+        stoch, deter = rssm.img_step(stoch, deter, action, step_noise)
         feats.append(torch.cat([stoch, deter], -1)[None])
     feat = torch.cat(feats)
     return truth, model.decode(feat), model.reward(feat).squeeze(-1).float()
@@ -1459,29 +1496,17 @@ def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, s
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
-CPU_SIZED = (  # benchmark/dreamer.sh cpu
-    "python dreamer.py --env-id cartpole-swingup --obs-mode state --action-repeat 4 --total-timesteps 150000 "
-    "--batch-size 16 --batch-length 16 --deter-size 100 --dense-size 100 --model-lr 1e-3 --actor-lr 1e-4 "
-    "--value-lr 1e-4 --buffer-size 60000"
-)
+def make_update(agent: Agent, optimizers: dict, args: Args) -> Callable[[dict, dict], dict]:
+    """`update` as (batch, noise) -> metrics, made fast as the flags ask; the eager one is the reference."""
+    functions = tuple(torch.compile(function) for function in LOSSES) if args.compile else LOSSES
+    update_fn = functools.partial(update, agent, optimizers, args=args, functions=functions)
+    return GraphedUpdate(update_fn) if args.cudagraphs else update_fn
 
 
-def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args, device: torch.device) -> None:
-    """Without a GPU: times a forward and backward pass on zeros and says if the run would take longer than a night."""
-    shape = args.batch_length, args.batch_size
-    dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
-    batch = {name: torch.zeros(shape) for name in ("reward", "cont", "is_first")}
-    batch |= {
-        "obs": torch.zeros(*shape, *obs_space.shape, dtype=dtype),
-        "action": torch.zeros(*shape, agent.action_dim),
-    }
-    start = time.perf_counter()
-    compute_losses(agent, batch, draw_noise(agent, args, torch.Generator(device)), args)[0].backward()
-    seconds = time.perf_counter() - start
-    hours = seconds * updates_due(args.total_timesteps, args) / 3600
-    if hours > 12:
-        days = f"an update takes {seconds:.1f} s, the whole run about {hours / 24:.1f} days"
-        print(f"no GPU: {days}. CPU-sized: {CPU_SIZED}")
+def warn_if_slow(device: torch.device, obs_space: gym.Space) -> None:
+    """Without a GPU a run from pictures takes weeks: says where one stands that a CPU can do."""
+    if device.type == "cpu" and obs_space.dtype == np.uint8:
+        print("no GPU: with pictures and the default sizes an update takes 20 CPU-seconds; CPU-sized: docs/dreamer.md")
 
 
 def check_args(args: Args) -> None:
@@ -1489,25 +1514,22 @@ def check_args(args: Args) -> None:
     at_least = {
         1: "total_timesteps num_envs eval_episodes train_frequency batch_size batch_length cnn_depth stoch_size "
         "deter_size dense_size action_repeat",
-        0: "seed eval_frequency checkpoint_frequency train_steps pretrain_steps free_nats kl_scale cont_scale gamma "
-        "td_lambda model_lr actor_lr value_lr adam_eps max_grad_norm expl_noise",
+        0: "seed eval_frequency checkpoint_frequency train_steps pretrain_steps free_nats kl_scale gamma "
+        "td_lambda model_lr actor_lr value_lr max_grad_norm expl_noise",
         2: "horizon",
     }
     for bound, names in at_least.items():
         for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not value >= bound:
-                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+            if not getattr(args, name) >= bound:
+                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(args, name)}")
     for name in ("gamma", "td_lambda"):
         if getattr(args, name) > 1:
             fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
     if args.expl_epsilon[2] < 1:
         fail(f"--expl-epsilon must end in at least 1 update, not {args.expl_epsilon[2]}")
     if 2 * args.batch_length > args.buffer_size:  # whole episodes leave the buffer; a sequence must always remain
-        fail(
-            f"--batch-length {args.batch_length} does not fit twice into the buffer (--buffer-size {args.buffer_size})"
-        )
-    if args.batch_length * default_action_repeat(args) > args.learning_starts:
+        fail(f"--batch-length {args.batch_length} does not fit twice into --buffer-size {args.buffer_size}")
+    if args.batch_length * args.action_repeat > args.learning_starts:
         fail(f"--learning-starts {args.learning_starts} must fill a sequence (--batch-length {args.batch_length})")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")

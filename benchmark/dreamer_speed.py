@@ -24,21 +24,15 @@ import dreamer
 
 @dataclass
 class Args:
-    batch_size: int = 50
-    """sequences per batch (B)"""
-    batch_length: int = 50
-    """time steps per sequence (L)"""
-    action_dim: int = 6
-    """dimensions of the action (A)"""
-    updates: int = 10
-    """timed updates, after three that are not"""
-    threads: int | None = None
-    """CPU threads; default: torch's own choice"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    bfloat16: bool = False
-    compile: bool = False
-    cudagraphs: bool = False
+    batch_size: int = 50  # sequences per batch (B)
+    batch_length: int = 50  # time steps per sequence (L)
+    action_dim: int = 6  # dimensions of the action (A)
+    updates: int = 10  # timed updates, after three that are not
+    threads: int | None = None  # CPU threads; default: torch's own choice
+    cuda: bool = True  # use the GPU if there is one
+    bfloat16: bool = False  # dreamer.py's flag of this name
+    compile: bool = False  # dreamer.py's flag of this name
+    cudagraphs: bool = False  # dreamer.py's flag of this name
 
 
 def timed(function: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -74,7 +68,7 @@ def main(bench: Args) -> None:
     device = dreamer.choose_device(args)
     torch.manual_seed(1)
     obs_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
-    agent = dreamer.Agent(obs_space, gym.spaces.Box(-1, 1, (bench.action_dim,)), args).to(device).freeze_twins()
+    agent = dreamer.Agent(obs_space, gym.spaces.Box(-1, 1, (bench.action_dim,)), args).to(device)
     optimizers = dreamer.make_optimizers(agent, args)
     generator, rng = torch.Generator(device).manual_seed(1), np.random.default_rng(1)
     rb = dreamer.ReplayBuffer(3000, obs_space, bench.action_dim, device)
@@ -98,7 +92,8 @@ def main(bench: Args) -> None:
 
     batch, draw = sample(), noise()
     with FlopCounterMode(display=False) as counter:
-        dreamer.compute_losses(agent, batch, draw, args)[0].backward()
+        for name, loss in dreamer.compute_losses(agent, batch, draw, args)[0].items():
+            loss.backward(inputs=optimizers[name].param_groups[0]["params"])
     timed(lambda: update_fn(sample(), noise()), 4 if bench.cudagraphs else 3, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -114,11 +109,11 @@ def main(bench: Args) -> None:
     feat = torch.cat([post["stoch"], post["deter"]], -1).requires_grad_()
     ones = torch.ones_like(batch["cont"]).flatten()
 
-    def part(function: Callable[[], torch.Tensor]) -> float:
+    def part(function: Callable[[], torch.Tensor], inputs: list[torch.Tensor] | None = None) -> float:
         def call() -> None:
             with autocast:
                 loss = function()
-            loss.backward()
+            loss.backward(inputs=inputs)
 
         timed(call, 1, device)
         return statistics.median(timed(call, max(bench.updates // 2, 3), device))
@@ -132,11 +127,14 @@ def main(bench: Args) -> None:
             torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
             optimizer.step()
 
+    dreams = dreamer.actor_loss(agent, post, ones, draw, args)[1]
+    parameters = {name: optimizer.param_groups[0]["params"] for name, optimizer in optimizers.items()}
     parts = {
         "encoder": part(lambda: model.embed(obs).float().square().mean()),
         "rssm": part(observe),
         "decoder": part(lambda: model.decode(feat).square().mean()),
-        "behavior": part(lambda: sum(dreamer.behavior_losses(agent, post, ones, draw, args)[:2])),
+        "dreams_and_actor": part(lambda: dreamer.actor_loss(agent, post, ones, draw, args)[0], parameters["actor"]),
+        "value": part(lambda: dreamer.value_loss(agent.value, *dreams), parameters["value"]),
         "clip_and_adam": statistics.median(timed(optimize, bench.updates, device)),
         "sample_and_noise": statistics.median(timed(lambda: (sample(), noise()), bench.updates, device)),
     }

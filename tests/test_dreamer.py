@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 def tiny_args(**overrides) -> Args:
     """Settings small enough for milliseconds; the continuation head is off unless asked for."""
     sizes = {"batch_size": 3, "batch_length": 5, "horizon": 4, "cnn_depth": 2, "stoch_size": 3, "deter_size": 8}
-    others = {"dense_size": 10, "cont_head": "off", "cuda": False, "env_id": "Toy-v0"}
+    others = {"dense_size": 10, "cont_head": False, "cuda": False, "env_id": "Toy-v0"}
     return Args(**(sizes | others | overrides))
 
 
@@ -59,7 +59,7 @@ def make_agent(args: Args, obs_space=VECTOR, action_space=BOX, biases: bool = Tr
         for name, param in agent.named_parameters():
             if biases and "bias" in name:
                 param.normal_(0, 0.3)
-    return agent.freeze_twins()
+    return agent
 
 
 def make_batch(agent: dreamer.Agent, args: Args, obs_space=VECTOR, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -184,7 +184,7 @@ def reference_behavior(agent, stoch, deter, start_weight, noise, args, actor_inp
         inputs.append(torch.cat([stoch, deter], -1).detach() if actor_inputs is None else actor_inputs[k])
         action = choose(agent.actor, inputs[-1], noise["action"][k])
         deter = next_deter(model.rssm, stoch, deter, action)
-        stoch = prior(model.rssm, deter, noise["imag"][k])[0]
+        stoch = prior(model.rssm, deter, noise["prior"][k])[0]
         feats.append(torch.cat([stoch, deter], -1))
     rewards, values = ([head(net, f)[:, 0] for f in feats] for net in (model.reward, agent.value))
     conts = [torch.full_like(r, args.gamma) for r in rewards]
@@ -213,7 +213,7 @@ def walker() -> tuple:
     """The full-size agent of walker-walk, freshly initialised, and the pieces of its model loss on random images."""
     torch.manual_seed(0)
     args = Args(cuda=False, batch_size=2, batch_length=4)
-    agent = dreamer.Agent(IMAGE, gym.spaces.Box(-1, 1, (6,), np.float32), args).freeze_twins()
+    agent = dreamer.Agent(IMAGE, gym.spaces.Box(-1, 1, (6,), np.float32), args)
     batch = make_batch(agent, args, IMAGE)
     batch["is_first"].zero_()
     loss, post, metrics = dreamer.model_loss(agent.world_model, batch, make_noise(agent, args)["post"], args)
@@ -242,13 +242,25 @@ def test_parameter_counts_of_walker(walker):
 
 def test_continuation_head_size_and_presence():
     """413,601 parameters; there by default outside dm_control, and on request."""
-    args = Args(env_id="ALE/Pong-v5")
+    args = dreamer.with_task_defaults(Args(env_id="ALE/Pong-v5"))
     agent = dreamer.Agent(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(6), args)
     assert count(agent.world_model.cont) == 413_601
-    assert make_agent(tiny_args(cont_head="auto")).world_model.cont is not None
-    assert make_agent(tiny_args(cont_head="auto", env_id="walker-walk")).world_model.cont is None
-    assert make_agent(tiny_args(cont_head="on", env_id="walker-walk")).world_model.cont is not None
-    assert make_agent(tiny_args(cont_head="off")).world_model.cont is None
+    for env_id, wanted, has_one in (
+        ("Toy-v0", None, True),
+        ("walker-walk", None, False),
+        ("walker-walk", True, True),
+        ("Toy-v0", False, False),
+    ):
+        args = dreamer.with_task_defaults(tiny_args(cont_head=wanted, env_id=env_id))
+        assert (make_agent(args).world_model.cont is not None) == has_one == args.cont_head
+
+
+@pytest.mark.parametrize(
+    ("env_id", "given", "repeat"), [("Toy-v0", None, 1), ("cup-catch", None, 2), ("cup-catch", 4, 4)]
+)
+def test_action_repeat_of_the_environment(env_id, given, repeat):
+    """2 on dm_control, 1 elsewhere, or what was asked for."""
+    assert dreamer.with_task_defaults(tiny_args(env_id=env_id, action_repeat=given)).action_repeat == repeat
 
 
 def test_initial_latents(walker):
@@ -296,7 +308,7 @@ def test_initial_kl_is_clipped_and_has_no_gradient(walker):
 def test_initial_policy(walker):
     """Bang-bang: std 5.0, 71.5 % of |a| over 0.95, mean |a| 0.89, 18.2 nats before and -22.2 after the tanh."""
     actor = walker[0].actor
-    mean, std = actor.stats(torch.zeros(1, 230))
+    mean, std = actor.dist(torch.zeros(1, 230))
     assert torch.all(mean == 0)
     torch.testing.assert_close(std, torch.full_like(std, 5.0001))
     assert actor.entropy((mean, std)).item() == pytest.approx(18.2, abs=0.05)
@@ -311,7 +323,7 @@ def test_initial_policy(walker):
 
 def test_initial_continuation_is_one_half():
     """Zero bias: on the zero feature, and nearly so on others, the head says 0.5."""
-    agent = make_agent(tiny_args(cont_head="on", dense_size=400), biases=False)
+    agent = make_agent(tiny_args(cont_head=True, dense_size=400), biases=False)
     head = agent.world_model.cont
     assert torch.sigmoid(head(torch.zeros(1, 11))).item() == 0.5
     assert torch.sigmoid(head(torch.randn(500, 11) * 0.3)).mean().item() == pytest.approx(0.5, abs=0.1)
@@ -382,15 +394,15 @@ def test_lambda_return_against_a_loop():
     torch.testing.assert_close(dreamer.lambda_return(ones, 100 * ones, 0.99 * ones, 0.95), 100 * ones[1:])
 
 
-def test_discount_weights_are_products_of_earlier_discounts():
+def test_dream_weights_are_products_of_earlier_discounts():
     """w_1 = the start's weight, w_k = w_1 c_1 ... c_(k-1); never a gradient."""
     conts = torch.rand(6, 4, requires_grad=True)
     start = torch.tensor([1.0, 0.0, 1.0, 0.5])
-    weights = dreamer.discount_weights(conts, start)
+    weights = dreamer.dream_weights(conts, start)
     assert weights.shape == (5, 4) and not weights.requires_grad
     for k in range(5):
         torch.testing.assert_close(weights[k], start * conts[:k].detach().prod(0))
-    gamma = dreamer.discount_weights(torch.full((15, 1), 0.99), torch.ones(1))[:, 0]
+    gamma = dreamer.dream_weights(torch.full((15, 1), 0.99), torch.ones(1))[:, 0]
     torch.testing.assert_close(gamma, 0.99 ** torch.arange(14.0))
 
 
@@ -430,7 +442,7 @@ def test_preprocess():
 @pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
 def test_model_loss_against_torch_distributions(float64, obs_space):
     """Sums over pixels and latents, means over batch and time, KL clipped after its mean, soft continuation targets."""
-    args = tiny_args(cont_head="on", kl_scale=0.3, cont_scale=7.0, gamma=0.9)
+    args = tiny_args(cont_head=True, kl_scale=0.3, gamma=0.9)
     agent, batch, noise = setup(args, obs_space)
     model = agent.world_model
     embed = model.encoder(dreamer.preprocess(batch["obs"]).flatten(0, 1)).unflatten(0, (5, 3))
@@ -452,7 +464,7 @@ def test_model_loss_against_torch_distributions(float64, obs_space):
         expected = {"image_loss": image, "reward_loss": reward, "kl_loss": clipped, "cont_loss": cont}
         for name, value in expected.items():
             torch.testing.assert_close(metrics[f"losses/{name}"], value)
-        torch.testing.assert_close(loss, image + reward + 0.3 * clipped + 7 * cont)
+        torch.testing.assert_close(loss, image + reward + 0.3 * clipped + 10 * cont)
     torch.testing.assert_close(states["stoch"], post["stoch"])
     args.clip_rewards = "tanh"
     reward = -td.Normal(head(model.reward, feat)[..., 0], 1.0).log_prob(torch.tanh(batch["reward"])).mean()
@@ -482,7 +494,7 @@ def test_encoder_and_decoder_are_the_plain_convolutions(float64):
 
 
 def test_observe_against_a_loop_from_the_equations(float64):
-    """Full weight matrices on concatenated inputs, row by row: same states, and the same gradients."""
+    """Row by row: same states, and the same gradients."""
     args = tiny_args()
     agent, batch, noise = setup(args)
     rssm, embed = agent.world_model.rssm, torch.randn(5, 3, 10, requires_grad=True)
@@ -522,27 +534,26 @@ def test_img_step_against_the_equations(float64):
     agent = make_agent(tiny_args())
     rssm = agent.world_model.rssm
     stoch, deter, action, noise = (torch.randn(4, n) for n in (3, 8, 2, 3))
-    new_stoch, new_deter = rssm.img_step(stoch, deter, rssm.action_part(action), noise)
+    new_stoch, new_deter = rssm.img_step(stoch, deter, action, noise)
     torch.testing.assert_close(new_deter, next_deter(rssm, stoch, deter, action))
     sample, mean, std = prior(rssm, new_deter, noise)
     torch.testing.assert_close(new_stoch, sample)
     torch.testing.assert_close(rssm.prior(new_deter)[0], mean)
     torch.testing.assert_close(rssm.prior(new_deter)[1], std)
-    inputs = stoch, deter, rssm.action_part(action), torch.zeros(4, 8), torch.ones(4, 1)
     for amount in (0.0, 1.0, -2.0):
-        step = rssm.obs_step(*inputs, torch.full((4, 3), amount))
+        step = rssm.obs_step(stoch, deter, action, torch.randn(4, 10), torch.zeros(4), torch.full((4, 3), amount))
         torch.testing.assert_close(step[0], step[2] + amount * step[3])
         torch.testing.assert_close(step[1], new_deter)
 
 
-def test_actor_stats_formulas(float64):
+def test_actor_dist_formulas(float64):
     """mean = 5 tanh(m / 5), std = softplus(s + ln(e^5 - 1)) + 1e-4, sample = tanh(mean + std * noise)."""
     actor = make_agent(tiny_args()).actor
     feat, noise = torch.randn(7, 11), torch.randn(7, 2)
     m, s = (30 * head(actor.net, feat)).chunk(2, -1)
     actor.net[-1].weight.data *= 30
     actor.net[-1].bias.data *= 30
-    mean, std = actor.stats(feat)
+    mean, std = actor.dist(feat)
     torch.testing.assert_close(mean, 5 * torch.tanh(m / 5))
     torch.testing.assert_close(std, torch.log1p((s + 4.993239).exp()) + 1e-4, rtol=1e-6, atol=1e-6)
     assert mean.abs().max() > 2
@@ -575,7 +586,7 @@ def test_discrete_actions_are_one_hot_with_the_gradient_of_the_softmax(float64):
     assert expected.abs().min() > 1e-4
     torch.testing.assert_close(actor.mode((logits,), noise), F.one_hot(logits.argmax(-1), 3).double())
     torch.testing.assert_close(actor.entropy((logits,)), td.Categorical(logits=logits).entropy())
-    assert actor.stats(torch.randn(8, 11))[0].shape == (8, 3)
+    assert actor.dist(torch.randn(8, 11))[0].shape == (8, 3)
 
 
 def test_gumbel_noise_draws_from_the_categorical():
@@ -594,75 +605,90 @@ def test_update_noise_shapes_and_seed():
     gen = torch.Generator().manual_seed(3)
     first, second = dreamer.draw_noise(agent, args, gen), dreamer.draw_noise(agent, args, gen)
     shapes = {name: tuple(noise.shape) for name, noise in first.items()}
-    assert shapes == {"post": (10, 20, 3), "imag": (4, 200, 3), "action": (4, 200, 2)}
+    assert shapes == {"post": (10, 20, 3), "prior": (4, 200, 3), "action": (4, 200, 2)}
     again = make_noise(agent, args, seed=3)
     for name, noise in first.items():
         assert noise.mean().abs() < 0.15 and abs(noise.std() - 1) < 0.1
         assert torch.equal(noise, again[name]) and not torch.equal(noise, second[name])
-    assert not torch.equal(first["post"].flatten()[:600], first["imag"].flatten()[:600])
+    assert not torch.equal(first["post"].flatten()[:600], first["prior"].flatten()[:600])
 
 
 # === Gradients ===
 
 
-def touched(agent: dreamer.Agent) -> set[str]:
-    """Names of the parameters with a gradient other than zero."""
-    return {name for name, param in agent.named_parameters() if param.grad is not None and param.grad.any()}
+def networks(agent: dreamer.Agent) -> dict[str, nn.Module]:
+    """Which loss is whose."""
+    return {"model": agent.world_model, "actor": agent.actor, "value": agent.value}
 
 
-def names_under(agent: dreamer.Agent, *prefixes: str) -> set[str]:
-    return {name for name, _ in agent.named_parameters() if name.startswith(prefixes)}
+def gradients_of(agent: dreamer.Agent, losses: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """For each network the gradients of its own loss."""
+    nets = networks(agent).items()
+    return {
+        name: list(torch.autograd.grad(losses[name], list(net.parameters()), retain_graph=True)) for name, net in nets
+    }
 
 
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
 @pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
-def test_each_loss_reaches_its_own_network_only(obs_space, action_space):
-    """Each loss moves all of its network and nothing else, and the sum gives each the gradient of its own loss."""
-    args = tiny_args(free_nats=0.0, cont_head="on")
+def test_each_network_gets_the_gradient_of_its_own_loss(obs_space, action_space):
+    """All of each network does, and nothing of the others' losses, though that of the actor passes through them."""
+    args = tiny_args(free_nats=0.0, cont_head=True, max_grad_norm=1e9)
     agent, batch, noise = setup(args, obs_space, action_space)
-    expected = {"model": "world_model.", "actor": "actor.", "value": "value."}
-    for name, prefix in expected.items():
-        agent.zero_grad()
-        loss, post, _ = dreamer.model_loss(agent.world_model, batch, noise["post"], args)
-        actor, value, _ = dreamer.behavior_losses(agent, post, batch["cont"].flatten(), noise, args)
-        {"model": loss, "actor": actor, "value": value}[name].backward()
-        assert touched(agent) == names_under(agent, prefix)
-        assert all(p.grad is None for n, p in agent.named_parameters() if not n.startswith(prefix))
-        alone = {n: p.grad.clone() for n, p in agent.named_parameters() if n.startswith(prefix)}
-        agent.zero_grad()
-        dreamer.compute_losses(agent, batch, noise, args)[0].backward()
-        for parameter, gradient in alone.items():
-            torch.testing.assert_close(agent.get_parameter(parameter).grad, gradient)
-    assert all(p.grad is None for p in agent.frozen.parameters())
-
-
-@pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
-@pytest.mark.parametrize("cont_head", ["off", "on"])
-def test_behavior_losses_and_gradients_against_a_plain_reference(float64, cont_head, action_space):
-    """Losses and autograd.grad of dreams through the live networks equal those of one pass through the frozen twins."""
-    args = tiny_args(cont_head=cont_head, td_lambda=0.8, gamma=0.9)
-    agent, batch, noise = setup(args, action_space=action_space)
-    loss, metrics = dreamer.compute_losses(agent, batch, noise, args)
-    loss.backward()
-    _, post, _ = dreamer.model_loss(agent.world_model, batch, noise["post"], args)
-    stoch, deter = (torch.cat(list(post[k].detach())) for k in ("stoch", "deter"))  # L*B starts, time by time
-    expected = reference_behavior(agent, stoch, deter, torch.cat(list(batch["cont"])), noise, args)
-    for name, net in (("actor", agent.actor), ("value", agent.value)):
-        torch.testing.assert_close(metrics[f"losses/{name}_loss"], expected[name])
-        gradients = torch.autograd.grad(expected[name], list(net.parameters()), retain_graph=True)
-        for param, gradient in zip(net.parameters(), gradients, strict=True):
+    losses, _ = dreamer.compute_losses(agent, batch, noise, args)
+    expected = gradients_of(agent, losses)
+    dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
+    for name, net in networks(agent).items():
+        for param, gradient in zip(net.parameters(), expected[name], strict=True):
             assert gradient.any()
             torch.testing.assert_close(param.grad, gradient)
 
 
+@pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
+def test_losses_stop_where_they_should(obs_space):
+    """Each reaches all of its own network and no other; afterwards every parameter can be learned again."""
+    args = tiny_args(free_nats=0.0, cont_head=True)
+    agent, batch, noise = setup(args, obs_space)
+    losses, _ = dreamer.compute_losses(agent, batch, noise, args)
+    reached = {}
+    for name, loss in losses.items():
+        agent.zero_grad()
+        loss.backward()
+        reached[name] = {n for n, param in agent.named_parameters() if param.grad is not None and param.grad.any()}
+    names = [name for name, _ in agent.named_parameters()]
+    assert reached["model"] == {name for name in names if name.startswith("world_model.")}
+    assert reached["value"] == {name for name in names if name.startswith("value.")}
+    assert reached["actor"] == {name for name in names if name.startswith("actor.")}
+    assert all(param.requires_grad for param in agent.parameters())
+
+
+@pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("cont_head", [False, True])
+def test_behavior_losses_and_gradients_against_a_plain_reference(float64, cont_head, action_space):
+    """Losses and gradients of actor and value equal those of dreams written out state by state."""
+    args = tiny_args(cont_head=cont_head, td_lambda=0.8, gamma=0.9)
+    agent, batch, noise = setup(args, action_space=action_space)
+    losses, metrics = dreamer.compute_losses(agent, batch, noise, args)
+    ours = gradients_of(agent, losses)
+    _, post, _ = dreamer.model_loss(agent.world_model, batch, noise["post"], args)
+    stoch, deter = (torch.cat(list(post[k].detach())) for k in ("stoch", "deter"))  # L*B starts, time by time
+    expected = reference_behavior(agent, stoch, deter, torch.cat(list(batch["cont"])), noise, args)
+    for name in ("actor", "value"):
+        torch.testing.assert_close(metrics[f"losses/{name}_loss"], expected[name])
+        plain = torch.autograd.grad(expected[name], list(networks(agent)[name].parameters()), retain_graph=True)
+        for gradient, reference in zip(ours[name], plain, strict=True):
+            assert reference.any()
+            torch.testing.assert_close(gradient, reference)
+
+
 def test_actor_gradient_against_finite_differences(float64):
     """With the actor's inputs held still (they are detached), d loss / d weight is the slope of the loss."""
-    args = tiny_args(cont_head="on")
+    args = tiny_args(cont_head=True)
     agent, batch, noise = setup(args)
     _, post, _ = dreamer.model_loss(agent.world_model, batch, noise["post"], args)
     stoch, deter = (post[k].detach().flatten(0, 1) for k in ("stoch", "deter"))
     start = batch["cont"].flatten()
-    dreamer.behavior_losses(agent, post, start, noise, args)[0].backward()
+    dreamer.actor_loss(agent, post, start, noise, args)[0].backward()
     base = reference_behavior(agent, stoch, deter, start, noise, args)
     first, last = agent.actor.net[0], agent.actor.net[-1]
     for weight, index in ((first.weight, (1, 2)), (last.weight, (0, 4)), (last.bias, (3,))):
@@ -685,11 +711,11 @@ def test_dreams_start_from_every_posterior_state():
     _, post, _ = dreamer.model_loss(agent.world_model, batch, noise["post"], args)
     start = torch.ones(15)
     start[4] = 0
-    before = dreamer.behavior_losses(agent, post, start, noise, args)[0]
+    before = dreamer.actor_loss(agent, post, start, noise, args)[0]
     for i in range(15):
         moved = {k: v.detach().clone() for k, v in post.items()}
         moved["deter"].view(15, -1)[i] += 0.5
-        after = dreamer.behavior_losses(agent, moved, start, noise, args)[0]
+        after = dreamer.actor_loss(agent, moved, start, noise, args)[0]
         assert (abs(after - before).item() > 1e-6) == (i != 4)
 
 
@@ -708,41 +734,27 @@ def test_imagined_features_exclude_the_start(float64):
 # === One update ===
 
 
-def test_update_moves_every_weight_and_the_frozen_twins_follow():
-    """Each actor element moves; the twins share storage with the live weights and are nobody's parameters."""
-    args = tiny_args(free_nats=0.0, cont_head="on")
+def test_update_moves_every_weight():
+    """Each element of actor and value, and something of every tensor of the model."""
+    args = tiny_args(free_nats=0.0, cont_head=True)
     agent, batch, noise = setup(args, IMAGE)
     before = {name: param.detach().clone() for name, param in agent.named_parameters()}
     dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
     for name, param in agent.named_parameters():
         assert (param != before[name]).any(), name
         assert name.startswith("world_model.") or (param != before[name]).all(), name
-    live = [*agent.world_model.parameters(), *agent.value.parameters()]
-
-    def check_twins() -> None:
-        for frozen, param in zip(agent.frozen.parameters(), live, strict=True):
-            assert torch.equal(frozen, param) and not frozen.requires_grad and param.requires_grad
-
-    check_twins()
-    agent.load_state_dict(before)
-    check_twins()
-    assert torch.equal(agent.frozen["value"][0].weight, before["value.0.weight"])
-    assert not [name for name in agent.state_dict() if "frozen" in name]
-    assert len(list(agent.parameters())) == len(before)
 
 
 def test_each_optimizer_clips_its_own_norm():
     """A limit between the two norms scales the model's gradient down to it and leaves the actor's as it is."""
     args = tiny_args()
     agent, batch, noise = setup(args)
-    dreamer.compute_losses(agent, batch, noise, args)[0].backward()
-    nets = {"model": agent.world_model, "actor": agent.actor, "value": agent.value}
-    plain = {name: [p.grad.clone() for p in net.parameters()] for name, net in nets.items()}
+    plain = gradients_of(agent, dreamer.compute_losses(agent, batch, noise, args)[0])
     norms = {name: torch.cat([g.flatten() for g in grads]).norm().item() for name, grads in plain.items()}
     assert norms["actor"] < norms["value"] < norms["model"]
     limit = args.max_grad_norm = math.sqrt(norms["value"] * norms["model"])
     metrics = dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
-    for name, net in nets.items():
+    for name, net in networks(agent).items():
         assert metrics[f"grad_norm/{name}"].item() == pytest.approx(norms[name], rel=1e-5)
         scale = min(1, limit / norms[name])
         for param, gradient in zip(net.parameters(), plain[name], strict=True):
@@ -764,7 +776,7 @@ def test_first_step_is_adams():
 
 def test_update_leaves_its_inputs_alone():
     """Neither the batch nor the noise is changed in place; the metrics carry no graph."""
-    args = tiny_args(cont_head="on")
+    args = tiny_args(cont_head=True)
     agent, batch, noise = setup(args, IMAGE)
     copies = {k: v.clone() for k, v in (batch | noise).items()}
     metrics = dreamer.update(agent, dreamer.make_optimizers(agent, args), batch, noise, args)
@@ -775,22 +787,25 @@ def test_update_leaves_its_inputs_alone():
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
 def test_losses_never_wait_for_a_tensor(action_space):
     """No host sync: forward and backward run on tensors without content, which refuse item() and branches."""
-    args = tiny_args(cont_head="on")
+    args = tiny_args(cont_head=True)
     agent, batch, noise = setup(args, IMAGE, action_space)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch, noise = ({k: mode.from_tensor(v) for k, v in x.items()} for x in (batch, noise))
         with pytest.raises(DataDependentOutputException):
             bool(batch["reward"].sum() > 0)
-        loss, metrics = dreamer.compute_losses(agent, batch, noise, args)
-        loss.backward()
+        losses, metrics = dreamer.compute_losses(agent, batch, noise, args)
+        gradients_of(agent, losses)
     assert all(isinstance(value, FakeTensor) for value in metrics.values())
 
 
 def updated(obs_space, action_space=BOX, device: str = "cpu", updates: int = 1, **flags) -> tuple[dict, dict, dict]:
     """Metrics, gradients and weights after updates with flags; a large epsilon makes Adam's step smooth."""
-    args = tiny_args(adam_eps=1.0, model_lr=0.1, actor_lr=0.1, value_lr=0.1, batch_length=4, horizon=2, **flags)
-    agent = make_agent(args, obs_space, action_space).to(device).freeze_twins()
-    update_fn = dreamer.make_update(agent, dreamer.make_optimizers(agent, args), args)
+    args = tiny_args(model_lr=0.1, actor_lr=0.1, value_lr=0.1, batch_length=4, horizon=2, **flags)
+    agent = make_agent(args, obs_space, action_space).to(device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dreamer, "ADAM_EPS", 1.0)
+        optimizers = dreamer.make_optimizers(agent, args)
+    update_fn = dreamer.make_update(agent, optimizers, args)
     for i in range(updates):
         batch, noise = make_batch(agent, args, obs_space, seed=i), make_noise(agent, args, seed=i)
         metrics = update_fn(*({k: v.to(device) for k, v in x.items()} for x in (batch, noise)))
@@ -824,9 +839,9 @@ def assert_same_update(fast: tuple, eager: tuple, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
-def test_compiled_losses_are_one_graph(action_space, monkeypatch):
-    """The whole of the losses is traced without a break and gives the eager update (traced, not yet made into code)."""
-    eager = updated(IMAGE, action_space=action_space, cont_head="on")
+def test_compiled_losses_are_one_graph_each(action_space, monkeypatch):
+    """Each loss is traced without a break; together they give the eager update (traced, not yet made into code)."""
+    eager = updated(IMAGE, action_space=action_space, cont_head=True)
     compiled, plain = [], torch.compile
 
     def traced(function):
@@ -835,8 +850,8 @@ def test_compiled_losses_are_one_graph(action_space, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
-    assert_same_update(updated(IMAGE, action_space=action_space, cont_head="on", compile=True), eager, 1e-4)
-    assert compiled == [dreamer.compute_losses]
+    assert_same_update(updated(IMAGE, action_space=action_space, cont_head=True, compile=True), eager, 1e-4)
+    assert compiled == [dreamer.model_loss, dreamer.actor_loss, dreamer.value_loss]
 
 
 @pytest.mark.slow
@@ -1134,23 +1149,23 @@ def act_input(agent: dreamer.Agent, args: Args, num_envs: int, obs_space=VECTOR)
     return obs, dreamer.random_action(agent, num_envs, rng), state
 
 
-@pytest.mark.parametrize("explore", [None, 0.0])
+@pytest.mark.parametrize("greedy", [True, False])
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
-def test_act_treats_each_environment_by_itself(action_space, explore, monkeypatch):
+def test_act_treats_each_environment_by_itself(action_space, greedy, monkeypatch):
     """Row i of eight environments is what environment i gets alone under the same noise."""
     args = tiny_args()
     agent = quiet_agent(args, action_space=action_space)
     obs, action, state = act_input(agent, args, 8)
-    noise = torch.randn(100, 8, agent.action_dim) if explore is None else torch.randn(8, agent.action_dim)
+    noise = torch.randn(100, 8, agent.action_dim) if greedy else torch.randn(8, agent.action_dim)
     dones = np.arange(8) % 3 == 1
-    if explore is None and not agent.discrete:
+    if greedy and not agent.discrete:
         with torch.no_grad():
             agent.actor.net[-1].bias[agent.action_dim :] = 0  # std about 5: each row has its own likeliest sample
 
     def decide(rows: list[int]) -> tuple:
         monkeypatch.setattr(agent.actor, "draw_noise", lambda shape, generator: noise[..., rows, :])
         states = tuple(s[rows] for s in state)
-        return dreamer.act(agent, obs[rows], action[rows], dones[rows], states, torch.Generator(), explore)
+        return dreamer.act(agent, obs[rows], action[rows], dones[rows], states, torch.Generator(), greedy=greedy)
 
     together, (stoch, deter) = decide(list(range(8)))
     assert together.shape == (8, agent.action_dim) and together.dtype == np.float32
@@ -1191,7 +1206,7 @@ def test_act_filters_as_training_does(obs_space):
         decision, state = dreamer.act(agent, obs, action, is_first, state, torch.Generator(), 0.0)
         torch.testing.assert_close(state[0], expected["stoch"][t], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(state[1], expected["deter"][t], atol=1e-5, rtol=1e-4)
-        mean = agent.actor.stats(torch.cat(state, -1))[0]
+        mean = agent.actor.dist(torch.cat(state, -1))[0]
         np.testing.assert_allclose(decision, torch.tanh(mean).detach().numpy(), atol=1e-3)
 
 
@@ -1206,7 +1221,7 @@ def test_exploration_noise_only_while_collecting():
     many = [np.repeat(x, 4000, 0) for x in (obs, action)]
     states = tuple(s.repeat(4000, 1) for s in state)
     gen = torch.Generator().manual_seed(0)
-    greedy, _ = dreamer.act(agent, *many, np.zeros(4000), states, gen, None)
+    greedy, _ = dreamer.act(agent, *many, np.zeros(4000), states, gen, greedy=True)
     np.testing.assert_allclose(greedy, np.tile(mean, (4000, 1)), atol=1e-3)
     noisy, _ = dreamer.act(agent, *many, np.zeros(4000), states, gen, 0.3)
     assert noisy[:, 0].mean() == pytest.approx(mean[0], abs=0.02)
@@ -1226,8 +1241,8 @@ def test_epsilon_greedy_only_while_collecting():
     obs, action, state = act_input(agent, args, num)
     gen = torch.Generator().manual_seed(0)
     probs = torch.tensor([0.0, 1.0, 0.0]).softmax(-1).numpy()
-    for explore, expected in ((None, [0, 1, 0]), (0.0, probs), (0.4, 0.6 * probs + 0.4 / 3)):
-        chosen, _ = dreamer.act(agent, obs, action, np.zeros(num), state, gen, explore)
+    for greedy, epsilon, expected in ((True, 0.0, [0, 1, 0]), (False, 0.0, probs), (False, 0.4, 0.6 * probs + 0.4 / 3)):
+        chosen, _ = dreamer.act(agent, obs, action, np.zeros(num), state, gen, epsilon, greedy)
         np.testing.assert_allclose(np.sort(chosen, -1), np.tile([0, 0, 1], (num, 1)), atol=1e-6)
         np.testing.assert_allclose(chosen.mean(0), expected, atol=0.02)
 
@@ -1332,7 +1347,7 @@ def test_dreamer_logs_everything_and_moves_all_parameters(kind):
         assert "open_loop_error_N.png" in files
         assert ("open_loop_truth_model_error_N.gif" in files) == ("eval_episode_N.gif" in files) == (not vectors)
     state = load(run_dir)
-    args, saved = tiny(dreamer, **settings), state["parts"]
+    args, saved = dreamer.with_task_defaults(tiny(dreamer, **settings)), state["parts"]
     assert state["global_step"] == args.total_timesteps
     assert saved["counters"]["num_updates"] == dreamer.updates_due(args.total_timesteps, args) > 0
     torch.manual_seed(args.seed)
@@ -1369,18 +1384,14 @@ def test_dreamer_keeps_open_episodes_as_truncated(changes):
 
 
 def test_resumed_networks_share_no_storage():
-    """No two of the agent's loaded tensors are one; the frozen twins are the live ones."""
+    """No two of the agent's loaded tensors are one."""
     run_dir = run(dreamer)
-    args = tiny(dreamer)
+    args = dreamer.with_task_defaults(tiny(dreamer))
     envs = dreamer.make_vector_env(args, "none", 1)
-    agent = dreamer.Agent(envs.single_observation_space, envs.single_action_space, args).freeze_twins()
+    agent = dreamer.Agent(envs.single_observation_space, envs.single_action_space, args)
     agent.load_state_dict(load(run_dir)["parts"]["agent"])
     pointers = [parameter.data_ptr() for parameter in agent.parameters()]
     assert len(set(pointers)) == len(pointers)
-    live = [*agent.world_model.parameters(), *agent.value.parameters()]
-    frozen = [*agent.frozen["model"].parameters(), *agent.frozen["value"].parameters()]
-    for a, b in zip(live, frozen, strict=True):
-        assert a.data_ptr() == b.data_ptr() and a.requires_grad and not b.requires_grad
 
 
 def test_dreamer_refills_a_replay_that_was_not_saved():
@@ -1466,7 +1477,7 @@ def test_resume_on_another_kind_of_device(capsys):
 
 def test_lqr_ends_and_is_the_same_system_every_time():
     """The one task without a time limit of its own, whose springs are drawn when it is loaded."""
-    args = tiny(dreamer, env_id="lqr-lqr-2-1", obs_mode="state")
+    args = dreamer.with_task_defaults(tiny(dreamer, env_id="lqr-lqr-2-1", obs_mode="state"))
     first, second = (dreamer.make_env(args, "none")() for _ in range(2))
     stiffness = [env.unwrapped.env.physics.model.jnt_stiffness.copy() for env in (first, second)]
     assert np.array_equal(*stiffness) and stiffness[0].any()
@@ -1483,7 +1494,8 @@ def test_lqr_ends_and_is_the_same_system_every_time():
 def test_environment_without_a_render_mode():
     """Rendering is asked for only where a video is."""
     gym.register("Plain-v0", lambda: gym.make("Counter-v0").unwrapped, max_episode_steps=12)
-    assert dreamer.make_env(tiny(dreamer, env_id="Plain-v0"), "none")().reset(seed=1)[0].shape == (3,)
+    args = dreamer.with_task_defaults(tiny(dreamer, env_id="Plain-v0"))
+    assert dreamer.make_env(args, "none")().reset(seed=1)[0].shape == (3,)
 
 
 @pytest.mark.parametrize("repeat", [1, 2, 5])
