@@ -591,33 +591,6 @@ def update(agent: Agent, optimizers: dict, batch: dict, noise: dict, args: Args,
     return metrics
 
 
-class GraphedUpdate:
-    """`update` as one CUDA graph: three real updates on a side stream, then one is captured and all are replays."""
-
-    def __init__(self, update_fn: Callable[[dict, dict], dict]):
-        self.update_fn, self.graph, self.calls = update_fn, None, 0
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, batch: dict, noise: dict) -> dict:
-        self.calls += 1
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                metrics = self.update_fn(batch, noise)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return metrics
-        if self.graph is None:
-            self.batch, self.noise = ({k: v.clone() for k, v in x.items()} for x in (batch, noise))
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.metrics = self.update_fn(self.batch, self.noise)
-        for static, new in ((self.batch, batch), (self.noise, noise)):
-            for name, tensor in new.items():
-                static[name].copy_(tensor, non_blocking=True)
-        self.graph.replay()
-        return self.metrics
-
-
 def updates_due(global_step: int, args: Args) -> int:
     """Updates that a run has made once it is at this step: tied to environment steps, whatever the number of envs."""
     if global_step < args.learning_starts:
@@ -1500,7 +1473,53 @@ def make_update(agent: Agent, optimizers: dict, args: Args) -> Callable[[dict, d
     """`update` as (batch, noise) -> metrics, made fast as the flags ask; the eager one is the reference."""
     functions = tuple(torch.compile(function) for function in LOSSES) if args.compile else LOSSES
     update_fn = functools.partial(update, agent, optimizers, args=args, functions=functions)
-    return GraphedUpdate(update_fn) if args.cudagraphs else update_fn
+    if not args.cudagraphs:
+        return update_fn
+    keys = []  # of batch and noise, whose tensors a graph takes one by one
+
+    def update_tensors(*tensors: torch.Tensor) -> dict:
+        parts = iter(tensors)
+        return update_fn(*({name: next(parts) for name in names} for names in keys))
+
+    def update_dicts(batch: dict, noise: dict) -> dict:
+        keys[:] = list(batch), list(noise)
+        return graphed(*batch.values(), *noise.values())
+
+    graphed = GraphedFunction(update_tensors)
+    return update_dicts
+
+
+class GraphedFunction:
+    """A function of tensors as one CUDA graph: three real calls on a side stream, then one is captured and replayed.
+
+    The graph is of the largest shape seen; smaller calls (the last batch of an epoch) stay eager. Returned tensors are
+    overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.graph, self.static, self.calls = function, None, None, 0
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *tensors: torch.Tensor):
+        if self.static is None or tensors[0].numel() > self.static[0].numel():
+            self.static, self.graph, self.calls = [tensor.clone() for tensor in tensors], None, 0
+        if tensors[0].shape != self.static[0].shape:
+            return self.function(*tensors)
+        for static, new in zip(self.static, tensors, strict=True):
+            static.copy_(new)
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.function(*self.static)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.function(*self.static)
+        self.graph.replay()
+        return self.result
 
 
 def warn_if_slow(device: torch.device, obs_space: gym.Space) -> None:

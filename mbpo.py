@@ -1171,38 +1171,38 @@ def make_updates(agent: Agent, optimizers: dict, args: Args) -> tuple[Callable, 
     losses = [torch.compile(f) if args.compile else f for f in (model_loss, critic_loss, actor_loss)]
     model_fn = functools.partial(update_model, agent, optimizers["model"], loss_fn=losses[0])
     policy_fn = functools.partial(update_policy, agent, optimizers["policy"], args=args, loss_fns=losses[1:])
-    return tuple(GraphedUpdate(f) if args.cudagraphs else f for f in (model_fn, policy_fn))
+    return tuple(GraphedFunction(f) if args.cudagraphs else f for f in (model_fn, policy_fn))
 
 
-class GraphedUpdate:
+class GraphedFunction:
     """A function of tensors as one CUDA graph: three real calls on a side stream, then one is captured and replayed.
 
     The graph is of the largest shape seen; smaller calls (the last batch of an epoch) stay eager. Returned tensors are
     overwritten by the next call.
     """
 
-    def __init__(self, update_fn: Callable):
-        self.update_fn, self.graph, self.static, self.calls = update_fn, None, None, 0
+    def __init__(self, function: Callable):
+        self.function, self.graph, self.static, self.calls = function, None, None, 0
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *tensors: torch.Tensor):
         if self.static is None or tensors[0].numel() > self.static[0].numel():
             self.static, self.graph, self.calls = [tensor.clone() for tensor in tensors], None, 0
         if tensors[0].shape != self.static[0].shape:
-            return self.update_fn(*tensors)
+            return self.function(*tensors)
         for static, new in zip(self.static, tensors, strict=True):
             static.copy_(new)
         self.calls += 1
         if self.calls <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                result = self.update_fn(*self.static)
+                result = self.function(*self.static)
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.result = self.update_fn(*self.static)
+                self.result = self.function(*self.static)
         self.graph.replay()
         return self.result
 

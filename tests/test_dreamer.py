@@ -863,6 +863,12 @@ def test_compiled_update_equals_eager(obs_space):
     assert_same_update(updated(obs_space, compile=True), updated(obs_space), 1e-4)
 
 
+def test_what_a_graph_is_given_are_the_tensors_of_batch_and_noise(monkeypatch):
+    """With a stand-in that calls its function each time: the same losses and weights, bit for bit."""
+    monkeypatch.setattr(dreamer, "GraphedFunction", lambda function: lambda *tensors: function(*tensors))
+    assert_same_update(updated(VECTOR, updates=3, cudagraphs=True), updated(VECTOR, updates=3), 0.0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("compile", [False, True])
 def test_cuda_graph_updates_equal_eager(compile, monkeypatch):

@@ -1307,7 +1307,7 @@ def test_graphs_are_of_the_largest_shape(monkeypatch):
         eager.append(x.numel())
         return x.sum() + y.sum()
 
-    graphed = mbpo.GraphedUpdate(add)
+    graphed = mbpo.GraphedFunction(add)
     for i, size in enumerate([2, 2, 4, 2, 4, 4, 4, 2, 4]):
         x, y = normal(size, seed=i), normal(size, seed=i + 50)
         torch.testing.assert_close(graphed(x, y), x.sum() + y.sum())
