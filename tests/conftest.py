@@ -13,6 +13,8 @@ from runs import SCRIPTS, WRITERS, close_writers
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+
 torch.set_num_threads(1)
 multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])
 
@@ -23,7 +25,7 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MUJOCO_GL", "")  # so that what a run sets is undone
     monkeypatch.delenv("MUJOCO_GL")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))  # names sort by age
     init = SummaryWriter.__init__
     monkeypatch.setattr(SummaryWriter, "__init__", lambda self, *a, **k: (WRITERS.append(self), init(self, *a, **k))[1])

@@ -1,0 +1,194 @@
+"""What goes wrong around a run: bad numbers of an environment, second processes, hangups, closed pipes, full disks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, TINY, TRAITS, error_of, flags_of, load, not_finite, resume, run, start, tiny, wait_for
+
+# === Bad numbers ===
+
+
+@pytest.mark.parametrize("prefill", [True, False], ids=["first steps", "later"])
+def test_what_is_not_finite_is_never_stored(script, prefill, monkeypatch):
+    """A reward that is no number, or absurd: exit code 1, the checkpoint before it is finite and goes on from there."""
+    changes = TRAITS[script.__name__]["nan reward"] | {"checkpoint_frequency": 12, "total_timesteps": 240}
+    if prefill:
+        changes |= {"learning_starts": 120} if "learning_starts" in TINY[script.__name__] else {}
+    with pytest.raises(SystemExit, match="not finite at step 3[0-2]"):
+        run(script, **changes)
+    folder = str(next(Path.cwd().glob("run_0/runs/*")))
+    state = load(folder)
+    assert state["global_step"] == 24 and not_finite(state["parts"]) == []
+    with pytest.raises(SystemExit, match="not finite"):  # 30 healthy steps of the new environment, then again
+        resume(script, folder, **changes)
+    assert load(folder)["global_step"] == 48 and not_finite(load(folder)["parts"]) == []
+
+
+# === One process for each run folder ===
+
+
+def test_a_second_process_is_turned_away(script, capsys):
+    """One line, exit code 2, and the first run notices nothing."""
+    first = start(script, *flags_of(tiny(script, total_timesteps=10**6, checkpoint_frequency=12)))
+    wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")))
+    run_dir = str(next(Path("runs").iterdir()))
+    second = start(script, "--resume", run_dir)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 2 and err.strip().splitlines() == [f"error: another process works on {run_dir}"]
+    assert first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    step = load(run_dir)["global_step"]
+    assert load(resume(script, run_dir, total_timesteps=step + 12, checkpoint_frequency=12))["global_step"] >= step + 12
+
+
+def test_runs_of_one_second_have_folders_of_their_own(script, monkeypatch):
+    """The name of each later one is longer by a sign."""
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    folders = []
+    for _ in range(3):
+        folders.append(script.main(tiny(script)))
+    assert [folder.rpartition("__")[2] for folder in folders] == ["1000000000", "1000000000+", "1000000000++"]
+
+
+def test_names_of_run_folders_suit_every_file_system(script):
+    """No colon of a module, no slash, no blank."""
+    folder = script.main(tiny(script, env_id=TINY[script.__name__]["env_id"], exp_name="a.b-c_1"))
+    assert os.path.dirname(folder) == "runs" and set(os.path.basename(folder)) & set(" :/\\") == set()
+
+
+# === Requests to stop ===
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_hangups_and_warnings_of_schedulers_save(script, number):
+    """Like SIGTERM."""
+    process = start(script, *flags_of(tiny(script, total_timesteps=10**6, checkpoint_frequency=0)))
+    for line in process.stdout:
+        if "episodic_return" in line:
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert load(str(next(Path("runs").iterdir())))["global_step"] >= 12
+
+
+def test_a_closed_pipe_saves(script):
+    """`python script.py | head -2`."""
+    flags = " ".join(flags_of(tiny(script, total_timesteps=10**6, checkpoint_frequency=0)))
+    command = f"{sys.executable} {ROOT}/{script.__name__}.py {flags} 2>err | head -2; exit ${{PIPESTATUS[0]}}"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + signal.SIGPIPE and "Traceback" not in Path("err").read_text()
+    assert load(str(next(Path("runs").iterdir())))["global_step"] >= 12
+
+
+def test_nohup_is_respected(script):
+    """Where the hangup is ignored on purpose it stays so."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = script.StopRequest()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested == signal.SIGUSR1
+    finally:
+        with pytest.raises(SystemExit):
+            stop.exit()
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_second_request_stops_at_once(script):
+    """Without a traceback."""
+    stop = script.StopRequest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stopped.value.code == 128 + signal.SIGINT and stop.requested == signal.SIGTERM
+
+
+# === Resuming ===
+
+
+@pytest.mark.parametrize("name", ["resume", "evaluate"])
+def test_an_empty_folder_is_no_folder(script, monkeypatch, capsys, name):
+    """`--resume "$RUN"` with RUN unset must not begin another run."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", f"--{name}", ""])
+    assert "no readable checkpoint" in error_of(capsys, script.parse_args)
+
+
+def test_the_checkpoint_names_its_folder(script, monkeypatch):
+    """A shell completes runs/.../checkpoint.pt."""
+    folder = script.main(tiny(script, total_timesteps=24))
+    monkeypatch.setattr(sys, "argv", ["x", "--resume", f"{folder}/checkpoint.pt", "--total-timesteps", "36"])
+    assert script.main(script.parse_args()) == folder and load(folder)["global_step"] == 36
+
+
+def test_a_replaced_checkpoint_leaves_the_disk(script, monkeypatch):
+    """A resumed run holds no file that has been deleted."""
+    folder, seen = run(script, total_timesteps=24), []
+    save = script.save_checkpoint
+    looks = lambda *a: (save(*a), seen.append("checkpoint.pt (deleted)" in Path("/proc/self/maps").read_text()))  # noqa: E731
+    monkeypatch.setattr(script, "save_checkpoint", looks)
+    resume(script, folder, total_timesteps=72)
+    assert len(seen) >= 2 and not any(seen)
+
+
+def test_what_touches_no_learning_may_change(script):
+    """Films, weights, evaluation, names."""
+    folder = run(script, total_timesteps=24)
+    changes = {"save_model": True, "eval_episodes": 1, "exp_name": "other", "eval_frequency": 12}
+    resume(script, folder, total_timesteps=36, **changes)
+    assert load(folder)["global_step"] == 36 and Path(folder, "other.pt").exists()
+
+
+# === Checkpoints and pictures ===
+
+
+def test_the_checkpoint_comes_before_the_evaluation(script, monkeypatch):
+    """Where both are due, an evaluation that fails costs nothing."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("the evaluation failed")
+
+    monkeypatch.setattr(script, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="the evaluation failed"):
+        run(script, eval_frequency=24, checkpoint_frequency=24)
+    assert load(str(next(Path.cwd().glob("run_0/runs/*"))))["global_step"] == 24
+
+
+def test_a_picture_that_fails_is_a_line(script, capsys):
+    """And not the end of the run."""
+
+    def draw():
+        raise ValueError("no ink")
+
+    script.warn_of_failure(draw)
+    assert capsys.readouterr().err == "warning: draw failed: no ink\n"
+
+
+def test_half_a_checkpoint_is_not_left_behind(script, monkeypatch):
+    """A write that failed removes its temporary file."""
+    folder = run(script, total_timesteps=24)
+
+    def full(state, file):
+        file.write(b"x" * 1000)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script.torch, "save", full)
+    with pytest.raises(SystemExit, match="No space"):
+        resume(script, folder, total_timesteps=48)
+    assert not list(Path(folder).glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "a/b", ""])
+def test_names_of_experiments_that_no_file_can_have(script, capsys, name):
+    """They would overwrite the checkpoint, or fail after the training."""
+    assert "--exp-name" in error_of(capsys, script.main, tiny(script, exp_name=name, save_model=True))
+    assert os.listdir() == []
