@@ -1121,7 +1121,9 @@ class Run:
         if not self.checkpoint:
             return
         for name, part in parts.items():
-            if hasattr(part, "load_state_dict"):
+            if isinstance(part, torch.optim.Optimizer):  # which takes the tensors themselves, and so their file
+                part.load_state_dict(deepcopy(self.checkpoint["parts"][name]))
+            elif hasattr(part, "load_state_dict"):
                 part.load_state_dict(self.checkpoint["parts"][name])
         for name, state in self.checkpoint["rng"].items():
             if not isinstance(rng[name], torch.Generator):

@@ -134,7 +134,7 @@ TRAITS = {
         "workers": True,  # each of which has a process of its own
         "kills": 12,
         "nan reward": {"env_id": "fake_envs:NanReward-v0"},  # from step 31 on
-        "spoiled": "losses/reward_loss",  # by such a reward
+        "spoiled": "the environment's observation or reward",  # what is blamed for such a reward
         "fixed": "batch_size",  # one of the settings that a resume may not change
     },
     "dyna_q": {
