@@ -51,6 +51,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
@@ -65,254 +66,67 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of every random generator of the run"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic algorithms"""
-    cuda: bool = True
-    """train on the GPU if there is one"""
-    track: bool = False
-    """also log to Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the project name at Weights and Biases"""
-    wandb_entity: str | None = None
-    """the team at Weights and Biases"""
-    capture_video: bool = False
-    """write an MP4 of the first episode of every evaluation into the run folder"""
-    save_model: bool = False
-    """write the weights alone to {exp_name}.pt in the run folder at the end"""
-    eval_frequency: int = 10_000
-    """environment steps between evaluations, 0 = none"""
-    eval_episodes: int = 10
-    """episodes of one evaluation"""
-    checkpoint_frequency: int = 50_000
-    """environment steps between checkpoints, 0 = only at the end or when interrupted"""
-    save_buffer: bool = True
-    """keep the replay buffer in the checkpoint"""
-    resume: str | None = None
-    """run folder to continue"""
-    evaluate: str | None = None
-    """run folder to evaluate: plays eval_episodes, prints mean and standard deviation, trains nothing"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seed of every random generator of the run
+    torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # also log to Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the project name at Weights and Biases
+    wandb_entity: str | None = None  # the team at Weights and Biases
+    capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
+    save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
+    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: int = 10  # episodes of one evaluation
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    save_buffer: bool = True  # keep the replay buffer in the checkpoint
+    resume: str | None = None  # run folder to continue
+    evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
-    # Algorithm specific arguments
-    env_id: str = "VizdoomTakeCover-v1"
-    """Gymnasium id with image observations (VizdoomTakeCover-v1, CarRacing-v3, my_module:MyEnv-v0)"""
-    total_timesteps: int | None = None
-    """environment steps of random actions, recorded for V and M (evolution adds its own); default by task"""
-    num_envs: int = 1
-    """environments played side by side in all stages, each in its own process if more than one"""
-    from_stage: Literal["collect", "v", "encode", "m", "c", "evaluate"] | None = None
-    """with --resume: do this stage and the later ones again; their settings may be given anew"""
-    controller_env: Literal["real", "dream"] | None = None
-    """where C is evolved; default by task, dream elsewhere (M then learns rewards and ends too)"""
-    render_obs: bool = False
-    """observe the rendered picture of an environment whose observations are no images (CartPole-v1)"""
-    envpool: bool = False
-    """CarRacing-v3 by EnvPool's C++ renderer, 8 times faster; its pictures differ: a run stays with it"""
-    max_hold: int | None = None
-    """a random action is held for 1 to this many steps; default by task, 10 elsewhere"""
-    min_episode_length: int | None = None
-    """recorded episodes of fewer steps are thrown away; default by task, 2 elsewhere"""
-    latent_size: int | None = None
-    """size of z; default by task, 32 elsewhere"""
-    vae_depth: int = 32
-    """V: channels of the first convolution; the others are multiples of it"""
-    vae_epochs: int = 10
-    """V: passes over all frames"""
-    vae_batch_size: int = 100
-    """V: frames per batch"""
-    vae_lr: float = 1e-4
-    """V: learning rate"""
-    kl_tolerance: float = 0.5
-    """V: nats per latent dimension, summed over them, below which the KL of a frame costs nothing"""
-    hidden_size: int | None = None
-    """M: units of the LSTM; default by task, 256 elsewhere"""
-    num_mixtures: int = 5
-    """M: Gaussians in the mixture of each latent dimension (K)"""
-    sequence_length: int | None = None
-    """M: time steps per sequence (T); default by task, 500 elsewhere"""
-    model_batch_size: int = 100
-    """M: sequences per batch (B)"""
-    model_updates: int | None = None
-    """M: updates; default by task, 4000 elsewhere"""
-    model_lr: float = 1e-3
-    """M: learning rate at first"""
-    model_lr_decay: float | None = None
-    """M: factor per update that brings it towards 1e-5; default by task, 1 elsewhere"""
-    done_weight: float = 10.0
-    """M: weight of the terminations in the loss of the end head"""
-    holdout_ratio: float = 0.05
-    """M: share of the episodes, the last ones, that it is tested on and not trained with"""
-    temperature: float = 1.15
-    """temperature of the dream: of the mixture's weights and, as its root, of the noise"""
-    dream_length: int | None = None
-    """C: steps of a dream at most; default: the time limit of the environment"""
-    population: int = 64
-    """C: candidates per generation (P)"""
-    episodes: int = 16
-    """C: episodes or dreams per candidate (E), the same ones for all candidates of a generation"""
-    generations: int = 1_800
-    """C: generations; may be raised on a resume"""
-    sigma: float = 0.1
-    """C: standard deviation of the first generation's weights"""
-    idle_limit: int = 0
-    """C in the real environment: an episode ends after so many steps without reward, 0 = never"""
-    eval_generations: int = 10
-    """C: generations between evaluations, none at all with --eval-frequency 0"""
+    # Algorithm specific arguments: the task
+    env_id: str = "VizdoomTakeCover-v1"  # Gymnasium id with image observations (CarRacing-v3, my_module:MyEnv-v0)
+    total_timesteps: int | None = None  # environment steps of random actions, recorded for V and M; default by task
+    num_envs: int = 1  # environments played side by side in all stages, each in its own process if more than one
+    from_stage: Literal["collect", "v", "encode", "m", "c", "evaluate"] | None = None  # with --resume: again from here
+    controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
+    render_obs: bool = False  # observe the rendered picture, where observations are no images (CartPole-v1)
+    envpool: bool = False  # CarRacing-v3 by EnvPool's renderer, 8 times faster; other pictures: a run stays with it
+    max_hold: int | None = None  # a random action is held for 1 to this many steps; default by task, 10 elsewhere
+    min_episode_length: int | None = None  # shorter recordings are thrown away, steps; default by task, 2 elsewhere
+
+    # V
+    latent_size: int | None = None  # size of z; default by task, 32 elsewhere
+    vae_depth: int = 32  # V: channels of the first convolution; the others are multiples of it
+    vae_epochs: int = 10  # V: passes over all frames
+    vae_batch_size: int = 100  # V: frames per batch
+    vae_lr: float = 1e-4  # V: learning rate
+    kl_tolerance: float = 0.5  # V: nats per latent dimension, summed over them, below which a frame's KL costs nothing
+
+    # M
+    hidden_size: int | None = None  # M: units of the LSTM; default by task, 256 elsewhere
+    num_mixtures: int = 5  # M: Gaussians in the mixture of each latent dimension (K)
+    sequence_length: int | None = None  # M: time steps per sequence (T); default by task, 500 elsewhere
+    model_batch_size: int = 100  # M: sequences per batch (B)
+    model_updates: int | None = None  # M: updates; default by task, 4000 elsewhere
+    model_lr: float = 1e-3  # M: learning rate at first
+    model_lr_decay: float | None = None  # M: factor per update towards a rate of 1e-5; default by task, 1 elsewhere
+    done_weight: float = 10.0  # M: weight of the terminations in the loss of the end head
+    holdout_ratio: float = 0.05  # M: share of the episodes, the last ones, that it is tested on and not trained with
+
+    # the dream and C
+    temperature: float = 1.15  # temperature of the dream: of the mixture's weights and, as its root, of the noise
+    dream_length: int | None = None  # C: steps of a dream at most; default: the time limit of the environment
+    population: int = 64  # C: candidates per generation (P)
+    episodes: int = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
+    generations: int = 1_800  # C: generations; may be raised on a resume
+    sigma: float = 0.1  # C: standard deviation of the first generation's weights
+    idle_limit: int = 0  # C in the real environment: an episode ends after so many steps without reward, 0 = never
+    eval_generations: int = 10  # C: generations between evaluations, none at all with --eval-frequency 0
 
     # Speed
-    compile: bool = False
-    """torch.compile the loss of V"""
+    compile: bool = False  # torch.compile the loss of V
 
 
-# === Environment ===
-
-# The published settings by task (name of the environment without its version). A flag on the command line wins.
-DEFAULTS = {
-    "total_timesteps": 1_000_000, "controller_env": "dream", "max_hold": 10, "min_episode_length": 2, "latent_size": 32,
-    "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0,
-}  # fmt: skip
-TASKS = {
-    "VizdoomTakeCover": {
-        "total_timesteps": 3_080_000, "min_episode_length": 101, "latent_size": 64, "hidden_size": 512,
-        "model_updates": 24_400, "model_lr_decay": 0.99999,
-    },
-    "CarRacing": {
-        "total_timesteps": 10_000_000, "controller_env": "real", "max_hold": 8, "sequence_length": 1_000,
-    },
-}  # fmt: skip
-TIME_LIMITS = {"VizdoomTakeCover": 2100}  # where the environment has none; without one a score cannot be compared
-
-
-def task_name(env_id: str) -> str:
-    """my_module:MyEnv-v0 -> MyEnv."""
-    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
-
-
-def with_task_defaults(args: Args) -> Args:
-    """The settings in force: what was not given is filled in from TASKS."""
-    task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
-    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
-
-
-class EnvPoolCarRacing(gym.Env):
-    """CarRacing-v3 of EnvPool as a Gymnasium environment; a pool of one is made for each episode, with its seed."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
-    render_mode = "rgb_array"
-    observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
-    action_space = gym.spaces.Box(np.array([-1, 0, 0], np.float32), np.ones(3, np.float32))
-
-    def __init__(self):
-        import envpool
-
-        self.make = functools.partial(envpool.make, "CarRacing-v3", env_type="gymnasium", num_envs=1)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        self.pool = self.make(seed=int(self.np_random.integers(2**31)))
-        obs, _ = self.pool.reset()
-        self.frame = obs[0]
-        return self.frame, {}
-
-    def step(self, action: np.ndarray):
-        obs, rewards, terminations, truncations, _ = self.pool.step(np.asarray(action, np.float32)[None])
-        self.frame = obs[0]
-        return self.frame, float(rewards[0]), bool(terminations[0]), bool(truncations[0]), {}
-
-    def render(self) -> np.ndarray:
-        return self.frame
-
-
-def make_gymnasium(args: Args, film: bool) -> gym.Env:
-    """Any registered Gymnasium environment; TakeCover at a resolution that is drawn quickly."""
-    env_id, settings = args.env_id, {"render_mode": "rgb_array"} if film or args.render_obs else {}
-    try:
-        if args.envpool:
-            return gym.wrappers.TimeLimit(EnvPoolCarRacing(), 1000)
-        if not env_id.startswith("Vizdoom"):
-            return gym.make(env_id, **settings)
-        import vizdoom.gymnasium_wrapper  # noqa: F401 (registers the ids)
-
-        with contextlib.chdir(tempfile.gettempdir()):  # the game leaves files where its first episode begins
-            env = gym.make(env_id, screen_resolution="RES_160X120", **settings)
-            env.reset()
-            return env
-    except gym.error.DependencyNotInstalled as error:
-        fail(str(error).replace("\n", " "))
-    except ImportError as error:
-        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
-    except gym.error.Error as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
-
-
-def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
-    """Thunk of one environment: observations (64, 64, 3) uint8, its own actions or a box [-1, 1]."""
-    main_process = os.getpid()
-
-    def thunk() -> gym.Env:
-        if os.getpid() != main_process:
-            os.setsid()  # signals to the process group are for the main process, which closes the workers
-            torch.set_num_threads(1)
-        env = make_gymnasium(args, video is not None)
-        if env.get_wrapper_attr("spec") is not None and env.spec.max_episode_steps is None:
-            env = gym.wrappers.TimeLimit(env, TIME_LIMITS.get(task_name(args.env_id), 10_000))
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        if video is not None:  # folder/prefix of the MP4
-            folder, prefix = os.path.split(video)
-            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
-        return fit_spaces(env, args)
-
-    return thunk
-
-
-def fit_spaces(env: gym.Env, args: Args) -> gym.Env:
-    """Refuses what World Models cannot use; crops and resizes pictures to 64x64, rescales a general action box."""
-    if args.render_obs:
-        env = gym.wrappers.AddRenderObservation(env, render_only=True)
-    obs = env.observation_space
-    if isinstance(obs, gym.spaces.Dict) and "screen" in obs.spaces:  # ViZDoom
-        obs = obs["screen"]
-        env = gym.wrappers.TransformObservation(env, lambda o: o["screen"], obs)
-    if not (isinstance(obs, gym.spaces.Box) and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3):
-        fail(f"{args.env_id}: observations must be images (H, W, 3) of uint8, not {obs} (--render-obs draws them)")
-    if action_kind(env.action_space, args) == "car":  # without the bar of instruments
-        road = gym.spaces.Box(0, 255, (84, *obs.shape[1:]), np.uint8)
-        env = gym.wrappers.TransformObservation(env, lambda o: o[:84], road)
-    if env.observation_space.shape[:2] != (64, 64):
-        env = gym.wrappers.ResizeObservation(env, (64, 64))
-    if action_kind(env.action_space, args) == "box":
-        low, high = env.action_space.low, env.action_space.high
-        space = gym.spaces.Box(-1, 1, low.shape, np.float32)
-        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * (high - low) / 2).astype(low.dtype), space)
-    return env
-
-
-def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
-    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
-    mode = gym.vector.AutoresetMode.DISABLED
-    if num_envs == 1:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
-    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
-    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
-
-
-def action_kind(space: gym.Space, args: Args) -> str:
-    """car (steer, gas, brake), thirds (TakeCover: one number, three moves), box, or discrete."""
-    if task_name(args.env_id) == "VizdoomTakeCover":
-        return "thirds"
-    if task_name(args.env_id) == "CarRacing" and isinstance(space, gym.spaces.Box):
-        return "car"
-    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded("both"):
-        return "box"
-    if not (isinstance(space, gym.spaces.Discrete) and space.start == 0):
-        fail(f"{args.env_id}: actions must be a bounded vector Box or Discrete starting at 0, not {space}")
-    return "discrete"
+# === Networks ===
 
 
 class Spec(NamedTuple):
@@ -333,160 +147,6 @@ class Spec(NamedTuple):
     def intro(self) -> int:
         """Steps of an episode that dreams do not begin in: CarRacing opens with a zoom of 50 frames."""
         return 100 if self.action_kind == "car" else 0
-
-
-def make_spec(envs: gym.vector.VectorEnv, args: Args) -> Spec:
-    space = envs.single_action_space
-    kind, dreaming = action_kind(space, args), args.controller_env == "dream"
-    dim = {"thirds": 1, "discrete": getattr(space, "n", 0)}.get(kind) or space.shape[0]
-    limit = envs.get_attr("_max_episode_steps")[0]
-    return Spec(kind, int(dim), int(limit), dreaming, dreaming and kind != "thirds")
-
-
-def env_action(action: np.ndarray, kind: str) -> np.ndarray:
-    """Actions (N, A) as M receives them -> as the environment does."""
-    if kind == "thirds":  # 0 nothing, 1 right, 2 left
-        return np.where(action[:, 0] > 1 / 3, 1, np.where(action[:, 0] < -1 / 3, 2, 0))
-    return action.argmax(-1) if kind == "discrete" else action
-
-
-class HeldActions:
-    """Random actions (N, A), each held for 1 to max_hold steps: white noise would hardly move anything."""
-
-    def __init__(self, num: int, spec: Spec, max_hold: int, rng: np.random.Generator):
-        self.spec, self.max_hold, self.rng = spec, max_hold, rng
-        self.actions, self.left = np.zeros((num, spec.action_dim), np.float32), np.zeros(num, int)
-
-    def __call__(self, restart: np.ndarray | None = None) -> np.ndarray:
-        """The next actions; those where an episode begins are drawn anew."""
-        new = self.left == 0 if restart is None else (self.left == 0) | restart
-        actions = self.rng.uniform(-1, 1, self.actions.shape).astype(np.float32)
-        if self.spec.action_kind == "discrete":
-            actions = np.eye(self.spec.action_dim, dtype=np.float32)[
-                self.rng.integers(self.spec.action_dim, size=len(new))
-            ]
-        if self.spec.action_kind == "car":  # brakes in one draw of ten (deviation 3)
-            actions[:, 1:] = (actions[:, 1:] + 1) / 2
-            actions[:, 2] *= self.rng.random(len(new)) < 0.1
-        self.actions = np.where(new[:, None], actions, self.actions)
-        self.left = np.where(new, self.rng.integers(1, self.max_hold + 1, len(new)), self.left) - 1
-        return self.actions
-
-
-# === Replay buffer ===
-
-
-class ArrayFile:
-    """Rows of one shape and type in a file that only grows; what lies beyond the last checkpoint is cut off on load."""
-
-    def __init__(self, path: str, shape: tuple[int, ...], dtype: type, stage: str):
-        self.path, self.shape, self.dtype, self.stage = path, shape, np.dtype(dtype), stage  # the stage that writes it
-        self.row_bytes = int(np.prod(shape)) * self.dtype.itemsize
-
-    def cut(self, length: int) -> None:
-        """Keeps the first `length` rows."""
-        found = os.path.getsize(self.path) // self.row_bytes if os.path.exists(self.path) else 0
-        if found < length:
-            fail(f"{self.path} is incomplete: {found} rows of {length}; write it again: --from-stage {self.stage}")
-        if found or os.path.exists(self.path):
-            os.truncate(self.path, length * self.row_bytes)
-
-    def append(self, rows: np.ndarray) -> None:
-        assert rows.shape[1:] == self.shape and rows.dtype == self.dtype
-        try:
-            with open(self.path, "ab") as file:
-                file.write(np.ascontiguousarray(rows).data)
-        except OSError as error:  # a full disk, above all
-            raise SystemExit(f"error: cannot write {self.path}, the last checkpoint is intact: {error}") from error
-
-    def sync(self) -> None:
-        """To the disk, before a checkpoint that counts on it."""
-        if os.path.exists(self.path):
-            with open(self.path, "rb") as file:
-                os.fsync(file.fileno())
-
-    def rows(self) -> np.ndarray:
-        """All rows, read from the disk where they are used."""
-        return np.memmap(self.path, self.dtype, "r").reshape(-1, *self.shape)
-
-
-class ReplayBuffer:
-    """Recorded episodes end to end: frame t was seen, action t taken, reward t received for it.
-
-    The frames are in a file of the run folder, the rest in memory and in the checkpoint. The frame after the last
-    action of an episode is not kept (TakeCover's is black).
-    """
-
-    def __init__(self, run_dir: str):
-        self.frames = ArrayFile(f"{run_dir}/frames.bin", (64, 64, 3), np.uint8, "collect")
-        self.episodes: list[tuple[np.ndarray, np.ndarray]] = []  # actions (T, A), rewards (T,)
-        self.terminated: list[bool] = []
-        self.checksums: list[int] = []
-
-    def __len__(self) -> int:
-        return sum(len(rewards) for _, rewards in self.episodes)
-
-    def add(self, frames: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: bool) -> None:
-        """An episode: frames (T, 64, 64, 3) uint8, actions (T, A), rewards (T,); was its last step a termination?"""
-        self.frames.append(frames)
-        self.episodes.append((actions.astype(np.float32), rewards.astype(np.float32)))
-        self.terminated.append(bool(terminated))
-        self.checksums.append(zlib.crc32(frames.tobytes()))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(rewards) for _, rewards in self.episodes])
-
-    @property
-    def returns(self) -> np.ndarray:
-        return np.array([rewards.sum() for _, rewards in self.episodes])
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Of all time steps: action (N, A), reward (N,), first and done (N,): is it the first, does it terminate?"""
-        starts = np.cumsum(self.lengths) - self.lengths
-        first, done = np.zeros(len(self), np.float32), np.zeros(len(self), np.float32)
-        first[starts], done[starts + self.lengths - 1] = 1, self.terminated
-        action, reward = (np.concatenate(column) for column in zip(*self.episodes, strict=True))
-        return {"action": action, "reward": reward, "first": first, "done": done}
-
-    def state_dict(self) -> dict:
-        self.frames.sync()
-        state = {"lengths": self.lengths.tolist(), "terminated": list(self.terminated)}
-        state["checksums"] = list(self.checksums)
-        if not self.episodes:
-            return state
-        arrays = self.arrays()
-        return state | {name: torch.from_numpy(arrays[name]) for name in ("action", "reward")}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Also compares checksums of a few episodes: the file must be the one that was recorded."""
-        lengths = state["lengths"]
-        self.frames.cut(sum(lengths))
-        self.terminated, self.checksums = list(state["terminated"]), list(state["checksums"])
-        if not lengths:
-            return
-        columns = (state[name].numpy().copy() for name in ("action", "reward"))
-        cuts = np.cumsum(lengths)[:-1]
-        self.episodes = list(zip(*(np.split(column, cuts) for column in columns), strict=True))
-        frames, starts = self.frames.rows(), np.cumsum(lengths) - lengths
-        for i in np.unique(np.linspace(0, len(lengths) - 1, 16).astype(int)):
-            if zlib.crc32(frames[starts[i] : starts[i] + lengths[i]].tobytes()) != self.checksums[i]:
-                fail(f"{self.frames.path} is not what this run has recorded; write it again: --from-stage collect")
-
-
-# === Networks ===
-
-
-def glorot(module: nn.Module) -> None:
-    """TensorFlow's initial weights: Glorot uniform, zero bias."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-def preprocess(frames: torch.Tensor) -> torch.Tensor:
-    """Frames (N, 64, 64, 3) uint8 -> (N, 3, 64, 64) in [0, 1], a view in channels-last order."""
-    return frames.movedim(-1, -3).float() / 255
 
 
 class VAE(nn.Module):
@@ -526,47 +186,6 @@ class VAE(nn.Module):
         # stride 2 = stride 1 to four times the channels, then a shuffle: twice as fast where the channels are few
         weight, bias = F.pixel_unshuffle(self.deconv4.weight, 2), self.deconv4.bias.repeat_interleave(4)
         return torch.sigmoid(F.pixel_shuffle(F.conv_transpose2d(x, weight, bias), 2))
-
-
-class LSTMSequence(torch.autograd.Function):
-    """LSTM over a sequence with its derivatives written out, so that the weights' gradient is one matrix product.
-
-    In: gates' inputs (T, B, 4 H) without the recurrent part, recurrent weights (H, 4 H), keep (T, B, 1), 0 where the
-    state is zero before the step, and the state c, h (B, H). Out: all h (T, B, H) and the last c.
-    """
-
-    @staticmethod
-    def forward(ctx, parts, weight, keep, c, h):
-        (T, B, _), H = parts.shape, len(weight)
-        gates, cs, hs = torch.empty_like(parts), parts.new_empty(T + 1, B, H), parts.new_empty(T + 1, B, H)
-        cs[0], hs[0] = c, h  # before the first step
-        for t in range(T):
-            torch.addmm(parts[t], hs[t] * keep[t], weight, out=gates[t])
-            gates[t, :, : 3 * H].sigmoid_()
-            i, f, o, g = gates[t].chunk(4, 1)
-            torch.addcmul(i * g.tanh_(), f, cs[t] * keep[t], out=cs[t + 1])
-            torch.mul(o, torch.tanh(cs[t + 1]), out=hs[t + 1])
-        ctx.save_for_backward(weight, keep, gates, cs, hs)
-        return hs[1:], cs[-1]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, hs_grad, c_grad):
-        weight, keep, gates, cs, hs = ctx.saved_tensors
-        grads, H, h_grad = torch.empty_like(gates), len(weight), torch.zeros_like(c_grad)
-        for t in reversed(range(len(gates))):
-            (i, f, o, g), tanh_c = gates[t].chunk(4, 1), torch.tanh(cs[t + 1])
-            i_grad, f_grad, o_grad, g_grad = grads[t].chunk(4, 1)
-            h_grad = h_grad + hs_grad[t]
-            c_grad = c_grad + torch.ops.aten.tanh_backward(h_grad * o, tanh_c)
-            torch.mul(c_grad, g, out=i_grad)
-            torch.mul(c_grad, cs[t] * keep[t], out=f_grad)
-            torch.mul(h_grad, tanh_c, out=o_grad)
-            g_grad.copy_(torch.ops.aten.tanh_backward(c_grad * i, g))
-            sigmoids = grads[t, :, : 3 * H], gates[t, :, : 3 * H]
-            sigmoids[0].copy_(torch.ops.aten.sigmoid_backward(*sigmoids))
-            c_grad, h_grad = c_grad * f * keep[t], torch.mm(grads[t], weight.t()) * keep[t]
-        return grads, (hs[:-1] * keep).flatten(0, 1).t() @ grads.flatten(0, 1), None, c_grad, h_grad
 
 
 class MDNRNN(nn.Module):
@@ -638,6 +257,47 @@ class MDNRNN(nn.Module):
         return log_pi, mu, log_sigma, heads[0].squeeze(-1) if done else None, heads[-1].squeeze(-1) if reward else None
 
 
+class LSTMSequence(torch.autograd.Function):
+    """LSTM over a sequence with its derivatives written out, so that the weights' gradient is one matrix product.
+
+    In: gates' inputs (T, B, 4 H) without the recurrent part, recurrent weights (H, 4 H), keep (T, B, 1), 0 where the
+    state is zero before the step, and the state c, h (B, H). Out: all h (T, B, H) and the last c.
+    """
+
+    @staticmethod
+    def forward(ctx, parts, weight, keep, c, h):
+        (T, B, _), H = parts.shape, len(weight)
+        gates, cs, hs = torch.empty_like(parts), parts.new_empty(T + 1, B, H), parts.new_empty(T + 1, B, H)
+        cs[0], hs[0] = c, h  # before the first step
+        for t in range(T):
+            torch.addmm(parts[t], hs[t] * keep[t], weight, out=gates[t])
+            gates[t, :, : 3 * H].sigmoid_()
+            i, f, o, g = gates[t].chunk(4, 1)
+            torch.addcmul(i * g.tanh_(), f, cs[t] * keep[t], out=cs[t + 1])
+            torch.mul(o, torch.tanh(cs[t + 1]), out=hs[t + 1])
+        ctx.save_for_backward(weight, keep, gates, cs, hs)
+        return hs[1:], cs[-1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, hs_grad, c_grad):
+        weight, keep, gates, cs, hs = ctx.saved_tensors
+        grads, H, h_grad = torch.empty_like(gates), len(weight), torch.zeros_like(c_grad)
+        for t in reversed(range(len(gates))):
+            (i, f, o, g), tanh_c = gates[t].chunk(4, 1), torch.tanh(cs[t + 1])
+            i_grad, f_grad, o_grad, g_grad = grads[t].chunk(4, 1)
+            h_grad = h_grad + hs_grad[t]
+            c_grad = c_grad + torch.ops.aten.tanh_backward(h_grad * o, tanh_c)
+            torch.mul(c_grad, g, out=i_grad)
+            torch.mul(c_grad, cs[t] * keep[t], out=f_grad)
+            torch.mul(h_grad, tanh_c, out=o_grad)
+            g_grad.copy_(torch.ops.aten.tanh_backward(c_grad * i, g))
+            sigmoids = grads[t, :, : 3 * H], gates[t, :, : 3 * H]
+            sigmoids[0].copy_(torch.ops.aten.sigmoid_backward(*sigmoids))
+            c_grad, h_grad = c_grad * f * keep[t], torch.mm(grads[t], weight.t()) * keep[t]
+        return grads, (hs[:-1] * keep).flatten(0, 1).t() @ grads.flatten(0, 1), None, c_grad, h_grad
+
+
 class Agent(nn.Module):
     """V, M and C."""
 
@@ -653,7 +313,19 @@ class Agent(nn.Module):
         return torch.cat([z, c, h] if self.model.spec.is_doom else [z, h, torch.ones_like(h[:, :1])], 1)
 
 
-# === Targets and losses ===
+def preprocess(frames: torch.Tensor) -> torch.Tensor:
+    """Frames (N, 64, 64, 3) uint8 -> (N, 3, 64, 64) in [0, 1], a view in channels-last order."""
+    return frames.movedim(-1, -3).float() / 255
+
+
+def glorot(module: nn.Module) -> None:
+    """TensorFlow's initial weights: Glorot uniform, zero bias."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+# === Losses ===
 
 
 def vae_loss(vae: VAE, image: torch.Tensor, noise: torch.Tensor, kl_tolerance: float) -> tuple[torch.Tensor, dict]:
@@ -667,38 +339,6 @@ def vae_loss(vae: VAE, image: torch.Tensor, noise: torch.Tensor, kl_tolerance: f
     assert recon.shape == kl.shape == image.shape[:1]
     loss = (recon + kl.clamp(min=kl_tolerance * mu.shape[1])).mean()
     return loss, {"losses/vae_recon_loss": recon.detach().mean(), "losses/vae_kl_loss": kl.detach().mean()}
-
-
-class MixtureNLL(torch.autograd.Function):
-    """mdn_nll with its derivatives written out: a third of the passes over memory that autograd makes."""
-
-    @staticmethod
-    def forward(ctx, log_pi, mu, log_sigma, target):
-        inverse = torch.exp(-log_sigma)
-        scaled = (target.unsqueeze(-2) - mu).mul_(inverse)
-        joint = (log_pi - log_sigma).addcmul_(scaled, scaled, value=-0.5)
-        log_norm, log_prob = torch.logsumexp(log_pi, -2), torch.logsumexp(joint, -2)
-        ctx.save_for_backward(log_pi, log_norm, joint, log_prob, scaled, inverse)
-        return log_norm - log_prob + 0.5 * math.log(2 * math.pi)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        log_pi, log_norm, joint, log_prob, scaled, inverse = ctx.saved_tensors
-        grad = grad.unsqueeze(-2)
-        share = torch.exp(joint - log_prob.unsqueeze(-2)).mul_(grad)  # of the probability that each component has
-        log_pi_grad = torch.exp(log_pi - log_norm.unsqueeze(-2)).mul_(grad).sub_(share)
-        mu_grad = (share * scaled).neg_()
-        log_sigma_grad = share.addcmul_(mu_grad, scaled)
-        return log_pi_grad, mu_grad.mul_(inverse), log_sigma_grad, None
-
-
-def mdn_nll(log_pi: torch.Tensor, mu: torch.Tensor, log_sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """-log p(target) in nats for each dimension (..., Z) under its own mixture of K Gaussians, given (..., K, Z).
-
-    log_pi need not be normalised: -logsumexp over k of [log softmax(log_pi)_k + log N(target; mu_k, exp(log_sigma_k))].
-    """
-    return MixtureNLL.apply(log_pi, mu, log_sigma, target)
 
 
 def model_loss(model: MDNRNN, batch: dict, c, h, done_weight: float) -> tuple:
@@ -726,6 +366,38 @@ def model_loss(model: MDNRNN, batch: dict, c, h, done_weight: float) -> tuple:
         done_logit,
         (c.detach(), h.detach()),
     )
+
+
+def mdn_nll(log_pi: torch.Tensor, mu: torch.Tensor, log_sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """-log p(target) in nats for each dimension (..., Z) under its own mixture of K Gaussians, given (..., K, Z).
+
+    log_pi need not be normalised: -logsumexp over k of [log softmax(log_pi)_k + log N(target; mu_k, exp(log_sigma_k))].
+    """
+    return MixtureNLL.apply(log_pi, mu, log_sigma, target)
+
+
+class MixtureNLL(torch.autograd.Function):
+    """mdn_nll with its derivatives written out: a third of the passes over memory that autograd makes."""
+
+    @staticmethod
+    def forward(ctx, log_pi, mu, log_sigma, target):
+        inverse = torch.exp(-log_sigma)
+        scaled = (target.unsqueeze(-2) - mu).mul_(inverse)
+        joint = (log_pi - log_sigma).addcmul_(scaled, scaled, value=-0.5)
+        log_norm, log_prob = torch.logsumexp(log_pi, -2), torch.logsumexp(joint, -2)
+        ctx.save_for_backward(log_pi, log_norm, joint, log_prob, scaled, inverse)
+        return log_norm - log_prob + 0.5 * math.log(2 * math.pi)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        log_pi, log_norm, joint, log_prob, scaled, inverse = ctx.saved_tensors
+        grad = grad.unsqueeze(-2)
+        share = torch.exp(joint - log_prob.unsqueeze(-2)).mul_(grad)  # of the probability that each component has
+        log_pi_grad = torch.exp(log_pi - log_norm.unsqueeze(-2)).mul_(grad).sub_(share)
+        mu_grad = (share * scaled).neg_()
+        log_sigma_grad = share.addcmul_(mu_grad, scaled)
+        return log_pi_grad, mu_grad.mul_(inverse), log_sigma_grad, None
 
 
 def learnable_rewards(rewards: np.ndarray, spec: Spec) -> np.ndarray:
@@ -770,29 +442,34 @@ def constant_policy(action: torch.Tensor) -> Callable:
     return lambda features, jobs, num_jobs: action.expand(len(jobs), -1)
 
 
-def mixture_sample(log_pi, mu, log_sigma, uniform: torch.Tensor, normal: torch.Tensor, temperature: float):
-    """z (N, Z) from mixtures (N, K, Z): one component for each dimension by `uniform` (N, Z), noise `normal` (N, Z).
-
-    The logits of the weights are divided by the temperature; the noise is multiplied by its square root.
-    """
-    bounds = torch.softmax(log_pi / temperature, 1).cumsum(1)[:, :-1]
-    component = (uniform.unsqueeze(1) > bounds).sum(1, keepdim=True)
-    mu, log_sigma = mu.gather(1, component).squeeze(1), log_sigma.gather(1, component).squeeze(1)
-    return mu + torch.exp(log_sigma) * math.sqrt(temperature) * normal
+def env_action(action: np.ndarray, kind: str) -> np.ndarray:
+    """Actions (N, A) as M receives them -> as the environment does."""
+    if kind == "thirds":  # 0 nothing, 1 right, 2 left
+        return np.where(action[:, 0] > 1 / 3, 1, np.where(action[:, 0] < -1 / 3, 2, 0))
+    return action.argmax(-1) if kind == "discrete" else action
 
 
-def dream_step(model: MDNRNN, z, action, first, c, h, uniform, normal, temperature: float) -> tuple:
-    """Next z (N, Z), c, h (N, H), rewards (N,) and ends (N,) of N dreams; it ends where P[termination] > 1/2."""
-    c, h = model.step(z, action, first, c, h)
-    log_pi, mu, log_sigma, done_logit, reward = model.split(model.head(h))
-    z = mixture_sample(log_pi, mu, log_sigma, uniform, normal, temperature)
-    if reward is not None:
-        reward = reward * model.reward_std + model.reward_mean
-    elif done_logit is not None:
-        reward = torch.ones_like(done_logit)  # TakeCover: one for each step survived
-    else:  # M of the car experiment predicts z alone
-        return z, c, h, torch.zeros_like(z[:, 0]), torch.zeros_like(z[:, 0], dtype=torch.bool)
-    return z, c, h, reward, done_logit > 0
+class HeldActions:
+    """Random actions (N, A), each held for 1 to max_hold steps: white noise would hardly move anything."""
+
+    def __init__(self, num: int, spec: Spec, max_hold: int, rng: np.random.Generator):
+        self.spec, self.max_hold, self.rng = spec, max_hold, rng
+        self.actions, self.left = np.zeros((num, spec.action_dim), np.float32), np.zeros(num, int)
+
+    def __call__(self, restart: np.ndarray | None = None) -> np.ndarray:
+        """The next actions; those where an episode begins are drawn anew."""
+        new = self.left == 0 if restart is None else (self.left == 0) | restart
+        actions = self.rng.uniform(-1, 1, self.actions.shape).astype(np.float32)
+        if self.spec.action_kind == "discrete":
+            actions = np.eye(self.spec.action_dim, dtype=np.float32)[
+                self.rng.integers(self.spec.action_dim, size=len(new))
+            ]
+        if self.spec.action_kind == "car":  # brakes in one draw of ten (deviation 3)
+            actions[:, 1:] = (actions[:, 1:] + 1) / 2
+            actions[:, 2] *= self.rng.random(len(new)) < 0.1
+        self.actions = np.where(new[:, None], actions, self.actions)
+        self.left = np.where(new, self.rng.integers(1, self.max_hold + 1, len(new)), self.left) - 1
+        return self.actions
 
 
 @torch.no_grad()
@@ -833,8 +510,33 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, seed: 
     return returns, lengths
 
 
+def dream_step(model: MDNRNN, z, action, first, c, h, uniform, normal, temperature: float) -> tuple:
+    """Next z (N, Z), c, h (N, H), rewards (N,) and ends (N,) of N dreams; it ends where P[termination] > 1/2."""
+    c, h = model.step(z, action, first, c, h)
+    log_pi, mu, log_sigma, done_logit, reward = model.split(model.head(h))
+    z = mixture_sample(log_pi, mu, log_sigma, uniform, normal, temperature)
+    if reward is not None:
+        reward = reward * model.reward_std + model.reward_mean
+    elif done_logit is not None:
+        reward = torch.ones_like(done_logit)  # TakeCover: one for each step survived
+    else:  # M of the car experiment predicts z alone
+        return z, c, h, torch.zeros_like(z[:, 0]), torch.zeros_like(z[:, 0], dtype=torch.bool)
+    return z, c, h, reward, done_logit > 0
+
+
+def mixture_sample(log_pi, mu, log_sigma, uniform: torch.Tensor, normal: torch.Tensor, temperature: float):
+    """z (N, Z) from mixtures (N, K, Z): one component for each dimension by `uniform` (N, Z), noise `normal` (N, Z).
+
+    The logits of the weights are divided by the temperature; the noise is multiplied by its square root.
+    """
+    bounds = torch.softmax(log_pi / temperature, 1).cumsum(1)[:, :-1]
+    component = (uniform.unsqueeze(1) > bounds).sum(1, keepdim=True)
+    mu, log_sigma = mu.gather(1, component).squeeze(1), log_sigma.gather(1, component).squeeze(1)
+    return mu + torch.exp(log_sigma) * math.sqrt(temperature) * normal
+
+
 @torch.no_grad()
-def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, stop: "StopRequest", idle_limit: int = 0):
+def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, stop, idle_limit: int = 0):
     """Returns and lengths (J,) of real episodes with these seeds (J,); an environment takes the next as it ends one.
 
     Each step: z_t from frame t, action from [z_t, h_t], step, then (z_t, action) to M for h_{t+1}. With idle_limit an
@@ -895,295 +597,86 @@ def model_learning_rate(update: int, args: Args) -> float:
     return 1e-5 + (args.model_lr - 1e-5) * args.model_lr_decay**update
 
 
-STAGES = ("collect", "v", "encode", "m", "c", "evaluate", "done")
-STAGE_SETTINGS = {  # what a run repeated --from-stage may change
-    "collect": "num_envs envpool max_hold min_episode_length save_buffer",
-    "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr kl_tolerance",
-    "encode": "",
-    "m": "controller_env hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr "
-    "model_lr_decay done_weight holdout_ratio",
-    "c": "num_envs temperature dream_length population episodes generations sigma idle_limit eval_generations",
-    "evaluate": "eval_episodes",
-}
+# === Replay buffer ===
 
 
-class Run:
-    """What the stages share: settings, networks, recorded data, logs, and how far the run has come."""
+class ReplayBuffer:
+    """Recorded episodes end to end: frame t was seen, action t taken, reward t received for it.
 
-    def __init__(self, args: Args, spec: Spec, run_dir: str, device: torch.device, writer, envs, stop: "StopRequest"):
-        self.args, self.spec, self.run_dir, self.device, self.writer = args, spec, run_dir, device, writer
-        self.envs, self.stop, self.agent = envs, stop, Agent(spec, args).to(device)
-        self.rb = ReplayBuffer(run_dir)
-        self.latents = ArrayFile(f"{run_dir}/latents.bin", (2, args.latent_size), np.float16, "encode")  # mu, logvar
-        self.rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
-        self.rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
-        self.stage, self.done, self.global_step = "collect", 0, 0  # done: steps, updates, frames or generations
-        self.collected = 0  # global_step when recording ended
-        self.fitness: list[list[float]] = []  # of all candidates of all generations, as CMA-ES was told
-        self.evaluated = 0  # the last generation of which both scores are logged
-        self.state: dict = {}  # what the stage in progress adds to a checkpoint
-        self.saved: dict = {}  # and what it finds in one
-        self.scalars = f"{run_dir}/scalars.jsonl"
+    The frames are in a file of the run folder, the rest in memory and in the checkpoint. The frame after the last
+    action of an episode is not kept (TakeCover's is black).
+    """
 
-    def restore(self, checkpoint: dict) -> None:
-        """Takes from a checkpoint what its stages have finished, and the one in progress unless it starts anew."""
-        parts, at = checkpoint["parts"], STAGES.index(checkpoint["parts"]["counters"]["stage"])
-        self.stage, self.done, self.collected = (parts["counters"][name] for name in ("stage", "done", "collected"))
-        self.fitness = parts["fitness"].tolist()
-        self.global_step = checkpoint["global_step"]
-        kept = STAGES[: at + (self.done > 0)]
-        if "collect" in kept and "replay" in parts:
-            self.rb.load_state_dict(parts["replay"])
-        if self.stage == "m":
-            self.latents.cut(len(self.rb))
-        if self.stage in ("v", "encode", "m") and not len(self.rb):
-            fail(f"{self.run_dir} has not kept what it recorded (--no-save-buffer): --from-stage collect")
-        owners = {"vae": "v", "model": "m", "controller": "c", "reset": "collect", "actions": "collect"}
-        tensors = {name: t for name, t in parts["agent"].items() if owners[name.split(".")[0]] in kept}
-        self.agent.load_state_dict(self.agent.state_dict() | tensors)
-        restore_rng({name: g for name, g in self.rng.items() if owners.get(name, name) in kept}, checkpoint["rng"])
-        self.saved = parts if self.done else {}
-        if not self.done or self.stage in ("collect", "c"):
-            self.save()  # what is begun anew, before anything of what was there is given up
-        if not len(self.rb):
-            self.rb.frames.cut(0)
-        self.restore_scalars(at)
+    def __init__(self, frames):
+        self.frames = frames  # the file, see ArrayFile
+        self.episodes: list[tuple[np.ndarray, np.ndarray]] = []  # actions (T, A), rewards (T,)
+        self.terminated: list[bool] = []
+        self.checksums: list[int] = []
 
-    def restore_scalars(self, at: int) -> None:
-        """Logs again what the finished stages, and the one in progress up to now, have logged beyond global_step.
+    def __len__(self) -> int:
+        return sum(len(rewards) for _, rewards in self.episodes)
 
-        The log itself is purged from there on. Their last evaluation belongs to the generations that it follows.
-        """
-        with open(self.scalars, "a+") as file:
-            file.seek(0)
-            lines = file.read().splitlines()
-        with open(f"{self.scalars}.tmp", "w") as file:
-            for line in lines:
-                try:
-                    stage, count, tag, value, step = json.loads(line)
-                except ValueError:  # half a line, of a process that was killed
-                    continue
-                index = STAGES.index(stage)
-                if index < at or (index <= at + (self.stage == "c") and count <= self.done):
-                    print(line, file=file)
-                    self.evaluated = count if tag == "eval/episodic_return" else self.evaluated
-                    if step > self.global_step:
-                        self.writer.add_scalar(tag, value, step)
-        os.replace(f"{self.scalars}.tmp", self.scalars)
+    def add(self, frames: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: bool) -> None:
+        """An episode: frames (T, 64, 64, 3) uint8, actions (T, A), rewards (T,); was its last step a termination?"""
+        self.frames.append(frames)
+        self.episodes.append((actions.astype(np.float32), rewards.astype(np.float32)))
+        self.terminated.append(bool(terminated))
+        self.checksums.append(zlib.crc32(frames.tobytes()))
 
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """Logs a scalar of a stage after recording, in the run folder's scalars.jsonl too.
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(rewards) for _, rewards in self.episodes])
 
-        Its step is global_step, the environment steps made, plus the updates or generations of the stage since then.
-        """
-        with open(self.scalars, "a") as file:
-            print(json.dumps([self.stage, self.done or self.args.generations, tag, float(value), int(step)]), file=file)
-        self.writer.add_scalar(tag, float(value), step)
+    @property
+    def returns(self) -> np.ndarray:
+        return np.array([rewards.sum() for _, rewards in self.episodes])
 
-    def save(self) -> None:
-        """A checkpoint of the stage in progress."""
-        self.writer.flush()
-        if self.stage == "encode":
-            self.latents.sync()
-        counters = {name: getattr(self, name) for name in ("stage", "done", "collected")}
-        fitness = torch.tensor(self.fitness, dtype=torch.float64)
-        parts = {"agent": self.agent, "counters": counters, "fitness": fitness} | self.state
-        if self.args.save_buffer:
-            parts["replay"] = self.rb
-        save_checkpoint(self.run_dir, self.args, self.global_step, parts, self.rng)
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Of all time steps: action (N, A), reward (N,), first and done (N,): is it the first, does it terminate?"""
+        starts = np.cumsum(self.lengths) - self.lengths
+        first, done = np.zeros(len(self), np.float32), np.zeros(len(self), np.float32)
+        first[starts], done[starts + self.lengths - 1] = 1, self.terminated
+        action, reward = (np.concatenate(column) for column in zip(*self.episodes, strict=True))
+        return {"action": action, "reward": reward, "first": first, "done": done}
 
-    def finish(self) -> None:
-        """The stage in progress is done, the next one begins."""
-        self.stage, self.done, self.state, self.saved = STAGES[STAGES.index(self.stage) + 1], 0, {}, {}
-        self.save()
+    def state_dict(self) -> dict:
+        self.frames.sync()
+        state = {"lengths": self.lengths.tolist(), "terminated": list(self.terminated)}
+        state["checksums"] = list(self.checksums)
+        if not self.episodes:
+            return state
+        arrays = self.arrays()
+        return state | {name: torch.from_numpy(arrays[name]) for name in ("action", "reward")}
 
-    def progress(self, total: int) -> tqdm:
-        """Bar of the stage in progress, with its remaining time."""
-        bar = make_progress(replace(self.args, total_timesteps=total), self.done)
-        bar.set_description(self.stage)
-        return bar
-
-    def updates(self, total: int, batch_size: int, update: Callable[[int], dict]) -> bool:
-        """Makes the updates of V or M that are left, logs and saves now and then; False if the run was interrupted."""
-        progress, metrics = self.progress(total), {}
-        save_every = (
-            max(self.args.checkpoint_frequency // batch_size, 1) if self.args.checkpoint_frequency else math.inf
-        )
-
-        def report() -> None:
-            for name, value in require_finite(metrics, self.global_step + self.done).items():
-                self.add_scalar(name, value, self.global_step + self.done)
-
-        while self.done < total and not self.stop.requested:
-            metrics = update(self.done)
-            self.done += 1
-            progress.update()
-            saving = self.done % save_every == 0
-            if self.done % 100 == 0 or self.done == total or saving:
-                report()
-            if saving and self.done < total:
-                self.save()
-        if self.stop.requested:
-            require_finite(metrics, self.global_step + self.done)
-            self.save()
-        progress.close()
-        return self.done == total
-
-
-def rewind(checkpoint: dict, args: Args) -> None:
-    """Sets a checkpoint back to the stage that a resume must go on with, and lets that stage's settings be changed."""
-    counters, saved = checkpoint["parts"]["counters"], checkpoint["args"]
-    if args.from_stage:
-        if STAGES.index(args.from_stage) > STAGES.index(counters["stage"]):
-            fail(f"--from-stage {args.from_stage}: this run has not come further than {counters['stage']}")
-        counters |= {"stage": args.from_stage, "done": 0}
-        for name in STAGES[STAGES.index(args.from_stage) : -1]:
-            saved |= {setting: getattr(args, setting) for setting in STAGE_SETTINGS[name].split()}
-    elif args.total_timesteps > counters["collected"] > 0 and counters["stage"] != "collect":
-        counters |= {"stage": "collect", "done": counters["collected"]}  # records more and learns anew from everything
-    elif args.generations > saved["generations"] and counters["stage"] in ("evaluate", "done"):
-        counters |= {"stage": "c", "done": saved["generations"]}
-    if counters["stage"] == "collect" and (args.from_stage or "replay" not in checkpoint["parts"]):
-        counters |= {"done": 0, "collected": 0}  # records anew; without the buffer there is nothing to go on with
-        checkpoint["global_step"] = 0
-    if STAGES.index(counters["stage"]) < STAGES.index("c") or args.from_stage == "c":
-        checkpoint["global_step"] = min(checkpoint["global_step"], counters["collected"] or checkpoint["global_step"])
-    saved |= {"from_stage": args.from_stage, "generations": max(saved["generations"], args.generations)}
-
-
-def collect(run: Run) -> bool:
-    """Records episodes of held random actions, until the run has made total_timesteps environment steps."""
-    args, rb, writer, num_envs = run.args, run.rb, run.writer, run.args.num_envs
-    held = HeldActions(num_envs, run.spec, args.max_hold, run.rng["actions"])
-    tracks: list[list[tuple]] = [[] for _ in range(num_envs)]
-    progress, dones = run.progress(args.total_timesteps), np.ones(num_envs, bool)
-    needed, free = (args.total_timesteps - run.global_step) * rb.frames.row_bytes, shutil.disk_usage(run.run_dir).free
-    if needed > free:
-        progress.write(f"the frames need up to {needed / 1e9:.0f} GB, the disk has {free / 1e9:.0f} GB left")
-    next_save, last_report = (
-        next_multiple(run.global_step, args.checkpoint_frequency),
-        (run.global_step, time.perf_counter()),
-    )
-
-    def store(i: int, terminated: bool) -> None:
-        if len(tracks[i]) >= args.min_episode_length:
-            rb.add(*(np.stack(column) for column in zip(*tracks[i], strict=True)), terminated)
-        tracks[i] = []
-
-    while True:
-        ending = run.stop.requested or run.global_step >= args.total_timesteps
-        if ending:
-            for i in range(num_envs):
-                store(i, False)  # cut off, not terminated
-        if ending or (run.global_step >= next_save and (dones.all() or num_envs > 1)):
-            next_save = next_multiple(run.global_step, args.checkpoint_frequency)
-            run.done = run.global_step
-            run.save()
-        if ending:
-            break
-        if dones.any():
-            seeds = run.rng["reset"].integers(2**31, size=num_envs).tolist()
-            obs, _ = run.envs.reset(seed=seeds, options={"reset_mask": dones})
-        actions = held(dones)
-        next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, run.spec.action_kind))
-        if not np.isfinite(rewards).all():
-            raise SystemExit(f"error: not finite at step {run.global_step}: the environment's reward")
-        for i, track in enumerate(tracks):
-            track.append((obs[i].copy(), actions[i], rewards[i]))
-        obs, dones = next_obs, terminations | truncations
-        run.global_step += num_envs
-        progress.update(num_envs)
-        for i in np.flatnonzero(dones):
-            store(i, terminations[i])
-        if dones.any():
-            log_episodes(writer, progress, infos, dones, run.global_step)
-            now = time.perf_counter()
-            writer.add_scalar(
-                "charts/SPS", (run.global_step - last_report[0]) / (now - last_report[1]), run.global_step
-            )
-            last_report = run.global_step, now
-    progress.close()
-    if run.stop.requested:
-        return False
-    if len(rb) < 2:
-        raise SystemExit(
-            f"error: no episode of {args.min_episode_length} steps in {run.global_step}: nothing to learn from"
-        )
-    run.collected = run.global_step
-    return True
-
-
-def train_vae(run: Run) -> bool:
-    """V: passes over all recorded frames, in an order drawn for each pass."""
-    args, vae, frames = run.args, run.agent.vae, run.rb.frames.rows()
-    batch_size = min(args.vae_batch_size, len(frames))
-    per_epoch = len(frames) // batch_size
-    optimizer = torch.optim.Adam(vae.parameters(), args.vae_lr, fused=True)
-    if run.saved:
-        optimizer.load_state_dict(run.saved["optimizer"])
-    run.state = {"optimizer": optimizer}
-    loss_fn, order = torch.compile(vae_loss) if args.compile else vae_loss, None
-
-    def update(i: int) -> dict:
-        nonlocal order
-        if order is None or i % per_epoch == 0:
-            order = np.random.default_rng([args.seed, 2, i // per_epoch]).permutation(len(frames))
-        rows = np.sort(order[i % per_epoch * batch_size :][:batch_size])
-        image = preprocess(torch.from_numpy(frames[rows]).to(run.device))
-        noise = torch.randn(batch_size, args.latent_size, generator=run.rng["v"], device=run.device)
-        return update_vae(vae, optimizer, image, noise, args, loss_fn)
-
-    finished = run.updates(per_epoch * args.vae_epochs, batch_size, update)
-    if finished:
-        log_reconstructions(run, frames[np.linspace(0, len(frames) - 1, 16).astype(int)])
-    return finished
-
-
-@torch.no_grad()
-def encode(run: Run) -> bool:
-    """Means and log-variances of all frames, float16, to a file of the run folder."""
-    frames, chunk = run.rb.frames.rows(), 500
-    run.latents.cut(run.done)
-    progress, next_save = run.progress(len(frames)), next_multiple(run.done, run.args.checkpoint_frequency)
-    while run.done < len(frames) and not run.stop.requested:
-        rows = frames[run.done : run.done + chunk]
-        mu_logvar = torch.stack(run.agent.vae.encode(preprocess(torch.from_numpy(rows.copy()).to(run.device))), 1)
-        mu_logvar = mu_logvar.half()
-        if not mu_logvar.isfinite().all():  # host sync
-            raise SystemExit("error: not finite: latents of V; train it again with a smaller --vae-lr: --from-stage v")
-        run.latents.append(mu_logvar.cpu().numpy())
-        run.done += len(rows)
-        progress.update(len(rows))
-        if run.done >= next_save and run.done < len(frames):
-            next_save = next_multiple(run.done, run.args.checkpoint_frequency)
-            run.save()
-    progress.close()
-    if run.stop.requested:
-        run.save()
-        return False
-    mu = run.latents.rows()[:: max(len(frames) // 10_000, 1), 0].astype(np.float32)
-    if (mu.std(0) < 1e-3).all():
-        raise SystemExit(
-            "error: the latents of V are constant; train it again with more --vae-epochs or a smaller --vae-lr: "
-            "--from-stage v"
-        )
-    return True
+    def load_state_dict(self, state: dict) -> None:
+        """Also compares checksums of a few episodes: the file must be the one that was recorded."""
+        lengths = state["lengths"]
+        if not lengths:
+            return
+        self.frames.cut(sum(lengths))
+        self.terminated, self.checksums = list(state["terminated"]), list(state["checksums"])
+        columns = (state[name].numpy().copy() for name in ("action", "reward"))
+        cuts = np.cumsum(lengths)[:-1]
+        self.episodes = list(zip(*(np.split(column, cuts) for column in columns), strict=True))
+        starts = np.cumsum(lengths) - lengths
+        for i in np.unique(np.linspace(0, len(lengths) - 1, 16).astype(int)):
+            self.frames.verify(starts[i], starts[i] + lengths[i], self.checksums[i])
 
 
 class Latents:
     """All recorded time steps on the device, for M: mu and logvar (N, Z) float16, action, reward, first, done."""
 
-    def __init__(self, run: Run):
-        rows = torch.from_numpy(np.array(run.latents.rows())).to(run.device)
-        arrays = run.rb.arrays()
-        learnable = [learnable_rewards(rewards, run.spec) for _, rewards in run.rb.episodes]
+    def __init__(self, rb: ReplayBuffer, rows: np.ndarray, spec: Spec, holdout_ratio: float, device: torch.device):
+        rows = torch.from_numpy(np.array(rows)).to(device)  # (N, 2, Z)
+        arrays = rb.arrays()
+        learnable = [learnable_rewards(rewards, spec) for _, rewards in rb.episodes]
         arrays["reward"] = np.concatenate(learnable).astype(np.float32)
-        self.data = {name: torch.from_numpy(array).to(run.device) for name, array in arrays.items()}
+        self.data = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         self.data |= {"mu": rows[:, 0], "logvar": rows[:, 1]}
-        ends = np.cumsum(run.rb.lengths)
-        self.spans = np.stack([ends - run.rb.lengths, ends], 1)  # first row of each episode, and the one after its last
+        ends = np.cumsum(rb.lengths)
+        self.spans = np.stack([ends - rb.lengths, ends], 1)  # first row of each episode, and the one after its last
         # deviation 1
-        held_out = min(max(int(run.args.holdout_ratio * len(ends)), 1), len(ends) - 1)
+        held_out = min(max(int(holdout_ratio * len(ends)), 1), len(ends) - 1)
         self.train, self.holdout = (self.spans[:-held_out], self.spans[-held_out:]) if held_out else (self.spans,) * 2
 
     def streams(self, spans: np.ndarray, batch_size: int, length: int) -> torch.Tensor:
@@ -1208,16 +701,122 @@ class Latents:
         return batch | {"z": z[:-1], "next_z": z[1:], "next_first": columns["first"][1:]}
 
 
-def train_model(run: Run) -> bool:
+# === Training ===
+
+
+def collect(run: "Stages") -> bool:
+    """Records episodes of held random actions, until the run has made total_timesteps environment steps."""
+    args, rb, num_envs = run.args, run.rb, run.args.num_envs
+    held = HeldActions(num_envs, run.spec, args.max_hold, run.rng["actions"])
+    tracks: list[list[tuple]] = [[] for _ in range(num_envs)]
+    needed, free = (args.total_timesteps - run.step) * rb.frames.row_bytes, shutil.disk_usage(run.folder).free
+    if needed > free:
+        run.say(f"the frames need up to {needed / 1e9:.0f} GB, the disk has {free / 1e9:.0f} GB left")
+
+    def store(i: int, terminated: bool) -> None:
+        if len(tracks[i]) >= args.min_episode_length:
+            rb.add(*(np.stack(column) for column in zip(*tracks[i], strict=True)), terminated)
+        tracks[i] = []
+
+    run.begin(args.total_timesteps)
+    dones, last_report = np.ones(num_envs, bool), (run.step, time.perf_counter())
+    while True:
+        if run.stop.requested or run.step >= args.total_timesteps:
+            for i in range(num_envs):
+                store(i, False)  # cut off, not terminated
+        run.done = run.step
+        if not run.goes_on(dones):
+            break
+        if dones.any():
+            seeds = run.rng["reset"].integers(2**31, size=num_envs).tolist()
+            obs, _ = run.envs.reset(seed=seeds, options={"reset_mask": dones})
+        actions = held(dones)
+        next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, run.spec.action_kind))
+        if not np.isfinite(rewards).all():
+            raise SystemExit(f"error: not finite at step {run.step}: the environment's reward")
+        for i, track in enumerate(tracks):
+            track.append((obs[i].copy(), actions[i], rewards[i]))
+        obs, dones = next_obs, terminations | truncations
+        run.step += num_envs
+        run.progress.update(num_envs)
+        for i in np.flatnonzero(dones):
+            store(i, terminations[i])
+        if dones.any():
+            run.log_episodes(infos, dones)
+            now = time.perf_counter()
+            run.log({"charts/SPS": (run.step - last_report[0]) / (now - last_report[1])})
+            last_report = run.step, now
+    if run.stop.requested:
+        return False
+    if len(rb) < 2:
+        short = f"no episode of {args.min_episode_length} steps in {run.step}"
+        raise SystemExit(f"error: {short}: nothing to learn from")
+    run.collected = run.step
+    return True
+
+
+def train_vae(run: "Stages") -> bool:
+    """V: passes over all recorded frames, in an order drawn for each pass."""
+    args, vae, frames = run.args, run.agent.vae, run.rb.frames.rows()
+    batch_size = min(args.vae_batch_size, len(frames))
+    per_epoch = len(frames) // batch_size
+    optimizer = torch.optim.Adam(vae.parameters(), args.vae_lr, fused=True)
+    run.keep_optimizer(optimizer)
+    loss_fn, order = torch.compile(vae_loss) if args.compile else vae_loss, None
+
+    def update(i: int) -> dict:
+        nonlocal order
+        if order is None or i % per_epoch == 0:
+            order = np.random.default_rng([args.seed, 2, i // per_epoch]).permutation(len(frames))
+        rows = np.sort(order[i % per_epoch * batch_size :][:batch_size])
+        image = preprocess(torch.from_numpy(frames[rows]).to(run.device))
+        noise = torch.randn(batch_size, args.latent_size, generator=run.rng["v"], device=run.device)
+        return update_vae(vae, optimizer, image, noise, args, loss_fn)
+
+    finished = run.updates(per_epoch * args.vae_epochs, batch_size, update)
+    if finished:
+        log_reconstructions(run, frames[np.linspace(0, len(frames) - 1, 16).astype(int)])
+    return finished
+
+
+@torch.no_grad()
+def encode(run: "Stages") -> bool:
+    """Means and log-variances of all frames, float16, to a file of the run folder."""
+    frames, chunk = run.rb.frames.rows(), 500
+    run.latents.cut(run.done)
+    run.begin(len(frames))
+    next_save = next_multiple(run.done, run.args.checkpoint_frequency)
+    while run.done < len(frames) and not run.stop.requested:
+        rows = frames[run.done : run.done + chunk]
+        mu_logvar = torch.stack(run.agent.vae.encode(preprocess(torch.from_numpy(rows.copy()).to(run.device))), 1)
+        mu_logvar = mu_logvar.half()
+        if not mu_logvar.isfinite().all():  # host sync
+            raise SystemExit("error: not finite: latents of V; train it again with a smaller --vae-lr: --from-stage v")
+        run.latents.append(mu_logvar.cpu().numpy())
+        run.done += len(rows)
+        run.progress.update(len(rows))
+        if run.done >= next_save and run.done < len(frames):
+            next_save = next_multiple(run.done, run.args.checkpoint_frequency)
+            run.save()
+    if run.stop.requested:
+        run.save()
+        return False
+    mu = run.latents.rows()[:: max(len(frames) // 10_000, 1), 0].astype(np.float32)
+    if (mu.std(0) < 1e-3).all():
+        again = "train it again with more --vae-epochs or a smaller --vae-lr: --from-stage v"
+        raise SystemExit(f"error: the latents of V are constant; {again}")
+    return True
+
+
+def train_model(run: "Stages") -> bool:
     """M: passes over all episodes but the held-out ones, joined in an order drawn for each; the state is carried on."""
-    args, model, latents = run.args, run.agent.model, Latents(run)
+    args, model = run.args, run.agent.model
+    latents = Latents(run.rb, run.latents.rows(), run.spec, args.holdout_ratio, run.device)
     if not run.done:
         model.reward_mean.copy_(latents.data["reward"].mean())
         model.reward_std.copy_(latents.data["reward"].std().clamp(min=1e-3))
     optimizer = torch.optim.Adam(model.parameters(), args.model_lr, fused=True)
-    if run.saved:
-        optimizer.load_state_dict(run.saved["optimizer"])
-    run.state = {"optimizer": optimizer}
+    run.keep_optimizer(optimizer)
     sizes, pieces = (args.model_batch_size, args.sequence_length), None
     num_pieces = len(latents.streams(latents.train, *sizes))
 
@@ -1227,14 +826,14 @@ def train_model(run: Run) -> bool:
             spans = np.random.default_rng([args.seed, 3, i // num_pieces]).permutation(latents.train)
             pieces = latents.streams(spans, *sizes)
         if i % num_pieces == 0:
-            run.state["carry"] = model.initial(pieces.shape[2])
-        elif "carry" not in run.state:
-            run.state["carry"] = tuple(tensor.to(run.device) for tensor in run.saved["carry"])
+            run.parts["carry"] = model.initial(pieces.shape[2])
+        elif "carry" not in run.parts:
+            run.parts["carry"] = tuple(tensor.to(run.device) for tensor in run.saved["carry"])
         rows = pieces[i % num_pieces]
         noise = torch.randn(*rows.shape, args.latent_size, generator=run.rng["m"], device=run.device)
         optimizer.param_groups[0]["lr"] = model_learning_rate(i, args)
         batch = latents.batch(rows, noise)
-        metrics, run.state["carry"] = update_model(model, optimizer, batch, run.state["carry"], args)
+        metrics, run.parts["carry"] = update_model(model, optimizer, batch, run.parts["carry"], args)
         return metrics
 
     if not run.updates(args.model_updates, args.model_batch_size, update):
@@ -1263,16 +862,13 @@ def set_dream_starts(model: MDNRNN, latents: Latents, rng: np.random.Generator, 
         noise = torch.from_numpy(rng.standard_normal((*rows.shape, model.shape[2]), np.float32)).to(model.bias.device)
         batch = latents.batch(rows, noise)
         _, c, h = model(batch["z"], batch["action"], batch["first"], c, h)
-    for name, value in {
-        "mu": latents.data["mu"][rows[-1]],
-        "logvar": latents.data["logvar"][rows[-1]],
-        "c": c,
-        "h": h,
-    }.items():
-        getattr(model, f"start_{name}").copy_(value)
+    model.start_mu.copy_(latents.data["mu"][rows[-1]])
+    model.start_logvar.copy_(latents.data["logvar"][rows[-1]])
+    model.start_c.copy_(c)
+    model.start_h.copy_(h)
 
 
-def evolve(run: Run) -> bool:
+def evolve(run: "Stages") -> bool:
     """C: CMA-ES on each candidate's mean return over the same episodes or dreams; the distribution's mean is kept."""
     import cma
 
@@ -1284,10 +880,11 @@ def evolve(run: Run) -> bool:
         run.fitness, run.evaluated = [], 0
     for fitness in run.fitness:  # random numbers and fitness are all that CMA-ES depends on: a resume repeats its steps
         es.tell(es.ask(), fitness)
-    progress, num_jobs = run.progress(args.generations), args.population * args.episodes
+    run.begin(args.generations)
+    num_jobs = args.population * args.episodes
     while run.done < args.generations:
         if args.eval_frequency and run.done % args.eval_generations == 0 and run.evaluated < run.done:
-            if not log_scores(run, progress):
+            if not log_scores(run):
                 break
             run.save()
         candidates = es.ask()
@@ -1311,23 +908,240 @@ def evolve(run: Run) -> bool:
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))
         run.done += 1
         if args.controller_env == "real":
-            run.global_step += int(lengths.sum())
+            run.step += int(lengths.sum())
         values = {"mean": scores.mean(), "best": scores.max(), "std": scores.std(), "sigma": es.sigma}
-        for name, value in values.items() | {"length": lengths.mean()}.items():
-            run.add_scalar(f"controller/{name}", value, run.global_step + run.done)
-        progress.write(
-            f"generation {run.done}: mean {scores.mean():.1f}, best {scores.max():.1f}, sigma {es.sigma:.4f}"
-        )
-        progress.update()
+        values["length"] = lengths.mean()
+        run.log({f"controller/{name}": value for name, value in values.items()})
+        best = f"mean {scores.mean():.1f}, best {scores.max():.1f}"
+        run.say(f"generation {run.done}: {best}, sigma {es.sigma:.4f}")
+        run.progress.update()
         if args.checkpoint_frequency:
             run.save()
     if run.stop.requested:
         run.save()
-    progress.close()
     return run.done == args.generations and not run.stop.requested
 
 
+def main(args: Args) -> str:
+    args = with_task_defaults(args)
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    envs = make_vector_env(args, args.num_envs)
+    spec = make_spec(envs, args)
+    if args.dream_length is None:
+        args = replace(args, dream_length=spec.time_limit)
+    if checkpoint:
+        rewind(checkpoint, args)
+    run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
+    if run.device.type == "cpu":
+        keep_freed_memory()
+    parts = run.agent.named_children()
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts)
+    print(f"{run.folder}: {run.device}, parameters: {sizes}, controller {run.agent.controller.numel():,}")
+
+    stages = {"collect": collect, "v": train_vae, "encode": encode, "m": train_model, "c": evolve, "evaluate": evaluate}
+    while run.stage != "done" and not run.stop.requested and stages[run.stage](run):
+        run.finish()
+
+    envs.close()
+    return run.close(run.agent.state_dict())
+
+
+# === Environment ===
+
+
+# The published settings by task (name of the environment without its version). A flag on the command line wins.
+DEFAULTS = {
+    "total_timesteps": 1_000_000, "controller_env": "dream", "max_hold": 10, "min_episode_length": 2, "latent_size": 32,
+    "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0,
+}  # fmt: skip
+
+
+TASKS = {
+    "VizdoomTakeCover": {
+        "total_timesteps": 3_080_000, "min_episode_length": 101, "latent_size": 64, "hidden_size": 512,
+        "model_updates": 24_400, "model_lr_decay": 0.99999,
+    },
+    "CarRacing": {
+        "total_timesteps": 10_000_000, "controller_env": "real", "max_hold": 8, "sequence_length": 1_000,
+    },
+}  # fmt: skip
+
+
+TIME_LIMITS = {"VizdoomTakeCover": 2100}  # where the environment has none; without one a score cannot be compared
+
+
+def task_name(env_id: str) -> str:
+    """my_module:MyEnv-v0 -> MyEnv."""
+    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+
+
+def with_task_defaults(args: Args) -> Args:
+    """The settings in force: what was not given is filled in from TASKS."""
+    task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
+    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+
+
+def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
+    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
+    mode = gym.vector.AutoresetMode.DISABLED
+    if num_envs == 1:
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
+    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+
+
+def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
+    """Thunk of one environment: observations (64, 64, 3) uint8, its own actions or a box [-1, 1]."""
+    main_process = os.getpid()
+
+    def thunk() -> gym.Env:
+        if os.getpid() != main_process:
+            os.setsid()  # signals to the process group are for the main process, which closes the workers
+            torch.set_num_threads(1)
+        env = make_gymnasium(args, video is not None)
+        if env.get_wrapper_attr("spec") is not None and env.spec.max_episode_steps is None:
+            env = gym.wrappers.TimeLimit(env, TIME_LIMITS.get(task_name(args.env_id), 10_000))
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        if video is not None:  # folder/prefix of the MP4
+            folder, prefix = os.path.split(video)
+            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
+            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
+        return fit_spaces(env, args)
+
+    return thunk
+
+
+def fit_spaces(env: gym.Env, args: Args) -> gym.Env:
+    """Refuses what World Models cannot use; crops and resizes pictures to 64x64, rescales a general action box."""
+    if args.render_obs:
+        env = gym.wrappers.AddRenderObservation(env, render_only=True)
+    obs = env.observation_space
+    if isinstance(obs, gym.spaces.Dict) and "screen" in obs.spaces:  # ViZDoom
+        obs = obs["screen"]
+        env = gym.wrappers.TransformObservation(env, lambda o: o["screen"], obs)
+    if not (isinstance(obs, gym.spaces.Box) and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3):
+        fail(f"{args.env_id}: observations must be images (H, W, 3) of uint8, not {obs} (--render-obs draws them)")
+    if action_kind(env.action_space, args) == "car":  # without the bar of instruments
+        road = gym.spaces.Box(0, 255, (84, *obs.shape[1:]), np.uint8)
+        env = gym.wrappers.TransformObservation(env, lambda o: o[:84], road)
+    if env.observation_space.shape[:2] != (64, 64):
+        env = gym.wrappers.ResizeObservation(env, (64, 64))
+    if action_kind(env.action_space, args) == "box":
+        low, high = env.action_space.low, env.action_space.high
+        space = gym.spaces.Box(-1, 1, low.shape, np.float32)
+        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * (high - low) / 2).astype(low.dtype), space)
+    return env
+
+
+def action_kind(space: gym.Space, args: Args) -> str:
+    """car (steer, gas, brake), thirds (TakeCover: one number, three moves), box, or discrete."""
+    if task_name(args.env_id) == "VizdoomTakeCover":
+        return "thirds"
+    if task_name(args.env_id) == "CarRacing" and isinstance(space, gym.spaces.Box):
+        return "car"
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded("both"):
+        return "box"
+    if not (isinstance(space, gym.spaces.Discrete) and space.start == 0):
+        fail(f"{args.env_id}: actions must be a bounded vector Box or Discrete starting at 0, not {space}")
+    return "discrete"
+
+
+def make_spec(envs: gym.vector.VectorEnv, args: Args) -> Spec:
+    space = envs.single_action_space
+    kind, dreaming = action_kind(space, args), args.controller_env == "dream"
+    dim = {"thirds": 1, "discrete": getattr(space, "n", 0)}.get(kind) or space.shape[0]
+    limit = envs.get_attr("_max_episode_steps")[0]
+    return Spec(kind, int(dim), int(limit), dreaming, dreaming and kind != "thirds")
+
+
+def make_gymnasium(args: Args, film: bool) -> gym.Env:
+    """Any registered Gymnasium environment; TakeCover at a resolution that is drawn quickly."""
+    env_id, settings = args.env_id, {"render_mode": "rgb_array"} if film or args.render_obs else {}
+    try:
+        if args.envpool:
+            return gym.wrappers.TimeLimit(EnvPoolCarRacing(), 1000)
+        if not env_id.startswith("Vizdoom"):
+            return gym.make(env_id, **settings)
+        import vizdoom.gymnasium_wrapper  # noqa: F401 (registers the ids)
+
+        with contextlib.chdir(tempfile.gettempdir()):  # the game leaves files where its first episode begins
+            env = gym.make(env_id, screen_resolution="RES_160X120", **settings)
+            env.reset()
+            return env
+    except gym.error.DependencyNotInstalled as error:
+        fail(str(error).replace("\n", " "))
+    except ImportError as error:
+        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
+    except gym.error.Error as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+
+
+class EnvPoolCarRacing(gym.Env):
+    """CarRacing-v3 of EnvPool as a Gymnasium environment; a pool of one is made for each episode, with its seed."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
+    render_mode = "rgb_array"
+    observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
+    action_space = gym.spaces.Box(np.array([-1, 0, 0], np.float32), np.ones(3, np.float32))
+
+    def __init__(self):
+        import envpool
+
+        self.make = functools.partial(envpool.make, "CarRacing-v3", env_type="gymnasium", num_envs=1)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.pool = self.make(seed=int(self.np_random.integers(2**31)))
+        obs, _ = self.pool.reset()
+        self.frame = obs[0]
+        return self.frame, {}
+
+    def step(self, action: np.ndarray):
+        obs, rewards, terminations, truncations, _ = self.pool.step(np.asarray(action, np.float32)[None])
+        self.frame = obs[0]
+        return self.frame, float(rewards[0]), bool(terminations[0]), bool(truncations[0]), {}
+
+    def render(self) -> np.ndarray:
+        return self.frame
+
+
 # === Evaluation ===
+
+
+def evaluate(run: "Stages") -> bool:
+    """The last generation's score."""
+    if not run.args.eval_frequency:
+        return True
+    run.begin(1)
+    finished = log_scores(run)
+    run.progress.update(int(finished))
+    return finished
+
+
+def log_scores(run: "Stages") -> bool:
+    """Real and dream score of the distribution's mean, side by side, and one of its dreams; False if interrupted."""
+    args, trace, envs, generation = run.args, [], run.envs, len(run.fitness)
+    if args.capture_video:  # a film of each evaluation needs a new recorder
+        video = f"{run.folder}/videos/generation-{generation}"
+        envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+    real, dreamed = real_and_dream_scores(run.agent, envs, args, run.stop, trace)
+    if args.capture_video:
+        envs.close()
+    if run.stop.requested:
+        return False
+    run.log_evaluation(real)
+    if dreamed is not None:
+        run.say(f"global_step={run.step}, dream: {dreamed.mean():.1f} +- {dreamed.std():.1f}")
+        run.log({"dream/episodic_return": dreamed.mean(), "dream/episodic_return_std": dreamed.std()})
+    frames = decode_frames(run.agent, torch.stack(trace[:: max(len(trace) // 100, 1)]))
+    log_gif(run.writer, "dream/episode", frames, run.folder, run.step + generation)
+    run.evaluated = generation
+    return True
 
 
 def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", trace: list | None = None) -> tuple:
@@ -1340,102 +1154,48 @@ def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", t
     return real, dreamed.cpu().numpy() if agent.model.spec.done_head else None
 
 
-def log_scores(run: Run, progress: tqdm) -> bool:
-    """Real and dream score of the distribution's mean, side by side, and one of its dreams; False if interrupted."""
-    args, trace, envs, generation = run.args, [], run.envs, len(run.fitness)
-    step = run.global_step + generation
-    if args.capture_video:  # a film of each evaluation needs a new recorder
-        video = f"{run.run_dir}/videos/generation-{generation}"
-        envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
-    real, dreamed = real_and_dream_scores(run.agent, envs, args, run.stop, trace)
-    if args.capture_video:
-        envs.close()
-    if run.stop.requested:
-        return False
-    log_evaluation(run, progress, real, step)
-    if dreamed is not None:
-        progress.write(f"global_step={step}, dream: {dreamed.mean():.1f} +- {dreamed.std():.1f}")
-        run.add_scalar("dream/episodic_return", dreamed.mean(), step)
-        run.add_scalar("dream/episodic_return_std", dreamed.std(), step)
-    frames = decode_frames(run.agent, torch.stack(trace[:: max(len(trace) // 100, 1)]))
-    log_gif(run.writer, "dream/episode", frames, run.run_dir, step)
-    run.evaluated = generation
-    return True
+def calibrate(run: "Stages", latents: Latents) -> None:
+    """Is the dream like the real environment? Measured before anything is evolved in it; says what to raise if not.
 
-
-def evaluate(run: Run) -> bool:
-    """The last generation's score."""
-    if not run.args.eval_frequency:
-        return True
-    progress = run.progress(1)
-    finished = log_scores(run, progress)
-    progress.update(int(finished))
-    progress.close()
-    return finished
-
-
-@torch.no_grad()
-def decode_frames(agent: Agent, z: torch.Tensor) -> np.ndarray:
-    """z (N, Z) -> pictures (N, 64, 64, 3) uint8."""
-    return (agent.vae.decode(z).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
-
-
-def log_reconstructions(run: Run, frames: np.ndarray) -> None:
-    """Frames (N, 64, 64, 3) above what V makes of their means, as PNG and in the log."""
-    from PIL import Image
-
-    with torch.no_grad():
-        mu, _ = run.agent.vae.encode(preprocess(torch.from_numpy(frames.copy()).to(run.device)))
-    rows = frames, decode_frames(run.agent, mu)
-    image = np.concatenate([np.concatenate(list(row), 1) for row in rows])
-    Image.fromarray(image).save(f"{run.run_dir}/reconstructions.png")
-    run.writer.add_image("vae/reconstructions", image, run.global_step, dataformats="HWC")
-
-
-@torch.no_grad()
-def open_loop(model: MDNRNN, batch: dict, uniform, normal, temperature: float, context: int) -> torch.Tensor:
-    """z (T, N, Z): that of a batch up to `context` steps, then M's own, sampled, with the batch's actions."""
-    z, (c, h), path = batch["z"][0], model.initial(batch["z"].shape[1]), []
-    for t, (action, first) in enumerate(zip(batch["action"], batch["first"], strict=True)):
-        z = batch["z"][t] if t < context else z
-        path.append(z)
-        z, c, h, _, _ = dream_step(model, z, action, first, c, h, uniform[t], normal[t], temperature)
-    return torch.stack(path)
-
-
-def log_open_loop(run: Run, latents: Latents) -> None:
-    """M left to itself on held-out episodes: error of the pictures by horizon, and a film of truth above dream."""
-    from matplotlib.figure import Figure
-
-    intro, spans = run.spec.intro, latents.holdout
-    context, length = intro + 5, min(intro + 100, int((spans[:, 1] - spans[:, 0]).max()) - 1)
-    starts = np.array([start for start, end in spans if end - start > length])[:8]
-    if length <= context:
-        return
-    rows = torch.from_numpy(starts + np.arange(length + 1)[:, None]).to(run.device)
-    generator = torch.Generator(run.device).manual_seed(run.args.seed)
-    normal, noise = (
-        torch.randn(*rows.shape, run.args.latent_size, generator=generator, device=run.device) for _ in range(2)
-    )
-    uniform = torch.rand(noise.shape, generator=generator, device=run.device)
-    z = open_loop(run.agent.model, latents.batch(rows, noise), uniform, normal, run.args.temperature, context)
-    dreamed = decode_frames(run.agent, z[intro:].flatten(0, 1)).reshape(-1, len(starts), 64, 64, 3)
-    truth = run.rb.frames.rows()[rows[intro:-1].cpu().numpy()]
-    error = ((dreamed / 255.0 - truth / 255.0) ** 2).mean((1, 2, 3, 4))
-    context, length = context - intro, length - intro
-    for horizon in (1, 5, 15, 45):
-        if context + horizon <= length:
-            value = error[context + horizon - 1]
-            run.add_scalar(f"open_loop/image_mse_horizon_{horizon}", value, run.global_step + run.done)
-    figure = Figure(figsize=(4, 3), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(np.arange(1 - context, length - context + 1), error)
-    axis.axvline(0.5, color="grey", linestyle="--")
-    axis.set(xlabel="steps since the last observation", ylabel="mean squared error of the picture", ylim=(0, None))
-    figure.savefig(f"{run.run_dir}/open_loop_error.png")
-    run.writer.add_figure("open_loop/error", figure, run.global_step)
-    frames = np.concatenate([truth, dreamed], 2).transpose(0, 2, 1, 3, 4).reshape(length, 128, -1, 3)
-    log_gif(run.writer, "open_loop/truth_dream", frames, run.run_dir, run.global_step)
+    Compares the returns of the recording policy and of constant actions in the dream and in the real environment. They
+    disagree badly where the means differ by more than the standard deviation of the recorded returns.
+    """
+    args, spec, agent = run.args, run.spec, run.agent
+    spread = latents.data["mu"].float().std(0)
+    scores = {"model/live_dims": float((spread > 0.15).sum())} | holdout_scores(agent.model, latents, args)
+    lines = [", ".join(f"{name.split('/')[1]} {value:.3g}" for name, value in scores.items())]
+    off, spread_of_returns = {}, run.rb.returns.std()
+    for name, policy in scripted_policies(spec, args, run.device).items() if spec.done_head else ():
+        dreamed = dream(agent, policy, 100, 100, args.seed, args, run.stop)[0].cpu().numpy()
+        if name == "recording":
+            real = run.rb.returns
+        else:
+            seeds = np.random.default_rng([args.seed, 98]).integers(2**31, size=args.eval_episodes)
+            generator = torch.Generator(run.device).manual_seed(args.seed)
+            real, _ = play(agent, run.envs, policy, seeds, generator, run.stop)
+            if run.stop.requested:
+                return
+        scores |= {f"calibration/{name}_dream": dreamed.mean(), f"calibration/{name}_real": real.mean()}
+        dream_text = f"dream {dreamed.mean():.1f} +- {dreamed.std():.1f}"
+        lines.append(f"{name}: {dream_text}, real {real.mean():.1f} +- {real.std():.1f}")
+        if not abs(dreamed.mean() - real.mean()) <= spread_of_returns:  # also where it is not a number
+            off[name] = dreamed.mean() - real.mean()
+    few_live = scores["model/live_dims"] < args.latent_size / 2
+    if few_live:
+        lines.append("less than half of V's dimensions are live: raise --total-timesteps and --vae-epochs")
+    if off:
+        true, predicted = scores["model/deaths_true"], scores["model/deaths_predicted"]
+        badly_predicted = scores["model/deaths_recall"] < 0.8 or predicted > 2 * true
+        advice = ["--vae-epochs"] * bool(few_live) + ["--model-updates"] * bool(badly_predicted)
+        harder = sum(off.values()) < 0
+        if advice:
+            advice = "raise " + " and ".join(["--total-timesteps", *advice])
+        else:
+            advice = f"{'lower' if harder else 'raise'} --temperature"
+        where = f"{', '.join(off)}: {'harder' if harder else 'easier'} in the dream"
+        lines.append(f"the dream is NOT like the real environment ({where}): {advice} before trusting it")
+    print("calibration: " + "\ncalibration: ".join(lines))
+    run.log(scores)
 
 
 @torch.no_grad()
@@ -1463,52 +1223,6 @@ def holdout_scores(model: MDNRNN, latents: Latents, args: Args) -> dict[str, flo
     return scores
 
 
-def calibrate(run: Run, latents: Latents) -> None:
-    """Is the dream like the real environment? Measured before anything is evolved in it; says what to raise if not.
-
-    Compares the returns of the recording policy and of constant actions in the dream and in the real environment. They
-    disagree badly where the means differ by more than the standard deviation of the recorded returns.
-    """
-    args, spec, agent = run.args, run.spec, run.agent
-    spread = latents.data["mu"].float().std(0)
-    scores = {"model/live_dims": float((spread > 0.15).sum())} | holdout_scores(agent.model, latents, args)
-    lines = [", ".join(f"{name.split('/')[1]} {value:.3g}" for name, value in scores.items())]
-    off, spread_of_returns = {}, run.rb.returns.std()
-    for name, policy in scripted_policies(spec, args, run.device).items() if spec.done_head else ():
-        dreamed = dream(agent, policy, 100, 100, args.seed, args, run.stop)[0].cpu().numpy()
-        if name == "recording":
-            real = run.rb.returns
-        else:
-            seeds = np.random.default_rng([args.seed, 98]).integers(2**31, size=args.eval_episodes)
-            generator = torch.Generator(run.device).manual_seed(args.seed)
-            real, _ = play(agent, run.envs, policy, seeds, generator, run.stop)
-            if run.stop.requested:
-                return
-        scores |= {f"calibration/{name}_dream": dreamed.mean(), f"calibration/{name}_real": real.mean()}
-        lines.append(
-            f"{name}: dream {dreamed.mean():.1f} +- {dreamed.std():.1f}, real {real.mean():.1f} +- {real.std():.1f}"
-        )
-        if not abs(dreamed.mean() - real.mean()) <= spread_of_returns:  # also where it is not a number
-            off[name] = dreamed.mean() - real.mean()
-    few_live = scores["model/live_dims"] < args.latent_size / 2
-    if few_live:
-        lines.append("less than half of V's dimensions are live: raise --total-timesteps and --vae-epochs")
-    if off:
-        true, predicted = scores["model/deaths_true"], scores["model/deaths_predicted"]
-        badly_predicted = scores["model/deaths_recall"] < 0.8 or predicted > 2 * true
-        advice = ["--vae-epochs"] * bool(few_live) + ["--model-updates"] * bool(badly_predicted)
-        harder = sum(off.values()) < 0
-        if advice:
-            advice = "raise " + " and ".join(["--total-timesteps", *advice])
-        else:
-            advice = f"{'lower' if harder else 'raise'} --temperature"
-        where = f"{', '.join(off)}: {'harder' if harder else 'easier'} in the dream"
-        lines.append(f"the dream is NOT like the real environment ({where}): {advice} before trusting it")
-    print("calibration: " + "\ncalibration: ".join(lines))
-    for name, value in scores.items():
-        run.add_scalar(name, value, run.global_step + run.done)
-
-
 def scripted_policies(spec: Spec, args: Args, device: torch.device) -> dict[str, Callable]:
     """Policies that need no learning: the recording one, and each discrete action or the ends and middle of the box."""
     held = HeldActions(100, spec, args.max_hold, np.random.default_rng([args.seed, 97]))
@@ -1525,6 +1239,66 @@ def scripted_policies(spec: Spec, args: Args, device: torch.device) -> dict[str,
         weights = ends.t()[:, None].contiguous()  # (3, 1, A): one feature, which is 1
         constants = controller_action(torch.ones(3, 1, device=device), weights, spec.action_kind)
     return {"recording": recording} | {f"constant_{i}": constant_policy(action) for i, action in enumerate(constants)}
+
+
+def log_open_loop(run: "Stages", latents: Latents) -> None:
+    """M left to itself on held-out episodes: error of the pictures by horizon, and a film of truth above dream."""
+    from matplotlib.figure import Figure
+
+    intro, spans = run.spec.intro, latents.holdout
+    context, length = intro + 5, min(intro + 100, int((spans[:, 1] - spans[:, 0]).max()) - 1)
+    starts = np.array([start for start, end in spans if end - start > length])[:8]
+    if length <= context:
+        return
+    rows = torch.from_numpy(starts + np.arange(length + 1)[:, None]).to(run.device)
+    generator, shape = torch.Generator(run.device).manual_seed(run.args.seed), (*rows.shape, run.args.latent_size)
+    normal, noise = (torch.randn(shape, generator=generator, device=run.device) for _ in range(2))
+    uniform = torch.rand(noise.shape, generator=generator, device=run.device)
+    z = open_loop(run.agent.model, latents.batch(rows, noise), uniform, normal, run.args.temperature, context)
+    dreamed = decode_frames(run.agent, z[intro:].flatten(0, 1)).reshape(-1, len(starts), 64, 64, 3)
+    truth = run.rb.frames.rows()[rows[intro:-1].cpu().numpy()]
+    error = ((dreamed / 255.0 - truth / 255.0) ** 2).mean((1, 2, 3, 4))
+    context, length = context - intro, length - intro
+    horizons = [k for k in (1, 5, 15, 45) if context + k <= length]
+    run.log({f"open_loop/image_mse_horizon_{k}": error[context + k - 1] for k in horizons})
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(np.arange(1 - context, length - context + 1), error)
+    axis.axvline(0.5, color="grey", linestyle="--")
+    axis.set(xlabel="steps since the last observation", ylabel="mean squared error of the picture", ylim=(0, None))
+    figure.savefig(f"{run.folder}/open_loop_error.png")
+    run.writer.add_figure("open_loop/error", figure, run.step)
+    frames = np.concatenate([truth, dreamed], 2).transpose(0, 2, 1, 3, 4).reshape(length, 128, -1, 3)
+    log_gif(run.writer, "open_loop/truth_dream", frames, run.folder, run.step)
+
+
+@torch.no_grad()
+def open_loop(model: MDNRNN, batch: dict, uniform, normal, temperature: float, context: int) -> torch.Tensor:
+    """z (T, N, Z): that of a batch up to `context` steps, then M's own, sampled, with the batch's actions."""
+    z, (c, h), path = batch["z"][0], model.initial(batch["z"].shape[1]), []
+    for t, (action, first) in enumerate(zip(batch["action"], batch["first"], strict=True)):
+        z = batch["z"][t] if t < context else z
+        path.append(z)
+        z, c, h, _, _ = dream_step(model, z, action, first, c, h, uniform[t], normal[t], temperature)
+    return torch.stack(path)
+
+
+def log_reconstructions(run: "Stages", frames: np.ndarray) -> None:
+    """Frames (N, 64, 64, 3) above what V makes of their means, as PNG and in the log."""
+    from PIL import Image
+
+    with torch.no_grad():
+        mu, _ = run.agent.vae.encode(preprocess(torch.from_numpy(frames.copy()).to(run.device)))
+    rows = frames, decode_frames(run.agent, mu)
+    image = np.concatenate([np.concatenate(list(row), 1) for row in rows])
+    Image.fromarray(image).save(f"{run.folder}/reconstructions.png")
+    run.writer.add_image("vae/reconstructions", image, run.step, dataformats="HWC")
+
+
+@torch.no_grad()
+def decode_frames(agent: Agent, z: torch.Tensor) -> np.ndarray:
+    """z (N, Z) -> pictures (N, 64, 64, 3) uint8."""
+    return (agent.vae.decode(z).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
 
 
 def evaluate_run(args: Args) -> str:
@@ -1551,7 +1325,7 @@ def evaluate_run(args: Args) -> str:
     return args.evaluate
 
 
-# === Run plumbing (same text in all five scripts) ===
+# === Run: folder, log, checkpoints, Ctrl-C (same text in all five scripts) ===
 
 
 def fail(message: str) -> NoReturn:
@@ -1573,66 +1347,21 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
 
-def setup_run(args: Args, checkpoint: dict | None) -> tuple[str, torch.device, SummaryWriter]:
-    """Run folder, device, logs and global seeds; with a checkpoint, that run's folder."""
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
-    if checkpoint:
-        free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
-        refuse_changes(args, checkpoint, free)
-    run_dir = args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = run_dir.rstrip("/")
-    try:
-        os.makedirs(run_dir, exist_ok=args.resume is not None)
-    except OSError as error:
-        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    if args.track:  # before the writer is made, which it listens to
-        name = os.path.basename(run_dir)
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow",
-                   config=asdict(args), sync_tensorboard=True)  # fmt: skip
-    step = checkpoint["global_step"] if checkpoint else 0
-    try:
-        writer = SummaryWriter(run_dir, purge_step=step + 1 if checkpoint else None)
-    except OSError as error:
-        fail(f"cannot write the run folder {run_dir}: {error.strerror}")
-    table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    return run_dir, choose_device(args), writer
-
-
-def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
-    """Settings of a saved run must be as they were, but for those named in `free`."""
-    for name, value in checkpoint["args"].items():
-        if name not in free.split() and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
-
-
 def next_multiple(step: int, frequency: int) -> float:
     """The next multiple of a frequency after this step; 0 = never."""
     return (step // frequency + 1) * frequency if frequency else math.inf
 
 
 def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
-    """Writes everything a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
+    """Writes all that a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
 
     parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
     """
-    state = {
-        "version": 1,
-        "args": asdict(args) | {"resume": None},
-        "global_step": global_step,
-        "parts": {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()},
-        "rng": {
-            name: g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state for name, g in rng.items()
-        },
-    }
+    state = {"version": 1, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    for name, generator in rng.items():
+        is_torch = isinstance(generator, torch.Generator)
+        state["rng"][name] = generator.get_state() if is_torch else generator.bit_generator.state
     path = f"{run_dir}/checkpoint.pt"
     try:
         with open(f"{path}.tmp", "wb") as file:
@@ -1645,33 +1374,33 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
 
 
 def load_checkpoint(run_dir: str, args: Args) -> dict:
-    """Reads a run folder's checkpoint (tensors stay on disk until they are used); names what is wrong in one line."""
+    """Reads a run folder's checkpoint (tensors stay on disk until they are used); says in one line if it cannot."""
     path = os.path.join(run_dir, "checkpoint.pt")
-    if not os.path.isfile(path):
-        fail(f"no checkpoint at {path}")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # many types, for a damaged or foreign file
-        fail(f"{path} is not a readable checkpoint ({type(error).__name__})")
-    if damaged:
-        fail(f"{path} is not a readable checkpoint (wrong checksum in {damaged})")
-    names = {field.name for field in fields(args)}
-    if not isinstance(state, dict) or state.get("version") != 1 or set(state.get("args", ())) != names:
-        fail(f"{path} was written by another script or version")
+    except Exception as error:  # many types, for a missing, damaged or foreign file
+        fail(f"no readable checkpoint at {path} ({type(error).__name__})")
+    ours = isinstance(state, dict) and state.get("version") == 1
+    if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
+        fail(f"{path} is damaged or was written by another script or version")
     return state
 
 
-def restore_rng(rng: dict, states: dict) -> None:
-    """Sets the named generators to the states of a checkpoint."""
-    for name, generator in rng.items():
-        if isinstance(generator, torch.Generator):
-            if states[name].shape == generator.get_state().shape:
-                generator.set_state(states[name])
-            else:
-                print(f"random generator {name} starts anew: it was saved on another kind of device")
-        else:
-            generator.bit_generator.state = states[name]
+def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
+    """Settings of a saved run must be as they were, but for those named in `free`."""
+    for name, value in checkpoint["args"].items():
+        if name not in free.split() and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
+
+
+def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
+    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
+    scalars = [torch.as_tensor(value) for value in metrics.values()]
+    values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+    return values
 
 
 class StopRequest:
@@ -1695,45 +1424,110 @@ class StopRequest:
             raise SystemExit(128 + self.requested)
 
 
-def make_progress(args: Args, global_step: int) -> tqdm:
-    """Progress bar in environment steps; into a file it writes a line now and then."""
-    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, **pace)
-    if not sys.stderr.isatty():
-        progress.write = print  # tqdm's own draws the bar anew at every line
-    return progress
+class Run:
+    """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
+    def __init__(self, args: Args, checkpoint: dict | None):
+        if checkpoint:
+            free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
+            refuse_changes(args, checkpoint, free)
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                fail("--track needs Weights and Biases: pip install wandb")
+        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.folder = (args.resume or f"runs/{name}").rstrip("/")
+        self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
+        try:
+            os.makedirs(self.folder, exist_ok=args.resume is not None)
+            if args.track:  # before the writer is made, which it listens to
+                name = os.path.basename(self.folder)
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
+                           resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if checkpoint else None)
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder}: {error.strerror}")
+        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", self.step)
+        random.seed(args.seed)
+        np.random.seed(args.seed % 2**32)
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        self.device, self.stop = choose_device(args), StopRequest()
+        pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
+        steps = {"total": args.total_timesteps, "initial": self.step, "unit": "step"}
+        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
+        self.say = self.progress.write if sys.stderr.isatty() else print  # tqdm's would draw the bar into the file
+        self.metrics, self.reported = {}, (self.step, time.perf_counter())
+        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
-def log_episodes(writer: SummaryWriter, progress: tqdm, infos: dict, dones: np.ndarray, global_step: int) -> None:
-    """Prints each episode that ended at this step (more than 16: their mean) and logs their mean."""
-    returns, lengths = infos["episode"]["r"][dones], infos["episode"]["l"][dones]
-    if len(returns) > 16:
-        mean = f"episodic_return={returns.mean():.1f}, length={lengths.mean():.1f}"
-        progress.write(f"global_step={global_step}, {len(returns)} episodes, mean {mean}")
-    else:
-        for episodic_return, length in zip(returns, lengths, strict=True):
-            progress.write(f"global_step={global_step}, episodic_return={episodic_return:.1f}, length={length}")
-    writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
-    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
-    progress.set_postfix({"return": f"{returns.mean():.1f}"}, refresh=False)
+    def keep(self, parts: dict, rng: dict) -> None:
+        """Names what a checkpoint holds, see save_checkpoint; a resumed run finds its objects as they were saved."""
+        self.parts, self.rng = parts, rng
+        if not self.checkpoint:
+            return
+        for name, part in parts.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(self.checkpoint["parts"][name])
+        for name, state in self.checkpoint["rng"].items():
+            if not isinstance(rng[name], torch.Generator):
+                rng[name].bit_generator.state = state
+            elif state.shape == rng[name].get_state().shape:
+                rng[name].set_state(state)
+            else:
+                print(f"random generator {name} starts anew: it was saved on another kind of device")
 
+    def goes_on(self, dones: np.ndarray) -> bool:
+        """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
+        ending = self.stop.requested or self.step >= self.args.total_timesteps
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
+            self.report()  # a loss that is not finite must not reach the checkpoint
+            self.writer.flush()  # curves without a gap, should the run be killed and resumed
+            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+        return not ending
 
-def log_evaluation(writer: SummaryWriter, progress: tqdm, returns: np.ndarray, global_step: int) -> None:
-    """Prints and logs mean and standard deviation of an evaluation's returns."""
-    progress.write(f"global_step={global_step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
-    writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-    writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+    def eval_due(self) -> bool:
+        due = self.step >= self.next_eval and not self.stop.requested
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        return due
 
+    def report(self) -> None:
+        """Logs self.metrics, which must be finite, and steps per second, once for each environment step."""
+        values, (last_step, last_time) = require_finite(self.metrics, self.step), self.reported
+        now = time.perf_counter()
+        if values and self.step > last_step:
+            self.log(values | {"charts/SPS": (self.step - last_step) / (now - last_time)})
+            self.reported = self.step, now
 
-def require_finite(metrics: dict[str, torch.Tensor], global_step: int) -> dict[str, float]:
-    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
-    if not metrics:
-        return {}
-    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # host sync
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
-    return values
+    def log(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, self.step)
+
+    def log_episodes(self, infos: dict, dones: np.ndarray) -> None:
+        """Prints and logs the mean return and length of the episodes that ended at this step."""
+        mean, length = infos["episode"]["r"][dones].mean(), infos["episode"]["l"][dones].mean()
+        number = f", {dones.sum()} episodes" if dones.sum() > 1 else ""
+        self.say(f"global_step={self.step}, episodic_return={mean:.1f}, length={length:.0f}{number}")
+        self.progress.set_postfix({"return": f"{mean:.1f}"}, refresh=False)
+        self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
+
+    def log_evaluation(self, returns: np.ndarray) -> None:
+        self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
+        self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def close(self, weights: dict) -> str:
+        """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
+        self.progress.close()
+        self.writer.close()
+        if self.args.save_model:
+            torch.save(weights, f"{self.folder}/{self.args.exp_name}.pt")
+        script = os.path.basename(__file__)
+        print(f"checkpoint at step {self.step}; continue with: python {script} --resume {self.folder}")
+        self.stop.exit()
+        return self.folder
 
 
 def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, step: int) -> None:
@@ -1751,7 +1545,222 @@ def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, s
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
-# === Main ===
+STAGES = ("collect", "v", "encode", "m", "c", "evaluate", "done")
+
+
+STAGE_SETTINGS = {  # what a run repeated --from-stage may change
+    "collect": "num_envs envpool max_hold min_episode_length save_buffer",
+    "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr kl_tolerance",
+    "encode": "",
+    "m": "controller_env hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr "
+    "model_lr_decay done_weight holdout_ratio",
+    "c": "num_envs temperature dream_length population episodes generations sigma idle_limit eval_generations",
+    "evaluate": "eval_episodes",
+}
+
+
+class Stages(Run):
+    """A run that goes through STAGES: what they share, how far it has come, what each of them adds to a checkpoint."""
+
+    def __init__(self, args: Args, checkpoint: dict | None, spec: Spec, envs: gym.vector.VectorEnv):
+        super().__init__(args, checkpoint)
+        self.spec, self.envs, self.agent = spec, envs, Agent(spec, args).to(self.device)
+        self.rb = ReplayBuffer(ArrayFile(f"{self.folder}/frames.bin", (64, 64, 3), np.uint8, "collect"))
+        self.latents = ArrayFile(f"{self.folder}/latents.bin", (2, args.latent_size), np.float16, "encode")
+        self.stage, self.done, self.collected = "collect", 0, 0  # done: steps, updates, frames or generations
+        self.fitness: list[list[float]] = []  # of all candidates of all generations, as CMA-ES was told
+        self.evaluated = 0  # the last generation of which both scores are logged
+        self.saved: dict = {}  # what the stage in progress finds in a checkpoint
+        self.scalars = f"{self.folder}/scalars.jsonl"
+        if checkpoint:
+            self.forget(checkpoint)
+        counters = SimpleNamespace(state_dict=lambda: {x: getattr(self, x) for x in ("stage", "done", "collected")})
+        fitness = SimpleNamespace(state_dict=lambda: torch.tensor(self.fitness, dtype=torch.float64))
+        rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
+        rng |= {name: torch.Generator(self.device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
+        parts = {"agent": self.agent, "counters": counters, "fitness": fitness}
+        self.keep(parts | ({"replay": self.rb} if args.save_buffer else {}), rng)
+        if checkpoint:
+            self.restore()
+
+    def forget(self, checkpoint: dict) -> None:
+        """Leaves in a checkpoint what its stages have finished, and the one in progress unless it starts anew."""
+        parts, counters = checkpoint["parts"], checkpoint["parts"]["counters"]
+        kept = STAGES[: STAGES.index(counters["stage"]) + (counters["done"] > 0)]
+        owners = {"vae": "v", "model": "m", "controller": "c", "reset": "collect", "actions": "collect"}
+        tensors = {name: t for name, t in parts["agent"].items() if owners[name.split(".")[0]] in kept}
+        parts["agent"] = self.agent.state_dict() | tensors
+        checkpoint["rng"] = {name: g for name, g in checkpoint["rng"].items() if owners.get(name, name) in kept}
+        if "collect" not in kept:
+            parts["replay"] = self.rb.state_dict()
+
+    def restore(self) -> None:
+        """Goes on where the checkpoint ends, after a look at what must be there for it."""
+        self.saved = self.checkpoint["parts"]
+        self.stage, self.done, self.collected = (self.saved["counters"][x] for x in ("stage", "done", "collected"))
+        self.fitness = self.saved["fitness"].tolist()
+        if self.stage == "m":
+            self.latents.cut(len(self.rb))
+        if self.stage in ("v", "encode", "m") and not len(self.rb):
+            fail(f"{self.folder} has not kept what it recorded (--no-save-buffer): --from-stage collect")
+        if not self.done:
+            self.saved = {}
+        if not self.done or self.stage in ("collect", "c"):
+            self.save()  # what is begun anew, before anything of what was there is given up
+        if not len(self.rb):
+            self.rb.frames.cut(0)
+        self.restore_scalars(STAGES.index(self.stage))
+
+    def restore_scalars(self, at: int) -> None:
+        """Logs again what the finished stages, and the one in progress up to now, have logged beyond the run's step.
+
+        The log itself is purged from there on. Their last evaluation belongs to the generations that it follows.
+        """
+        with open(self.scalars, "a+") as file:
+            file.seek(0)
+            lines = file.read().splitlines()
+        with open(f"{self.scalars}.tmp", "w") as file:
+            for line in lines:
+                try:
+                    stage, count, tag, value, step = json.loads(line)
+                except ValueError:  # half a line, of a process that was killed
+                    continue
+                index = STAGES.index(stage)
+                if index < at or (index <= at + (self.stage == "c") and count <= self.done):
+                    print(line, file=file)
+                    self.evaluated = count if tag == "eval/episodic_return" else self.evaluated
+                    if step > self.step:
+                        self.writer.add_scalar(tag, value, step)
+        os.replace(f"{self.scalars}.tmp", self.scalars)
+
+    def log(self, values: dict[str, float]) -> None:
+        """Scalars of a stage after recording stand at the environment steps made plus its updates or generations.
+
+        They are in the run folder's scalars.jsonl too.
+        """
+        if self.stage == "collect":
+            return super().log(values)
+        count = self.done or self.args.generations
+        with open(self.scalars, "a") as file:
+            for name, value in values.items():
+                print(json.dumps([self.stage, count, name, float(value), self.step + count]), file=file)
+                self.writer.add_scalar(name, float(value), self.step + count)
+
+    def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Names the optimizer of the stage in progress, which a checkpoint then holds; a resume finds it as it was."""
+        self.parts["optimizer"] = optimizer
+        if self.saved:
+            optimizer.load_state_dict(self.saved["optimizer"])
+
+    def save(self) -> None:
+        """A checkpoint of the stage in progress."""
+        self.writer.flush()
+        if self.stage == "encode":
+            self.latents.sync()
+        save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+
+    def begin(self, total: int) -> None:
+        """Sets the progress bar to the stage in progress."""
+        self.progress.reset(total)
+        self.progress.n = self.progress.initial = self.done
+        self.progress.set_description(self.stage)
+
+    def finish(self) -> None:
+        """The stage in progress is done, the next one begins."""
+        self.stage, self.done, self.saved = STAGES[STAGES.index(self.stage) + 1], 0, {}
+        self.parts.pop("optimizer", None)
+        self.parts.pop("carry", None)
+        self.save()
+
+    def updates(self, total: int, batch_size: int, update: Callable[[int], dict]) -> bool:
+        """Makes the updates of V or M that are left, logs and saves now and then; False if the run was interrupted."""
+        metrics, frequency = {}, self.args.checkpoint_frequency
+        save_every = max(frequency // batch_size, 1) if frequency else math.inf
+        self.begin(total)
+        while self.done < total and not self.stop.requested:
+            metrics = update(self.done)
+            self.done += 1
+            self.progress.update()
+            saving = self.done % save_every == 0
+            if self.done % 100 == 0 or self.done == total or saving:
+                self.log(require_finite(metrics, self.step + self.done))
+            if saving and self.done < total:
+                self.save()
+        if self.stop.requested:
+            require_finite(metrics, self.step + self.done)
+            self.save()
+        return self.done == total
+
+
+def rewind(checkpoint: dict, args: Args) -> None:
+    """Sets a checkpoint back to the stage that a resume must go on with, and lets that stage's settings be changed."""
+    counters, saved = checkpoint["parts"]["counters"], checkpoint["args"]
+    if args.from_stage:
+        if STAGES.index(args.from_stage) > STAGES.index(counters["stage"]):
+            fail(f"--from-stage {args.from_stage}: this run has not come further than {counters['stage']}")
+        counters |= {"stage": args.from_stage, "done": 0}
+        for name in STAGES[STAGES.index(args.from_stage) : -1]:
+            saved |= {setting: getattr(args, setting) for setting in STAGE_SETTINGS[name].split()}
+    elif args.total_timesteps > counters["collected"] > 0 and counters["stage"] != "collect":
+        counters |= {"stage": "collect", "done": counters["collected"]}  # records more and learns anew from everything
+    elif args.generations > saved["generations"] and counters["stage"] in ("evaluate", "done"):
+        counters |= {"stage": "c", "done": saved["generations"]}
+    if counters["stage"] == "collect" and (args.from_stage or "replay" not in checkpoint["parts"]):
+        counters |= {"done": 0, "collected": 0}  # records anew; without the buffer there is nothing to go on with
+        checkpoint["global_step"] = 0
+    if STAGES.index(counters["stage"]) < STAGES.index("c") or args.from_stage == "c":
+        checkpoint["global_step"] = min(checkpoint["global_step"], counters["collected"] or checkpoint["global_step"])
+    saved |= {"generations": max(saved["generations"], args.generations)}
+
+
+class ArrayFile:
+    """Rows of one shape and type in a file that only grows; what lies beyond the last checkpoint is cut off on load."""
+
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: type, stage: str):
+        self.path, self.shape, self.dtype, self.stage = path, shape, np.dtype(dtype), stage  # the stage that writes it
+        self.row_bytes = int(np.prod(shape)) * self.dtype.itemsize
+
+    def cut(self, length: int) -> None:
+        """Keeps the first `length` rows."""
+        found = os.path.getsize(self.path) // self.row_bytes if os.path.exists(self.path) else 0
+        if found < length:
+            fail(f"{self.path} is incomplete: {found} rows of {length}; write it again: --from-stage {self.stage}")
+        if found or os.path.exists(self.path):
+            os.truncate(self.path, length * self.row_bytes)
+
+    def append(self, rows: np.ndarray) -> None:
+        assert rows.shape[1:] == self.shape and rows.dtype == self.dtype
+        try:
+            with open(self.path, "ab") as file:
+                file.write(np.ascontiguousarray(rows).data)
+        except OSError as error:  # a full disk, above all
+            raise SystemExit(f"error: cannot write {self.path}, the last checkpoint is intact: {error}") from error
+
+    def sync(self) -> None:
+        """To the disk, before a checkpoint that counts on it."""
+        if os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
+    def rows(self) -> np.ndarray:
+        """All rows, read from the disk where they are used."""
+        return np.memmap(self.path, self.dtype, "r").reshape(-1, *self.shape)
+
+    def verify(self, start: int, end: int, checksum: int) -> None:
+        """Refuses other rows than those that were written."""
+        if zlib.crc32(self.rows()[start:end].tobytes()) != checksum:
+            fail(f"{self.path} is not what this run has written; write it again: --from-stage {self.stage}")
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed: mapping, clearing and giving back hundreds of MB takes a fifth of an update of M.
+
+    Where the C library has no mallopt nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
+        mallopt(-4, 0)  # M_MMAP_MAX: take no block from elsewhere than the heap
 
 
 def check_args(args: Args) -> None:
@@ -1778,58 +1787,6 @@ def check_args(args: Args) -> None:
         fail("--from-stage needs --resume")
     if args.envpool and args.env_id != "CarRacing-v3":
         fail(f"--envpool is for CarRacing-v3, not {args.env_id}")
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed: mapping, clearing and giving back hundreds of MB takes a fifth of an update of M.
-
-    Where the C library has no mallopt nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
-        mallopt(-4, 0)  # M_MMAP_MAX: take no block from elsewhere than the heap
-
-
-def main(args: Args) -> str:
-    args = with_task_defaults(args)
-    check_args(args)
-    if args.evaluate:
-        return evaluate_run(args)
-    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
-    envs = make_vector_env(args, args.num_envs)
-    spec = make_spec(envs, args)
-    if args.dream_length is None:
-        args = replace(args, dream_length=spec.time_limit)
-    if checkpoint:
-        rewind(checkpoint, args)
-    run_dir, device, writer = setup_run(args, checkpoint)
-    if device.type == "cpu":
-        keep_freed_memory()
-    stop = StopRequest()
-    args = replace(args, from_stage=None)
-    run = Run(args, spec, run_dir, device, writer, envs, stop)
-    if checkpoint:
-        run.restore(checkpoint)
-    else:
-        run.save()  # from here on the run folder always holds a checkpoint
-    sizes = ", ".join(
-        f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in run.agent.named_children()
-    )
-    print(f"{run_dir}: {device}, parameters: {sizes}, controller {run.agent.controller.numel():,}")
-
-    stages = {"collect": collect, "v": train_vae, "encode": encode, "m": train_model, "c": evolve, "evaluate": evaluate}
-    while run.stage != "done" and not stop.requested and stages[run.stage](run):
-        run.finish()
-
-    envs.close()
-    writer.close()
-    if args.save_model:
-        torch.save(run.agent.state_dict(), f"{run_dir}/{args.exp_name}.pt")
-    where = f"checkpoint at step {run.global_step}, stage {run.stage}"
-    print(f"{where}; continue with: python {os.path.basename(__file__)} --resume {run_dir}")
-    stop.exit()
-    return run_dir
 
 
 if __name__ == "__main__":

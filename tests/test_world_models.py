@@ -8,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import cma
 import fake_envs
@@ -57,10 +56,9 @@ def make_agent(spec=BOX, seed=1, **changes):
 
 
 def make_run(spec=BOX, envs=None, **changes):
-    """What the stages work on, in the current folder."""
-    torch.manual_seed(1)
+    """What the stages work on, in a run folder of its own."""
     args = make_args(**{"total_timesteps": 48, "eval_frequency": 0, "checkpoint_frequency": 0} | changes)
-    return world_models.Run(args, spec, ".", torch.device("cpu"), MagicMock(), envs, QUIET)
+    return world_models.Stages(args, None, spec, envs)
 
 
 def generator(seed: int = 1) -> torch.Generator:
@@ -563,9 +561,13 @@ def test_open_loop_follows_the_data_and_then_itself():
 # === Recorded data ===
 
 
+def frames_file(run_dir: str) -> ArrayFile:
+    return ArrayFile(f"{run_dir}/frames.bin", (64, 64, 3), np.uint8, "collect")
+
+
 def recorded(run_dir: str = ".", lengths=(5, 3, 6, 4), seed: int = 1) -> ReplayBuffer:
     """Episodes of random frames and actions, every second of which terminates; the reward counts all steps."""
-    rb, rng, total = ReplayBuffer(run_dir), np.random.default_rng(seed), 0
+    rb, rng, total = ReplayBuffer(frames_file(run_dir)), np.random.default_rng(seed), 0
     for i, length in enumerate(lengths):
         frames = rng.integers(0, 256, (length, 64, 64, 3), np.uint8)
         rb.add(frames, rng.uniform(-1, 1, (length, 2)), np.arange(total, total + length), i % 2 == 0)
@@ -593,7 +595,7 @@ def test_recorded_data_comes_back_and_later_frames_are_cut_off():
     rb.add(np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 2)), np.zeros(2), False)
     with open("frames.bin", "ab") as file:
         file.write(b"half a frame")
-    other = ReplayBuffer(".")
+    other = ReplayBuffer(frames_file("."))
     other.load_state_dict(state)
     assert os.path.getsize("frames.bin") == 18 * 64 * 64 * 3
     for name, array in recorded("..").arrays().items():
@@ -611,7 +613,7 @@ def test_other_frames_than_the_recorded_ones_are_refused(kind, capsys):
     bad = {"foreign": good[::-1], "short": good[:-1], "one wrong bit": good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]}
     path.unlink() if kind == "missing" else path.write_bytes(bad[kind])
     with pytest.raises(SystemExit) as stopped:
-        ReplayBuffer(".").load_state_dict(state)
+        ReplayBuffer(frames_file(".")).load_state_dict(state)
     line = capsys.readouterr().err
     assert stopped.value.code == 2 and "frames.bin" in line and "--from-stage collect" in line
 
@@ -631,8 +633,7 @@ def latents():
     file = ArrayFile("latents.bin", (2, 4), np.float16, "encode")
     rows = np.stack([np.arange(18)[:, None].repeat(4, 1), np.full((18, 4), -20)], 1)
     file.append(rows.astype(np.float16))
-    run = SimpleNamespace(rb=rb, latents=file, device=torch.device("cpu"), spec=BOX, args=make_args(holdout_ratio=0.25))
-    return Latents(run)
+    return Latents(rb, file.rows(), BOX, 0.25, torch.device("cpu"))
 
 
 def test_streams_are_episodes_joined_end_to_end(latents):
@@ -1041,7 +1042,7 @@ def test_evolution_is_cma_es_on_mean_returns(where, monkeypatch):
         np.testing.assert_allclose(fitness, costs, rtol=1e-4)
         es.tell(candidates, costs)
     assert torch.equal(run.agent.controller, torch.from_numpy(es.mean).float().view(13, 2))
-    assert run.global_step == (4 * sum(range(18)) if where == "real" else 0)
+    assert run.step == (4 * sum(range(18)) if where == "real" else 0)
     assert np.mean(run.fitness[-1]) < np.mean(run.fitness[0])
 
 
@@ -1070,7 +1071,7 @@ def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(spec
 
     Frame t shows t, and here its dream t more than the first of these frames.
     """
-    run, logged, T = make_run(temperature=1.3, holdout_ratio=0.5), {}, intro + 60
+    run, logged, T = make_run(temperature=1.3), {}, intro + 60
     run.spec = spec
     for _ in range(4):
         frames = np.arange(T, dtype=np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
@@ -1088,8 +1089,8 @@ def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(spec
 
     monkeypatch.setattr(world_models, "open_loop", open_loop)
     monkeypatch.setattr(world_models, "decode_frames", decode)
-    monkeypatch.setattr(run, "add_scalar", lambda tag, value, step: logged.update({tag: value}))
-    world_models.log_open_loop(run, Latents(run))
+    monkeypatch.setattr(run, "log", logged.update)
+    world_models.log_open_loop(run, Latents(run.rb, run.latents.rows(), spec, 0.5, run.device))
     expected = {f"open_loop/image_mse_horizon_{k}": ((4 + k) / 255) ** 2 for k in (1, 5, 15, 45)}
     assert logged == pytest.approx(expected)
 
@@ -1125,7 +1126,7 @@ def test_calibration_says_what_to_change(spreads, predicted, recall, shift, advi
     monkeypatch.setattr(world_models, "dream", lambda *args: (torch.full((100,), next(dreams)), None))
     monkeypatch.setattr(world_models, "play", lambda *args: (np.full(3, 20.0), None))
     monkeypatch.setattr(world_models, "holdout_scores", lambda *args: scores)
-    monkeypatch.setattr(run, "add_scalar", lambda tag, value, step: logged.update({tag: float(value)}))
+    monkeypatch.setattr(run, "log", logged.update)
     world_models.calibrate(run, SimpleNamespace(data={"mu": mu}))
     lines = capsys.readouterr().out.splitlines()
     assert "NOT like the real environment (recording, constant_1: " in lines[-1] and f"{advice} before" in lines[-1]
@@ -1201,16 +1202,14 @@ def test_interrupted_in_any_stage_and_resumed_equals_never_interrupted(monkeypat
     function, calls = getattr(world_models, places[stage]), []
 
     def killed(*args, **kwargs):
-        run_now = world_models.RUNNING[-1]
+        run_now = running[-1]
         calls.append(run_now.stage)
         if run_now.stage == stage and calls.count(stage) == (7 if stage in ("v", "m") else 1):
             raise KeyboardInterrupt
         return function(*args, **kwargs)
 
-    init = world_models.Run.__init__
-    running = []
-    monkeypatch.setattr(world_models, "RUNNING", running, raising=False)
-    monkeypatch.setattr(world_models.Run, "__init__", lambda self, *a: (running.append(self), init(self, *a))[1])
+    init, running = world_models.Stages.__init__, []
+    monkeypatch.setattr(world_models.Stages, "__init__", lambda self, *a: (running.append(self), init(self, *a))[1])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(world_models, places[stage], killed)
         run(world_models, **settings)
