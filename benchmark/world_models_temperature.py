@@ -6,7 +6,6 @@ share the recorded frames by hard links. Figures are the last evaluation of the 
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -24,8 +23,8 @@ def evolve_at(folder: str, temperature: float, changes: dict) -> dict[str, float
     saved = world_models.load_checkpoint(copy, world_models.Args())["args"]
     settings = saved | changes | {"resume": copy, "from_stage": "c", "temperature": temperature}
     world_models.main(world_models.Args(**settings))
-    rows = map(json.loads, Path(copy, "scalars.jsonl").read_text().splitlines())
-    return {tag: value for _, _, tag, value, _ in rows}
+    curves = world_models.load_checkpoint(copy, world_models.Args())["parts"]["counters"]["curves"]
+    return {name: value for _, name, value, _ in curves}
 
 
 def main() -> None:
