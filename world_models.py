@@ -51,6 +51,7 @@ import ctypes
 import difflib
 import functools
 import io
+import json
 import math
 import multiprocessing
 import os
@@ -248,10 +249,11 @@ class MDNRNN(nn.Module):
 
     def split(self, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Outputs -> log_pi (not normalised), mu, log_sigma (..., K, Z), end logit and reward (...) or None."""
-        size = math.prod(self.shape)
-        log_pi, mu, log_sigma = out[..., :size].unflatten(-1, self.shape).unbind(-3)
-        end_logit = out[..., size] if self.spec.end_head else None
-        return log_pi, mu, log_sigma, end_logit, out[..., -1] if self.spec.reward_head else None
+        has_end, has_reward = self.spec.end_head, self.spec.reward_head
+        mixture, end_logit, reward = out.split([math.prod(self.shape), int(has_end), int(has_reward)], -1)
+        log_pi, mu, log_sigma = mixture.unflatten(-1, self.shape).unbind(-3)
+        heads = end_logit.squeeze(-1) if has_end else None, reward.squeeze(-1) if has_reward else None
+        return log_pi, mu, log_sigma, *heads
 
 
 class Agent(nn.Module):
@@ -293,8 +295,8 @@ def mdn_nll(log_pi: torch.Tensor, mu: torch.Tensor, log_sigma: torch.Tensor, tar
     -log sum_k softmax(log_pi)_k N(target; mu_k, sigma_k), with the softmax's sum and the Gaussians' 2 pi taken out.
     """
     scaled = (target.unsqueeze(-2) - mu) * torch.exp(-log_sigma)
-    log_sum = torch.logsumexp(log_pi - log_sigma - 0.5 * scaled**2, -2)
-    return torch.logsumexp(log_pi, -2) - log_sum + 0.5 * math.log(2 * math.pi)
+    joint = torch.logsumexp(log_pi - log_sigma - 0.5 * scaled**2, -2)
+    return torch.logsumexp(log_pi, -2) - joint + 0.5 * math.log(2 * math.pi)
 
 
 def model_loss(model: MDNRNN, batch: dict, end_weight: float) -> tuple[torch.Tensor, dict, torch.Tensor | None]:
@@ -672,7 +674,7 @@ def train_vae(run: "Stages") -> bool:
 def encode(run: "Stages") -> bool:
     """Means and log-variances of all frames, float16, to a file, from where it ends; False if interrupted."""
     frames, chunk, again = run.rb.frames.rows(), 500, "train it again with a smaller --vae-lr: --from-stage v"
-    encoded = min(run.latents.num_rows(), len(frames)) // chunk * chunk
+    encoded = min(run.latents.num_rows(), len(frames)) // chunk * chunk  # the same chunks as without an interruption
     run.latents.cut(encoded)
     run.begin("encode", len(frames), encoded)
     for start in range(encoded, len(frames), chunk):
@@ -755,8 +757,10 @@ def evolve(run: "Stages") -> bool:
     run.begin("c", args.generations, run.units_done)
     while not run.stop.requested:
         at_end = run.units_done >= args.generations
-        due = args.eval_frequency and (at_end or run.units_done % args.eval_generations == 0)
-        if (due and run.evaluated < run.units_done and not log_scores(run)) or at_end:
+        due = at_end or run.units_done % args.eval_generations == 0
+        if args.eval_frequency and due and run.evaluated < run.units_done:
+            log_scores(run)
+        if at_end or run.stop.requested:
             break
         candidates = es.ask()
         weights = torch.tensor(np.stack(candidates), dtype=torch.float32, device=run.device)
@@ -808,9 +812,8 @@ def main(args: Args) -> str:
     run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
     if run.device.type == "cpu":
         keep_freed_memory()
-    parts = run.agent.named_children()
-    sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts)
-    print(f"{run.folder}: {run.device}, parameters: {sizes}, controller {run.agent.controller.numel():,}")
+    v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (run.agent.vae, run.agent.model))
+    print(f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {run.agent.controller.numel():,}")
 
     stages = {"collect": collect, "v": train_vae, "m": train_model, "c": evolve}
     while run.stage != "finished" and not run.stop.requested and stages[run.stage](run):
@@ -953,8 +956,8 @@ def make_gymnasium(args: Args, film: bool) -> gym.Env:
 # === Evaluation ===
 
 
-def log_scores(run: "Stages") -> bool:
-    """Real and dream score of the distribution's mean, side by side, and one of its dreams; False if interrupted."""
+def log_scores(run: "Stages") -> None:
+    """Real and dream score of the distribution's mean, side by side, and one of its dreams, unless interrupted."""
     args, trace, envs, generation = run.args, [], run.envs, len(run.fitness)
     if args.capture_video:  # a film of each evaluation needs a new recorder
         video = f"{run.folder}/videos/generation-{generation}"
@@ -963,7 +966,7 @@ def log_scores(run: "Stages") -> bool:
     if args.capture_video:
         envs.close()
     if run.stop.requested:
-        return False
+        return
     run.log_evaluation(real)
     if dreamed is not None:
         run.say(f"global_step={run.step}, dream: {dreamed.mean():.1f} +- {dreamed.std():.1f}")
@@ -972,7 +975,6 @@ def log_scores(run: "Stages") -> bool:
     log_gif(run.writer, "dream/episode", frames, run.folder, run.step + generation)
     run.evaluated = generation
     run.save()
-    return True
 
 
 def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", trace: list | None = None) -> tuple:
@@ -1365,7 +1367,7 @@ class Stages(Run):
         self.collected = 0  # environment steps when recording ended
         self.evaluated = 0  # the last generation of which both scores are logged
         self.fitness: list[list[float]] = []  # of all candidates of all generations, as CMA-ES was told
-        self.curves: list[tuple] = []  # stage, name, value, step: what stages after recording have logged
+        self.curves: list[tuple] = []  # stage, units, name, value, step: what stages after recording have logged
         rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
         rng |= {name: torch.Generator(self.device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
         if checkpoint:
@@ -1376,7 +1378,7 @@ class Stages(Run):
 
     def state_dict(self) -> dict:
         """How far the run has come, for a checkpoint."""
-        return {x: getattr(self, x) for x in ("stage", "units_done", "collected", "evaluated", "fitness", "curves")}
+        return {x: getattr(self, x) for x in ("stage", "units_done", "collected", "fitness")}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
@@ -1390,19 +1392,24 @@ class Stages(Run):
         parts["agent"] = self.agent.state_dict() | tensors
         rng = checkpoint["rng"].items()
         checkpoint["rng"] = {name: state for name, state in rng if stage_of.get(name, name) in kept}
-        counters["curves"] = [curve for curve in counters["curves"] if curve[0] in kept]
         if "c" not in kept:
-            counters |= {"fitness": [], "evaluated": 0}
+            counters["fitness"] = []
         if "collect" not in kept:
             parts["replay"] = self.rb.state_dict()
 
     def go_on(self) -> None:
-        """Goes on where the checkpoint ends."""
-        if not self.units_done or self.stage in ("collect", "c"):
-            self.save()  # what is begun anew, before anything of what was there is given up
+        """Goes on where the checkpoint ends. The log is purged from the run's step on: curves are drawn again."""
+        if not self.units_done or self.stage in ("collect", "c"):  # first of all it is remembered what begins anew
+            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
         if not len(self.rb):
             self.rb.frames.cut(0)
-        for _, name, value, step in self.curves:  # the log is purged from the run's step on
+        if os.path.exists(f"{self.folder}/curves.json"):
+            with open(f"{self.folder}/curves.json") as file:
+                curves = json.load(file)
+            kept = {stage: math.inf for stage in STAGES[: STAGES.index(self.stage)]} | {self.stage: self.units_done}
+            self.curves = [curve for curve in curves if curve[1] <= kept.get(curve[0], -1)]
+        for _, units, name, value, step in self.curves:
+            self.evaluated = units if name == "eval/episodic_return" else self.evaluated
             if step > self.step:
                 self.writer.add_scalar(name, value, step)
 
@@ -1411,8 +1418,8 @@ class Stages(Run):
         if self.stage == "collect":
             return super().log(values)
         for name, value in values.items():
-            self.curves.append((self.stage, name, float(value), self.step + self.units_done))
-            self.writer.add_scalar(*self.curves[-1][1:])
+            self.curves.append((self.stage, self.units_done, name, float(value), self.step + self.units_done))
+            self.writer.add_scalar(*self.curves[-1][2:])
 
     def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Names the optimizer of the stage in progress, which a checkpoint then holds; a resume finds it as it was."""
@@ -1421,8 +1428,11 @@ class Stages(Run):
             optimizer.load_state_dict(self.checkpoint["parts"]["optimizer"])
 
     def save(self) -> None:
-        """A checkpoint of the stage in progress."""
+        """A checkpoint of the stage in progress, and the curves up to it."""
         self.writer.flush()
+        with open(f"{self.folder}/curves.json.tmp", "w") as file:
+            json.dump(self.curves, file)
+        os.replace(f"{self.folder}/curves.json.tmp", f"{self.folder}/curves.json")
         save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
 
     def begin(self, text: str, total: int, already: int) -> None:

@@ -6,6 +6,7 @@ share the recorded frames by hard links. Figures are the last evaluation of the 
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -23,8 +24,7 @@ def evolve_at(folder: str, temperature: float, changes: dict) -> dict[str, float
     saved = world_models.load_checkpoint(copy, world_models.Args())["args"]
     settings = saved | changes | {"resume": copy, "from_stage": "c", "temperature": temperature}
     world_models.main(world_models.Args(**settings))
-    curves = world_models.load_checkpoint(copy, world_models.Args())["parts"]["counters"]["curves"]
-    return {name: value for _, name, value, _ in curves}
+    return {name: value for _, _, name, value, _ in json.loads(Path(copy, "curves.json").read_text())}
 
 
 def main() -> None:

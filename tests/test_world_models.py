@@ -1,6 +1,7 @@
 """Numbers of world_models.py: each piece against plain loops from the equations, torch.distributions, or the sheets."""
 
 import importlib
+import json
 import math
 import os
 import re
@@ -1150,7 +1151,7 @@ def test_world_models_logs_everything_and_moves_all_parameters(kind):
     pictures = {"vae/reconstructions", "dream/episode"}
     assert pictures <= image_tags(run_dir) <= pictures | {"open_loop/error", "open_loop/truth_dream"}
     files = {re.sub(r"\d+", "N", name) for name in os.listdir(run_dir)}
-    assert {"frames.bin", "latents.bin", "reconstructions.png", "dream_episode_N.gif"} <= files
+    assert {"frames.bin", "latents.bin", "curves.json", "reconstructions.png", "dream_episode_N.gif"} <= files
     if kind in ("pixels", "real", "two"):  # whose held-out episode is long enough
         assert "open_loop/image_mse_horizon_5" in tags
         assert {"open_loop_error.png", "open_loop_truth_dream_N.gif"} <= files
@@ -1335,7 +1336,8 @@ def test_a_stage_begun_anew_is_remembered_before_the_old_one_is_given_up(monkeyp
     resume(world_models, run_dir, model_updates=9)
     counters = load(run_dir)["parts"]["counters"]
     assert scalars(run_dir)["losses/vae_kl_loss"] == before and counters["stage"] == "finished"
-    assert max(step for stage, _, _, step in counters["curves"] if stage == "m") == 48 + 9
+    curves = json.loads(Path(run_dir, "curves.json").read_text())
+    assert max(step for stage, _, _, _, step in curves if stage == "m") == 48 + 9
 
 
 def test_a_run_that_kept_no_buffer_records_anew():
