@@ -4,7 +4,8 @@
 set -euo pipefail
 
 car() { # CarRacing with C in the real environment, sized for two cores; pip install envpool first
-  OMP_NUM_THREADS=1 python world_models.py --env-id CarRacing-v3 --envpool --no-cuda --num-envs 6 \
+  export PYTHONPATH=benchmark
+  OMP_NUM_THREADS=1 python world_models.py --env-id envpool_car:EnvPool/CarRacing-v3 --no-cuda --num-envs 6 \
     --total-timesteps 100000 --vae-depth 16 --vae-epochs 1 --vae-lr 1e-3 \
     --sequence-length 128 --model-batch-size 32 --model-updates 336 \
     --population 24 --episodes 2 --idle-limit 100 --generations 45 --eval-generations 5 --eval-episodes 20
@@ -18,6 +19,7 @@ takecover() { # TakeCover in the dream, sized for two cores: a good hour of proc
 }
 
 car_dream() { # CarRacing with C in the dream, from the recordings of a finished car run, in a copy of its folder
+  export PYTHONPATH=benchmark
   OMP_NUM_THREADS=1 python world_models.py --resume "$1" --from-stage m --controller-env dream --model-updates 1000 \
     --population 24 --episodes 8 --generations 20 --eval-generations 10
 }
@@ -32,7 +34,7 @@ temperature() { # the paper's table, from a run that has finished M
 }
 
 speed() {
-  OMP_NUM_THREADS=1 python benchmark/world_models_speed.py --no-cuda --envpool
+  OMP_NUM_THREADS=1 python benchmark/world_models_speed.py --no-cuda --env-id envpool_car:EnvPool/CarRacing-v3
 }
 
 case "${1:-}" in

@@ -1,6 +1,6 @@
 """Speed of world_models.py as JSON, beside the usual PyTorch implementations of V and M measured in the same run.
 
-Run:  python benchmark/world_models_speed.py [--threads 1] [--no-cuda] [--compile] [--env-id CarRacing-v3 --envpool]
+Run:  python benchmark/world_models_speed.py [--threads 1] [--no-cuda] [--env-id CarRacing-v3]
 On the CPU the seconds are those that the process spends computing, over its threads: other programs do not count. The
 usual V has plain layers, contiguous images and plain Adam; the usual M nn.LSTM and one set of weights for all
 dimensions, i.e. a smaller head.
@@ -73,8 +73,7 @@ def vae_rates(args: world_models.Args, device: torch.device, batch_size: int) ->
             vae.to(memory_format=torch.channels_last)
         else:
             image = image.contiguous()
-        loss_fn = torch.compile(world_models.vae_loss) if args.compile and ours else world_models.vae_loss
-        update = world_models.update_vae, vae, optimizer, image, noise, args, loss_fn
+        update = world_models.update_vae, vae, optimizer, image, noise, args
         rates[f"{name}_frames_per_s"] = batch_size / seconds(lambda: update[0](*update[1:]), device, 5)  # noqa: B023
     return rates
 
@@ -85,9 +84,10 @@ def model_rates(args: world_models.Args, spec: world_models.Spec, device: torch.
     model = world_models.MDNRNN(spec, args).to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.model_lr, fused=True)
     batch = {"z": torch.randn(T, B, Z), "next_z": torch.randn(T, B, Z), "action": torch.randn(T, B, spec.action_dim)}
-    batch |= {name: torch.zeros(T, B) for name in ("first", "next_first", "done", "reward")}
+    batch |= {name: torch.zeros(T, B) for name in ("first", "terminated", "reward")}
+    batch |= {name: torch.ones(T, B) for name in ("mask", "has_next")}
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    update = model, optimizer, batch, model.initial(B), args
+    update = model, optimizer, batch, args
     rates = {"model_sequences_per_s": B / seconds(lambda: world_models.update_model(*update), device, 2)}
 
     usual = UsualMDNRNN(Z + spec.action_dim, args.hidden_size, Z, args.num_mixtures).to(device)
@@ -134,13 +134,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--env-id", default="CarRacing-v3")
     parser.add_argument("--vae-batch-size", type=int, default=128)
-    for flag in ("--no-cuda", "--compile", "--envpool"):
-        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--no-cuda", action="store_true")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     args = world_models.Args(
-        env_id=flags.env_id, envpool=flags.envpool, cuda=not flags.no_cuda, compile=flags.compile, dream_length=25,
-        sequence_length=500, controller_env="dream",
+        env_id=flags.env_id, cuda=not flags.no_cuda, dream_length=25, sequence_length=500, controller_env="dream"
     )  # fmt: skip
     args = world_models.with_task_defaults(args)
     device = world_models.choose_device(args)
@@ -152,10 +150,7 @@ def main() -> None:
     torch.manual_seed(1)
     matrix = torch.randn(2048, 2048, device=device)
     result = {"device": str(device), "threads": flags.threads, "torch": torch.__version__, "env_id": args.env_id}
-    result |= {
-        "compile": args.compile,
-        "matmul_gflops": 2 * 2048**3 / 1e9 / seconds(lambda: matrix @ matrix, device, 5),
-    }
+    result |= {"matmul_gflops": 2 * 2048**3 / 1e9 / seconds(lambda: matrix @ matrix, device, 5)}
     result |= vae_rates(args, device, flags.vae_batch_size) | model_rates(args, spec, device)
     result |= {"dream_steps_per_s": dream_rate(args, spec, device)}
     result |= {"collection_steps_per_s": collection_rate(args)}

@@ -542,7 +542,6 @@ BAD_WORLDS = {
     "two with vectors": ({"env_id": "CartPole-v1", "num_envs": 2}, "--render-obs"),
     "Dict observations": ({"env_id": "fake_envs:DictObservation-v0"}, "observations must be images"),
     "MultiDiscrete actions": ({"env_id": "fake_envs:PixelsMultiDiscrete-v0"}, "actions must be"),
-    "envpool elsewhere": ({"envpool": True}, "--envpool is for CarRacing-v3"),
     "stage without a run": ({"from_stage": "m"}, "--from-stage needs --resume"),
     "no temperature": ({"temperature": 0.0}, "--temperature"),
     "temperature that is no number": ({"temperature": math.nan}, "--temperature"),
