@@ -69,7 +69,9 @@ def best_seconds(function: Callable, device: torch.device, stretches: int) -> fl
     return min(seconds[2:])
 
 
-def search_speed(batch: int, num_actions: int, args: muzero.Args, fns: muzero.Executables, stretches: int) -> float:
+def search_speed(
+    batch: int, num_actions: int, args: muzero.Args, compiled: muzero.Executables, stretches: int
+) -> float:
     """Simulations per second of `act` from `batch` observations, the network included."""
     device = muzero.choose_device(args)
     torch.manual_seed(0)
@@ -82,7 +84,7 @@ def search_speed(batch: int, num_actions: int, args: muzero.Args, fns: muzero.Ex
     inputs = [x.to(device) for x in inputs]
 
     def act(*inputs):
-        return muzero.act(agent, *inputs, args, fns)
+        return muzero.act(agent, *inputs, args, compiled)
 
     if device.type == "cuda":
         act = muzero.GraphedSearch(act)
@@ -91,7 +93,7 @@ def search_speed(batch: int, num_actions: int, args: muzero.Args, fns: muzero.Ex
     return batch * args.num_simulations / best_seconds(lambda: act(*inputs), device, stretches)
 
 
-def update_speed(args: muzero.Args, fns: muzero.Executables, stretches: int) -> float:
+def update_speed(args: muzero.Args, compiled: muzero.Executables, stretches: int) -> float:
     """Updates per second at CartPole's settings, sampling included."""
     device = muzero.choose_device(args)
     envs = muzero.make_vector_env(args, args.num_envs)
@@ -107,8 +109,8 @@ def update_speed(args: muzero.Args, fns: muzero.Executables, stretches: int) -> 
     actions = torch.zeros(args.unroll_steps, args.batch_size, dtype=torch.long, device=device)
 
     def update():
-        batch = rb.sample(args.batch_size, args.priority_beta, generator)
-        muzero.update(agent, optimizer, rb, batch, actions, args, fns.losses)
+        batch = rb.sample(args.batch_size, muzero.PRIORITY_BETA, generator)
+        muzero.update(agent, optimizer, rb, batch, actions, args, compiled.losses)
 
     return 10 / best_seconds(lambda: [update() for _ in range(10)], device, stretches)
 
@@ -133,7 +135,7 @@ def main(flags: Args) -> None:
     torch.set_num_threads(flags.threads)
     base = muzero.with_task_defaults(muzero.Args(cuda=flags.cuda, compile=flags.compile))
     device = muzero.choose_device(base)
-    fns = muzero.Executables(*map(torch.compile, muzero.Executables())) if flags.compile else muzero.Executables()
+    compiled = muzero.Executables(*map(torch.compile, muzero.Executables())) if flags.compile else muzero.Executables()
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "torch": torch.__version__, "threads": flags.threads, "compile": flags.compile, "simulations_per_s": {},
@@ -145,12 +147,12 @@ def main(flags: Args) -> None:
                     for batch in flags.batches:
                         torch.compiler.reset()
                         args = replace(base, search=search, hidden_size=hidden, num_simulations=num_simulations)
-                        speed = search_speed(batch, num_actions, args, fns, flags.stretches)
+                        speed = search_speed(batch, num_actions, args, compiled, flags.stretches)
                         name = f"{search} hidden={hidden} A={num_actions} S={num_simulations} B={batch}"
                         result["simulations_per_s"][name] = round(speed)
                         print(name, round(speed), file=sys.stderr, flush=True)
     if flags.whole:
-        result["updates_per_s"] = round(update_speed(base, fns, flags.stretches), 1)
+        result["updates_per_s"] = round(update_speed(base, compiled, flags.stretches), 1)
         sys.stdout, stdout = sys.stderr, sys.stdout  # the run's own lines are not part of the JSON
         result["cartpole_steps_per_s"] = round(loop_speed(base), 1)
         sys.stdout = stdout

@@ -599,7 +599,7 @@ def test_targets_against_a_loop(n, K, d):
     ends[0] = 0  # only steps are drawn
     rows = {
         "reward": torch.from_numpy(rng.normal(size=(L, B))), "value": torch.from_numpy(rng.normal(size=(L, B))),
-        "end": torch.from_numpy(ends), "policy": torch.from_numpy(rng.dirichlet(np.ones(A), size=(L, B))),
+        "kind": torch.from_numpy(ends), "policy": torch.from_numpy(rng.dirichlet(np.ones(A), size=(L, B))),
     }  # fmt: skip
     targets = muzero.make_targets(rows, K, n, d)
     for b in range(B):
@@ -654,13 +654,13 @@ def fill(rb: muzero.ReplayBuffer, num_steps: int, seed: int = 0, mean_length: in
         }
         rb.add(rows, np.arange(N))
         for i in range(N):
-            written[i][-1].append(newest(rows, i) | {"end": torch.tensor(0)})
+            written[i][-1].append(newest(rows, i) | {"kind": torch.tensor(0)})
         done = np.flatnonzero(rng.random(N) < 1 / mean_length)
         if len(done):
             last = {
                 "obs": torch.from_numpy(rng.integers(0, 255, size=shape)).to(rb.data["obs"].dtype),
                 "value": torch.from_numpy(rng.normal(size=N).astype(np.float32)),
-                "end": torch.from_numpy(rng.integers(1, 3, size=N)).to(torch.uint8),
+                "kind": torch.from_numpy(rng.integers(1, 3, size=N)).to(torch.uint8),
             }
             rb.add(last, done, closing=True)
             for i in done:
@@ -685,7 +685,7 @@ def test_replay_holds_what_was_played(capacity, priority_alpha):
         flat = [(row, t, len(episode)) for episode in episodes for t, row in enumerate(episode)]
         assert rb.ends[i] == len(flat)
         rewards, values, ends = (
-            torch.tensor([float(row.get(name, 0)) for row, _, _ in flat]) for name in ("reward", "value", "end")
+            torch.tensor([float(row.get(name, 0)) for row, _, _ in flat]) for name in ("reward", "value", "kind")
         )
         for number, (row, age, _) in enumerate(flat):
             if number < len(flat) - rb.capacity:
@@ -695,7 +695,7 @@ def test_replay_holds_what_was_played(capacity, priority_alpha):
                 assert torch.equal(rb.data[name][slot, i], value.to(rb.data[name].dtype)), name
             assert rb.data["age"][slot, i] == age
             after = ends[number:]
-            ready = row["end"] == 0 and (len(after) >= rb.span or after.any())
+            ready = row["kind"] == 0 and (len(after) >= rb.span or after.any())
             assert (rb.priority[slot, i] > 0) == ready
             if ready and priority_alpha:
                 pad = torch.zeros(rb.span)
@@ -711,11 +711,11 @@ def test_sampled_sequences_are_those_that_were_played():
     before = {name: column.clone() for name, column in rb.data.items()}
     rows = rb.sample(500, 1.0, torch.Generator().manual_seed(0))
     assert rows["reward"].shape == (rb.span, 500) and rows["policy"].shape == (rb.span, 500, 3)
-    assert (rows["end"][0] == muzero.STEP).all()
+    assert (rows["kind"][0] == muzero.STEP).all()
     for b in range(0, 500, 17):
         slot, env = rows["slots"][b].item(), rows["envs"][b].item()
         index = [(slot + t) % rb.capacity for t in range(rb.span)]
-        for name in ("action", "reward", "policy", "value", "legal", "end"):
+        for name in ("action", "reward", "policy", "value", "legal", "kind"):
             assert torch.equal(rows[name][:, b], rb.data[name][index, env])
         obs = rb.observations(rows["slots"][b : b + 1], rows["envs"][b : b + 1])
         assert torch.equal(obs[0], rb.data["obs"][slot, env])
@@ -969,7 +969,7 @@ def test_update(monkeypatch):
     metrics = muzero.update(agent, optimizer, rb, rows, random_actions, args, recorded)
     assert all(torch.equal(kept[name], tensor) for name, tensor in rows.items())
     assert all(value.isfinite() and not value.requires_grad for value in metrics.values())
-    over = (rows["end"][:2] != muzero.STEP).cumsum(0) > 0
+    over = (rows["kind"][:2] != muzero.STEP).cumsum(0) > 0
     assert over.any() and torch.equal(seen["actions"], torch.where(over, 2, rows["action"][:2]))
     assert torch.equal(seen["obs"], rb.observations(rows["slots"], rows["envs"]))
     values = target.initial(seen["obs"])[2]
@@ -1024,16 +1024,16 @@ def test_decay_spares_biases_and_norms():
 
 @pytest.mark.parametrize("count", [5, 40])
 @pytest.mark.parametrize("closed_rows", [60, 9])
-def test_fresh_values_are_those_of_the_target_network_now(count, closed_rows):
+def test_bootstrap_now_are_those_of_the_target_network_now(count, closed_rows):
     """Returns of the first columns, by a loop from the network's values of the observations; the others as stored."""
     n, K = 3, 2
     agent, args = vector_agent(unroll_steps=K, td_steps=n)
     rb = make_rb()
     fill(rb, closed_rows)
     rows = rb.sample(40, 1.0, torch.Generator().manual_seed(0))
-    assert {muzero.TERMINATED, muzero.TRUNCATED} <= set(rows["end"].flatten().tolist())
+    assert {muzero.TERMINATED, muzero.TRUNCATED} <= set(rows["kind"].flatten().tolist())
     kept = {name: tensor.clone() for name, tensor in rows.items()}
-    fresh = muzero.fresh_values(agent, rb, rows, count, n)
+    fresh = muzero.bootstrap_now(agent, rb, rows, count, n)
     assert all(torch.equal(kept[name], tensor) for name, tensor in rows.items())
     assert all(fresh[name] is rows[name] for name in set(rows) - {"value"})
     assert torch.equal(fresh["value"][:, count:], rows["value"][:, count:])
@@ -1043,7 +1043,7 @@ def test_fresh_values_are_those_of_the_target_network_now(count, closed_rows):
         values = [agent.initial(rb.data["obs"][slot, rows["envs"][b]][None])[2].item() for slot in slots]
         for k in range(K + 1):
             if targets["value_mask"][k, b]:
-                wanted = loop_return(*(rows["reward"][:, b].tolist(), values, rows["end"][:, b].tolist()), k, n, 0.9)
+                wanted = loop_return(*(rows["reward"][:, b].tolist(), values, rows["kind"][:, b].tolist()), k, n, 0.9)
                 assert targets["returns"][k, b].item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
@@ -1345,19 +1345,19 @@ def test_a_flag_wins_over_the_task():
 def test_compiled_equals_eager():
     """Choices of both searches and losses with their gradients."""
     agent, args = vector_agent(num_simulations=4, unroll_steps=2)
-    fns = muzero.Executables(*map(torch.compile, muzero.Executables()))
+    compiled = muzero.Executables(*map(torch.compile, muzero.Executables()))
     obs, actions, targets, weights = sequence_batch(agent, args)
     noise = torch.as_tensor(muzero.draw_noise(np.ones((6, 3), bool), args, np.random.default_rng(0)))
     legal = torch.ones(6, 3, dtype=torch.bool)
     for search in ("puct", "gumbel"):
         settings = make_args(num_simulations=4, search=search)
         results = [
-            muzero.act(agent, obs, legal, noise, torch.ones(6), settings, f) for f in (muzero.Executables(), fns)
+            muzero.act(agent, obs, legal, noise, torch.ones(6), settings, f) for f in (muzero.Executables(), compiled)
         ]
         assert torch.equal(results[0].visit_counts, results[1].visit_counts)
         torch.testing.assert_close(results[0].policy, results[1].policy, rtol=1e-4, atol=1e-5)
     gradients = []
-    for losses_fn in (muzero.compute_losses, fns.losses):
+    for losses_fn in (muzero.compute_losses, compiled.losses):
         agent.zero_grad()
         losses_fn(agent, obs, actions, targets, weights, args)[0].backward()
         gradients.append([p.grad.clone() for p in agent.parameters()])
@@ -1545,7 +1545,7 @@ def test_muzero_replay_holds_what_was_played(name, length, num_envs):
     assert (data["obs"][..., 1] == count).all() and torch.equal(data["age"], count)
     assert (data["reward"] == torch.where(closing, 0, count + 1)).all()
     kind = muzero.TRUNCATED if name == "" else muzero.TERMINATED
-    assert (data["end"] == torch.where(closing, kind, muzero.STEP)).all()
+    assert (data["kind"] == torch.where(closing, kind, muzero.STEP)).all()
     assert (data["value"][closing] == 0).all() == (kind == muzero.TERMINATED)
     steps = ~closing[:-1]
     assert (data["action"][:-1][steps] == data["obs"][1:, :, 2][steps]).all()
@@ -1574,7 +1574,7 @@ def test_muzero_stores_what_its_searches_found(monkeypatch):
     assert not any(torch.equal(*pair) for pair in zip(noises[:-1], noises[1:], strict=True))
     for i, end in enumerate(replay["ends"]):
         data = {name: column[:end, i] for name, column in replay["data"].items()}
-        data = {name: column[data["end"] == muzero.STEP] for name, column in data.items()}
+        data = {name: column[data["kind"] == muzero.STEP] for name, column in data.items()}
         for name in ("action", "policy", "value"):
             assert torch.equal(data[name], torch.stack([getattr(result, name)[i] for result in results])), name
         assert torch.equal(data["legal"], data["obs"].sum(1).flatten(1) == 0) and not data["legal"].all()
@@ -1590,18 +1590,18 @@ def test_muzero_stores_what_its_searches_found(monkeypatch):
 )
 def test_muzero_bootstraps_from_the_target_network(monkeypatch, settings, fresh):
     """How many of a batch of 4 end in the target network's value now; the target network is another than the agent."""
-    fresh_values, update, counts, networks = muzero.fresh_values, muzero.update, [], []
+    bootstrap_now, update, counts, networks = muzero.bootstrap_now, muzero.update, [], []
 
-    def recorded_fresh_values(target, rb, rows, count, td_steps):
+    def recorded_bootstrap_now(target, rb, rows, count, td_steps):
         networks.append(target)
         counts.append(count)
-        return fresh_values(target, rb, rows, count, td_steps)
+        return bootstrap_now(target, rb, rows, count, td_steps)
 
     def recorded_update(agent, *rest):
         assert all(target is not agent for target in networks)
         return update(agent, *rest)
 
-    monkeypatch.setattr(muzero, "fresh_values", recorded_fresh_values)
+    monkeypatch.setattr(muzero, "bootstrap_now", recorded_bootstrap_now)
     monkeypatch.setattr(muzero, "update", recorded_update)
     run_dir = run(muzero, **settings)
     num_updates = load(run_dir)["parts"]["counters"]["num_updates"]
@@ -1616,7 +1616,7 @@ def test_muzero_keeps_open_episodes_as_truncated():
     resume(muzero, run_dir, **TWO_ENVS, total_timesteps=60)
     data = load(run_dir)["parts"]["replay"]["data"]
     row = saved["replay"]["ends"][0]
-    assert data["end"][row].tolist() == [muzero.TRUNCATED] * 2 and data["obs"][row, :, 1].tolist() == [6, 6]
+    assert data["kind"][row].tolist() == [muzero.TRUNCATED] * 2 and data["obs"][row, :, 1].tolist() == [6, 6]
     assert torch.equal(data["value"][row], saved["open_episodes"]["value"]) and data["value"][row].all()
     assert data["obs"][row + 1, :, 1].tolist() == [0, 0]
 
