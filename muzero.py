@@ -1,8 +1,9 @@
 # /// script
 # requires-python = ">=3.11,<3.13"
 # dependencies = [
-#     "ale-py>=0.12", "box2d>=2.3.10", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2", "numpy>=2.1",
-#     "opencv-python-headless>=4.10", "pygame-ce>=2.5", "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
+#     "ale-py>=0.12", "box2d>=2.3.10", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2", "numba>=0.68",
+#     "numpy>=2.1", "opencv-python-headless>=4.10", "pygame-ce>=2.5", "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67",
+#     "tyro>=1.0",
 # ]
 # ///
 """MuZero: tree search in a learned model that predicts reward, policy and value, and nothing else.
@@ -46,6 +47,7 @@ Deviations from the paper, each also named at the line it concerns:
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
@@ -54,6 +56,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -68,6 +71,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from numba import njit
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -129,8 +133,8 @@ class Args:
     opening_moves: int | None = None  # board games: self-play begins after 0 to this many random moves; default by task
 
     # Speed
-    compile: bool = False  # torch.compile the model, the searches' choices and the losses
-    cudagraphs: bool = False  # replay the search that acts as one CUDA graph (GPU only)
+    compile: bool = False  # torch.compile the model's step and the losses
+    cudagraphs: bool = False  # replay the model's step in a search as one CUDA graph (GPU only)
 
     @property
     def discount(self) -> float:
@@ -148,10 +152,9 @@ PRIORITY_BETA = 1.0  # exponent of the importance weights
 
 
 def scale_latent(latent: torch.Tensor) -> torch.Tensor:
-    """Each latent state (B, ...) to [0, 1] by its own minimum and maximum."""
-    low, high = latent.flatten(1).aminmax(dim=1)
-    shape = (-1,) + (1,) * (latent.dim() - 1)
-    return (latent - low.view(shape)) / (high - low).clamp_min(1e-5).view(shape)
+    """Each latent state (B, D) to [0, 1] by its own minimum and maximum."""
+    low, high = latent.aminmax(dim=1, keepdim=True)
+    return (latent - low) / (high - low).clamp_min(1e-5)
 
 
 class VectorNetwork(nn.Module):
@@ -236,12 +239,14 @@ class ConvNetwork(nn.Module):
         """Frames (B, 4, H, W, 3) of uint8, or boards (B, C, h, w) -> latent state."""
         if self.image:
             obs = obs.movedim(-1, 2).flatten(1, 2).float() / 255
-        return scale_latent(self.encoder(obs))
+        latent = self.encoder(obs)
+        return scale_latent(latent.flatten(1)).view_as(latent)
 
     def dynamics(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Next latent state and reward logits (B, bins)."""
         x = self.dynamics_in(torch.cat([latent, self.action_planes[action]], 1))
-        latent = scale_latent(self.dynamics_blocks(F.relu(x + latent)))
+        latent = self.dynamics_blocks(F.relu(x + latent))
+        latent = scale_latent(latent.flatten(1)).view_as(latent)
         return latent, self.reward(self.reward_head(latent))
 
     def predict(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,21 +270,32 @@ class Agent(nn.Module):
         for layer in (self.network.reward, self.network.policy_value):  # deviation 3: policy uniform, value 0 at first
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.num_actions, self.support_size, self.discount = num_actions, args.support_size, args.discount
+        bins = torch.arange(-args.support_size, args.support_size + 1.0)
+        self.register_buffer("bins", bins, persistent=False)  # h of the numbers that a distribution is over
+        self.num_actions = num_actions
 
     def initial(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latent state, policy logits (B, A) and value (B,) of observations (B, ...): s = h(o); p, v = f(s)."""
         latent = self.network.represent(obs)
         logits, value_logits = self.network.predict(latent)
-        return latent, logits, from_distribution(value_logits, self.support_size)
+        return latent, logits, from_distribution(value_logits, self.bins)
 
 
-def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """One step of the model, r, s' = g(s, a); p, v = f(s'): s', reward, discount (B,), logits (B, A), value (B,)."""
+def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of the model, r, s' = g(s, a); p, v = f(s'): s', and outputs (B, A + 2), see decode.
+
+    In one tensor, because on a GPU each copy to the host costs as much as the network.
+    """
     latent, reward_logits = agent.network.dynamics(latent, action)
     logits, value_logits = agent.network.predict(latent)
-    reward, value = from_distribution(torch.stack([reward_logits, value_logits]), agent.support_size)
-    return latent, reward, torch.full_like(reward, agent.discount), logits, value
+    expected = torch.stack([reward_logits, value_logits], 1).softmax(-1) @ agent.bins
+    return latent, torch.cat([logits, expected], 1)
+
+
+def decode(outputs):
+    """Reward (B,), policy logits (B, A) and value (B,) of outputs (B, A + 2), whose last two columns are h(r), h(v)."""
+    numbers = inverse_transform(outputs[:, -2:])
+    return numbers[:, 0], outputs[:, :-2], numbers[:, 1]
 
 
 # === Targets and losses ===
@@ -290,11 +306,14 @@ def transform(x: torch.Tensor) -> torch.Tensor:
     return x / (torch.sqrt(torch.abs(x) + 1) + 1) + 0.001 * x
 
 
-def inverse_transform(y: torch.Tensor) -> torch.Tensor:
-    """The x with h(x) = y: u = sqrt(|x| + 1) solves 0.001 u^2 + u = |y| + 1.001."""
-    c = torch.abs(y) + 1.001
-    u = 2 * c / (1 + torch.sqrt(1 + 0.004 * c))
-    return torch.sign(y) * (u * u - 1)
+def inverse_transform(y):
+    """The x with h(x) = y, of tensors and arrays: u = sqrt(|x| + 1) solves 0.001 u^2 + u = |y| + 1.001.
+
+    x = sign(y) (u^2 - 1), where u - 1 = |y| / (1.001 + 0.001 u) by the same equation, so that no digits are lost.
+    """
+    c = abs(y) + 1.001
+    u = 2 * c / (1 + (1 + 0.004 * c) ** 0.5)
+    return y * (u + 1) / (1.001 + 0.001 * u)
 
 
 def two_hot(x: torch.Tensor, support_size: int) -> torch.Tensor:
@@ -304,9 +323,8 @@ def two_hot(x: torch.Tensor, support_size: int) -> torch.Tensor:
     return (1 - torch.abs(y[..., None] - bins)).clamp_min(0)
 
 
-def from_distribution(logits: torch.Tensor, support_size: int) -> torch.Tensor:
-    """The number (...) that logits (..., 2 M + 1) stand for: expectation first, then the inverse of h."""
-    bins = torch.arange(-support_size, support_size + 1, device=logits.device, dtype=logits.dtype)
+def from_distribution(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
+    """The number (...) that logits (..., 2 M + 1) over bins -M ... M stand for: expectation, then the inverse of h."""
     return inverse_transform(logits.softmax(-1) @ bins)
 
 
@@ -384,7 +402,7 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     value_loss = ((value_terms * scale).sum(0) * weights).mean()
     reward_loss = ((reward_terms * scale[1:]).sum(0) * weights).mean()
     loss = policy_loss + args.value_scale * value_loss + reward_loss
-    values = from_distribution(value_logits[0].detach(), args.support_size)
+    values = from_distribution(value_logits[0].detach(), agent.bins)
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "reward_loss": reward_loss, "loss": loss}
     limit = inverse_transform(torch.full_like(weights[0], args.support_size + 1e-4))
     metrics["clipped_targets"] = (torch.cat([targets["returns"], targets["rewards"]]).abs() > limit).float().mean()
@@ -393,163 +411,231 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
 
 # === Search ===
 
+# One simulation in a tree of four nodes: node 0 is the root, node n was made by simulation n, a and b are actions.
+#
+#          0          select             down from the root by the rule of the search: 0 -b-> 2 -a-> no child yet, so
+#       a / \ b                          node 4 will hang there
+#        1   2        model              one step of the network from the latent state of node 2 along a, in all trees
+#       b|   |a                          at once: reward r and discount d of the edge, prior P and value v of node 4
+#        3   4 (new)  expand_and_backup  all this goes into node 4; upwards go the returns G_4 = v, G_2 = r + d G_4,
+#                                        G_0 = r' + d' G_2, each of them a term of its node's mean value
+#
+# The network runs in torch, and latent states stay on its device. The trees are arrays of records, their rules loops
+# compiled by Numba, one tree after another; NUMBA_DISABLE_JIT=1 runs them as Python, to step through them.
+
+NODE = np.dtype([  # nodes (B, S + 1)
+    ("raw_value", "f8"),  # v, as the network gave it
+    ("value", "f8"),  # mean of v and of all returns through the node
+    ("count", "f8"),  # terms of that mean: 1 + sum over a of N(s, a) (deviation 1: v is one of them)
+    ("reward", "f8"), ("discount", "f8"),  # r and d of the edge that leads to the node
+    ("parent", "i8"), ("action", "i8"),  # that edge
+    ("depth", "i8"),  # edges between the root and the node
+])  # fmt: skip
+EDGE = np.dtype([  # edges (B, S + 1, A): the actions of each node
+    ("child", "i8"),  # node that the action leads to, 0 = none yet
+    ("logit", "f8"), ("prior", "f8"),  # of the policy, -inf = not allowed; their softmax P(s, a)
+    ("visits", "f8"),  # N(s, a)
+    ("q", "f8"),  # Q(s, a) = r + d * value of the child, 0 where unvisited
+])  # fmt: skip
+UNKNOWN = (math.inf, -math.inf)  # bounds of Q that a search finds in its tree
+
+
+@njit
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+@njit
+def rescale(q, low, high):
+    """Qn = (Q - low) / (high - low); 0 where these are equal up to rounding (deviation 2: the prior decides)."""
+    rounding = 1e-5 * max(abs(low), abs(high), 1.0)
+    return (q - low) / (high - low) if high - low > rounding else 0.0
+
+
+@njit
+def tree_bounds(nodes, n):
+    """Minimum and maximum of the Q that the n - 1 edges of a tree have at present (deviation 2: not ever had)."""
+    low, high = np.inf, -np.inf
+    for node in nodes[1:n]:
+        q = node["reward"] + node["discount"] * node["value"]
+        low, high = min(low, q), max(high, q)
+    return low, high
+
+
+@njit
+def puct_choice(node, edges, low, high):
+    """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)); Qn of an unvisited action is 0."""
+    factor = math.sqrt(node["count"]) * (PB_C_INIT + math.log((node["count"] + PB_C_BASE + 1) / PB_C_BASE))
+    choice, best = 0, -np.inf
+    for a, edge in enumerate(edges):
+        score = edge["prior"] * factor / (1 + edge["visits"])
+        if edge["visits"] > 0:
+            score += rescale(edge["q"], low, high)
+        if score > best and edge["logit"] > -np.inf:
+            choice, best = a, score
+    return choice
+
+
+@njit
+def improved_logits(node, edges, low, high, c_scale):
+    """Logits of pi', (A,): logits + (c_visit + max N) c_scale Qn, where Q of an unvisited action is the mixed value
+
+    (v + sum N * (sum P Q) / (sum P)) / (1 + sum N), with sums over the visited ones. Bounds of Q are those at the node.
+    """
+    weight, weighted_q, most_visits = 0.0, 0.0, 0.0
+    for edge in edges:
+        if edge["visits"] > 0:
+            weight, weighted_q = weight + edge["prior"], weighted_q + edge["prior"] * edge["q"]
+            most_visits = max(most_visits, edge["visits"])
+    mixed = (node["raw_value"] + (node["count"] - 1) * weighted_q / max(weight, 1e-30)) / node["count"]
+    logits = np.empty(len(edges))
+    for a, edge in enumerate(edges):
+        logits[a] = edge["q"] if edge["visits"] > 0 else mixed
+    if low > high:
+        low, high = logits.min(), logits.max()
+    for a, edge in enumerate(edges):
+        logits[a] = edge["logit"] + (C_VISIT + most_visits) * c_scale * rescale(logits[a], low, high)
+    return logits
+
+
+@njit
+def gumbel_choice(node, edges, low, high, c_scale, gumbel, eligible):
+    """Root: argmax of g + logits of pi' over the actions with `eligible` visits. Below: of pi' - N / (1 + sum N)."""
+    scores = improved_logits(node, edges, low, high, c_scale)
+    if node["depth"] > 0:
+        scores = softmax(scores)
+    for a, edge in enumerate(edges):
+        if node["depth"] > 0:
+            scores[a] -= edge["visits"] / node["count"]
+        else:
+            scores[a] += gumbel[a] if edge["visits"] == eligible else -np.inf
+    return scores.argmax()
+
+
+@njit
+def select(nodes, edges, n, puct, low, high, c_scale, gumbel, eligible, chosen):
+    """Down each tree by the choices of the search to the first edge without a child, where node n hangs from now on.
+
+    chosen (2, B) becomes the row of the parent's latent state in (S + 1) * B, and the action.
+    """
+    for b in range(len(nodes)):
+        tree_low, tree_high = tree_bounds(nodes[b], n) if low > high and puct else (low, high)
+        child = 0
+        while True:
+            s = child
+            if puct:
+                a = puct_choice(nodes[b, s], edges[b, s], tree_low, tree_high)
+            else:
+                a = gumbel_choice(nodes[b, s], edges[b, s], low, high, c_scale, gumbel[b], eligible[b, n - 1])
+            child = edges[b, s, a]["child"]
+            if child == 0:
+                break
+        edges[b, s, a]["child"] = n
+        node = nodes[b, n]
+        node["parent"], node["action"], node["depth"] = s, a, nodes[b, s]["depth"] + 1
+        chosen[0, b], chosen[1, b] = s * len(nodes) + b, a
+
+
+@njit
+def expand_and_backup(nodes, edges, n, reward, discount, logits, value):
+    """What the model said, (B,) and (B, A), goes into node n, and the return G <- r + d G from there up to the root.
+
+    On the way each edge counts a visit and has Q = r + d * value of its child; each node's mean gets the term G.
+    """
+    for b in range(len(nodes)):
+        node, prior = nodes[b, n], softmax(logits[b])
+        for a, edge in enumerate(edges[b, n]):
+            edge["logit"], edge["prior"] = logits[b, a], prior[a]
+        node["reward"], node["discount"], node["count"] = reward[b], discount[b], 1
+        node["raw_value"] = node["value"] = G = value[b]
+        while node["depth"] > 0:
+            parent, edge = nodes[b, node["parent"]], edges[b, node["parent"], node["action"]]
+            edge["visits"] += 1
+            edge["q"] = node["reward"] + node["discount"] * node["value"]
+            G = node["reward"] + node["discount"] * G
+            parent["count"] += 1
+            parent["value"] += (G - parent["value"]) / parent["count"]
+            node = parent
+
 
 class SearchResult(NamedTuple):
     action: torch.Tensor  # (B,) to be played
-    policy: torch.Tensor  # (B, A) the training target: visit distribution, or Gumbel's improved policy
+    policy: torch.Tensor  # (B, A) the training target: visit distribution, or Gumbel's improved policy pi'
     value: torch.Tensor  # (B,) mean of the root, its own value included
     visit_counts: torch.Tensor  # (B, A) of the root's actions
     qvalues: torch.Tensor  # (B, A) of the root's actions, 0 where unvisited
     depth: torch.Tensor  # (B,) mean depth of the nodes
 
 
-@dataclass
-class Tree:
-    """B search trees of at most S + 1 nodes, node 0 the root and node n made by simulation n.
-
-    Nodes come first and the batch last, (S + 1, A, B): the nodes that exist are then one contiguous piece, and what
-    runs over all of them at once runs along the batch, which makes it several times faster on a CPU.
-    """
-
-    latent: torch.Tensor  # (S + 1, B, ...)
-    logits: torch.Tensor  # (S + 1, A, B) prior of the node's actions
-    prior: torch.Tensor  # (S + 1, A, B) their softmax
-    raw_values: torch.Tensor  # (S + 1, B) value as the model gave it
-    rewards: torch.Tensor  # (S + 1, B) on the edge that leads to the node
-    discounts: torch.Tensor  # (S + 1, B) on that edge
-    edges: torch.Tensor  # (S + 1, B) that edge: parent * A + action
-    node_visits: torch.Tensor  # (S + 1, B) 1 + sum of its visit_counts (deviation 1: its own expansion)
-    node_values: torch.Tensor  # (S + 1, B) mean of its own value and of all returns through it
-    edge_values: torch.Tensor  # (S + 1, B) reward + discount * node_value, Q of the edge that leads to the node
-    visit_counts: torch.Tensor  # (S + 1, A, B) N(s, a)
-    qvalues: torch.Tensor  # (S + 1, A, B) Q(s, a), 0 where unvisited
-    children: torch.Tensor  # (S + 1, A, B) node that an action leads to; the node itself where unvisited
-    lines: torch.Tensor  # (3, S + 1, S + 1, B) from node [1] up to its ancestor [2]: is it one, discount, reward
+def host(x) -> np.ndarray:
+    """A tensor or an array as the compiled functions take it."""
+    return np.ascontiguousarray(x.cpu() if isinstance(x, torch.Tensor) else x, np.float64)
 
 
-def make_tree(latent: torch.Tensor, logits: torch.Tensor, value: torch.Tensor, num_simulations: int) -> Tree:
-    """Trees with their roots only: latent (B, ...), logits (B, A), value (B,)."""
-    (B, A), N = logits.shape, num_simulations + 1
-    node, edge = value.new_zeros(N, B), value.new_zeros(N, A, B)
-    nodes = torch.arange(N, device=value.device)[:, None, None]
-    lines = value.new_zeros(3, N, N, B)
-    tree = Tree(
-        latent.new_zeros(N, *latent.shape), edge, edge.clone(), node, node.clone(), node.clone(),
-        torch.zeros_like(node, dtype=torch.long), node.clone(), node.clone(), node.clone(), edge.clone(), edge.clone(),
-        nodes.repeat(1, A, B), lines,
-    )  # fmt: skip
-    tree.latent[0], tree.logits[0], tree.prior[0] = latent, logits.T, logits.softmax(-1).T
-    tree.raw_values[0], tree.node_values[0], tree.node_visits[0] = value, value, 1
-    lines[:2].diagonal(dim1=1, dim2=2).fill_(1)  # each node is its own ancestor, with discount 1
-    return tree
+def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, puct: bool, bounds: tuple) -> tuple:
+    """Nodes and edges of B trees after S simulations, from roots = latent (B, ...), logits (B, A) and value (B,).
 
-
-def simulate(tree: Tree, n: int, model: Callable, choice: torch.Tensor) -> None:
-    """One simulation for all trees: down to an edge without a child, one step of the model, node n, and back up.
-
-    choice (n, B) is the action that each node selects. All nodes choose, then pointers are doubled until the root's
-    points at the leaf; and a new node knows its way to all ancestors at once. So no loop depends on the depth.
-    """
-    B, A = tree.latent.shape[1], tree.logits.shape[1]
-    trees = torch.arange(B, device=choice.device)
-    pointer = tree.children[:n].gather(1, choice[:, None])[:, 0]  # (n, B)
-    for _ in range((n - 1).bit_length()):  # a path has at most n - 1 edges
-        pointer = pointer.gather(0, pointer)
-    parent = pointer[0]
-    action = choice[parent, trees]
-    latent, reward, discount, logits, value = model(tree.latent[parent, trees], action)
-    assert logits.shape == (B, A) and reward.shape == discount.shape == value.shape == (B,)
-
-    tree.latent[n], tree.logits[n], tree.prior[n] = latent, logits.T, logits.softmax(-1).T
-    tree.raw_values[n], tree.rewards[n], tree.discounts[n] = value, reward, discount
-    tree.edges[n] = parent * A + action
-    tree.children.flatten(0, 1).scatter_(0, tree.edges[n : n + 1], n)
-
-    line = tree.lines[:, :n, :n].gather(1, parent.expand(3, 1, n, B))[:, 0]  # (3, n, B) from the parent upwards
-    on_path, line_discount, line_reward = line
-    line_reward += line_discount * reward
-    line_discount *= discount
-    tree.lines[:, n, :n] = line
-    tree.node_visits[: n + 1] += tree.lines[0, n, : n + 1]
-    returns = line_reward + line_discount * value  # G of Eq. 3 for every ancestor
-    tree.node_values[:n] += on_path * (returns - tree.node_values[:n]) / tree.node_visits[:n]
-    tree.node_values[n] = value
-    tree.edge_values[: n + 1] = tree.rewards[: n + 1] + tree.discounts[: n + 1] * tree.node_values[: n + 1]
-    for table, nodes in ((tree.qvalues, tree.edge_values), (tree.visit_counts, tree.node_visits)):
-        table.flatten(0, 1).scatter_(0, tree.edges[1 : n + 1], nodes[1 : n + 1])
-
-
-def rescale(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Q to [0, 1] by its bounds; 0 where these are equal up to rounding, so that the prior decides."""
-    noise = 1e-5 * torch.maximum(low.abs(), high.abs()).clamp_min(1)
-    return (q - low) * torch.where(high - low > noise, 1 / (high - low), 0)
-
-
-def puct_choice(prior, visit_counts, qvalues, node_visits, edge_values, legal, value_range, c1: float, c2: float):
-    """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)) for n nodes: (n, A, B) -> (n, B).
-
-    Q is rescaled by the tree's bounds (deviation 2: of present Q) or by known ones; unvisited actions count 0. legal
-    (A, B) holds at the root.
-    """
-    if value_range is None:
-        low, high = edge_values.aminmax(dim=0)  # (B,)
-    else:
-        low, high = (torch.full_like(edge_values[0], bound) for bound in value_range)
-    factor = torch.sqrt(node_visits) * (c1 + torch.log((node_visits + c2 + 1) / c2))
-    scores = torch.where(visit_counts > 0, rescale(qvalues, low, high), 0)
-    scores = torch.addcdiv(scores, prior * factor[:, None], 1 + visit_counts)
-    scores[0] = torch.where(legal, scores[0], -torch.inf)
-    return scores.max(1).indices
-
-
-def puct_search(model, root, legal, noise, temperature, args, value_range=None, choice_fn=puct_choice) -> SearchResult:
-    """The paper's search.
-
-    noise (B, 2, A): Dirichlet for the root's prior, and Gumbel, with which the action is drawn in proportion to
-    N^(1 / temperature), temperature (B,); without noise the most visited action is played.
+    model(latent, action) gives latent state, reward, discount, policy logits and value, all but the first for the host;
+    noise (B, 2, A): Dirichlet, which the paper's search mixes into the root's prior, and Gumbel; None = 0.
     """
     latent, logits, value = root
-    logits = logits.masked_fill(~legal, torch.finfo(logits.dtype).min)
-    tree = make_tree(latent, logits, value, args.num_simulations)
-    if noise is not None:
-        tree.prior[0] += DIRICHLET_FRACTION * (noise[:, 0].T - tree.prior[0])
-    for n in range(1, args.num_simulations + 1):
-        nodes = [x[:n] for x in (tree.prior, tree.visit_counts, tree.qvalues, tree.node_visits)]
-        edge_values = tree.edge_values[min(1, n - 1) : n]  # the root has no edge, and its 0 counts only while alone
-        choice = choice_fn(*nodes, edge_values, legal.T, value_range, PB_C_INIT, PB_C_BASE)
-        simulate(tree, n, model, choice)
-    counts = tree.visit_counts[0].T
-    action = counts.argmax(1)
-    if noise is not None:
-        drawn = (torch.log(counts) / temperature.clamp_min(1e-3)[:, None] + noise[:, 1]).argmax(1)
-        action = torch.where(temperature > 0, drawn, action)
-    return summarize(tree, action, counts / args.num_simulations)
+    (B, A), N = logits.shape, args.num_simulations + 1
+    legal = legal.cpu().numpy()
+    legal = legal | ~legal.any(1, keepdims=True)  # the board of a finished game, searched with the others
+    considered = legal.sum(1).clip(max=args.max_considered_actions)
+    eligible = halving_table(args.max_considered_actions, args.num_simulations)[considered]  # (B, S)
+    dirichlet, gumbel = np.zeros((2, B, A)) if noise is None else host(noise.transpose(0, 1))
+    nodes, edges = np.zeros((B, N), NODE), np.zeros((B, N, A), EDGE)
+    expand_and_backup(nodes, edges, 0, *np.zeros((2, B)), np.where(legal, host(logits), -np.inf), host(value))
+    if puct and noise is not None:
+        edges["prior"][:, 0] += DIRICHLET_FRACTION * (dirichlet - edges["prior"][:, 0])
+    latents = latent.new_empty(N, *latent.shape)
+    latents[0], rows = latent, latents.flatten(0, 1)
+    chosen = torch.zeros(2, B, dtype=torch.long)
+    parent, action = on_device = chosen.to(latent.device)  # the same memory, if that is the host
+    for n in range(1, N):
+        select(nodes, edges, n, puct, *bounds, args.c_scale, gumbel, eligible, chosen.numpy())
+        on_device.copy_(chosen)
+        latents[n], *outputs = model(rows.index_select(0, parent), action)
+        expand_and_backup(nodes, edges, n, *map(host, outputs))
+    return nodes, edges
 
 
-def scaled_qvalues(prior, raw_values, visit_counts, qvalues, value_range, c_visit: float, c_scale: float):
-    """sigma(completed Q), (n, A, B): unvisited actions get the mixed value of node and visited siblings.
+def summarize(nodes: np.ndarray, edges: np.ndarray, action, policy, like: torch.Tensor) -> SearchResult:
+    """What is left of a search once its action (B,) and policy (B, A) are known."""
+    roots = edges[:, 0]
+    numbers = policy, nodes["value"][:, 0], roots["visits"], roots["q"], nodes["depth"][:, 1:].mean(1)
+    return SearchResult(torch.from_numpy(action).to(like.device), *(torch.from_numpy(x).to(like) for x in numbers))
 
-    Q is rescaled by its bounds at each node or by known ones, then sigma(q) = (c_visit + max N) c_scale q.
+
+def puct_search(model, root, legal, noise, temperature, args: Args, value_range=None) -> SearchResult:
+    """The paper's search: policy N / S; action drawn in proportion to N^(1 / temperature), temperature (B,).
+
+    By the Gumbel noise, argmax over a of ln N / temperature + g; without it the most visited action is played.
     """
-    visited = visit_counts > 0
-    weight, total = prior * visited, visit_counts.sum(1)
-    siblings = (weight * qvalues).sum(1) / weight.sum(1).clamp_min(1e-30)
-    mixed = (raw_values + total * siblings) / (1 + total)
-    completed = torch.where(visited, qvalues, mixed[:, None])
-    if value_range is None:
-        low, high = completed.aminmax(dim=1, keepdim=True)
-    else:
-        low, high = (torch.full_like(mixed[:, None], bound) for bound in value_range)
-    return (c_visit + visit_counts.amax(1, keepdim=True)) * c_scale * rescale(completed, low, high)
+    nodes, edges = grow(model, root, legal, noise, args, True, value_range or UNKNOWN)
+    visits = edges["visits"][:, 0]
+    action = visits.argmax(1)
+    if noise is not None:
+        temperature = host(temperature)
+        with np.errstate(divide="ignore"):
+            scores = np.log(visits) / np.maximum(temperature, 1e-3)[:, None] + host(noise[:, 1])
+        action = np.where(temperature > 0, scores.argmax(1), action)
+    return summarize(nodes, edges, action, visits / args.num_simulations, root[2])
 
 
-def gumbel_choice(logits, prior, raw_values, visit_counts, qvalues, legal, gumbel, eligible, value_range, scales):
-    """Root: the best legal action among those with `eligible` (B,) visits; below: argmax of pi' - N / (1 + sum N)."""
-    scores = logits + scaled_qvalues(prior, raw_values, visit_counts, qvalues, value_range, *scales)
-    root = torch.where(legal & (visit_counts[0] == eligible), scores[0] + gumbel, -torch.inf)
-    scores = scores.softmax(1) - visit_counts / (1 + visit_counts.sum(1, keepdim=True))
-    scores[0] = root
-    return scores.max(1).indices
+def gumbel_search(model, root, legal, noise, args: Args, value_range=None) -> SearchResult:
+    """The search of Gumbel MuZero: policy pi'; action the best by g + logits of pi' of the most visited ones."""
+    bounds = value_range or UNKNOWN
+    nodes, edges = grow(model, root, legal, noise, args, False, bounds)
+    roots = zip(nodes[:, 0], edges[:, 0], strict=True)
+    logits = np.stack([improved_logits(node, actions, *bounds, args.c_scale) for node, actions in roots])
+    scores = logits if noise is None else logits + host(noise[:, 1])
+    visits = edges["visits"][:, 0]
+    action = np.where(visits == visits.max(1, keepdims=True), scores, -np.inf).argmax(1)
+    policy = np.exp(logits - logits.max(1, keepdims=True))
+    return summarize(nodes, edges, action, policy / policy.sum(1, keepdims=True), root[2])
 
 
 def halving_visits(num_actions: int, num_simulations: int) -> list[int]:
@@ -565,61 +651,31 @@ def halving_visits(num_actions: int, num_simulations: int) -> list[int]:
 
 
 @functools.cache
-def halving_table(max_actions: int, num_simulations: int, device: torch.device) -> torch.Tensor:
-    """halving_visits for 0 ... max_actions actions, (S, max_actions + 1)."""
-    rows = [halving_visits(m, num_simulations) for m in range(max_actions + 1)]
-    return torch.tensor(rows, device=device, dtype=torch.float32).T.contiguous()
-
-
-def gumbel_search(model, root, legal, noise, args, value_range=None, choice_fn=gumbel_choice) -> SearchResult:
-    """The search of Gumbel MuZero. noise (B, 2, A): its second row decides which actions are considered; None = 0."""
-    latent, logits, value = root
-    logits = logits.masked_fill(~legal, torch.finfo(logits.dtype).min)
-    gumbel = torch.zeros_like(logits) if noise is None else noise[:, 1]
-    tree, scales = make_tree(latent, logits, value, args.num_simulations), (C_VISIT, args.c_scale)
-    considered = legal.sum(1).clamp(max=args.max_considered_actions)
-    table = halving_table(args.max_considered_actions, args.num_simulations, value.device)[:, considered]  # (S, B)
-    for n in range(1, args.num_simulations + 1):
-        nodes = [x[:n] for x in (tree.logits, tree.prior, tree.raw_values, tree.visit_counts, tree.qvalues)]
-        choice = choice_fn(*nodes, legal.T, gumbel.T, table[n - 1], value_range, scales)
-        simulate(tree, n, model, choice)
-    nodes = [x[:1] for x in (tree.prior, tree.raw_values, tree.visit_counts, tree.qvalues)]
-    scores = logits + scaled_qvalues(*nodes, value_range, *scales)[0].T
-    counts = tree.visit_counts[0].T
-    best = legal & (counts == counts.amax(1, keepdim=True))
-    action = torch.where(best, scores + gumbel, -torch.inf).argmax(1)
-    return summarize(tree, action, scores.softmax(-1))
-
-
-def summarize(tree: Tree, action: torch.Tensor, policy: torch.Tensor) -> SearchResult:
-    """What is left of a search once its action (B,) and policy (B, A) are known."""
-    depth = tree.lines[0, 1:].sum(1).mean(0) - 1  # a node counts itself among its ancestors
-    return SearchResult(action, policy, tree.node_values[0], tree.visit_counts[0].T, tree.qvalues[0].T, depth)
+def halving_table(max_actions: int, num_simulations: int) -> np.ndarray:
+    """halving_visits for 0 ... max_actions actions, (max_actions + 1, S)."""
+    return np.array([halving_visits(m, num_simulations) for m in range(max_actions + 1)])
 
 
 # === Acting ===
 
 
-class Executables(NamedTuple):
-    """The functions that --compile compiles; these are the reference."""
-
-    recurrent: Callable = recurrent
-    puct_choice: Callable = puct_choice
-    gumbel_choice: Callable = gumbel_choice
-    losses: Callable = compute_losses
-
-
-@torch.no_grad()
-def act(agent: Agent, obs, legal, noise, temperature, args: Args, compiled: Executables) -> SearchResult:
+@torch.inference_mode()
+def act(agent: Agent, obs, legal, noise, temperature, args: Args, step_fn: Callable = recurrent) -> SearchResult:
     """Searches from observations (B, ...) with legal actions (B, A); without noise (B, 2, A) greedily.
 
-    temperature (B,) is that of the paper's search. In a game of two players the bounds of Q are known.
+    temperature (B,) is that of the paper's search; in a game of two players the bounds of Q are known.
     """
-    root, model = agent.initial(obs), functools.partial(compiled.recurrent, agent)
+
+    def model(latent: torch.Tensor, action: torch.Tensor) -> tuple:
+        latent, outputs = step_fn(agent, latent, action)
+        reward, logits, value = decode(outputs.cpu().numpy())
+        return latent, reward, discount, logits, value
+
+    root, discount = agent.initial(obs), np.full(len(obs), args.discount)
     value_range = (-1.0, 1.0) if args.two_player else None
     if args.search == "puct":
-        return puct_search(model, root, legal, noise, temperature, args, value_range, compiled.puct_choice)
-    return gumbel_search(model, root, legal, noise, args, value_range, compiled.gumbel_choice)
+        return puct_search(model, root, legal, noise, temperature, args, value_range)
+    return gumbel_search(model, root, legal, noise, args, value_range)
 
 
 def draw_noise(legal: np.ndarray, args: Args, rng: np.random.Generator) -> np.ndarray:
@@ -643,30 +699,6 @@ def closing_rows(agent: Agent, obs: np.ndarray, dones: np.ndarray, terminations:
     value = agent.initial(obs)[2] * torch.as_tensor(~terminations, device=device)  # deviation 4: truncated, not over
     kind = torch.as_tensor(np.where(terminations, TERMINATED, TRUNCATED) * dones, device=device)
     return {"obs": obs, "value": value, "kind": kind.to(torch.uint8)}
-
-
-class GraphedSearch:
-    """`act` as one CUDA graph for constant shapes: three calls on a side stream, then one is captured and replayed."""
-
-    def __init__(self, act_fn: Callable):
-        self.act_fn, self.graph, self.calls, self.stream = act_fn, None, 0, torch.cuda.Stream()
-
-    def __call__(self, *inputs: torch.Tensor) -> SearchResult:
-        self.calls += 1
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                result = self.act_fn(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        if self.graph is None:
-            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.result = self.act_fn(*self.inputs)
-        for static, new in zip(self.inputs, inputs, strict=True):
-            static.copy_(new, non_blocking=True)
-        self.graph.replay()
-        return SearchResult(*(x.clone() for x in self.result))
 
 
 # === Updates ===
@@ -698,17 +730,19 @@ def bootstrap_now(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_st
     return rows | {"value": value}
 
 
-def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, compiled: Executables) -> dict:
+def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, step_fn: Callable) -> dict:
     """Sampled rows whose first `count` columns have policies of a search with the target network, without noise.
 
-    It starts from the observations at k = 0 ... K.
+    It starts from the observations at k = 0 ... K, 256 of them at a time: their trees fit into the processor's cache.
     """
     slots, envs, length = rows["slots"][:count], rows["envs"][:count], args.unroll_steps + 1
     index = (slots + torch.arange(length, device=slots.device)[:, None]) % rb.capacity
     obs = rb.observations(index, envs.expand_as(index)).flatten(0, 1)
     legal = rows["legal"][:length, :count].flatten(0, 1)
     policy = rows["policy"].clone()
-    policy[:length, :count] = act(target, obs, legal, None, None, args, compiled).policy.unflatten(0, (length, count))
+    slices = zip(obs.split(256), legal.split(256), strict=True)
+    found = [act(target, *inputs, None, None, args, step_fn).policy for inputs in slices]
+    policy[:length, :count] = torch.cat(found).unflatten(0, (length, count))
     return rows | {"policy": policy}
 
 
@@ -859,6 +893,7 @@ def main(args: Args) -> str:
     checkpoint = load_checkpoint(args.resume, args) if args.resume else None
     envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves)
     check_support(args, envs)
+    compile_search()
     run = Run(args, checkpoint)
     device = run.device
     if device.type == "cpu":
@@ -889,11 +924,11 @@ def main(args: Args) -> str:
         if rows := checkpoint["parts"].get("open_episodes"):
             rows = {name: tensor.to(device) for name, tensor in rows.items()}
             rb.add(rows, rows["kind"].nonzero()[:, 0].cpu().numpy(), closing=True)
-    compiled = Executables()
+    step_fn, losses_fn = recurrent, compute_losses
     if args.compile:
-        compiled = Executables(*(torch.compile(function) for function in compiled))
-    act_fn = functools.partial(act, agent, args=args, compiled=compiled)
-    act_fn = GraphedSearch(act_fn) if args.cudagraphs else act_fn
+        step_fn, losses_fn = torch.compile(recurrent), torch.compile(compute_losses)
+    if args.cudagraphs:
+        step_fn = GraphedModel(step_fn)
     num_parameters = sum(p.numel() for p in agent.parameters())
     print(f"{run.folder}: {device}, {agent.num_actions} actions, {num_parameters:,} parameters, {args.search} search")
 
@@ -904,12 +939,12 @@ def main(args: Args) -> str:
         for _ in range(count):
             rows = rb.sample(args.batch_size, PRIORITY_BETA, rng["replay"])
             if num_reanalyzed:
-                rows = reanalyze(target, rb, rows, num_reanalyzed, args, compiled)
+                rows = reanalyze(target, rb, rows, num_reanalyzed, args, step_fn)
             if num_revalued:
                 rows = bootstrap_now(target, rb, rows, num_revalued, args.td_steps)
             shape = args.unroll_steps, args.batch_size
             actions = torch.randint(agent.num_actions, shape, generator=rng["update"], device=device)
-            run.metrics = update(agent, optimizer, rb, rows, actions, args, compiled.losses)
+            run.metrics = update(agent, optimizer, rb, rows, actions, args, losses_fn)
             counters["num_updates"] += 1
             if counters["num_updates"] % args.target_network_frequency == 0:
                 target.load_state_dict(agent.state_dict())
@@ -924,7 +959,7 @@ def main(args: Args) -> str:
         legal = legal_actions(envs)
         noise, temperature = draw_noise(legal, args, rng["act"]), temperature_of(moves, run.step, args)
         obs, legal, noise, temperature = (torch.as_tensor(x, device=device) for x in (obs, legal, noise, temperature))
-        result = act_fn(obs, legal, noise, temperature)
+        result = act(agent, obs, legal, noise, temperature, args, step_fn)
         next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())  # host sync
         require_finite_arrays(run.step, next_obs, rewards)
         step_rows = {
@@ -950,7 +985,7 @@ def main(args: Args) -> str:
             if eval_envs is None:
                 video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
                 eval_envs = make_vector_env(args, min(args.eval_episodes, 100), video)
-            returns, trajectories = evaluate(agent, eval_envs, args, device, run.stop, compiled)
+            returns, trajectories = evaluate(agent, eval_envs, args, device, run.stop, step_fn)
             if args.capture_video:  # the film is written when its environment closes
                 eval_envs.close()
                 eval_envs = None
@@ -1179,7 +1214,7 @@ def random_player(envs: BoardGame, games: np.ndarray, rng: np.random.Generator) 
 # === Evaluation ===
 
 
-def evaluate(agent, envs, args: Args, device, stop: StopRequest, compiled: Executables, opponent=random_player):
+def evaluate(agent, envs, args: Args, device, stop: StopRequest, step_fn=recurrent, opponent=random_player):
     """Plays args.eval_episodes greedily, without noise, on seeds of its own: training does not notice.
 
     Board games are played against `opponent(envs, games, rng)`, from either seat in turn. Returns the agent's returns
@@ -1197,7 +1232,7 @@ def evaluate(agent, envs, args: Args, device, stop: StopRequest, compiled: Execu
         if dones.any():
             obs, _ = envs.reset(seed=rng.integers(2**31, size=N).tolist(), options={"reset_mask": dones})
         legal = torch.as_tensor(legal_actions(envs), device=device)
-        result = act(agent, torch.as_tensor(obs, device=device), legal, None, None, args, compiled)
+        result = act(agent, torch.as_tensor(obs, device=device), legal, None, None, args, step_fn)
         row = {name: getattr(result, name).cpu().numpy() for name in ("action", "policy", "value", "depth")}
         if args.two_player:
             theirs = np.flatnonzero(envs.moves.numpy() % 2 != seat)
@@ -1234,7 +1269,8 @@ def evaluate_run(args: Args) -> str:
     envs = make_vector_env(args, min(args.eval_episodes, 100), video)
     agent = Agent(envs, args).to(device)
     agent.load_state_dict(checkpoint["parts"]["agent"])
-    returns, _ = evaluate(agent, envs, args, device, stop, Executables())
+    compile_search()
+    returns, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
     if len(returns):
         single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
@@ -1269,7 +1305,8 @@ def open_loop_errors(agent: Agent, trajectories: list[dict], length: int) -> dic
             starts = min(len(track["obs"]), T - k)
             if k > 0:
                 actions = torch.as_tensor(track["action"][k - 1 : k - 1 + starts], device=device)
-                latent, reward, _, logits, value = recurrent(agent, latent[:starts], actions)
+                latent, outputs = recurrent(agent, latent[:starts], actions)
+                reward, logits, value = decode(outputs)
                 sums["reward"][k] += np.abs(reward.cpu().numpy() - track["reward"][k - 1 : k - 1 + starts]).sum()
             policy = torch.as_tensor(track["policy"][k : k + starts], device=device)
             divergence = torch.xlogy(policy, policy) - policy * logits.log_softmax(-1)
@@ -1563,6 +1600,50 @@ def require_finite_arrays(global_step: int, *arrays: np.ndarray) -> None:
     """Stops the run before an observation or a reward that is not finite gets into the replay."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise SystemExit(f"error: not finite at step {global_step}: the environment's observation or reward")
+
+
+def compile_search(patience: float = 2.0) -> None:
+    """Loads the loops of the search, or compiles them and says so, if that lasts longer than `patience` seconds.
+
+    They are kept on disk, where Numba finds a folder that can be written: __pycache__ or the user's cache.
+    """
+    for function in (select, expand_and_backup, improved_logits):
+        with contextlib.suppress(RuntimeError, AttributeError):  # no such folder; NUMBA_DISABLE_JIT
+            function.enable_caching()
+    text = "compiling the search: about ten seconds, again only when this file has changed"
+    note = threading.Timer(patience, print, [text], {"file": sys.stderr, "flush": True})
+    note.daemon = True
+    note.start()
+    zero, one = torch.zeros(1), torch.ones(1, 1)
+    args, root = Args(num_simulations=1, c_scale=0.1), (one, one, zero)
+    gumbel_search(lambda latent, action: (latent, zero, zero, one, zero), root, one.bool(), None, args)
+    note.cancel()
+
+
+class GraphedModel:
+    """`recurrent` as CUDA graphs, one for each agent and number of roots; the next call overwrites what one returns."""
+
+    def __init__(self, step_fn: Callable):
+        self.step_fn, self.graphs = step_fn, {}
+
+    def __call__(self, agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = agent, len(action)
+        if key not in self.graphs:
+            inputs, stream = (latent.clone(), action.clone()), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.step_fn(agent, *inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = self.step_fn(agent, *inputs)
+            self.graphs[key] = graph, inputs, outputs
+        graph, inputs, outputs = self.graphs[key]
+        for static, new in zip(inputs, (latent, action), strict=True):
+            static.copy_(new)
+        graph.replay()
+        return outputs
 
 
 if __name__ == "__main__":
