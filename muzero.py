@@ -9,8 +9,8 @@
 """MuZero: tree search in a learned model that predicts reward, policy and value, and nothing else.
 
 At every environment step
-  act            search from the latent state of the observation: S times down the tree, one step of the model, and back
-                 up (simulate); the most promising action is played
+  act            a search from the latent state of the observation: S times select (down the tree), recurrent (a step
+                 of the model), expand_and_backup (a new node, and up again); its action is played
   add            the replay keeps observation, action and reward, and what the search found: its policy and root value
 and for each of the updates that are due
   sample         sequences of K + n steps, new errors first (priorities)
@@ -146,19 +146,25 @@ PB_C_INIT, PB_C_BASE = 1.25, 19652.0  # pUCT: weight of the prior (c1), visits o
 DIRICHLET_FRACTION = 0.25  # pUCT: share of the noise in the root's prior
 C_VISIT = 50.0  # Gumbel: visits added to the largest visit count in the scale of Q
 PRIORITY_BETA = 1.0  # exponent of the importance weights
+REANALYZED_AT_ONCE = 256  # roots of one search: their trees fit into the processor's cache
 
 
 # === Networks ===
 
 
 def scale_latent(latent: torch.Tensor) -> torch.Tensor:
-    """Each latent state (B, D) to [0, 1] by its own minimum and maximum."""
-    low, high = latent.aminmax(dim=1, keepdim=True)
-    return (latent - low) / (high - low).clamp_min(1e-5)
+    """Each latent state (B, ...) to [0, 1] by its own minimum and maximum."""
+    flat = latent.flatten(1)
+    low, high = flat.aminmax(dim=1, keepdim=True)
+    return ((flat - low) / (high - low).clamp_min(1e-5)).view_as(latent)
 
 
 class VectorNetwork(nn.Module):
-    """Representation, dynamics and prediction for vectors; the latent state is (B, D)."""
+    """Representation, dynamics and prediction for vectors; the latent state is (B, D).
+
+    In a search it takes thousands of steps a second, so layers are used by their forward: a call looks for hooks first,
+    which is a fifth of the time of a step with one root, a sixth with 64.
+    """
 
     def __init__(self, obs_dim: int, num_actions: int, num_bins: int, units: int):
         super().__init__()
@@ -180,12 +186,14 @@ class VectorNetwork(nn.Module):
 
     def dynamics(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Next latent state and reward logits (B, bins)."""
-        h = F.silu(self.dynamics_norm(self.dynamics_in(latent) + self.action(action)))
-        return scale_latent(latent + self.dynamics_out(h)), self.reward(h)
+        h = F.silu(self.dynamics_norm.forward(self.dynamics_in.forward(latent) + self.action.forward(action)))
+        return scale_latent(latent + self.dynamics_out.forward(h)), self.reward.forward(h)
 
     def predict(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Policy logits (B, A) and value logits (B, bins)."""
-        return self.policy_value(self.head(latent)).split(self.outputs, -1)
+        for layer in self.head:
+            latent = layer.forward(latent)
+        return self.policy_value.forward(latent).split(self.outputs, -1)
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -239,14 +247,12 @@ class ConvNetwork(nn.Module):
         """Frames (B, 4, H, W, 3) of uint8, or boards (B, C, h, w) -> latent state."""
         if self.image:
             obs = obs.movedim(-1, 2).flatten(1, 2).float() / 255
-        latent = self.encoder(obs)
-        return scale_latent(latent.flatten(1)).view_as(latent)
+        return scale_latent(self.encoder(obs))
 
     def dynamics(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Next latent state and reward logits (B, bins)."""
         x = self.dynamics_in(torch.cat([latent, self.action_planes[action]], 1))
-        latent = self.dynamics_blocks(F.relu(x + latent))
-        latent = scale_latent(latent.flatten(1)).view_as(latent)
+        latent = scale_latent(self.dynamics_blocks(F.relu(x + latent)))
         return latent, self.reward(self.reward_head(latent))
 
     def predict(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -583,8 +589,8 @@ def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, p
     (B, A), N = logits.shape, args.num_simulations + 1
     legal = legal.cpu().numpy()
     legal = legal | ~legal.any(1, keepdims=True)  # the board of a finished game, searched with the others
-    considered = legal.sum(1).clip(max=args.max_considered_actions)
-    eligible = halving_table(args.max_considered_actions, args.num_simulations)[considered]  # (B, S)
+    considered = legal.sum(1).clip(max=args.max_considered_actions).tolist()
+    eligible = np.stack([halving_visits(m, args.num_simulations) for m in considered])  # (B, S)
     dirichlet, gumbel = np.zeros((2, B, A)) if noise is None else host(noise.transpose(0, 1))
     nodes, edges = np.zeros((B, N), NODE), np.zeros((B, N, A), EDGE)
     expand_and_backup(nodes, edges, 0, *np.zeros((2, B)), np.where(legal, host(logits), -np.inf), host(value))
@@ -592,11 +598,12 @@ def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, p
         edges["prior"][:, 0] += DIRICHLET_FRACTION * (dirichlet - edges["prior"][:, 0])
     latents = latent.new_empty(N, *latent.shape)
     latents[0], rows = latent, latents.flatten(0, 1)
-    chosen = torch.zeros(2, B, dtype=torch.long)
-    parent, action = on_device = chosen.to(latent.device)  # the same memory, if that is the host
+    chosen = np.zeros((2, B), np.int64)
+    on_host = torch.from_numpy(chosen)  # the same memory
+    parent, action = on_device = on_host.to(latent.device)  # the same again, if the network is there
     for n in range(1, N):
-        select(nodes, edges, n, puct, *bounds, args.c_scale, gumbel, eligible, chosen.numpy())
-        on_device.copy_(chosen)
+        select(nodes, edges, n, puct, *bounds, args.c_scale, gumbel, eligible, chosen)
+        on_device.copy_(on_host)
         latents[n], *outputs = model(rows.index_select(0, parent), action)
         expand_and_backup(nodes, edges, n, *map(host, outputs))
     return nodes, edges
@@ -638,8 +645,9 @@ def gumbel_search(model, root, legal, noise, args: Args, value_range=None) -> Se
     return summarize(nodes, edges, action, policy / policy.sum(1, keepdims=True), root[2])
 
 
-def halving_visits(num_actions: int, num_simulations: int) -> list[int]:
-    """Sequential halving: the visits that an action must have to be eligible at each simulation."""
+@functools.cache
+def halving_visits(num_actions: int, num_simulations: int) -> np.ndarray:
+    """Sequential halving: the visits that an action must have to be eligible at each simulation, (S,)."""
     phases = max(1, math.ceil(math.log2(max(num_actions, 1))))
     survivors, visits, eligible = max(num_actions, 1), 0, []
     while len(eligible) < num_simulations:
@@ -647,13 +655,7 @@ def halving_visits(num_actions: int, num_simulations: int) -> list[int]:
             eligible += [visits] * survivors
             visits += 1
         survivors = max(min(2, survivors), survivors // 2)
-    return eligible[:num_simulations]
-
-
-@functools.cache
-def halving_table(max_actions: int, num_simulations: int) -> np.ndarray:
-    """halving_visits for 0 ... max_actions actions, (max_actions + 1, S)."""
-    return np.array([halving_visits(m, num_simulations) for m in range(max_actions + 1)])
+    return np.array(eligible[:num_simulations], np.int64)
 
 
 # === Acting ===
@@ -733,14 +735,14 @@ def bootstrap_now(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_st
 def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, step_fn: Callable) -> dict:
     """Sampled rows whose first `count` columns have policies of a search with the target network, without noise.
 
-    It starts from the observations at k = 0 ... K, 256 of them at a time: their trees fit into the processor's cache.
+    It starts from the observations at k = 0 ... K.
     """
     slots, envs, length = rows["slots"][:count], rows["envs"][:count], args.unroll_steps + 1
     index = (slots + torch.arange(length, device=slots.device)[:, None]) % rb.capacity
     obs = rb.observations(index, envs.expand_as(index)).flatten(0, 1)
     legal = rows["legal"][:length, :count].flatten(0, 1)
     policy = rows["policy"].clone()
-    slices = zip(obs.split(256), legal.split(256), strict=True)
+    slices = zip(obs.split(REANALYZED_AT_ONCE), legal.split(REANALYZED_AT_ONCE), strict=True)
     found = [act(target, *inputs, None, None, args, step_fn).policy for inputs in slices]
     policy[:length, :count] = torch.cat(found).unflatten(0, (length, count))
     return rows | {"policy": policy}
@@ -888,6 +890,9 @@ class ReplayBuffer:
 def main(args: Args) -> str:
     args = with_task_defaults(args)
     check_args(args)
+    device = choose_device(args)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # many small operations: more threads only wait for each other
     if args.evaluate:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume else None
@@ -895,10 +900,6 @@ def main(args: Args) -> str:
     check_support(args, envs)
     compile_search()
     run = Run(args, checkpoint)
-    device = run.device
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # many small operations: more threads only wait for each other
-
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
     agent = Agent(envs, args).to(device)
     target = deepcopy(agent).requires_grad_(False)
@@ -929,9 +930,8 @@ def main(args: Args) -> str:
         step_fn, losses_fn = torch.compile(recurrent), torch.compile(compute_losses)
     if args.cudagraphs:
         step_fn = GraphedModel(step_fn)
-    num_parameters = sum(p.numel() for p in agent.parameters())
-    print(f"{run.folder}: {device}, {agent.num_actions} actions, {num_parameters:,} parameters, {args.search} search")
-
+    size = f"{agent.num_actions} actions, {sum(p.numel() for p in agent.parameters()):,} parameters"
+    print(f"{run.folder}: {device}, {size}, {args.search} search")
     num_reanalyzed = math.ceil(args.reanalyze_ratio * args.batch_size)
     num_revalued = args.batch_size if args.bootstrap == "target" else num_reanalyzed  # deviation 8: target network now
 
