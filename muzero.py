@@ -589,11 +589,12 @@ def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, p
     (B, A), N = logits.shape, args.num_simulations + 1
     legal = legal.cpu().numpy()
     legal = legal | ~legal.any(1, keepdims=True)  # the board of a finished game, searched with the others
-    considered = legal.sum(1).clip(max=args.max_considered_actions).tolist()
+    logits = np.where(legal, host(logits), -np.inf)
+    considered = (logits > -np.inf).sum(1).clip(max=args.max_considered_actions).tolist()
     eligible = np.stack([halving_visits(m, args.num_simulations) for m in considered])  # (B, S)
     dirichlet, gumbel = np.zeros((2, B, A)) if noise is None else host(noise.transpose(0, 1))
     nodes, edges = np.zeros((B, N), NODE), np.zeros((B, N, A), EDGE)
-    expand_and_backup(nodes, edges, 0, *np.zeros((2, B)), np.where(legal, host(logits), -np.inf), host(value))
+    expand_and_backup(nodes, edges, 0, *np.zeros((2, B)), logits, host(value))
     if puct and noise is not None:
         edges["prior"][:, 0] += DIRICHLET_FRACTION * (dirichlet - edges["prior"][:, 0])
     latents = latent.new_empty(N, *latent.shape)
