@@ -485,9 +485,10 @@ def puct_choice(node, edges, low, high):
 
 @njit
 def improved_logits(node, edges, low, high, c_scale):
-    """Logits of pi', (A,): logits + (c_visit + max N) c_scale Qn, where Q of an unvisited action is the mixed value
+    """Logits of pi', (A,): logits + (c_visit + max N) c_scale Qn.
 
-    (v + sum N * (sum P Q) / (sum P)) / (1 + sum N), with sums over the visited ones. Bounds of Q are those at the node.
+    Q of an unvisited action is the mixed value (v + sum N * sum P Q / sum P) / (1 + sum N), with P and Q of the visited
+    ones. Bounds of Q that are not known are those at the node.
     """
     weight, weighted_q, most_visits = 0.0, 0.0, 0.0
     for edge in edges:
