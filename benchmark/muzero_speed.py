@@ -126,12 +126,15 @@ def mctx_speed(batch: int, num_actions: int, args: muzero.Args, stretches: int) 
         h = hidden(linear(params, "in", latent) + params["action"][0][action])
         latent = scale(latent + linear(params, "out", h))
         (logits, value), reward = predict(params, latent), number(linear(params, "reward", h))
-        return mctx.RecurrentFnOutput(reward, jnp.full_like(reward, args.discount), logits, value), latent
+        discount = jnp.full_like(reward, args.discount)
+        outputs = mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=logits, value=value)
+        return outputs, latent
 
     @jax.jit
     def search(params: dict, key, obs):
         latent = scale(linear(params, "encoder", hidden(linear(params, "obs", obs))))
-        root = mctx.RootFnOutput(*predict(params, latent), latent)
+        logits, value = predict(params, latent)
+        root = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=latent)
         if args.search == "puct":
             return mctx.muzero_policy(params, key, root, recurrent_fn, args.num_simulations)
         scale_q = {"value_scale": args.c_scale, "maxvisit_init": muzero.C_VISIT}
@@ -185,6 +188,7 @@ def loop_speed(args: muzero.Args) -> float:
 def main(flags: Args) -> None:
     torch.set_num_threads(flags.threads)
     if flags.threads == 1:  # before jax is imported
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     base = muzero.with_task_defaults(muzero.Args(cuda=flags.cuda, compile=flags.compile))
     device = muzero.choose_device(base)
