@@ -900,16 +900,16 @@ def main(args: Args) -> str:
     checkpoint = load_checkpoint(args.resume, args) if args.resume else None
     envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves)
     check_support(args, envs)
+    try:
+        rb = ReplayBuffer(envs, args, device)
+    except RuntimeError as error:
+        fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {device}: {str(error)[:80]}")
     compile_search()
     run = Run(args, checkpoint)
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
     agent = Agent(envs, args).to(device)
     target = deepcopy(agent).requires_grad_(False)
     optimizer = make_optimizer(agent, args)
-    try:
-        rb = ReplayBuffer(envs, args, device)
-    except RuntimeError as error:
-        fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {device}: {str(error)[:80]}")
     counters = {"num_updates": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act"))}
     rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("replay", "update"))}
