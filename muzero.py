@@ -13,8 +13,8 @@ At every environment step
                  of the model), expand_and_backup (a new node, and up again); its action is played
   add            the replay keeps observation, action and reward, and what the search found: its policy and root value
 and for each of the updates that are due
-  sample         sequences of K + n steps, new errors first (priorities)
-  bootstrap_now  the values that their returns end in anew, by the target network (reanalyze: policies, by a search)
+  sample         sequences of K + n steps, uniformly or by priority
+  bootstrap_now  the values that their returns end in, by the target network as it is now (reanalyze: also policies)
   update         make_targets: the search's policies, n-step returns, rewards; compute_losses: the model unrolled K
                  steps along the actions that were played, cross-entropies of its policies, values and rewards
 
@@ -128,8 +128,8 @@ class Args:
     max_considered_actions: int = 16  # gumbel: actions at the root that sequential halving begins with
     c_scale: float | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
     dirichlet_alpha: float | None = None  # puct: concentration of the noise in the root's prior; default by task
-    temperature_steps: tuple[int, int] | None = None  # puct: environment steps from which it is 0.5, 0.25; by task
-    temperature_moves: int | None = None  # puct: moves of an episode before the most visited action is played; by task
+    temperature_steps: tuple[int, int] | None = None  # puct: steps at which the temperature falls to 0.5, 0.25; by task
+    temperature_moves: int | None = None  # puct: moves of an episode before the temperature is 0; by task
     opening_moves: int | None = None  # board games: self-play begins after 0 to this many random moves; default by task
 
     # Speed
@@ -146,7 +146,7 @@ PB_C_INIT, PB_C_BASE = 1.25, 19652.0  # pUCT: weight of the prior (c1), visits o
 DIRICHLET_FRACTION = 0.25  # pUCT: share of the noise in the root's prior
 C_VISIT = 50.0  # Gumbel: visits added to the largest visit count in the scale of Q
 PRIORITY_BETA = 1.0  # exponent of the importance weights
-REANALYZED_AT_ONCE = 256  # roots of one search: their trees fit into the processor's cache
+REANALYZED_AT_ONCE = 256  # reanalysis: roots of one search, whose trees fit into the processor's cache
 
 
 # === Networks ===
@@ -277,7 +277,7 @@ class Agent(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         bins = torch.arange(-args.support_size, args.support_size + 1.0)
-        self.register_buffer("bins", bins, persistent=False)  # h of the numbers that a distribution is over
+        self.register_buffer("bins", bins, persistent=False)  # of distributions, see transform
         self.num_actions = num_actions
 
     def initial(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -299,7 +299,7 @@ def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple
 
 
 def decode(outputs):
-    """Reward (B,), policy logits (B, A) and value (B,) of outputs (B, A + 2), whose last two columns are h(r), h(v)."""
+    """Reward (B,), policy logits (B, A), value (B,) of outputs (B, A + 2), where r and v are transformed: h(r), h(v)."""
     numbers = inverse_transform(outputs[:, -2:])
     return numbers[:, 0], outputs[:, :-2], numbers[:, 1]
 
@@ -340,8 +340,9 @@ STEP, TERMINATED, TRUNCATED = 0, 1, 2  # kinds of replay rows: a step, or what c
 def n_step_returns(rewards, values, kinds, td_steps: int, discount: float) -> torch.Tensor:
     """z_k = r_k + d r_{k+1} + ... + d^n nu_{k+n} for k = 0 ... L - n - 1, from rows (L, B); result (L - n, B).
 
-    A closing row cuts the sum: with 0 where it is TERMINATED, with its own value where it is TRUNCATED (deviation 4:
-    not with 0). Rows after it belong to the next episode, their returns are 0. For two players d is -gamma.
+    nu are the values, of the search then or the target network now. A closing row cuts the sum: with 0 where it is
+    TERMINATED, with its own value where it is TRUNCATED (deviation 4: not with 0). Rows after it belong to the next
+    episode, their returns are 0. For two players d is -gamma.
     """
     is_closing_row = kinds != STEP
     num_closed = is_closing_row.cumsum(0)
