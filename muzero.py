@@ -299,7 +299,7 @@ def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple
 
 
 def decode(outputs):
-    """Reward (B,), policy logits (B, A), value (B,) of outputs (B, A + 2); the last two columns there are h(r), h(v)."""
+    """Reward (B,), policy logits (B, A), value (B,) of outputs (B, A + 2), whose last two columns are h(r) and h(v)."""
     numbers = inverse_transform(outputs[:, -2:])
     return numbers[:, 0], outputs[:, :-2], numbers[:, 1]
 
