@@ -1,11 +1,22 @@
 # /// script
 # requires-python = ">=3.11,<3.13"
 # dependencies = [
-#     "ale-py>=0.12", "box2d>=2.3.10", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2", "numpy>=2.1",
-#     "opencv-python-headless>=4.10", "pygame-ce>=2.5", "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
+#     "ale-py>=0.12", "box2d>=2.3.10", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2", "numba>=0.68",
+#     "numpy>=2.1", "opencv-python-headless>=4.10", "pygame-ce>=2.5", "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67",
+#     "tyro>=1.0",
 # ]
 # ///
 """MuZero: tree search in a learned model that predicts reward, policy and value, and nothing else.
+
+At every environment step
+  act            a search from the latent state of the observation: S times select (down the tree), recurrent (a step
+                 of the model), expand_and_backup (a new node, and up again); its action is played
+  add            the replay keeps observation, action and reward, and what the search found: its policy and root value
+and for each of the updates that are due
+  sample         sequences of K + n steps, uniformly or by priority
+  bootstrap_now  the values that their returns end in, by the target network as it is now (reanalyze: also policies)
+  update         make_targets: the search's policies, n-step returns, rewards; compute_losses: the model unrolled K
+                 steps along the actions that were played, cross-entropies of its policies, values and rewards
 
 Paper:      Schrittwieser et al. 2020, Mastering Atari, Go, Chess and Shogi by Planning with a Learned Model,
             arXiv 1911.08265 (Nature 588); the Gumbel search: Danihelka et al. 2022 (ICLR, Policy improvement by
@@ -14,20 +25,29 @@ Run:        python muzero.py --env-id CartPole-v1          (or: uv run muzero.py
 Resume:     python muzero.py --resume runs/<run folder>
 Evaluate:   python muzero.py --evaluate runs/<run folder> [--capture-video]
 Watch:      tensorboard --logdir runs
-Deviations from the paper, each also marked at the line it concerns:
+Deviations from the paper, each also named at the line it concerns:
   1. A node's visits count its own expansion and its mean includes its own value (mctx); the paper's sums do not.
-  2. Minimum and maximum of the tree are those of its present Q; the paper's are of all that was ever backed up.
-  3. Adam and a network without batch statistics (layer and group norm) instead of SGD and batch norm.
+  2. Q is rescaled by the minimum and maximum of the tree's present Q, and counts 0 where these are equal up to
+     rounding; the paper's bounds are of all that was ever backed up.
+  3. AdamW at a constant learning rate, gradients clipped, small networks with layer and group norm whose heads begin at
+     0; not SGD with a schedule and batch norm. Vectors, of which the paper has none, enter as symlog.
   4. After a truncation nothing is trained on, and the value there is that of the final observation; the paper's
      pseudocode treats it as a termination.
   5. Board games keep the reward head and the transform: a winning move earns its mover 1, values past the end are 0.
-  6. The default search is Gumbel's with few simulations (--search puct for the paper's).
-  7. Small networks, and images as four 96x96 frames in colour (EfficientZero's) instead of 32.
+     Self-play begins after a few random moves.
+  6. The default search is Gumbel's with few simulations (--search puct for the paper's), and Q counts less in it than
+     in Gumbel MuZero where the values of actions are nearly equal (c_scale in TASKS).
+  7. Images are four 96x96 frames in colour (EfficientZero's), not 32 with the actions between them; Atari games have
+     their minimal set of actions, not all 18.
   8. With vectors, returns end in the target network's value now (as in Reanalyze), not in that of the search then.
+  9. The value loss weighs 0.25, as in Reanalyze; in the paper 1.
+ 10. Replay is uniform but for Atari, where 0.001 is added to each priority; the paper's is uniform for boards alone.
+ 11. Acting and learning take turns in one process, with the newest weights; temperatures fall with environment steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
@@ -36,6 +56,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -50,6 +71,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from numba import njit
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -72,45 +94,59 @@ class Args:
     resume: str | None = None  # run folder to continue
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
-    # Algorithm specific arguments
+    # Algorithm specific arguments (None = by task, see DEFAULTS and TASKS)
     env_id: str = "CartPole-v1"  # Gymnasium id with Discrete actions (ALE/Pong-v5), tictactoe or connect_four
-    total_timesteps: int | None = None  # environment steps of the run; default by task, see TASKS below
+    total_timesteps: int | None = None  # environment steps of the run; default by task
     num_envs: int | None = None  # environments or games played side by side, one search for all; default by task
-    buffer_size: int | None = None  # capacity of the replay buffer in environment steps; default by task
-    learning_starts: int = 1_000  # environment steps before learning
+    gamma: float | None = None  # discount per step; default by task
+    two_player: bool | None = None  # players alternate, values are the mover's and within -1 ... 1; default by task
+
+    # Replay and updates
+    buffer_size: int | None = None  # environment steps that the replay buffer holds; default by task
+    learning_starts: int = 1_000  # environment steps before the first update
     replay_ratio: float | None = None  # updates per environment step; default by task
     batch_size: int | None = None  # sequences per update (B); default by task
-    learning_rate: float | None = None  # learning rate of AdamW; default by task
-    weight_decay: float = 1e-4  # its weight decay
-    max_grad_norm: float = 5.0  # gradient norm that an update is clipped to
-    gamma: float | None = None  # discount per step; default by task
-    td_steps: int | None = None  # steps of the return before it is bootstrapped (n); default by task
-    bootstrap: Literal["search", "target"] | None = None  # ended by the value of: search then, target network now
-    unroll_steps: int = 5  # steps the model is unrolled in an update (K)
-    value_scale: float = 0.25  # weight of the value loss
-    support_size: int | None = None  # values and rewards are distributions over -M ... M, transformed; by task
-    hidden_size: int | None = None  # units of latent state and hidden layers, or channels; default by task
-    num_blocks: int | None = None  # residual blocks of convolutional networks; default by task
-    search: Literal["gumbel", "puct"] = "gumbel"  # sequential halving, or the paper's search (deviation 6)
-    num_simulations: int | None = None  # simulations per search (S); default by task
-    max_considered_actions: int = 16  # gumbel: actions at the root that sequential halving begins with
-    c_visit: float = 50.0  # gumbel: visits added to the largest visit count in the scale of Q
-    c_scale: float | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
-    pb_c_init: float = 1.25  # puct: c1, the weight of the prior
-    pb_c_base: float = 19652.0  # puct: c2, visits over which that weight grows
-    dirichlet_alpha: float | None = None  # puct: concentration of the noise in the root's prior; default by task
-    dirichlet_fraction: float = 0.25  # puct: its share
-    temperature_steps: tuple[int, int] | None = None  # puct: steps at which it falls to 0.5, 0.25; by task
-    opening_moves: int | None = None  # board games: self-play begins after 0 to this many random moves; default by task
-    temperature_moves: int | None = None  # puct: moves before the most visited action is played; by task
-    priority_alpha: float | None = None  # exponent of the priorities, 0 = uniform replay; default by task
-    priority_beta: float = 1.0  # exponent of the importance weights
+    unroll_steps: int = 5  # steps that the model is unrolled in an update (K)
+    td_steps: int | None = None  # rewards in a return before it is bootstrapped (n); default by task
+    bootstrap: Literal["search", "target"] | None = None  # last value of a return: search then, or target network now
     reanalyze_ratio: float = 0.0  # share of a batch searched and valued anew with the target network
     target_network_frequency: int = 200  # updates between copies to the target network
+    priority_alpha: float | None = None  # exponent of the replay priorities, 0 = uniform replay; default by task
+    learning_rate: float | None = None  # learning rate of AdamW; default by task
+    weight_decay: float = 1e-4  # weight decay of AdamW
+    max_grad_norm: float = 5.0  # gradient norm that an update is clipped to
+    value_scale: float = 0.25  # weight of the value loss (deviation 9: not 1)
+
+    # Networks
+    hidden_size: int | None = None  # units of latent state and hidden layers, or channels for images; default by task
+    num_blocks: int | None = None  # residual blocks of convolutional networks; default by task
+    support_size: int | None = None  # values and rewards are distributions over -M ... M, transformed; default by task
+
+    # Search and acting
+    search: Literal["gumbel", "puct"] = "gumbel"  # sequential halving, or the paper's search (deviation 6: not puct)
+    num_simulations: int | None = None  # simulations per search (S); default by task
+    max_considered_actions: int = 16  # gumbel: actions at the root that sequential halving begins with
+    c_scale: float | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
+    dirichlet_alpha: float | None = None  # puct: concentration of the noise in the root's prior; default by task
+    temperature_steps: tuple[int, int] | None = None  # puct: steps at which the temperature falls to 0.5, 0.25; by task
+    temperature_moves: int | None = None  # puct: moves of an episode before the temperature is 0; by task
+    opening_moves: int | None = None  # board games: self-play begins after 0 to this many random moves; default by task
 
     # Speed
-    compile: bool = False  # torch.compile the model, the searches' choices and the losses
-    cudagraphs: bool = False  # replay the search that acts as one CUDA graph (GPU only)
+    compile: bool = False  # torch.compile the model's step and the losses
+    cudagraphs: bool = False  # replay the model's step in a search as one CUDA graph (GPU only)
+
+    @property
+    def discount(self) -> float:
+        """d of one step: gamma, or -gamma where the players alternate, because every value is the mover's."""
+        return -self.gamma if self.two_player else self.gamma
+
+
+PB_C_INIT, PB_C_BASE = 1.25, 19652.0  # pUCT: weight of the prior (c1), visits over which it grows (c2)
+DIRICHLET_FRACTION = 0.25  # pUCT: share of the noise in the root's prior
+C_VISIT = 50.0  # Gumbel: visits added to the largest visit count in the scale of Q
+PRIORITY_BETA = 1.0  # exponent of the importance weights
+REANALYZED_AT_ONCE = 256  # reanalysis: roots of one search, whose trees fit into the processor's cache
 
 
 # === Networks ===
@@ -118,13 +154,17 @@ class Args:
 
 def scale_latent(latent: torch.Tensor) -> torch.Tensor:
     """Each latent state (B, ...) to [0, 1] by its own minimum and maximum."""
-    low, high = latent.flatten(1).aminmax(dim=1)
-    low, span = (x.view(-1, *[1] * (latent.dim() - 1)) for x in (low, (high - low).clamp_min(1e-5)))
-    return (latent - low) / span
+    flat = latent.flatten(1)
+    low, high = flat.aminmax(dim=1, keepdim=True)
+    return ((flat - low) / (high - low).clamp_min(1e-5)).view_as(latent)
 
 
 class VectorNetwork(nn.Module):
-    """Representation, dynamics and prediction for vectors; the latent state is (B, D)."""
+    """Representation, dynamics and prediction for vectors; the latent state is (B, D).
+
+    In a search it takes thousands of steps a second, so layers are used by their forward: a call looks for hooks first,
+    which is a fifth of the time of a step with one root, a sixth with 64.
+    """
 
     def __init__(self, obs_dim: int, num_actions: int, num_bins: int, units: int):
         super().__init__()
@@ -141,21 +181,23 @@ class VectorNetwork(nn.Module):
         self.outputs = num_actions, num_bins
 
     def represent(self, obs: torch.Tensor) -> torch.Tensor:
-        """Observations (B, D) as symlog, which only tames large numbers -> latent state."""
+        """Observations (B, D) -> latent state; symlog tames large numbers (deviation 3: vectors)."""
         return scale_latent(self.encoder(torch.sign(obs) * torch.log1p(torch.abs(obs))))
 
     def dynamics(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Next latent state and reward logits (B, bins)."""
-        h = F.silu(self.dynamics_norm(self.dynamics_in(latent) + self.action(action)))
-        return scale_latent(latent + self.dynamics_out(h)), self.reward(h)
+        h = F.silu(self.dynamics_norm.forward(self.dynamics_in.forward(latent) + self.action.forward(action)))
+        return scale_latent(latent + self.dynamics_out.forward(h)), self.reward.forward(h)
 
     def predict(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Policy logits (B, A) and value logits (B, bins)."""
-        return self.policy_value(self.head(latent)).split(self.outputs, -1)
+        for layer in self.head:
+            latent = layer.forward(latent)
+        return self.policy_value.forward(latent).split(self.outputs, -1)
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    """Convolution and group norm of one group, which knows no batch (deviation 3)."""
+    """Convolution and group norm of one group, which knows no batch (deviation 3: no batch norm)."""
     layer = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(layer, nn.GroupNorm(1, out_channels))
 
@@ -181,7 +223,11 @@ class ConvNetwork(nn.Module):
         def blocks() -> list[nn.Module]:
             return [ResidualBlock(channels) for _ in range(num_blocks)]
 
-        if self.image:  # deviation 7
+        def head() -> nn.Sequential:
+            reduced = conv(channels, 16, 1), nn.ReLU(), nn.Flatten()
+            return nn.Sequential(*reduced, nn.Linear(16 * height * width, 64), nn.ReLU())
+
+        if self.image:  # deviation 7: four frames, no actions
             half = channels // 2
             self.encoder = nn.Sequential(
                 conv(obs_shape[0] * obs_shape[3], half, stride=2), nn.ReLU(), ResidualBlock(half),  # 48 x 48
@@ -193,11 +239,7 @@ class ConvNetwork(nn.Module):
             self.encoder = nn.Sequential(conv(obs_shape[0], channels), nn.ReLU(), *blocks())
         self.dynamics_in = conv(channels + num_planes, channels)
         self.dynamics_blocks = nn.Sequential(*blocks())
-        self.reward_head, self.head = (
-            nn.Sequential(
-                conv(channels, 16, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * height * width, 64), nn.ReLU()
-            ) for _ in range(2)
-        )  # fmt: skip
+        self.reward_head, self.head = head(), head()
         self.reward, self.policy_value = nn.Linear(64, num_bins), nn.Linear(64, num_actions + num_bins)
         self.outputs = num_actions, num_bins
 
@@ -221,42 +263,48 @@ class ConvNetwork(nn.Module):
 class Agent(nn.Module):
     """The networks, and what the search sees of them: numbers instead of distributions."""
 
-    def __init__(self, envs: gym.vector.VectorEnv | BoardGame, args: Args):
+    def __init__(self, envs, args: Args):
         super().__init__()
         shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
         num_bins = 2 * args.support_size + 1
         if len(shape) == 1:
             self.network = VectorNetwork(shape[0], num_actions, num_bins, args.hidden_size)
         else:
-            constant = torch.eye(num_actions)[:, :, None, None].expand(-1, -1, 6, 6)  # one-hot, a plane each
-            planes = envs.action_planes if isinstance(envs, BoardGame) else constant
+            one_hot = torch.eye(num_actions)[:, :, None, None].expand(-1, -1, 6, 6)  # a plane for each action
+            planes = envs.action_planes if args.two_player else one_hot  # on a board: where the move is made
             self.network = ConvNetwork(shape, planes, num_bins, args.hidden_size, args.num_blocks)
-        for layer in (self.network.reward, self.network.policy_value):  # begins with uniform policy, value 0
+        for layer in (self.network.reward, self.network.policy_value):  # deviation 3: policy uniform, value 0 at first
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.num_actions, self.support_size, self.discount = num_actions, args.support_size, edge_discount(args)
+        bins = torch.arange(-args.support_size, args.support_size + 1.0)
+        self.register_buffer("bins", bins, persistent=False)  # of distributions, see transform
+        self.num_actions = num_actions
 
     def initial(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latent state, policy logits (B, A) and value (B,) of observations (B, ...)."""
+        """Latent state, policy logits (B, A) and value (B,) of observations (B, ...): s = h(o); p, v = f(s)."""
         latent = self.network.represent(obs)
         logits, value_logits = self.network.predict(latent)
-        return latent, logits, from_distribution(value_logits, self.support_size)
+        return latent, logits, from_distribution(value_logits, self.bins)
 
 
-def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """One step of the model, as the search wants it: latent, reward (B,), discount (B,), policy logits, value (B,)."""
+def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of the model, r, s' = g(s, a); p, v = f(s'): s', and outputs (B, A + 2), see decode.
+
+    In one tensor, because on a GPU each copy to the host costs as much as the network.
+    """
     latent, reward_logits = agent.network.dynamics(latent, action)
     logits, value_logits = agent.network.predict(latent)
-    reward, value = from_distribution(torch.stack([reward_logits, value_logits]), agent.support_size)
-    return latent, reward, torch.full_like(reward, agent.discount), logits, value
+    expected = torch.stack([reward_logits, value_logits], 1).softmax(-1) @ agent.bins
+    return latent, torch.cat([logits, expected], 1)
+
+
+def decode(outputs):
+    """Reward (B,), policy logits (B, A), value (B,) of outputs (B, A + 2), whose last two columns are h(r) and h(v)."""
+    numbers = inverse_transform(outputs[:, -2:])
+    return numbers[:, 0], outputs[:, :-2], numbers[:, 1]
 
 
 # === Targets and losses ===
-
-
-def edge_discount(args: Args) -> float:
-    """d of one step: gamma, or -gamma where the players alternate and every value is the mover's."""
-    return -args.gamma if args.env_id in BOARD_GAMES else args.gamma
 
 
 def transform(x: torch.Tensor) -> torch.Tensor:
@@ -264,11 +312,14 @@ def transform(x: torch.Tensor) -> torch.Tensor:
     return x / (torch.sqrt(torch.abs(x) + 1) + 1) + 0.001 * x
 
 
-def inverse_transform(y: torch.Tensor) -> torch.Tensor:
-    """The x with h(x) = y: u = sqrt(|x| + 1) solves 0.001 u^2 + u = |y| + 1.001."""
-    c = torch.abs(y) + 1.001
-    u = 2 * c / (1 + torch.sqrt(1 + 0.004 * c))
-    return torch.sign(y) * (u * u - 1)
+def inverse_transform(y):
+    """The x with h(x) = y, of tensors and arrays: u = sqrt(|x| + 1) solves 0.001 u^2 + u = |y| + 1.001.
+
+    x = sign(y) (u^2 - 1), where u - 1 = |y| / (1.001 + 0.001 u) by the same equation, so that no digits are lost.
+    """
+    c = abs(y) + 1.001
+    u = 2 * c / (1 + (1 + 0.004 * c) ** 0.5)
+    return y * (u + 1) / (1.001 + 0.001 * u)
 
 
 def two_hot(x: torch.Tensor, support_size: int) -> torch.Tensor:
@@ -278,67 +329,70 @@ def two_hot(x: torch.Tensor, support_size: int) -> torch.Tensor:
     return (1 - torch.abs(y[..., None] - bins)).clamp_min(0)
 
 
-def from_distribution(logits: torch.Tensor, support_size: int) -> torch.Tensor:
-    """The number (...) that logits (..., 2 M + 1) stand for: expectation first, then the inverse of h."""
-    bins = torch.arange(-support_size, support_size + 1, device=logits.device, dtype=logits.dtype)
+def from_distribution(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
+    """The number (...) that logits (..., 2 M + 1) over bins -M ... M stand for: expectation, then the inverse of h."""
     return inverse_transform(logits.softmax(-1) @ bins)
 
 
-STEP, TERMINATED, TRUNCATED = 0, 1, 2  # kinds of rows
+STEP, TERMINATED, TRUNCATED = 0, 1, 2  # kinds of replay rows: a step, or what closes an episode after its last step
 
 
-def n_step_returns(rewards: torch.Tensor, values: torch.Tensor, ends: torch.Tensor, n: int, d: float) -> torch.Tensor:
+def n_step_returns(rewards, values, kinds, td_steps: int, discount: float) -> torch.Tensor:
     """z_k = r_k + d r_{k+1} + ... + d^n nu_{k+n} for k = 0 ... L - n - 1, from rows (L, B); result (L - n, B).
 
-    A closing row cuts the sum: with 0 where it is TERMINATED, with its own value where it is TRUNCATED. d is -gamma for
-    two players. Rows after the first closing one belong to another episode: 0.
+    nu are the values, of the search then or the target network now. A closing row cuts the sum: with 0 where it is
+    TERMINATED, with its own value where it is TRUNCATED (deviation 4: not with 0). Rows after it belong to the next
+    episode, their returns are 0. For two players d is -gamma.
     """
-    closing = ends != STEP
-    over = closing.cumsum(0) > 0  # at the closing row and after
-    bootstrap = torch.where(over & ~(closing & (closing.cumsum(0) == 1) & (ends == TRUNCATED)), 0, values)
-    count = len(rewards) - n
-    returns = bootstrap[n:]
-    for i in reversed(range(n)):
+    is_closing_row = kinds != STEP
+    num_closed = is_closing_row.cumsum(0)
+    ended = num_closed > 0  # at the first closing row and after it
+    truncated = (kinds == TRUNCATED) & (num_closed == 1)
+    bootstrap = torch.where(ended & ~truncated, 0, values)
+    count = len(rewards) - td_steps
+    returns = bootstrap[td_steps:]
+    for i in reversed(range(td_steps)):
         now = slice(i, i + count)
-        returns = torch.where(over[now], bootstrap[now], rewards[now] + d * returns)
+        returns = torch.where(ended[now], bootstrap[now], rewards[now] + discount * returns)
     return returns
 
 
-def make_targets(rows: dict[str, torch.Tensor], unroll_steps: int, td_steps: int, d: float) -> dict[str, torch.Tensor]:
+def make_targets(rows: dict[str, torch.Tensor], unroll_steps: int, td_steps: int, discount: float) -> dict:
     """Targets of a sampled sequence for k = 0 ... K: returns, policies, rewards (K, B), and which of them count.
 
     After a termination the state absorbs: value and reward 0, no policy. After a truncation nothing counts, but the
-    truncated state itself has its value (deviation 4). The reward of the last step counts either way.
+    truncated state itself has its value. The reward of the last step counts either way.
     """
     first = slice(0, unroll_steps + 1)
-    returns = n_step_returns(rows["reward"], rows["value"], rows["end"], td_steps, d)
-    ends = rows["end"][first]
-    over = (ends != STEP).cumsum(0) > 0
-    truncated = (ends == TRUNCATED) & ((ends != STEP).cumsum(0) == 1)
-    unknown = truncated.cumsum(0) - truncated.long() > 0  # after the truncated state
+    kinds = rows["kind"][first]
+    num_closed = (kinds != STEP).cumsum(0)
+    ended = num_closed > 0
+    truncated = (kinds == TRUNCATED) & (num_closed == 1)
+    after_truncation = truncated.cumsum(0) - truncated.long() > 0  # the truncated state itself is not
     return {
-        "returns": returns,
+        "returns": n_step_returns(rows["reward"], rows["value"], rows["kind"], td_steps, discount),
         "policies": rows["policy"][first],
-        "rewards": torch.where(over[:-1], 0, rows["reward"][:unroll_steps]),
-        "policy_mask": ~over,
-        "value_mask": ~unknown,
-        "reward_mask": ~unknown[1:],
+        "rewards": torch.where(ended[:-1], 0, rows["reward"][:unroll_steps]),
+        "policy_mask": ~ended,
+        "value_mask": ~after_truncation,
+        "reward_mask": ~after_truncation[1:],
     }
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Of distributions (..., n) against logits (..., n), in nats (...)."""
+    """- sum of target log softmax(logits) over the last of (..., n), in nats (...)."""
     return -(target * logits.log_softmax(-1)).sum(-1)
 
 
 def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targets: dict, weights: torch.Tensor, args):
     """Loss of the model unrolled over actions (K, B) from obs (B, ...); detached metrics, and values (B,) at k = 0.
 
-    Terms at k = 0 count once, those of the K steps 1/K each; weights (B,) are the importance weights.
+    Mean over the batch of w times the sum over k of CE(p_k, pi_k) + value_scale CE(v_k, z_k) + CE(r_k, u_k); terms at
+    k = 0 count once, those of the K steps 1/K each; weights w (B,) are the importance weights.
     """
     latents, reward_logits = [agent.network.represent(obs)], []
     for action in actions:
-        halved = 0.5 * latents[-1] + 0.5 * latents[-1].detach()  # at the entrance of the dynamics, not of the heads
+        halved = 0.5 * latents[-1] + 0.5 * latents[-1].detach()  # gradients, at the entrance of the dynamics alone
         latent, logits = agent.network.dynamics(halved, action)
         latents.append(latent)
         reward_logits.append(logits)
@@ -349,16 +403,13 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     policy_terms = cross_entropy(logits, targets["policies"]) * targets["policy_mask"]  # (K + 1, B)
     value_terms = cross_entropy(value_logits, returns) * targets["value_mask"]  # (K + 1, B)
     reward_terms = cross_entropy(torch.stack(reward_logits), rewards) * targets["reward_mask"]  # (K, B)
-
-    def total(terms: torch.Tensor, per_step: torch.Tensor) -> torch.Tensor:
-        return ((terms * per_step[: len(terms), None]).sum(0) * weights).mean()
-
-    per_step = torch.full((shape[0],), 1 / len(actions), device=weights.device)
-    policy_loss, value_loss = (total(terms[:1], per_step * len(actions)) + total(terms[1:], per_step)
-                               for terms in (policy_terms, value_terms))  # fmt: skip
-    reward_loss = total(reward_terms, per_step)
+    scale = torch.full((len(latents), 1), 1 / len(actions), device=weights.device)
+    scale[0] = 1.0
+    policy_loss = ((policy_terms * scale).sum(0) * weights).mean()
+    value_loss = ((value_terms * scale).sum(0) * weights).mean()
+    reward_loss = ((reward_terms * scale[1:]).sum(0) * weights).mean()
     loss = policy_loss + args.value_scale * value_loss + reward_loss
-    values = from_distribution(value_logits[0].detach(), args.support_size)
+    values = from_distribution(value_logits[0].detach(), agent.bins)
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "reward_loss": reward_loss, "loss": loss}
     limit = inverse_transform(torch.full_like(weights[0], args.support_size + 1e-4))
     metrics["clipped_targets"] = (torch.cat([targets["returns"], targets["rewards"]]).abs() > limit).float().mean()
@@ -367,166 +418,239 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
 
 # === Search ===
 
+# One simulation in a tree of four nodes: node 0 is the root, node n was made by simulation n, a and b are actions.
+#
+#          0          select             down from the root by the rule of the search: 0 -b-> 2 -a-> no child yet, so
+#       a / \ b                          node 4 will hang there
+#        1   2        model              one step of the network from the latent state of node 2 along a, in all trees
+#       b|   |a                          at once: reward r and discount d of the edge, prior P and value v of node 4
+#        3   4 (new)  expand_and_backup  all this goes into node 4; upwards go the returns G_4 = v, G_2 = r + d G_4,
+#                                        G_0 = r' + d' G_2, each of them a term of its node's mean value
+#
+# The network runs in torch, and latent states stay on its device. The trees are arrays of records, their rules loops
+# compiled by Numba, one tree after another; NUMBA_DISABLE_JIT=1 runs them as Python, to step through them.
+
+NODE = np.dtype([  # nodes (B, S + 1)
+    ("raw_value", "f8"),  # v, as the network gave it
+    ("value", "f8"),  # mean of v and of all returns through the node
+    ("count", "f8"),  # terms of that mean: 1 + sum over a of N(s, a) (deviation 1: v is one of them)
+    ("reward", "f8"), ("discount", "f8"),  # r and d of the edge that leads to the node
+    ("parent", "i8"), ("action", "i8"),  # that edge
+    ("depth", "i8"),  # edges between the root and the node
+])  # fmt: skip
+EDGE = np.dtype([  # edges (B, S + 1, A): the actions of each node
+    ("child", "i8"),  # node that the action leads to, 0 = none yet
+    ("logit", "f8"), ("prior", "f8"),  # of the policy, -inf = not allowed; their softmax P(s, a)
+    ("visits", "f8"),  # N(s, a)
+    ("q", "f8"),  # Q(s, a) = r + d * value of the child, 0 where unvisited
+])  # fmt: skip
+UNKNOWN = (math.inf, -math.inf)  # bounds of Q that a search finds in its tree
+
+
+@njit
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+@njit
+def rescale(q, low, high):
+    """Qn = (Q - low) / (high - low); 0 where these are equal up to rounding (deviation 2: the prior decides)."""
+    rounding = 1e-5 * max(abs(low), abs(high), 1.0)
+    return (q - low) / (high - low) if high - low > rounding else 0.0
+
+
+@njit
+def tree_bounds(nodes, n):
+    """Minimum and maximum of the Q that the n - 1 edges of a tree have at present (deviation 2: not ever had)."""
+    low, high = np.inf, -np.inf
+    for node in nodes[1:n]:
+        q = node["reward"] + node["discount"] * node["value"]
+        low, high = min(low, q), max(high, q)
+    return low, high
+
+
+@njit
+def puct_choice(node, edges, low, high):
+    """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)); Qn of an unvisited action is 0."""
+    factor = math.sqrt(node["count"]) * (PB_C_INIT + math.log((node["count"] + PB_C_BASE + 1) / PB_C_BASE))
+    choice, best = 0, -np.inf
+    for a, edge in enumerate(edges):
+        score = edge["prior"] * factor / (1 + edge["visits"])
+        if edge["visits"] > 0:
+            score += rescale(edge["q"], low, high)
+        if score > best and edge["logit"] > -np.inf:
+            choice, best = a, score
+    return choice
+
+
+@njit
+def improved_logits(node, edges, low, high, c_scale):
+    """Logits of pi', (A,): logits + (c_visit + max N) c_scale Qn.
+
+    Q of an unvisited action is the mixed value (v + sum N * sum P Q / sum P) / (1 + sum N), with P and Q of the visited
+    ones. Bounds of Q that are not known are those at the node.
+    """
+    weight, weighted_q, most_visits = 0.0, 0.0, 0.0
+    for edge in edges:
+        if edge["visits"] > 0:
+            weight, weighted_q = weight + edge["prior"], weighted_q + edge["prior"] * edge["q"]
+            most_visits = max(most_visits, edge["visits"])
+    mixed = (node["raw_value"] + (node["count"] - 1) * weighted_q / max(weight, 1e-30)) / node["count"]
+    logits = np.empty(len(edges))
+    for a, edge in enumerate(edges):
+        logits[a] = edge["q"] if edge["visits"] > 0 else mixed
+    if low > high:
+        low, high = logits.min(), logits.max()
+    for a, edge in enumerate(edges):
+        logits[a] = edge["logit"] + (C_VISIT + most_visits) * c_scale * rescale(logits[a], low, high)
+    return logits
+
+
+@njit
+def gumbel_choice(node, edges, low, high, c_scale, gumbel, eligible):
+    """Root: argmax of g + logits of pi' over the actions with `eligible` visits. Below: of pi' - N / (1 + sum N)."""
+    scores = improved_logits(node, edges, low, high, c_scale)
+    if node["depth"] > 0:
+        scores = softmax(scores)
+    for a, edge in enumerate(edges):
+        if node["depth"] > 0:
+            scores[a] -= edge["visits"] / node["count"]
+        else:
+            scores[a] += gumbel[a] if edge["visits"] == eligible else -np.inf
+    return scores.argmax()
+
+
+@njit
+def select(nodes, edges, n, puct, low, high, c_scale, gumbel, eligible, chosen):
+    """Down each tree by the choices of the search to the first edge without a child, where node n hangs from now on.
+
+    chosen (2, B) becomes the row of the parent's latent state in (S + 1) * B, and the action.
+    """
+    for b in range(len(nodes)):
+        tree_low, tree_high = tree_bounds(nodes[b], n) if low > high and puct else (low, high)
+        child = 0
+        while True:
+            s = child
+            if puct:
+                a = puct_choice(nodes[b, s], edges[b, s], tree_low, tree_high)
+            else:
+                a = gumbel_choice(nodes[b, s], edges[b, s], low, high, c_scale, gumbel[b], eligible[b, n - 1])
+            child = edges[b, s, a]["child"]
+            if child == 0:
+                break
+        edges[b, s, a]["child"] = n
+        node = nodes[b, n]
+        node["parent"], node["action"], node["depth"] = s, a, nodes[b, s]["depth"] + 1
+        chosen[0, b], chosen[1, b] = s * len(nodes) + b, a
+
+
+@njit
+def expand_and_backup(nodes, edges, n, reward, discount, logits, value):
+    """What the model said, (B,) and (B, A), goes into node n, and the return G <- r + d G from there up to the root.
+
+    On the way each edge counts a visit and has Q = r + d * value of its child; each node's mean gets the term G.
+    """
+    for b in range(len(nodes)):
+        node, prior = nodes[b, n], softmax(logits[b])
+        for a, edge in enumerate(edges[b, n]):
+            edge["logit"], edge["prior"] = logits[b, a], prior[a]
+        node["reward"], node["discount"], node["count"] = reward[b], discount[b], 1
+        node["raw_value"] = node["value"] = G = value[b]
+        while node["depth"] > 0:
+            parent, edge = nodes[b, node["parent"]], edges[b, node["parent"], node["action"]]
+            edge["visits"] += 1
+            edge["q"] = node["reward"] + node["discount"] * node["value"]
+            G = node["reward"] + node["discount"] * G
+            parent["count"] += 1
+            parent["value"] += (G - parent["value"]) / parent["count"]
+            node = parent
+
 
 class SearchResult(NamedTuple):
     action: torch.Tensor  # (B,) to be played
-    policy: torch.Tensor  # (B, A) the training target: visit distribution, or Gumbel's improved policy
+    policy: torch.Tensor  # (B, A) the training target: visit distribution, or Gumbel's improved policy pi'
     value: torch.Tensor  # (B,) mean of the root, its own value included
     visit_counts: torch.Tensor  # (B, A) of the root's actions
     qvalues: torch.Tensor  # (B, A) of the root's actions, 0 where unvisited
     depth: torch.Tensor  # (B,) mean depth of the nodes
 
 
-@dataclass
-class Tree:
-    """B search trees of at most S + 1 nodes, node 0 the root and node n made by simulation n.
-
-    Nodes come first and the batch last, (S + 1, A, B): the nodes that exist are then one contiguous piece, and what
-    runs over all of them at once runs along the batch, which makes it several times faster on a CPU.
-    """
-
-    latent: torch.Tensor  # (S + 1, B, ...)
-    logits: torch.Tensor  # (S + 1, A, B) prior of the node's actions
-    prior: torch.Tensor  # (S + 1, A, B) their softmax
-    raw_values: torch.Tensor  # (S + 1, B) value as the model gave it
-    rewards: torch.Tensor  # (S + 1, B) on the edge that leads to the node
-    discounts: torch.Tensor  # (S + 1, B) on that edge
-    edges: torch.Tensor  # (S + 1, B) that edge: parent * A + action
-    node_visits: torch.Tensor  # (S + 1, B) its own expansion included: 1 + sum of its visit_counts (deviation 1)
-    node_values: torch.Tensor  # (S + 1, B) mean of its own value and of all returns through it
-    edge_values: torch.Tensor  # (S + 1, B) reward + discount * node_value, Q of the edge that leads to the node
-    visit_counts: torch.Tensor  # (S + 1, A, B) N(s, a)
-    qvalues: torch.Tensor  # (S + 1, A, B) Q(s, a), 0 where unvisited
-    children: torch.Tensor  # (S + 1, A, B) node that an action leads to; the node itself where unvisited
-    lines: torch.Tensor  # (3, S + 1, S + 1, B) from node [1] up to its ancestor [2]: is it one, discount, reward
+def host(x) -> np.ndarray:
+    """A tensor or an array as the compiled functions take it."""
+    return np.ascontiguousarray(x.cpu() if isinstance(x, torch.Tensor) else x, np.float64)
 
 
-def make_tree(latent: torch.Tensor, logits: torch.Tensor, value: torch.Tensor, num_simulations: int) -> Tree:
-    """Trees with their roots only: latent (B, ...), logits (B, A), value (B,)."""
-    (B, A), N = logits.shape, num_simulations + 1
-    node, edge = value.new_zeros(N, B), value.new_zeros(N, A, B)
-    nodes = torch.arange(N, device=value.device)[:, None, None]
-    lines = value.new_zeros(3, N, N, B)
-    tree = Tree(
-        latent.new_zeros(N, *latent.shape), edge, edge.clone(), node, node.clone(), node.clone(),
-        torch.zeros_like(node, dtype=torch.long), node.clone(), node.clone(), node.clone(), edge.clone(), edge.clone(),
-        nodes.repeat(1, A, B), lines,
-    )  # fmt: skip
-    tree.latent[0], tree.logits[0], tree.prior[0] = latent, logits.T, logits.softmax(-1).T
-    tree.raw_values[0], tree.node_values[0], tree.node_visits[0] = value, value, 1
-    lines[:2].diagonal(dim1=1, dim2=2).fill_(1)  # each node is its own ancestor, with discount 1
-    return tree
+def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, puct: bool, bounds: tuple) -> tuple:
+    """Nodes and edges of B trees after S simulations, from roots = latent (B, ...), logits (B, A) and value (B,).
 
-
-def simulate(tree: Tree, n: int, model: Callable, choice: torch.Tensor) -> None:
-    """One simulation for all trees: down to an edge without a child, one step of the model, node n, and back up.
-
-    choice (n, B) is the action that each node selects. All nodes choose, then pointers are doubled until the root's
-    points at the leaf; and a new node knows its way to all ancestors at once. So no loop depends on the depth.
-    """
-    B, A = tree.latent.shape[1], tree.logits.shape[1]
-    trees = torch.arange(B, device=choice.device)
-    pointer = tree.children[:n].gather(1, choice[:, None])[:, 0]  # (n, B)
-    for _ in range((n - 1).bit_length()):  # a path has at most n - 1 edges
-        pointer = pointer.gather(0, pointer)
-    parent = pointer[0]
-    action = choice[parent, trees]
-    latent, reward, discount, logits, value = model(tree.latent[parent, trees], action)
-    assert logits.shape == (B, A) and reward.shape == discount.shape == value.shape == (B,)
-
-    tree.latent[n], tree.logits[n], tree.prior[n] = latent, logits.T, logits.softmax(-1).T
-    tree.raw_values[n], tree.rewards[n], tree.discounts[n] = value, reward, discount
-    tree.edges[n] = parent * A + action
-    tree.children.flatten(0, 1).scatter_(0, tree.edges[n : n + 1], n)
-
-    line = tree.lines[:, :n, :n].gather(1, parent.expand(3, 1, n, B))[:, 0]  # (3, n, B) from the parent upwards
-    on_path, line_discount, line_reward = line
-    line_reward += line_discount * reward
-    line_discount *= discount
-    tree.lines[:, n, :n] = line
-    tree.node_visits[: n + 1] += tree.lines[0, n, : n + 1]
-    returns = line_reward + line_discount * value  # G of Eq. 3 for every ancestor
-    tree.node_values[:n] += on_path * (returns - tree.node_values[:n]) / tree.node_visits[:n]
-    tree.node_values[n] = value
-    tree.edge_values[: n + 1] = tree.rewards[: n + 1] + tree.discounts[: n + 1] * tree.node_values[: n + 1]
-    for table, nodes in ((tree.qvalues, tree.edge_values), (tree.visit_counts, tree.node_visits)):
-        table.flatten(0, 1).scatter_(0, tree.edges[1 : n + 1], nodes[1 : n + 1])
-
-
-def rescale(q: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Q to [0, 1] by its bounds; 0 where these are equal up to rounding, so that the prior decides."""
-    noise = 1e-5 * torch.maximum(low.abs(), high.abs()).clamp_min(1)
-    return (q - low) * torch.where(high - low > noise, 1 / (high - low), 0)
-
-
-def puct_choice(prior, visit_counts, qvalues, node_visits, edge_values, legal, value_range, c1: float, c2: float):
-    """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)) for n nodes: (n, A, B) -> (n, B).
-
-    Q is rescaled by the tree's bounds (deviation 2) or by known ones; unvisited actions count 0. legal (A, B) holds at
-    the root.
-    """
-    if value_range is None:
-        low, high = edge_values.aminmax(dim=0)  # (B,)
-    else:
-        low, high = (torch.full_like(edge_values[0], bound) for bound in value_range)
-    factor = torch.sqrt(node_visits) * (c1 + torch.log((node_visits + c2 + 1) / c2))
-    scores = torch.where(visit_counts > 0, rescale(qvalues, low, high), 0)
-    scores = torch.addcdiv(scores, prior * factor[:, None], 1 + visit_counts)
-    scores[0] = torch.where(legal, scores[0], -torch.inf)
-    return scores.max(1).indices
-
-
-def puct_search(model, root, legal, noise, temperature, args, value_range=None, choice_fn=puct_choice) -> SearchResult:
-    """The paper's search. noise (B, 2, A): Dirichlet for the root's prior, and Gumbel, with which the action is drawn
-
-    in proportion to N^(1 / temperature), temperature (B,); without noise the most visited action is played.
+    model(latent, action) gives latent state, reward, discount, policy logits and value, all but the first for the host;
+    noise (B, 2, A): Dirichlet, which the paper's search mixes into the root's prior, and Gumbel; None = 0.
     """
     latent, logits, value = root
-    logits = logits.masked_fill(~legal, torch.finfo(logits.dtype).min)
-    tree = make_tree(latent, logits, value, args.num_simulations)
-    if noise is not None:
-        tree.prior[0] += args.dirichlet_fraction * (noise[:, 0].T - tree.prior[0])
-    for n in range(1, args.num_simulations + 1):
-        nodes = [x[:n] for x in (tree.prior, tree.visit_counts, tree.qvalues, tree.node_visits)]
-        edge_values = tree.edge_values[min(1, n - 1) : n]  # the root has no edge, and its 0 counts only while alone
-        choice = choice_fn(*nodes, edge_values, legal.T, value_range, args.pb_c_init, args.pb_c_base)
-        simulate(tree, n, model, choice)
-    counts = tree.visit_counts[0].T
-    action = counts.argmax(1)
-    if noise is not None:
-        drawn = (torch.log(counts) / temperature.clamp_min(1e-3)[:, None] + noise[:, 1]).argmax(1)
-        action = torch.where(temperature > 0, drawn, action)
-    return summarize(tree, action, counts / args.num_simulations)
+    (B, A), N = logits.shape, args.num_simulations + 1
+    legal = legal.cpu().numpy()
+    legal = legal | ~legal.any(1, keepdims=True)  # the board of a finished game, searched with the others
+    logits = np.where(legal, host(logits), -np.inf)
+    considered = (logits > -np.inf).sum(1).clip(max=args.max_considered_actions).tolist()
+    eligible = np.stack([halving_visits(m, args.num_simulations) for m in considered])  # (B, S)
+    dirichlet, gumbel = np.zeros((2, B, A)) if noise is None else host(noise.transpose(0, 1))
+    nodes, edges = np.zeros((B, N), NODE), np.zeros((B, N, A), EDGE)
+    expand_and_backup(nodes, edges, 0, *np.zeros((2, B)), logits, host(value))
+    if puct and noise is not None:
+        edges["prior"][:, 0] += DIRICHLET_FRACTION * (dirichlet - edges["prior"][:, 0])
+    latents = latent.new_empty(N, *latent.shape)
+    latents[0], rows = latent, latents.flatten(0, 1)
+    chosen = np.zeros((2, B), np.int64)
+    on_host = torch.from_numpy(chosen)  # the same memory
+    parent, action = on_device = on_host.to(latent.device)  # the same again, if the network is there
+    for n in range(1, N):
+        select(nodes, edges, n, puct, *bounds, args.c_scale, gumbel, eligible, chosen)
+        on_device.copy_(on_host)
+        latents[n], *outputs = model(rows.index_select(0, parent), action)
+        expand_and_backup(nodes, edges, n, *map(host, outputs))
+    return nodes, edges
 
 
-def scaled_qvalues(prior, raw_values, visit_counts, qvalues, value_range, c_visit: float, c_scale: float):
-    """sigma(completed Q), (n, A, B): unvisited actions get the mixed value of node and visited siblings.
+def summarize(nodes: np.ndarray, edges: np.ndarray, action, policy, like: torch.Tensor) -> SearchResult:
+    """What is left of a search once its action (B,) and policy (B, A) are known."""
+    roots = edges[:, 0]
+    numbers = policy, nodes["value"][:, 0], roots["visits"], roots["q"], nodes["depth"][:, 1:].mean(1)
+    return SearchResult(torch.from_numpy(action).to(like.device), *(torch.from_numpy(x).to(like) for x in numbers))
 
-    Q is rescaled by its bounds at each node or by known ones, then sigma(q) = (c_visit + max N) c_scale q.
+
+def puct_search(model, root, legal, noise, temperature, args: Args, value_range=None) -> SearchResult:
+    """The paper's search: policy N / S; action drawn in proportion to N^(1 / temperature), temperature (B,).
+
+    By the Gumbel noise, argmax over a of ln N / temperature + g; without it the most visited action is played.
     """
-    visited = visit_counts > 0
-    weight, total = prior * visited, visit_counts.sum(1)
-    siblings = (weight * qvalues).sum(1) / weight.sum(1).clamp_min(1e-30)
-    mixed = (raw_values + total * siblings) / (1 + total)
-    completed = torch.where(visited, qvalues, mixed[:, None])
-    if value_range is None:
-        low, high = completed.aminmax(dim=1, keepdim=True)
-    else:
-        low, high = (torch.full_like(mixed[:, None], bound) for bound in value_range)
-    return (c_visit + visit_counts.amax(1, keepdim=True)) * c_scale * rescale(completed, low, high)
+    nodes, edges = grow(model, root, legal, noise, args, True, value_range or UNKNOWN)
+    visits = edges["visits"][:, 0]
+    action = visits.argmax(1)
+    if noise is not None:
+        temperature = host(temperature)
+        with np.errstate(divide="ignore"):
+            scores = np.log(visits) / np.maximum(temperature, 1e-3)[:, None] + host(noise[:, 1])
+        action = np.where(temperature > 0, scores.argmax(1), action)
+    return summarize(nodes, edges, action, visits / args.num_simulations, root[2])
 
 
-def gumbel_choice(logits, prior, raw_values, visit_counts, qvalues, legal, gumbel, eligible, value_range, scales):
-    """Root: the best legal action among those with `eligible` (B,) visits; below: argmax of pi' - N / (1 + sum N)."""
-    scores = logits + scaled_qvalues(prior, raw_values, visit_counts, qvalues, value_range, *scales)
-    root = torch.where(legal & (visit_counts[0] == eligible), scores[0] + gumbel, -torch.inf)
-    scores = scores.softmax(1) - visit_counts / (1 + visit_counts.sum(1, keepdim=True))
-    scores[0] = root
-    return scores.max(1).indices
+def gumbel_search(model, root, legal, noise, args: Args, value_range=None) -> SearchResult:
+    """The search of Gumbel MuZero: policy pi'; action the best by g + logits of pi' of the most visited ones."""
+    bounds = value_range or UNKNOWN
+    nodes, edges = grow(model, root, legal, noise, args, False, bounds)
+    roots = zip(nodes[:, 0], edges[:, 0], strict=True)
+    logits = np.stack([improved_logits(node, actions, *bounds, args.c_scale) for node, actions in roots])
+    scores = logits if noise is None else logits + host(noise[:, 1])
+    visits = edges["visits"][:, 0]
+    action = np.where(visits == visits.max(1, keepdims=True), scores, -np.inf).argmax(1)
+    policy = np.exp(logits - logits.max(1, keepdims=True))
+    return summarize(nodes, edges, action, policy / policy.sum(1, keepdims=True), root[2])
 
 
-def halving_visits(num_actions: int, num_simulations: int) -> list[int]:
-    """Sequential halving: the visits that an action must have to be eligible at each simulation."""
+@functools.cache
+def halving_visits(num_actions: int, num_simulations: int) -> np.ndarray:
+    """Sequential halving: the visits that an action must have to be eligible at each simulation, (S,)."""
     phases = max(1, math.ceil(math.log2(max(num_actions, 1))))
     survivors, visits, eligible = max(num_actions, 1), 0, []
     while len(eligible) < num_simulations:
@@ -534,68 +658,29 @@ def halving_visits(num_actions: int, num_simulations: int) -> list[int]:
             eligible += [visits] * survivors
             visits += 1
         survivors = max(min(2, survivors), survivors // 2)
-    return eligible[:num_simulations]
-
-
-@functools.cache
-def halving_table(max_actions: int, num_simulations: int, device: torch.device) -> torch.Tensor:
-    """halving_visits for 0 ... max_actions actions, (S, max_actions + 1)."""
-    rows = [halving_visits(m, num_simulations) for m in range(max_actions + 1)]
-    return torch.tensor(rows, device=device, dtype=torch.float32).T.contiguous()
-
-
-def gumbel_search(model, root, legal, noise, args, value_range=None, choice_fn=gumbel_choice) -> SearchResult:
-    """The search of Gumbel MuZero. noise (B, 2, A): its second row decides which actions are considered; None = 0."""
-    latent, logits, value = root
-    logits = logits.masked_fill(~legal, torch.finfo(logits.dtype).min)
-    gumbel = torch.zeros_like(logits) if noise is None else noise[:, 1]
-    tree, scales = make_tree(latent, logits, value, args.num_simulations), (args.c_visit, args.c_scale)
-    considered = legal.sum(1).clamp(max=args.max_considered_actions)
-    table = halving_table(args.max_considered_actions, args.num_simulations, value.device)[:, considered]  # (S, B)
-    for n in range(1, args.num_simulations + 1):
-        nodes = [x[:n] for x in (tree.logits, tree.prior, tree.raw_values, tree.visit_counts, tree.qvalues)]
-        choice = choice_fn(*nodes, legal.T, gumbel.T, table[n - 1], value_range, scales)
-        simulate(tree, n, model, choice)
-    nodes = [x[:1] for x in (tree.prior, tree.raw_values, tree.visit_counts, tree.qvalues)]
-    scores = logits + scaled_qvalues(*nodes, value_range, *scales)[0].T
-    counts = tree.visit_counts[0].T
-    best = legal & (counts == counts.amax(1, keepdim=True))
-    action = torch.where(best, scores + gumbel, -torch.inf).argmax(1)
-    return summarize(tree, action, scores.softmax(-1))
-
-
-def summarize(tree: Tree, action: torch.Tensor, policy: torch.Tensor) -> SearchResult:
-    """What is left of a search once its action (B,) and policy (B, A) are known."""
-    depth = tree.lines[0, 1:].sum(1).mean(0) - 1  # a node counts itself among its ancestors
-    return SearchResult(action, policy, tree.node_values[0], tree.visit_counts[0].T, tree.qvalues[0].T, depth)
+    return np.array(eligible[:num_simulations], np.int64)
 
 
 # === Acting ===
 
 
-class Executables(NamedTuple):
-    """The functions that --compile compiles; these are the reference."""
+@torch.inference_mode()
+def act(agent: Agent, obs, legal, noise, temperature, args: Args, step_fn: Callable = recurrent) -> SearchResult:
+    """Searches from observations (B, ...) with legal actions (B, A); without noise (B, 2, A) greedily.
 
-    recurrent: Callable = recurrent
-    puct_choice: Callable = puct_choice
-    gumbel_choice: Callable = gumbel_choice
-    losses: Callable = compute_losses
+    temperature (B,) is that of the paper's search; in a game of two players the bounds of Q are known.
+    """
 
+    def model(latent: torch.Tensor, action: torch.Tensor) -> tuple:
+        latent, outputs = step_fn(agent, latent, action)
+        reward, logits, value = decode(outputs.cpu().numpy())
+        return latent, reward, discount, logits, value
 
-@torch.no_grad()
-def plan(agent: Agent, root, legal, noise, temperature, args: Args, fns: Executables) -> SearchResult:
-    """The search of --search from roots (latent, logits, value) with the agent's model."""
-    model = functools.partial(fns.recurrent, agent)
-    value_range = (-1.0, 1.0) if args.env_id in BOARD_GAMES else None
+    root, discount = agent.initial(obs), np.full(len(obs), args.discount)
+    value_range = (-1.0, 1.0) if args.two_player else None
     if args.search == "puct":
-        return puct_search(model, root, legal, noise, temperature, args, value_range, fns.puct_choice)
-    return gumbel_search(model, root, legal, noise, args, value_range, fns.gumbel_choice)
-
-
-@torch.no_grad()
-def act(agent: Agent, obs, legal, noise, temperature, args: Args, fns: Executables) -> SearchResult:
-    """Searches from observations (B, ...) with legal actions (B, A); without noise greedily."""
-    return plan(agent, agent.initial(obs), legal, noise, temperature, args, fns)
+        return puct_search(model, root, legal, noise, temperature, args, value_range)
+    return gumbel_search(model, root, legal, noise, args, value_range)
 
 
 def draw_noise(legal: np.ndarray, args: Args, rng: np.random.Generator) -> np.ndarray:
@@ -606,7 +691,7 @@ def draw_noise(legal: np.ndarray, args: Args, rng: np.random.Generator) -> np.nd
 
 
 def temperature_of(moves: np.ndarray, global_step: int, args: Args) -> np.ndarray:
-    """Temperature (N,): 1, 0.5, 0.25 by environment steps; 0 after the first temperature_moves of an episode."""
+    """Temperature (N,): 1, 0.5, 0.25 by environment steps (deviation 11: not by updates); 0 after temperature_moves."""
     falls = sum(global_step >= step for step in args.temperature_steps)
     early = moves < (math.inf if args.temperature_moves is None else args.temperature_moves)
     return np.where(early, 0.5**falls, 0).astype(np.float32)
@@ -614,42 +699,18 @@ def temperature_of(moves: np.ndarray, global_step: int, args: Args) -> np.ndarra
 
 @torch.no_grad()
 def closing_rows(agent: Agent, obs: np.ndarray, dones: np.ndarray, terminations: np.ndarray, device) -> dict:
-    """Replay rows (N, ...) that close episodes with their final observations, valued by the network (deviation 4)."""
+    """Replay rows (N, ...) that close episodes: final observations, and their values where they are not terminal."""
     obs = torch.as_tensor(obs, device=device)
-    value = agent.initial(obs)[2] * torch.as_tensor(~terminations, device=device)
-    end = torch.as_tensor(np.where(terminations, TERMINATED, TRUNCATED) * dones, device=device)
-    return {"obs": obs, "value": value, "end": end.to(torch.uint8)}
-
-
-class GraphedSearch:
-    """`act` as one CUDA graph for constant shapes: three calls on a side stream, then one is captured and replayed."""
-
-    def __init__(self, act_fn: Callable):
-        self.act_fn, self.graph, self.calls, self.stream = act_fn, None, 0, torch.cuda.Stream()
-
-    def __call__(self, *inputs: torch.Tensor) -> SearchResult:
-        self.calls += 1
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                result = self.act_fn(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        if self.graph is None:
-            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.result = self.act_fn(*self.inputs)
-        for static, new in zip(self.inputs, inputs, strict=True):
-            static.copy_(new, non_blocking=True)
-        self.graph.replay()
-        return SearchResult(*(x.clone() for x in self.result))
+    value = agent.initial(obs)[2] * torch.as_tensor(~terminations, device=device)  # deviation 4: truncated, not over
+    kind = torch.as_tensor(np.where(terminations, TERMINATED, TRUNCATED) * dones, device=device)
+    return {"obs": obs, "value": value, "kind": kind.to(torch.uint8)}
 
 
 # === Updates ===
 
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.AdamW:
-    """AdamW; only matrices and kernels decay (deviation 3)."""
+    """AdamW (deviation 3: not SGD, no schedule); only matrices and kernels decay."""
     groups = [
         {"params": [p for p in agent.parameters() if p.dim() > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in agent.parameters() if p.dim() <= 1], "weight_decay": 0.0},
@@ -657,33 +718,36 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, args.learning_rate, fused=True)
 
 
-def fresh_values(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_steps: int) -> dict:
+def bootstrap_now(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_steps: int) -> dict:
     """Sampled rows (K + n + 1, B) whose first `count` columns are bootstrapped from the target network's values now.
 
-    These are the values n steps after k = 0 ... K, or of the closing row, if the episode is over by then (deviation 8).
+    These are the values n steps after k = 0 ... K, or of the closing row, if the episode is over by then.
     """
-    slots, envs, ends = rows["slots"][:count], rows["envs"][:count], rows["end"][:, :count]
-    steps = torch.arange(len(ends), device=ends.device)[:, None]
-    last = torch.where(ends != STEP, steps, len(ends)).amin(0)
-    index = torch.minimum(steps[td_steps:], last)  # (K + 1, count)
+    slots, envs, kinds = rows["slots"][:count], rows["envs"][:count], rows["kind"][:, :count]
+    steps = torch.arange(len(kinds), device=kinds.device)[:, None]
+    closing_row = torch.where(kinds != STEP, steps, len(kinds)).amin(0)
+    index = torch.minimum(steps[td_steps:], closing_row)  # (K + 1, count)
+    obs = rb.observations((slots + index) % rb.capacity, envs.expand_as(index))
     with torch.no_grad():
-        fresh = target.initial(rb.observations((slots + index) % rb.capacity, envs.expand_as(index)).flatten(0, 1))[2]
+        _, _, values_now = target.initial(obs.flatten(0, 1))
     value = rows["value"].clone()
-    value[:, :count].scatter_(0, index, fresh.view_as(index))
+    value[:, :count].scatter_(0, index, values_now.view_as(index))
     return rows | {"value": value}
 
 
-def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, fns: Executables) -> dict:
+def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, step_fn: Callable) -> dict:
     """Sampled rows whose first `count` columns have policies of a search with the target network, without noise.
 
     It starts from the observations at k = 0 ... K.
     """
-    slots, envs, searched = rows["slots"][:count], rows["envs"][:count], args.unroll_steps + 1
-    index = (slots + torch.arange(searched, device=slots.device)[:, None]) % rb.capacity
+    slots, envs, length = rows["slots"][:count], rows["envs"][:count], args.unroll_steps + 1
+    index = (slots + torch.arange(length, device=slots.device)[:, None]) % rb.capacity
     obs = rb.observations(index, envs.expand_as(index)).flatten(0, 1)
-    legal = rows["legal"][:searched, :count].flatten(0, 1)
+    legal = rows["legal"][:length, :count].flatten(0, 1)
     policy = rows["policy"].clone()
-    policy[:searched, :count] = act(target, obs, legal, None, None, args, fns).policy.unflatten(0, (searched, count))
+    slices = zip(obs.split(REANALYZED_AT_ONCE), legal.split(REANALYZED_AT_ONCE), strict=True)
+    found = [act(target, *inputs, None, None, args, step_fn).policy for inputs in slices]
+    policy[:length, :count] = torch.cat(found).unflatten(0, (length, count))
     return rows | {"policy": policy}
 
 
@@ -692,7 +756,7 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
 
     Past the end of an episode the actions are random_actions (K, B). Returns detached scalars.
     """
-    targets = make_targets(rows, args.unroll_steps, args.td_steps, agent.discount)
+    targets = make_targets(rows, args.unroll_steps, args.td_steps, args.discount)
     actions = torch.where(targets["policy_mask"][:-1], rows["action"][: args.unroll_steps], random_actions)
     obs = rb.observations(rows["slots"], rows["envs"])
     optimizer.zero_grad(set_to_none=True)
@@ -717,21 +781,21 @@ class ReplayBuffer:
     """Sequences as they were played: a ring of rows (capacity, N) for each of N environments, on the device.
 
     A row is a step: observation, action, its reward, search policy and root value. A closing row follows the last step
-    of an episode: the final observation and its value, `end` TERMINATED or TRUNCATED. Steps are drawn by priority, as
+    of an episode: the final observation and its value, `kind` TERMINATED or TRUNCATED. Steps are drawn by priority, as
     soon as the K + n rows after them exist or their episode is closed. Of stacked frames each is stored once.
     """
 
-    def __init__(self, envs: gym.vector.VectorEnv | BoardGame, args: Args, device: torch.device):
+    def __init__(self, envs, args: Args, device: torch.device):
         space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
         self.num_envs, self.stack = envs.num_envs, space.shape[0] if space.dtype == np.uint8 else 1
         self.capacity, self.span = args.buffer_size // self.num_envs, args.unroll_steps + args.td_steps + 1
-        self.td_steps, self.discount, self.alpha = args.td_steps, edge_discount(args), args.priority_alpha
+        self.td_steps, self.discount, self.alpha = args.td_steps, args.discount, args.priority_alpha
         frame = space.shape[1:] if self.stack > 1 else space.shape
         dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
         columns = {
             "obs": (frame, dtype), "action": ((), torch.long), "reward": ((), torch.float32),
             "policy": ((num_actions,), torch.float32), "value": ((), torch.float32),
-            "legal": ((num_actions,), torch.bool), "end": ((), torch.uint8), "age": ((), torch.long),
+            "legal": ((num_actions,), torch.bool), "kind": ((), torch.uint8), "age": ((), torch.long),
         }  # fmt: skip
         self.data = {
             name: torch.zeros(self.capacity, self.num_envs, *shape, dtype=dtype, device=device)
@@ -755,20 +819,22 @@ class ReplayBuffer:
             if name != "age":
                 column[slots, index] = rows[name][index] if name in rows else column.new_zeros(())
         before = (slots - 1) % self.capacity
-        goes_on = (self.data["end"][before, index] == STEP) & torch.from_numpy(self.ends[envs] > 0).to(device)
+        goes_on = (self.data["kind"][before, index] == STEP) & torch.from_numpy(self.ends[envs] > 0).to(device)
         self.data["age"][slots, index] = torch.where(goes_on, self.data["age"][before, index] + 1, 0)
         for ahead in range(self.stack):  # the oldest rows have lost the frames before them
             self.priority[(slots + ahead) % self.capacity, index] = 0
         self.ends[envs] += 1
+        self._make_ready(envs, closing)
+
+    def _make_ready(self, envs: np.ndarray, closing: bool) -> None:
+        """The first priorities of the steps whose targets the newest row of their environment has completed."""
         limit = self.ends[envs] - (1 if closing else self.span - 1)
-        counts = np.maximum(limit - self.ready[envs], 0)
-        if counts.any():
-            of = np.repeat(envs, counts)
-            new = np.concatenate(
-                [np.arange(start, start + n) for start, n in zip(self.ready[envs], counts, strict=True)]
-            )
-            self._set_first_priority(*(torch.from_numpy(x).to(device) for x in (new % self.capacity, of)))
+        new = [np.arange(*pair) for pair in zip(self.ready[envs], limit, strict=True)]  # empty, unless ready < limit
+        of = np.repeat(envs, [len(rows) for rows in new])
         self.ready[envs] = np.maximum(self.ready[envs], self.ends[envs] if closing else limit)
+        if len(of):
+            slots, index = (torch.from_numpy(x).to(self.priority.device) for x in (np.concatenate(new), of))
+            self._set_first_priority(slots % self.capacity, index)
 
     def _set_first_priority(self, slots: torch.Tensor, envs: torch.Tensor) -> None:
         """p = |nu - z| of steps (M,): root value of the search minus n-step return; 1 where replay is uniform."""
@@ -776,15 +842,15 @@ class ReplayBuffer:
             self.priority[slots, envs] = 1.0
             return
         rows = self.window(slots, envs, self.td_steps + 1)
-        returns = n_step_returns(rows["reward"], rows["value"], rows["end"], self.td_steps, self.discount)
+        returns = n_step_returns(rows["reward"], rows["value"], rows["kind"], self.td_steps, self.discount)
         self.set_priority(slots, envs, rows["value"][0] - returns[0])
 
     def set_priority(self, slots: torch.Tensor, envs: torch.Tensor, errors: torch.Tensor) -> None:
-        """p = |error| + 0.001 of steps (M,)."""
+        """p = |error| + 0.001 of steps (M,) (deviation 10: the 0.001, and only for Atari)."""
         self.priority[slots, envs] = errors.abs() + 1e-3
 
     def window(self, slots: torch.Tensor, envs: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
-        """Copies of the rows (L, B) that begin at slots (B,), without observations; what follows an end is other."""
+        """Copies of rows (L, B) from slots (B,) on, without observations; a closing row ends what belongs together."""
         index = (slots + torch.arange(length, device=slots.device)[:, None]) % self.capacity
         return {name: column[index, envs] for name, column in self.data.items() if name not in ("obs", "age")}
 
@@ -827,24 +893,24 @@ class ReplayBuffer:
 def main(args: Args) -> str:
     args = with_task_defaults(args)
     check_args(args)
+    device = choose_device(args)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # many small operations: more threads only wait for each other
     if args.evaluate:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume else None
     envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves)
     check_support(args, envs)
-    run = Run(args, checkpoint)
-    device = run.device
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # many small operations: more threads only wait for each other
-
-    # what a checkpoint holds: networks, optimizer, replay, counters, generators
-    agent = Agent(envs, args).to(device)
-    target = deepcopy(agent).requires_grad_(False)
-    optimizer = make_optimizer(agent, args)
     try:
         rb = ReplayBuffer(envs, args, device)
     except RuntimeError as error:
         fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {device}: {str(error)[:80]}")
+    compile_search()
+    run = Run(args, checkpoint)
+    # what a checkpoint holds: networks, optimizer, replay, counters, generators
+    agent = Agent(envs, args).to(device)
+    target = deepcopy(agent).requires_grad_(False)
+    optimizer = make_optimizer(agent, args)
     counters = {"num_updates": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act"))}
     rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("replay", "update"))}
@@ -861,25 +927,27 @@ def main(args: Args) -> str:
         counters |= checkpoint["parts"]["counters"]
         if rows := checkpoint["parts"].get("open_episodes"):
             rows = {name: tensor.to(device) for name, tensor in rows.items()}
-            rb.add(rows, rows["end"].nonzero()[:, 0].cpu().numpy(), closing=True)
-    fns = Executables(*map(torch.compile, Executables())) if args.compile else Executables()
-    act_fn = functools.partial(act, agent, args=args, fns=fns)
-    act_fn = GraphedSearch(act_fn) if args.cudagraphs else act_fn
-    num_parameters = sum(p.numel() for p in agent.parameters())
-    print(f"{run.folder}: {device}, {agent.num_actions} actions, {num_parameters:,} parameters, {args.search} search")
+            rb.add(rows, rows["kind"].nonzero()[:, 0].cpu().numpy(), closing=True)
+    step_fn, losses_fn = recurrent, compute_losses
+    if args.compile:
+        step_fn, losses_fn = torch.compile(recurrent), torch.compile(compute_losses)
+    if args.cudagraphs:
+        step_fn = GraphedModel(step_fn)
+    size = f"{agent.num_actions} actions, {sum(p.numel() for p in agent.parameters()):,} parameters"
+    print(f"{run.folder}: {device}, {size}, {args.search} search")
+    num_reanalyzed = math.ceil(args.reanalyze_ratio * args.batch_size)
+    num_revalued = args.batch_size if args.bootstrap == "target" else num_reanalyzed  # deviation 8: target network now
 
     def learn(count: int) -> None:
         for _ in range(count):
-            rows = rb.sample(args.batch_size, args.priority_beta, rng["replay"])
-            searched = math.ceil(args.reanalyze_ratio * args.batch_size)
-            if searched:
-                rows = reanalyze(target, rb, rows, searched, args, fns)
-            valued = args.batch_size if args.bootstrap == "target" else searched
-            if valued:
-                rows = fresh_values(target, rb, rows, valued, args.td_steps)
+            rows = rb.sample(args.batch_size, PRIORITY_BETA, rng["replay"])
+            if num_reanalyzed:
+                rows = reanalyze(target, rb, rows, num_reanalyzed, args, step_fn)
+            if num_revalued:
+                rows = bootstrap_now(target, rb, rows, num_revalued, args.td_steps)
             shape = args.unroll_steps, args.batch_size
             actions = torch.randint(agent.num_actions, shape, generator=rng["update"], device=device)
-            run.metrics = update(agent, optimizer, rb, rows, actions, args, fns.losses)
+            run.metrics = update(agent, optimizer, rb, rows, actions, args, losses_fn)
             counters["num_updates"] += 1
             if counters["num_updates"] % args.target_network_frequency == 0:
                 target.load_state_dict(agent.state_dict())
@@ -892,14 +960,13 @@ def main(args: Args) -> str:
             require_finite_arrays(run.step, obs)
             moves[dones] = 0
         legal = legal_actions(envs)
-        inputs = obs, legal, draw_noise(legal, args, rng["act"]), temperature_of(moves, run.step, args)
-        inputs = [torch.as_tensor(x, device=device) for x in inputs]
-        result = act_fn(*inputs)
+        noise, temperature = draw_noise(legal, args, rng["act"]), temperature_of(moves, run.step, args)
+        obs, legal, noise, temperature = (torch.as_tensor(x, device=device) for x in (obs, legal, noise, temperature))
+        result = act(agent, obs, legal, noise, temperature, args, step_fn)
         next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())  # host sync
         require_finite_arrays(run.step, next_obs, rewards)
         step_rows = {
-            "obs": inputs[0], "legal": inputs[1], "action": result.action,
-            "policy": result.policy, "value": result.value,
+            "obs": obs, "legal": legal, "action": result.action, "policy": result.policy, "value": result.value,
             "reward": torch.as_tensor(rewards, device=device, dtype=torch.float32),
         }  # fmt: skip
         rb.add(step_rows, np.arange(args.num_envs))
@@ -910,7 +977,7 @@ def main(args: Args) -> str:
         if dones.any():
             rb.add(closing_rows(agent, obs, dones, terminations, device), np.flatnonzero(dones), closing=True)
             run.log_episodes(infos, dones)
-        if rb.ready.any() and len(rb) >= args.learning_starts:  # again, if the buffer was not saved
+        if rb.ready.any() and len(rb) >= args.learning_starts:  # deviation 11: acting waits for the updates
             before = counters["num_updates"]
             learn(updates_due(run.step, args) - updates_due(run.step - args.num_envs, args))
             if counters["num_updates"] // 100 > before // 100:
@@ -921,7 +988,7 @@ def main(args: Args) -> str:
             if eval_envs is None:
                 video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
                 eval_envs = make_vector_env(args, min(args.eval_episodes, 100), video)
-            returns, trajectories = evaluate(agent, eval_envs, args, device, run.stop, fns)
+            returns, trajectories = evaluate(agent, eval_envs, args, device, run.stop, step_fn)
             if args.capture_video:  # the film is written when its environment closes
                 eval_envs.close()
                 eval_envs = None
@@ -939,15 +1006,18 @@ def main(args: Args) -> str:
 
 
 # Settings by task (name of the environment without its version). A flag on the command line wins.
+# Deviation 6, small c_scale: with two actions the rescaled Q are 0 and 1 however near they are (CartPole); on a board
+# Q is mapped from [-1, 1] to [0, 1], so 0.25 means 0.125 for Q itself.
 DEFAULTS = {
     "total_timesteps": 200_000, "num_envs": 16, "buffer_size": 50_000, "replay_ratio": 0.25, "batch_size": 128,
     "learning_rate": 1e-3, "gamma": 0.997, "td_steps": 20, "bootstrap": "target", "support_size": 300,
     "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
-    "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,
+    "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,  # deviation 10: uniform
+    "two_player": False,
 }  # fmt: skip
 BOARD = {
     "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
-    "dirichlet_alpha": 1.0, "temperature_steps": (10**9, 10**9),
+    "dirichlet_alpha": 1.0, "temperature_steps": (10**9, 10**9), "two_player": True,
 }  # fmt: skip
 TASKS = {
     "CartPole": {
@@ -1071,13 +1141,12 @@ class BoardGame:
         self.name, self.num_envs, self.shape, self.opening_moves = name, num_envs, (rows, columns), opening_moves
         self.single_observation_space = gym.spaces.Box(0, 1, (2, rows, columns), np.float32)
         self.single_action_space = gym.spaces.Discrete(columns if self.gravity else rows * columns)
-        lines = [
-            [(y + i * dy) * columns + x + i * dx for i in range(self.connect)]
-            for dy, dx in ((0, 1), (1, 0), (1, 1), (-1, 1))
-            for y in range(rows)
-            for x in range(columns)
-            if 0 <= y + (self.connect - 1) * dy < rows and x + (self.connect - 1) * dx < columns
-        ]
+        lines = []
+        for dy, dx in ((0, 1), (1, 0), (1, 1), (-1, 1)):
+            for y, x in np.ndindex(rows, columns):
+                last_y, last_x = y + (self.connect - 1) * dy, x + (self.connect - 1) * dx
+                if 0 <= last_y < rows and last_x < columns:
+                    lines.append([(y + i * dy) * columns + x + i * dx for i in range(self.connect)])
         self.lines = torch.zeros(rows * columns, len(lines))
         self.lines[torch.tensor(lines).T, torch.arange(len(lines))] = 1
         self.stones = torch.zeros(num_envs, 2, rows * columns)
@@ -1118,13 +1187,13 @@ class BoardGame:
         wins = self._place(np.arange(self.num_envs), actions)
         terminations = wins | (self.moves == self.stones.shape[2])
         results = torch.where(wins, self.moves % 2 * 2.0 - 1, 0.0)  # the first player makes the odd moves
-        # the reward is the mover's, and comes with the move (deviation 5)
+        # deviation 5, a reward on a board: the mover's, with the winning move
         infos = {"episode": {"r": results.numpy(), "l": self.moves.numpy().copy()}}
         never = np.zeros(self.num_envs, bool)
         return self.observe(), wins.float().numpy(), terminations.numpy(), never, infos
 
     def _place(self, games: np.ndarray, actions: np.ndarray) -> torch.Tensor:
-        """One move in each of these games (M,); which of them it wins (M,)."""
+        """Makes a move in each of these games (M,); returns for each whether the move won it."""
         games, cells = torch.as_tensor(games), torch.as_tensor(actions)
         assert self.legal[games, cells].all()
         if self.gravity:
@@ -1148,7 +1217,7 @@ def random_player(envs: BoardGame, games: np.ndarray, rng: np.random.Generator) 
 # === Evaluation ===
 
 
-def evaluate(agent, envs, args: Args, device, stop: StopRequest, fns: Executables, opponent=random_player):
+def evaluate(agent, envs, args: Args, device, stop: StopRequest, step_fn=recurrent, opponent=random_player):
     """Plays args.eval_episodes greedily, without noise, on seeds of its own: training does not notice.
 
     Board games are played against `opponent(envs, games, rng)`, from either seat in turn. Returns the agent's returns
@@ -1156,34 +1225,37 @@ def evaluate(agent, envs, args: Args, device, stop: StopRequest, fns: Executable
     value, depth (T,) and policy (T, A) of the search, realized (T,), the discounted return from there on, and obs
     (T, ...) of the first 500 steps at most.
     """
-    rng = np.random.default_rng([args.seed, 99])
-    quota = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # fixed, so that short episodes do not win
-    returns, trajectories, open_tracks = [], {}, {i: [] for i in range(min(envs.num_envs, 10))}
-    dones, seat = np.ones(envs.num_envs, bool), np.arange(envs.num_envs) % 2
+    rng, N = np.random.default_rng([args.seed, 99]), envs.num_envs
+    quota = args.eval_episodes // N + (np.arange(N) < args.eval_episodes % N)  # by environment: short ones do not win
+    returns, trajectories = [], {}
+    columns = "obs action reward policy value depth".split()
+    tracks = {i: {name: [] for name in columns} for i in range(min(N, 10))}  # of the first episodes, while they last
+    dones, seat = np.ones(N, bool), np.arange(N) % 2
     while quota.any() and not stop.requested:
         if dones.any():
-            obs, _ = envs.reset(seed=rng.integers(2**31, size=envs.num_envs).tolist(), options={"reset_mask": dones})
+            obs, _ = envs.reset(seed=rng.integers(2**31, size=N).tolist(), options={"reset_mask": dones})
         legal = torch.as_tensor(legal_actions(envs), device=device)
-        result = act(agent, torch.as_tensor(obs, device=device), legal, None, None, args, fns)
-        actions, *columns = (x.cpu().numpy() for x in (result.action, result.policy, result.value, result.depth))
-        if isinstance(envs, BoardGame):
+        result = act(agent, torch.as_tensor(obs, device=device), legal, None, None, args, step_fn)
+        row = {name: getattr(result, name).cpu().numpy() for name in ("action", "policy", "value", "depth")}
+        if args.two_player:
             theirs = np.flatnonzero(envs.moves.numpy() % 2 != seat)
-            actions[theirs] = opponent(envs, theirs, rng)
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        for i, track in open_tracks.items():
-            frame = obs[i].copy() if len(track) < 500 else None
-            track.append((frame, actions[i], rewards[i], *(column[i] for column in columns)))
-        obs, dones = next_obs, terminations | truncations
+            row["action"][theirs] = opponent(envs, theirs, rng)
+        row["obs"] = obs
+        obs, row["reward"], terminations, truncations, infos = envs.step(row["action"])
+        dones = terminations | truncations
+        for i, track in tracks.items():
+            for name, column in track.items():
+                if name != "obs" or len(column) < 500:
+                    column.append(row[name][i].copy())
         for i in np.flatnonzero(dones).tolist():
-            if i in open_tracks:
-                frames, *rest = zip(*open_tracks.pop(i), strict=True)
-                track = dict(zip("action reward policy value depth".split(), map(np.stack, rest), strict=True))
+            if i in tracks:
+                track = {name: np.stack(column) for name, column in tracks.pop(i).items()}
                 ahead = closing_rows(agent, obs[i : i + 1], dones[i : i + 1], terminations[i : i + 1], device)["value"]
-                track["realized"] = discounted_sums(track["reward"], ahead.item(), agent.discount)
-                trajectories[i] = track | {"obs": np.stack(frames[:500])}
+                track["realized"] = discounted_sums(track["reward"], ahead.item(), args.discount)
+                trajectories[i] = track
             if quota[i] > 0:
                 quota[i] -= 1
-                sign = 1 - 2 * seat[i] if isinstance(envs, BoardGame) else 1
+                sign = 1 - 2 * seat[i] if args.two_player else 1
                 returns.append(float(infos["episode"]["r"][i]) * sign)
                 seat[i] = 1 - seat[i]
     return np.array(returns), [trajectories[i] for i in sorted(trajectories)]
@@ -1200,7 +1272,8 @@ def evaluate_run(args: Args) -> str:
     envs = make_vector_env(args, min(args.eval_episodes, 100), video)
     agent = Agent(envs, args).to(device)
     agent.load_state_dict(checkpoint["parts"]["agent"])
-    returns, _ = evaluate(agent, envs, args, device, stop, Executables())
+    compile_search()
+    returns, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
     if len(returns):
         single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
@@ -1235,7 +1308,8 @@ def open_loop_errors(agent: Agent, trajectories: list[dict], length: int) -> dic
             starts = min(len(track["obs"]), T - k)
             if k > 0:
                 actions = torch.as_tensor(track["action"][k - 1 : k - 1 + starts], device=device)
-                latent, reward, _, logits, value = recurrent(agent, latent[:starts], actions)
+                latent, outputs = recurrent(agent, latent[:starts], actions)
+                reward, logits, value = decode(outputs)
                 sums["reward"][k] += np.abs(reward.cpu().numpy() - track["reward"][k - 1 : k - 1 + starts]).sum()
             policy = torch.as_tensor(track["policy"][k : k + starts], device=device)
             divergence = torch.xlogy(policy, policy) - policy * logits.log_softmax(-1)
@@ -1483,20 +1557,18 @@ def check_args(args: Args) -> None:
         1: "total_timesteps num_envs eval_episodes batch_size td_steps unroll_steps support_size hidden_size "
         "num_blocks num_simulations max_considered_actions target_network_frequency",
         0: "seed eval_frequency checkpoint_frequency learning_starts replay_ratio learning_rate weight_decay "
-        "max_grad_norm gamma value_scale c_visit c_scale pb_c_init dirichlet_fraction opening_moves "
-        "temperature_moves priority_alpha priority_beta reanalyze_ratio",
+        "max_grad_norm gamma value_scale c_scale opening_moves temperature_moves priority_alpha reanalyze_ratio",
     }
     for bound, names in at_least.items():
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not value >= bound:
                 fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
-    for name in ("gamma", "dirichlet_fraction", "reanalyze_ratio"):
+    for name in ("gamma", "reanalyze_ratio"):
         if getattr(args, name) > 1:
             fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
-    for name in ("pb_c_base", "dirichlet_alpha"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    if not args.dirichlet_alpha > 0:
+        fail(f"--dirichlet-alpha must be above 0, not {args.dirichlet_alpha}")
     rows = 2 * (args.unroll_steps + args.td_steps + 1) * args.num_envs
     if args.buffer_size < rows:
         fail(f"--buffer-size {args.buffer_size} is too small: {args.num_envs} environments with --unroll-steps and "
@@ -1531,6 +1603,50 @@ def require_finite_arrays(global_step: int, *arrays: np.ndarray) -> None:
     """Stops the run before an observation or a reward that is not finite gets into the replay."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise SystemExit(f"error: not finite at step {global_step}: the environment's observation or reward")
+
+
+def compile_search(patience: float = 2.0) -> None:
+    """Loads the loops of the search, or compiles them and says so, if that lasts longer than `patience` seconds.
+
+    They are kept on disk, where Numba finds a folder that can be written: __pycache__ or the user's cache.
+    """
+    for function in (select, expand_and_backup, improved_logits):
+        with contextlib.suppress(RuntimeError, AttributeError):  # no such folder; NUMBA_DISABLE_JIT
+            function.enable_caching()
+    text = "compiling the search: about ten seconds, again only when this file has changed"
+    note = threading.Timer(patience, print, [text], {"file": sys.stderr, "flush": True})
+    note.daemon = True
+    note.start()
+    zero, one = torch.zeros(1), torch.ones(1, 1)
+    args, root = Args(num_simulations=1, c_scale=0.1), (one, one, zero)
+    gumbel_search(lambda latent, action: (latent, zero, zero, one, zero), root, one.bool(), None, args)
+    note.cancel()
+
+
+class GraphedModel:
+    """`recurrent` as CUDA graphs, one for each agent and number of roots; the next call overwrites what one returns."""
+
+    def __init__(self, step_fn: Callable):
+        self.step_fn, self.graphs = step_fn, {}
+
+    def __call__(self, agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = agent, len(action)
+        if key not in self.graphs:
+            inputs, stream = (latent.clone(), action.clone()), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.step_fn(agent, *inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = self.step_fn(agent, *inputs)
+            self.graphs[key] = graph, inputs, outputs
+        graph, inputs, outputs = self.graphs[key]
+        for static, new in zip(inputs, (latent, action), strict=True):
+            static.copy_(new)
+        graph.replay()
+        return outputs
 
 
 if __name__ == "__main__":

@@ -152,9 +152,10 @@ def main(flags: Args) -> None:
     args = replace(muzero.Args(**checkpoint["args"]), cuda=False, eval_episodes=flags.games)
     if flags.num_simulations:
         args = replace(args, num_simulations=flags.num_simulations)
-    device, fns, stop = torch.device("cpu"), muzero.Executables(), types.SimpleNamespace(requested=0)
+    device, stop = torch.device("cpu"), types.SimpleNamespace(requested=0)
     agent = muzero.Agent(muzero.BoardGame(args.env_id, 1), args)
     agent.load_state_dict(checkpoint["parts"]["agent"])
+    muzero.compile_search()
     result = {"run": flags.run, "step": checkpoint["global_step"], "num_simulations": args.num_simulations}
 
     players = {"random": muzero.random_player}
@@ -166,7 +167,7 @@ def main(flags: Args) -> None:
         print("no MCTS players: pip install open_spiel", file=sys.stderr)
     for name, player in players.items():
         envs = muzero.BoardGame(args.env_id, min(flags.games, 100))
-        returns, tracks = muzero.evaluate(agent, envs, args, device, stop, fns, player)
+        returns, tracks = muzero.evaluate(agent, envs, args, device, stop, opponent=player)
         result[name] = {"won": int((returns > 0).sum()), "drawn": int((returns == 0).sum()),
                         "lost": int((returns < 0).sum())}  # fmt: skip
         if args.env_id == "connect_four":
@@ -180,7 +181,7 @@ def main(flags: Args) -> None:
 
         def choose(game: muzero.BoardGame) -> np.ndarray:
             inputs = torch.from_numpy(game.observe()), torch.from_numpy(game.legal), None, None
-            return muzero.act(agent, *inputs, args, fns).action.numpy()
+            return muzero.act(agent, *inputs, args).action.numpy()
 
         result["walk"] = {seat: walk(choose, i) for i, seat in enumerate(("first", "second"))}
     print(json.dumps(result, indent=1))

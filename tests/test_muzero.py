@@ -6,7 +6,9 @@ import itertools
 import math
 import os
 import shutil
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -20,6 +22,12 @@ import muzero
 
 F64 = torch.float64
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    """The loops of the search, from the disk if they are there."""
+    muzero.compile_search()
 
 
 def make_args(**changes) -> muzero.Args:
@@ -76,24 +84,27 @@ def test_puct_by_hand(num_simulations):
     assert result.policy[0].tolist() == pytest.approx([v / num_simulations for v in visits])
 
 
-def test_puct_scores_by_hand():
-    """Q rescaled + U at the root, before simulations 1, 2 and 5."""
-    found = []
+SCORES = {  # simulations before: (Qn, U) of the root's actions, hand-worked to six digits
+    0: ((0, 0, 0), (0.250020, 0.625051, 0.375031)),
+    1: ((0, 0, 0), (0.353597, 0.441996, 0.530395)),
+    4: ((0, 0, 0.611111), (0.559154, 0.698942, 0.209683)),
+}
 
-    def recorded(prior, visit_counts, qvalues, node_visits, edge_values, legal, value_range, c1, c2):
-        low, high = edge_values.aminmax(dim=0)
-        q = torch.where(visit_counts > 0, muzero.rescale(qvalues, low, high), 0)[0, :, 0]
-        factor = torch.sqrt(node_visits[0]) * (c1 + torch.log((node_visits[0] + c2 + 1) / c2))
-        found.append((q, prior[0, :, 0] * factor / (1 + visit_counts[0, :, 0])))
-        choice = muzero.puct_choice(prior, visit_counts, qvalues, node_visits, edge_values, legal, value_range, c1, c2)
-        assert choice[0].item() == sum(found[-1]).argmax().item()
-        return choice
 
-    hand_search(muzero.puct_search, 5, choice_fn=recorded)
-    for i, expected in ((0, (0.250020, 0.625051, 0.375031)), (1, (0.353597, 0.441996, 0.530395))):
-        assert sum(found[i]).tolist() == pytest.approx(expected, abs=5e-7)
-    assert found[4][0].tolist() == pytest.approx((0, 0, 0.611111), abs=5e-7)
-    assert found[4][1].tolist() == pytest.approx((0.559154, 0.698942, 0.209683), abs=5e-7)
+@pytest.mark.parametrize("num_simulations", SCORES)
+def test_puct_scores_by_hand(num_simulations):
+    """Q rescaled and U at the root, before simulations 1, 2 and 5; the choice is the argmax of their sum."""
+    (model, logits), args = hand_model((0.5, 0, 0), (0.1, 0.2, 0.8), 0.9), make_args(num_simulations=num_simulations)
+    root = torch.zeros(1, 1, dtype=F64), logits, torch.tensor([0.3], dtype=F64)
+    legal = torch.ones(1, 3, dtype=torch.bool)
+    nodes, edges = muzero.grow(model, root, legal, None, args, True, muzero.UNKNOWN)
+    low, high = muzero.tree_bounds(nodes[0], num_simulations + 1)
+    visits, q, count = edges[0, 0]["visits"], edges[0, 0]["q"], nodes[0, 0]["count"]
+    qn = [muzero.rescale(q[a], low, high) if visits[a] > 0 else 0.0 for a in range(3)]
+    u = edges[0, 0]["prior"] * math.sqrt(count) * (1.25 + math.log((count + 19653) / 19652)) / (1 + visits)
+    assert qn == pytest.approx(SCORES[num_simulations][0], abs=5e-7)
+    assert u.tolist() == pytest.approx(SCORES[num_simulations][1], abs=5e-7)
+    assert muzero.puct_choice(nodes[0, 0], edges[0, 0], low, high) == np.argmax(qn + u)
 
 
 TWO_PLAYERS = ((0, 0, 0), (0.4, -0.5, 0.1), -1.0)
@@ -164,9 +175,7 @@ def test_sequential_halving_by_hand(num_actions, num_simulations):
 
 
 def test_eligible_counts_by_hand():
-    assert muzero.halving_visits(4, 8) == [0, 0, 0, 0, 1, 1, 2, 2]
-    table = muzero.halving_table(4, 8, CPU)
-    assert table.shape == (8, 5) and table[:, 4].tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert muzero.halving_visits(4, 8).tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
 
 
 # === Degenerate problems ===
@@ -394,6 +403,85 @@ def test_a_row_of_a_batch_equals_the_same_row_alone(search):
             assert torch.equal(a[row], b[0])
 
 
+@pytest.mark.parametrize("search", ["puct", "gumbel"])
+def test_actions_without_a_chance_are_never_tried(search):
+    """A logit of -inf closes an action at any node, not at the root alone."""
+    problem, args = Problem(7, 5, False, 6, True), make_args(num_simulations=60)
+    problem.logits[torch.arange(40) % 2 == 0, 1:3] = -torch.inf
+    roots, legal = problem.roots(torch.arange(6)), problem.legal
+    nodes, edges = muzero.grow(problem, roots, legal, problem.noise, args, search == "puct", muzero.UNKNOWN)
+    closed = edges["logit"] == -np.inf
+    assert closed[:, 1:].any() and not edges["visits"][closed].any() and not edges["child"][closed].any()
+    assert (edges["visits"][:, 0].sum(1) == 60).all() and (nodes["depth"] > 1).any()
+
+
+def test_trees_are_consistent():
+    """Every node hangs where its parent says; counts are sums of visits; means are those of the returns below."""
+    problem, args = Problem(8, 4, True, 5, True), make_args(num_simulations=40)
+    for puct in (True, False):
+        roots, legal = problem.roots(torch.arange(5)), problem.legal
+        nodes, edges = muzero.grow(problem, roots, legal, problem.noise, args, puct, (-3.0, 3.0))
+        assert (nodes["count"] == 1 + edges["visits"].sum(2)).all()
+        for b, n in itertools.product(range(5), range(1, 41)):
+            parent, action = nodes["parent"][b, n], nodes["action"][b, n]
+            assert parent < n and edges["child"][b, parent, action] == n
+            assert edges["visits"][b, parent, action] == nodes["count"][b, n]
+            assert nodes["depth"][b, n] == nodes["depth"][b, parent] + 1
+        mean = nodes["raw_value"] + (edges["visits"] * edges["q"]).sum(2)
+        np.testing.assert_allclose(nodes["value"], mean / nodes["count"], rtol=1e-9, atol=1e-12)
+
+
+def test_the_search_runs_as_python_too():
+    """NUMBA_DISABLE_JIT=1: the same trees, to step through them."""
+    code = """
+import muzero, torch
+from test_muzero import Problem, make_args
+problem, args, rows = Problem(5, 6, False, 3, True), make_args(num_simulations=20), torch.arange(3)
+noise = problem.legal, problem.noise
+muzero.compile_search()
+print(type(muzero.select))
+print(muzero.puct_search(problem, problem.roots(rows), *noise, torch.ones(3), args).visit_counts.tolist())
+print(muzero.gumbel_search(problem, problem.roots(rows), *noise, args).visit_counts.tolist())
+"""
+    paths = os.pathsep.join([str(Path(muzero.__file__).parent), str(Path(__file__).parent)])
+    env = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    problem, args, rows = Problem(5, 6, False, 3, True), make_args(num_simulations=20), torch.arange(3)
+    noise = problem.legal, problem.noise
+    results = [
+        muzero.puct_search(problem, problem.roots(rows), *noise, torch.ones(3), args),
+        muzero.gumbel_search(problem, problem.roots(rows), *noise, args),
+    ]
+    plain, *counts = done.stdout.strip().splitlines()
+    assert plain == "<class 'function'>" and counts == [str(result.visit_counts.tolist()) for result in results]
+
+
+def test_compiling_is_said_and_survives_a_disk_that_cannot_be_written(monkeypatch, capsys, tmp_path):
+    """A line when it takes long; without a folder for it the search is compiled anew at each start, no more."""
+    shutil.copy(muzero.__file__, tmp_path)
+    (tmp_path / "__pycache__").write_text("in the way")
+    env = os.environ | {"XDG_CACHE_HOME": "/dev/null/none", "HOME": "/dev/null/none", "PYTHONDONTWRITEBYTECODE": "1"}
+    code = "import muzero; muzero.select.enable_caching()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert "RuntimeError" in done.stderr  # what the next lines stand in for
+
+    def unwritable(self):
+        raise RuntimeError("no locator available")
+
+    def slow(*inputs):
+        time.sleep(0.5)
+        return gumbel_search(*inputs)
+
+    gumbel_search = muzero.gumbel_search
+    monkeypatch.setattr(type(muzero.select), "enable_caching", unwritable)
+    muzero.compile_search(60.0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(muzero, "gumbel_search", slow)
+    muzero.compile_search(0.1)
+    assert "compiling the search" in capsys.readouterr().err
+
+
 def test_depth_is_that_of_the_nodes():
     """One action: a chain of depths 1 ... S."""
     problem = Problem(0, 1, False, 2, False)
@@ -495,7 +583,8 @@ def test_transform_by_hand():
     x = torch.tensor(list(TRANSFORMED), dtype=F64)
     assert muzero.transform(x).tolist() == pytest.approx(list(TRANSFORMED.values()), abs=5e-7)
     y = torch.tensor(list(INVERTED), dtype=F64)
-    assert muzero.inverse_transform(y).tolist() == pytest.approx(list(INVERTED.values()), abs=5e-7)
+    for numbers in (y, y.numpy()):  # the search has arrays
+        assert muzero.inverse_transform(numbers).tolist() == pytest.approx(list(INVERTED.values()), abs=5e-7)
 
 
 def test_transform_and_back():
@@ -526,14 +615,15 @@ def test_two_hot_by_hand(value, support):
 
 def test_distributions_decode_to_what_was_encoded():
     """Expectation first, then the inverse transform; what is beyond the support becomes its largest value."""
+    twenty, ten = (torch.arange(-m, m + 1, dtype=F64) for m in (20, 10))
     x = torch.linspace(-300, 300, 121, dtype=F64)
-    decoded = muzero.from_distribution(muzero.two_hot(x, 20).log().clamp_min(-1e9), 20)
+    decoded = muzero.from_distribution(muzero.two_hot(x, 20).log().clamp_min(-1e9), twenty)
     torch.testing.assert_close(decoded, x)
     clipped = muzero.two_hot(torch.tensor([200.0, -1e9], dtype=F64), 10).log().clamp_min(-1e9)
-    assert muzero.from_distribution(clipped, 10).tolist() == pytest.approx([117.430323, -117.430323])
+    assert muzero.from_distribution(clipped, ten).tolist() == pytest.approx([117.430323, -117.430323])
     wide = torch.zeros(1, 21, dtype=F64)  # half of the mass at -10, half at 10: 0, and not the mean of +-117
     wide[0, [0, 20]] = 50.0
-    assert muzero.from_distribution(wide, 10).item() == pytest.approx(0.0, abs=1e-9)
+    assert muzero.from_distribution(wide, ten).item() == pytest.approx(0.0, abs=1e-9)
 
 
 # === Returns and targets ===
@@ -599,7 +689,7 @@ def test_targets_against_a_loop(n, K, d):
     ends[0] = 0  # only steps are drawn
     rows = {
         "reward": torch.from_numpy(rng.normal(size=(L, B))), "value": torch.from_numpy(rng.normal(size=(L, B))),
-        "end": torch.from_numpy(ends), "policy": torch.from_numpy(rng.dirichlet(np.ones(A), size=(L, B))),
+        "kind": torch.from_numpy(ends), "policy": torch.from_numpy(rng.dirichlet(np.ones(A), size=(L, B))),
     }  # fmt: skip
     targets = muzero.make_targets(rows, K, n, d)
     for b in range(B):
@@ -654,13 +744,13 @@ def fill(rb: muzero.ReplayBuffer, num_steps: int, seed: int = 0, mean_length: in
         }
         rb.add(rows, np.arange(N))
         for i in range(N):
-            written[i][-1].append(newest(rows, i) | {"end": torch.tensor(0)})
+            written[i][-1].append(newest(rows, i) | {"kind": torch.tensor(0)})
         done = np.flatnonzero(rng.random(N) < 1 / mean_length)
         if len(done):
             last = {
                 "obs": torch.from_numpy(rng.integers(0, 255, size=shape)).to(rb.data["obs"].dtype),
                 "value": torch.from_numpy(rng.normal(size=N).astype(np.float32)),
-                "end": torch.from_numpy(rng.integers(1, 3, size=N)).to(torch.uint8),
+                "kind": torch.from_numpy(rng.integers(1, 3, size=N)).to(torch.uint8),
             }
             rb.add(last, done, closing=True)
             for i in done:
@@ -685,7 +775,7 @@ def test_replay_holds_what_was_played(capacity, priority_alpha):
         flat = [(row, t, len(episode)) for episode in episodes for t, row in enumerate(episode)]
         assert rb.ends[i] == len(flat)
         rewards, values, ends = (
-            torch.tensor([float(row.get(name, 0)) for row, _, _ in flat]) for name in ("reward", "value", "end")
+            torch.tensor([float(row.get(name, 0)) for row, _, _ in flat]) for name in ("reward", "value", "kind")
         )
         for number, (row, age, _) in enumerate(flat):
             if number < len(flat) - rb.capacity:
@@ -695,7 +785,7 @@ def test_replay_holds_what_was_played(capacity, priority_alpha):
                 assert torch.equal(rb.data[name][slot, i], value.to(rb.data[name].dtype)), name
             assert rb.data["age"][slot, i] == age
             after = ends[number:]
-            ready = row["end"] == 0 and (len(after) >= rb.span or after.any())
+            ready = row["kind"] == 0 and (len(after) >= rb.span or after.any())
             assert (rb.priority[slot, i] > 0) == ready
             if ready and priority_alpha:
                 pad = torch.zeros(rb.span)
@@ -711,11 +801,11 @@ def test_sampled_sequences_are_those_that_were_played():
     before = {name: column.clone() for name, column in rb.data.items()}
     rows = rb.sample(500, 1.0, torch.Generator().manual_seed(0))
     assert rows["reward"].shape == (rb.span, 500) and rows["policy"].shape == (rb.span, 500, 3)
-    assert (rows["end"][0] == muzero.STEP).all()
+    assert (rows["kind"][0] == muzero.STEP).all()
     for b in range(0, 500, 17):
         slot, env = rows["slots"][b].item(), rows["envs"][b].item()
         index = [(slot + t) % rb.capacity for t in range(rb.span)]
-        for name in ("action", "reward", "policy", "value", "legal", "end"):
+        for name in ("action", "reward", "policy", "value", "legal", "kind"):
             assert torch.equal(rows[name][:, b], rb.data[name][index, env])
         obs = rb.observations(rows["slots"][b : b + 1], rows["envs"][b : b + 1])
         assert torch.equal(obs[0], rb.data["obs"][slot, env])
@@ -809,13 +899,13 @@ def observations(kind: str, count: int) -> torch.Tensor:
     return torch.randint(2, (count, 2, 3, 3), generator=generator).float()
 
 
-KINDS = {"vectors": lambda: vector_agent()[0], "images": lambda: image_agent()[0], "boards": lambda: board_agent()[0]}
+MAKERS = {"vectors": vector_agent, "images": image_agent, "boards": board_agent}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MAKERS)
 def test_networks(kind):
-    """Latent states fill [0, 1] exactly, along any unroll; shapes; discounts; every observation is alone."""
-    agent = KINDS[kind]()
+    """Latent states fill [0, 1] exactly, along any unroll; shapes; every observation is alone."""
+    agent = MAKERS[kind]()[0]
     obs = observations(kind, 5)
     A = agent.num_actions
     latent, logits, value = agent.initial(obs)
@@ -827,11 +917,30 @@ def test_networks(kind):
         assert torch.allclose(latent.flatten(1).amin(1), torch.zeros(5)) and torch.allclose(
             latent.flatten(1).amax(1), torch.ones(5)
         )
-        latent, reward, discount, logits, value = muzero.recurrent(agent, latent, torch.full((5,), step % A))
+        latent, outputs = muzero.recurrent(agent, latent, torch.full((5,), step % A))
+        reward, logits, value = muzero.decode(outputs)
         assert reward.shape == value.shape == (5,) and logits.shape == (5, A)
-        assert (discount == (-1.0 if kind == "boards" else 0.997)).all()
     different = muzero.recurrent(agent, latent, torch.full((5,), 1))[0]
     assert not torch.allclose(different, muzero.recurrent(agent, latent, torch.full((5,), 2))[0])
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("search", ["puct", "gumbel"])
+def test_the_search_sees_what_the_networks_say(kind, search):
+    """One simulation: Q = r + d v of the network's own distributions, d = -1 on a board; the root's mean has both."""
+    agent, args = MAKERS[kind]()[:2]
+    args = muzero.replace(args, search=search, num_simulations=1)
+    obs = observations(kind, 5)
+    with torch.no_grad():
+        result = muzero.act(agent, obs, torch.ones(5, agent.num_actions, dtype=torch.bool), None, None, args)
+        latent, _, root_value = agent.initial(obs)
+        latent, reward_logits = agent.network.dynamics(latent, result.visit_counts.argmax(1))
+        _, value_logits = agent.network.predict(latent)
+        r, v = (muzero.from_distribution(x, agent.bins) for x in (reward_logits, value_logits))
+    d = -1.0 if kind == "boards" else 0.997
+    assert args.discount == d and (result.visit_counts.sum(1) == 1).all()
+    torch.testing.assert_close(result.qvalues.sum(1), r + d * v, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.value, (root_value + r + d * v) / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_an_untrained_agent_knows_nothing():
@@ -843,7 +952,7 @@ def test_an_untrained_agent_knows_nothing():
         agent = muzero.Agent(envs, args)
         obs = torch.rand(2, *envs.single_observation_space.shape)
         latent, logits, value = agent.initial(obs)
-        _, reward, _, _, _ = muzero.recurrent(agent, latent, torch.zeros(2, dtype=torch.long))
+        reward, _, _ = muzero.decode(muzero.recurrent(agent, latent, torch.zeros(2, dtype=torch.long))[1])
         assert not logits.any() and torch.cat([value, reward]).abs().max() < 1e-5
 
 
@@ -969,7 +1078,7 @@ def test_update(monkeypatch):
     metrics = muzero.update(agent, optimizer, rb, rows, random_actions, args, recorded)
     assert all(torch.equal(kept[name], tensor) for name, tensor in rows.items())
     assert all(value.isfinite() and not value.requires_grad for value in metrics.values())
-    over = (rows["end"][:2] != muzero.STEP).cumsum(0) > 0
+    over = (rows["kind"][:2] != muzero.STEP).cumsum(0) > 0
     assert over.any() and torch.equal(seen["actions"], torch.where(over, 2, rows["action"][:2]))
     assert torch.equal(seen["obs"], rb.observations(rows["slots"], rows["envs"]))
     values = target.initial(seen["obs"])[2]
@@ -1024,16 +1133,16 @@ def test_decay_spares_biases_and_norms():
 
 @pytest.mark.parametrize("count", [5, 40])
 @pytest.mark.parametrize("closed_rows", [60, 9])
-def test_fresh_values_are_those_of_the_target_network_now(count, closed_rows):
+def test_bootstrap_now_are_those_of_the_target_network_now(count, closed_rows):
     """Returns of the first columns, by a loop from the network's values of the observations; the others as stored."""
     n, K = 3, 2
     agent, args = vector_agent(unroll_steps=K, td_steps=n)
     rb = make_rb()
     fill(rb, closed_rows)
     rows = rb.sample(40, 1.0, torch.Generator().manual_seed(0))
-    assert {muzero.TERMINATED, muzero.TRUNCATED} <= set(rows["end"].flatten().tolist())
+    assert {muzero.TERMINATED, muzero.TRUNCATED} <= set(rows["kind"].flatten().tolist())
     kept = {name: tensor.clone() for name, tensor in rows.items()}
-    fresh = muzero.fresh_values(agent, rb, rows, count, n)
+    fresh = muzero.bootstrap_now(agent, rb, rows, count, n)
     assert all(torch.equal(kept[name], tensor) for name, tensor in rows.items())
     assert all(fresh[name] is rows[name] for name in set(rows) - {"value"})
     assert torch.equal(fresh["value"][:, count:], rows["value"][:, count:])
@@ -1043,19 +1152,20 @@ def test_fresh_values_are_those_of_the_target_network_now(count, closed_rows):
         values = [agent.initial(rb.data["obs"][slot, rows["envs"][b]][None])[2].item() for slot in slots]
         for k in range(K + 1):
             if targets["value_mask"][k, b]:
-                wanted = loop_return(*(rows["reward"][:, b].tolist(), values, rows["end"][:, b].tolist()), k, n, 0.9)
+                wanted = loop_return(*(rows["reward"][:, b].tolist(), values, rows["kind"][:, b].tolist()), k, n, 0.9)
                 assert targets["returns"][k, b].item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("search", ["gumbel", "puct"])
-def test_reanalyze_searches_again_with_the_target_network(search):
-    """The first columns: policies of a search from each observation; the others as stored."""
+def test_reanalyze_searches_again_with_the_target_network(search, monkeypatch):
+    """The first columns: policies of a search from each observation, some at a time; the others as stored."""
+    monkeypatch.setattr(muzero, "REANALYZED_AT_ONCE", 4)
     agent, args = vector_agent(unroll_steps=2, td_steps=3, num_simulations=6, search=search)
     rb = make_rb()
     fill(rb, 60)
     rows = rb.sample(8, 1.0, torch.Generator().manual_seed(0))
     kept = {name: tensor.clone() for name, tensor in rows.items()}
-    fresh = muzero.reanalyze(agent, rb, rows, 5, args, muzero.Executables())
+    fresh = muzero.reanalyze(agent, rb, rows, 5, args, muzero.recurrent)
     assert all(torch.equal(kept[name], tensor) for name, tensor in rows.items())
     assert torch.equal(fresh["policy"][:, 5:], rows["policy"][:, 5:])
     assert torch.equal(fresh["policy"][3:], rows["policy"][3:])
@@ -1064,7 +1174,7 @@ def test_reanalyze_searches_again_with_the_target_network(search):
         for k in range(3):
             slot, env = (rows["slots"][b] + k) % rb.capacity, rows["envs"][b]
             obs = rb.data["obs"][slot, env][None]
-            result = muzero.act(agent, obs, rows["legal"][k, b][None], None, None, args, muzero.Executables())
+            result = muzero.act(agent, obs, rows["legal"][k, b][None], None, None, args)
             torch.testing.assert_close(fresh["policy"][k, b], result.policy[0], rtol=1e-3, atol=1e-4)
             assert not fresh["policy"][k, b][~rows["legal"][k, b]].any() or not rows["legal"][k, b].any()
 
@@ -1197,7 +1307,7 @@ def test_search_on_boards_plays_legal_moves():
         for move in range(20):
             legal = game.legal
             noise = torch.as_tensor(muzero.draw_noise(legal, args, rng)) if move % 2 else None
-            inputs = torch.as_tensor(obs), torch.as_tensor(legal), noise, torch.ones(4), args, muzero.Executables()
+            inputs = torch.as_tensor(obs), torch.as_tensor(legal), noise, torch.ones(4), args
             result = muzero.act(agent, *inputs)
             assert legal[np.arange(4), result.action.numpy()].all()
             assert not result.policy.numpy()[~legal].any()
@@ -1250,8 +1360,8 @@ def test_evaluation_of_a_board_game_takes_both_seats():
 
     game = muzero.BoardGame("tictactoe", 4)
     stop = types.SimpleNamespace(requested=0)
-    returns, tracks = muzero.evaluate(agent, game, args, CPU, stop, muzero.Executables(), opponent)
-    again, _ = muzero.evaluate(agent, muzero.BoardGame("tictactoe", 4), args, CPU, stop, muzero.Executables())
+    returns, tracks = muzero.evaluate(agent, game, args, CPU, stop, opponent=opponent)
+    again, _ = muzero.evaluate(agent, muzero.BoardGame("tictactoe", 4), args, CPU, stop)
     assert returns.tolist() == again.tolist() and len(returns) == len(tracks) == 4 and seen
     results = []
     for seat, track in zip((0, 1, 0, 1), tracks, strict=True):
@@ -1295,7 +1405,8 @@ def test_open_loop_errors_against_a_loop():
                 for k in range(min(6, T - t)):
                     if k:
                         action = torch.tensor([track["action"][t + k - 1]])
-                        latent, reward, _, logits, value = muzero.recurrent(agent, latent, action)
+                        latent, outputs = muzero.recurrent(agent, latent, action)
+                        reward, logits, value = muzero.decode(outputs)
                         expected["reward"][k].append(abs(reward.item() - track["reward"][t + k - 1]))
                     expected["value"][k].append(abs(value.item() - track["realized"][t + k]))
                     p = torch.distributions.Categorical(torch.from_numpy(track["policy"][t + k]))
@@ -1343,21 +1454,17 @@ def test_a_flag_wins_over_the_task():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_equals_eager():
-    """Choices of both searches and losses with their gradients."""
+    """The model's step as the search has it, and the losses with their gradients."""
     agent, args = vector_agent(num_simulations=4, unroll_steps=2)
-    fns = muzero.Executables(*map(torch.compile, muzero.Executables()))
     obs, actions, targets, weights = sequence_batch(agent, args)
     noise = torch.as_tensor(muzero.draw_noise(np.ones((6, 3), bool), args, np.random.default_rng(0)))
-    legal = torch.ones(6, 3, dtype=torch.bool)
-    for search in ("puct", "gumbel"):
-        settings = make_args(num_simulations=4, search=search)
-        results = [
-            muzero.act(agent, obs, legal, noise, torch.ones(6), settings, f) for f in (muzero.Executables(), fns)
-        ]
-        assert torch.equal(results[0].visit_counts, results[1].visit_counts)
-        torch.testing.assert_close(results[0].policy, results[1].policy, rtol=1e-4, atol=1e-5)
+    inputs, results = (obs, torch.ones(6, 3, dtype=torch.bool), noise, torch.ones(6), args), []
+    for step_fn in (muzero.recurrent, torch.compile(muzero.recurrent)):
+        results.append(muzero.act(agent, *inputs, step_fn))
+    assert torch.equal(results[0].visit_counts, results[1].visit_counts)
+    torch.testing.assert_close(results[0].policy, results[1].policy, rtol=1e-4, atol=1e-5)
     gradients = []
-    for losses_fn in (muzero.compute_losses, fns.losses):
+    for losses_fn in (muzero.compute_losses, torch.compile(muzero.compute_losses)):
         agent.zero_grad()
         losses_fn(agent, obs, actions, targets, weights, args)[0].backward()
         gradients.append([p.grad.clone() for p in agent.parameters()])
@@ -1367,21 +1474,20 @@ def test_compiled_equals_eager():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("search", ["gumbel", "puct"])
-def test_captured_search_equals_eager(search):
-    """Calls with new inputs, on the side stream, captured and replayed."""
+def test_captured_model_equals_eager(search):
+    """Searches of two sizes in turn, with new inputs and with weights that have changed since the capture."""
     args = make_args(cuda=True, hidden_size=16, search=search, num_simulations=20)
-    agent = muzero.Agent(TinyVector(4), args).cuda()
-
-    def act_fn(*inputs):
-        return muzero.act(agent, *inputs, args, muzero.Executables())
-
-    graphed, rng, legal = muzero.GraphedSearch(act_fn), np.random.default_rng(0), np.ones((4, 3), bool)
-    for _ in range(6):
-        obs = torch.from_numpy(rng.normal(size=(4, 2)).astype(np.float32))
-        inputs = obs, torch.from_numpy(legal), torch.from_numpy(muzero.draw_noise(legal, args, rng)), torch.ones(4)
-        inputs = [x.cuda() for x in inputs]
-        for a, b in zip(graphed(*inputs), act_fn(*inputs), strict=True):
+    agent, rng = muzero.Agent(TinyVector(4), args).cuda(), np.random.default_rng(0)
+    graphed = muzero.GraphedModel(muzero.recurrent)
+    for B in (4, 2, 4, 2, 4):
+        legal, obs = np.ones((B, 3), bool), rng.normal(size=(B, 2)).astype(np.float32)
+        inputs = obs, legal, muzero.draw_noise(legal, args, rng), np.ones(B, np.float32)
+        inputs = [torch.from_numpy(x).cuda() for x in inputs]
+        for a, b in zip(*(muzero.act(agent, *inputs, args, fn) for fn in (graphed, muzero.recurrent)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for parameter in agent.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
 
 
 def test_missing_atari_package_is_named(capsys, monkeypatch):
@@ -1458,7 +1564,7 @@ def test_perfect_player_never_loses(boards):
     agent = muzero.Agent(muzero.BoardGame("tictactoe", 1), args)
     stop = types.SimpleNamespace(requested=0)
     game = muzero.BoardGame("tictactoe", 40)
-    returns, _ = muzero.evaluate(agent, game, args, CPU, stop, muzero.Executables(), boards.perfect_player)
+    returns, _ = muzero.evaluate(agent, game, args, CPU, stop, opponent=boards.perfect_player)
     assert returns.max() <= 0 and returns.mean() < -0.5
 
 
@@ -1469,7 +1575,7 @@ def test_mcts_player_beats_an_agent_that_knows_nothing(boards, name):
     agent = muzero.Agent(muzero.BoardGame(name, 1), args)
     game, stop = muzero.BoardGame(name, 3), types.SimpleNamespace(requested=0)
     player = boards.MCTSPlayer(name, 100)
-    returns, _ = muzero.evaluate(agent, game, args, CPU, stop, muzero.Executables(), player)
+    returns, _ = muzero.evaluate(agent, game, args, CPU, stop, opponent=player)
     assert returns.mean() < 0
 
 
@@ -1545,7 +1651,7 @@ def test_muzero_replay_holds_what_was_played(name, length, num_envs):
     assert (data["obs"][..., 1] == count).all() and torch.equal(data["age"], count)
     assert (data["reward"] == torch.where(closing, 0, count + 1)).all()
     kind = muzero.TRUNCATED if name == "" else muzero.TERMINATED
-    assert (data["end"] == torch.where(closing, kind, muzero.STEP)).all()
+    assert (data["kind"] == torch.where(closing, kind, muzero.STEP)).all()
     assert (data["value"][closing] == 0).all() == (kind == muzero.TERMINATED)
     steps = ~closing[:-1]
     assert (data["action"][:-1][steps] == data["obs"][1:, :, 2][steps]).all()
@@ -1557,9 +1663,9 @@ def test_muzero_stores_what_its_searches_found(monkeypatch):
     """Action, policy and root value of each search, drawn with new noise, beside the moves that the rules allowed."""
     act, temperature_of, results, noises, moves = muzero.act, muzero.temperature_of, [], [], []
 
-    def recorded_act(agent, obs, legal, noise, temperature, **kwargs):
+    def recorded_act(agent, obs, legal, noise, *rest):
         noises.append(noise)
-        results.append(act(agent, obs, legal, noise, temperature, **kwargs))
+        results.append(act(agent, obs, legal, noise, *rest))
         return results[-1]
 
     def recorded_temperature(counts, global_step, args):
@@ -1574,7 +1680,7 @@ def test_muzero_stores_what_its_searches_found(monkeypatch):
     assert not any(torch.equal(*pair) for pair in zip(noises[:-1], noises[1:], strict=True))
     for i, end in enumerate(replay["ends"]):
         data = {name: column[:end, i] for name, column in replay["data"].items()}
-        data = {name: column[data["end"] == muzero.STEP] for name, column in data.items()}
+        data = {name: column[data["kind"] == muzero.STEP] for name, column in data.items()}
         for name in ("action", "policy", "value"):
             assert torch.equal(data[name], torch.stack([getattr(result, name)[i] for result in results])), name
         assert torch.equal(data["legal"], data["obs"].sum(1).flatten(1) == 0) and not data["legal"].all()
@@ -1590,18 +1696,18 @@ def test_muzero_stores_what_its_searches_found(monkeypatch):
 )
 def test_muzero_bootstraps_from_the_target_network(monkeypatch, settings, fresh):
     """How many of a batch of 4 end in the target network's value now; the target network is another than the agent."""
-    fresh_values, update, counts, networks = muzero.fresh_values, muzero.update, [], []
+    bootstrap_now, update, counts, networks = muzero.bootstrap_now, muzero.update, [], []
 
-    def recorded_fresh_values(target, rb, rows, count, td_steps):
+    def recorded_bootstrap_now(target, rb, rows, count, td_steps):
         networks.append(target)
         counts.append(count)
-        return fresh_values(target, rb, rows, count, td_steps)
+        return bootstrap_now(target, rb, rows, count, td_steps)
 
     def recorded_update(agent, *rest):
         assert all(target is not agent for target in networks)
         return update(agent, *rest)
 
-    monkeypatch.setattr(muzero, "fresh_values", recorded_fresh_values)
+    monkeypatch.setattr(muzero, "bootstrap_now", recorded_bootstrap_now)
     monkeypatch.setattr(muzero, "update", recorded_update)
     run_dir = run(muzero, **settings)
     num_updates = load(run_dir)["parts"]["counters"]["num_updates"]
@@ -1616,7 +1722,7 @@ def test_muzero_keeps_open_episodes_as_truncated():
     resume(muzero, run_dir, **TWO_ENVS, total_timesteps=60)
     data = load(run_dir)["parts"]["replay"]["data"]
     row = saved["replay"]["ends"][0]
-    assert data["end"][row].tolist() == [muzero.TRUNCATED] * 2 and data["obs"][row, :, 1].tolist() == [6, 6]
+    assert data["kind"][row].tolist() == [muzero.TRUNCATED] * 2 and data["obs"][row, :, 1].tolist() == [6, 6]
     assert torch.equal(data["value"][row], saved["open_episodes"]["value"]) and data["value"][row].all()
     assert data["obs"][row + 1, :, 1].tolist() == [0, 0]
 

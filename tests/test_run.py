@@ -532,7 +532,6 @@ BAD_GAMES = {
     "learning rate": ({"learning_rate": -1e-3}, "--learning-rate"),
     "share": ({"reanalyze_ratio": 1.1}, "--reanalyze-ratio"),
     "noise": ({"dirichlet_alpha": 0.0}, "--dirichlet-alpha"),
-    "share of noise": ({"dirichlet_fraction": -0.1}, "--dirichlet-fraction"),
     "cudagraphs": ({"cudagraphs": True}, "GPU"),
 }
 
