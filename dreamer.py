@@ -39,9 +39,12 @@ code is followed (docs/dreamer.md says where):
   8. Adam's epsilon is added after the bias correction, as torch does (before it there, as Keras does).
   9. 100 updates when learning starts (101 there, the first of which builds the graph).
  10. An evaluation is ten episodes, with the same ten seeds every time (there one, always another).
- 11. The losses in the log are those of one batch in a hundred (there the mean of all since the last report).
+ 11. The losses in the log are those of one batch in a hundred (there the mean of all since the last report), and the
+     policy's entropy is that of the Normal before the tanh (there after it, from 100 samples).
  12. Atari: losing a life does not end an episode (there it does); frames shrink by averaging areas.
  13. Gymnasium environments without a time limit are cut off after 27,000 steps, Atari's limit.
+ 14. Where there is no OpenGL, dm_control's pictures are drawn by a ray-caster of ours (--renderer).
+ 15. With several environments the updates run while these step (between the steps there).
 """
 
 import contextlib
@@ -98,7 +101,7 @@ class Args:
     env_id: str = "walker-walk"  # dm_control task (walker-walk, cup-catch) or Gymnasium id (CarRacing-v3)
     total_timesteps: int = 1_000_000  # environment steps of the run, action repeats counted
     num_envs: int = 1  # environments played side by side, each in its own process if more than one
-    obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; Gymnasium ids decide alone
+    obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; a Gymnasium id has its own
     renderer: Literal["auto", "gl", "raycast"] = "auto"  # dm_control pixels: OpenGL, our ray-caster; auto = gl if there
     action_repeat: int | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
     cont_head: bool | None = None  # learn when episodes terminate; default: not on dm_control, else yes
@@ -126,14 +129,18 @@ class Args:
     model_lr: float = 6e-4  # learning rate of the world model
 
     # behavior
-    horizon: int = 15  # imagined steps (H)
+    horizon: int = 15  # imagined decisions (H)
     gamma: float = 0.99  # discount per decision
     td_lambda: float = 0.95  # lambda of the lambda-return: 0 trusts the value after one step, 1 after all H
     actor_lr: float = 8e-5  # learning rate of the actor
     value_lr: float = 8e-5  # learning rate of the value network
     max_grad_norm: float = 100.0  # norm to which the gradients of model, actor and value are clipped, each by itself
     expl_noise: float = 0.3  # standard deviation of the Normal added to continuous actions while collecting
-    expl_epsilon: tuple[float, float, int] = (0.4, 0.1, 200_000)  # discrete: random share at first, at last, updates
+    expl_epsilon: tuple[float, float, int] = (
+        0.4,
+        0.1,
+        200_000,
+    )  # discrete: share at random at first, at last; updates between
 
     # Speed
     bfloat16: bool = False  # bfloat16 autocast for matrix products and convolutions
@@ -200,7 +207,7 @@ class RSSM(nn.Module):
 
     def obs_step(self, stoch, deter, action, embed, is_first, noise) -> tuple[torch.Tensor, ...]:
         """One step with an observation, from the zero state where is_first (B,) is 1: stoch, deter, mean, std."""
-        keep = 1 - is_first[:, None]
+        keep = 1 - is_first[:, None]  # action needs none: that of a first entry is 0
         deter = self.deter_step(stoch * keep, deter * keep, action)
         mean, std = self.posterior(deter, embed)
         return mean + std * noise, deter, mean, std
@@ -294,7 +301,7 @@ class Actor(nn.Module):
         return torch.tanh(x[log_prob.argmax(0), rows])  # deviation 4: each row has a best sample of its own
 
     def entropy(self, dist: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Nats (...): of the Normal before the tanh, or of the categorical. For logging only."""
+        """Nats (...): of the Normal before the tanh, or of the categorical. For logging only (deviation 11)."""
         if self.discrete:
             log_probs = dist[0].log_softmax(-1)
             return -(log_probs.exp() * log_probs).sum(-1)
@@ -406,7 +413,10 @@ def kl_divergence(post_mean, post_std, prior_mean, prior_std) -> torch.Tensor:
 
 
 def model_loss(world_model: WorldModel, batch: dict, noise: torch.Tensor, args: Args) -> tuple:
-    """Eq. 10: mean of - ln p(obs | state) - ln p(reward | state) + KL(posterior || prior) over a batch (L, B, ...).
+    """Eq. 10 over a batch (L, B, ...): - ln p(obs | state) - ln p(reward | state) + kl_scale max(KL, free_nats).
+
+    Means over L and B, taken before the max; KL is KL(posterior || prior). Where there is a continuation head its
+    cross-entropy is added, CONT_SCALE times.
 
     Returns the loss, the posterior states (from `observe`) and metrics.
     """
@@ -780,7 +790,7 @@ def main(args: Args) -> str:
             obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
         else:
             envs.step_async(env_action(agent, action))
-            train()  # several environments: while they step
+            train()  # deviation 15: several environments, while they step
             obs, rewards, terminations, truncations, infos = envs.step_wait()
         require_finite_arrays(run.step, "the environment's observation or reward", obs, rewards)
         recorder.add(obs, action, rewards, terminations)
@@ -992,7 +1002,7 @@ def choose_renderer(args: Args, checkpoint: dict | None) -> str:
     if wanted == "gl":
         fail("no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
     os.environ["MUJOCO_GL"] = "disable"
-    return "raycast"
+    return "raycast"  # deviation 14: pictures without OpenGL
 
 
 class RayCaster:

@@ -14,8 +14,9 @@ The algorithm, with the functions that are its steps; (a) to (f) as in the box "
   (d) dyna_q_step        direct update: Q(s, a) += alpha (r + gamma max Q(s', .) - Q(s, a)), no Q(s', .) after the end
   (e) record             model learning: count that a in s has led to s', and take r into the mean reward
   (f) dyna_q_step        planning, n times: Q(s, a) += alpha (expected_target - Q(s, a)) of a pair (s, a) tried before
-Dyna-Q+ (--kappa) adds a bonus to (f) for what was not tried for long. prioritized_sweeping_step (--prioritized) takes
-the pairs of (f) in the order of their errors. These functions are one learner's; for_each_learner has a loop of many.
+Dyna-Q+ (--kappa) adds a bonus to (f) for what was not tried for long. prioritized_sweeping_step (--prioritized) has no
+(d) and takes the pairs of (f) by the size of their errors. (d) to (f) are written for one learner; main calls update,
+which runs them for all (for_each_learner).
 
 Paper:      Sutton 1990, Integrated Architectures for Learning, Planning, and Reacting, ICML
             Sutton & Barto 2018, Reinforcement Learning, 2nd edition, chapter 8 (cited as S&B)
@@ -83,10 +84,10 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments
-    env_id: str = "FrozenLake-v1"  # Gymnasium id with discrete observations and actions, or one of MAZES below
+    env_id: str = "FrozenLake-v1"  # discrete Gymnasium id, or DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0
     total_timesteps: int = 20_000  # environment steps of the run, summed over all learners: each gets its share
     num_envs: int = 1  # learners side by side, each with an environment of its own: num_envs independent runs
-    env_kwargs: tuple[str, ...] | None = None  # settings of the environment (map_name=8x8), added to those in TASKS
+    env_kwargs: tuple[str, ...] | None = None  # settings of the environment (map_name=8x8), added to the task's own
     max_episode_steps: int = 10_000  # environment steps after which an episode is truncated at the latest
     # learning
     gamma: float | None = None  # discount per step; default by task, 0.99 elsewhere
@@ -94,18 +95,18 @@ class Args:
     epsilon: float = 0.1  # share of random actions
     # planning
     planning_steps: int = 10  # updates from the model after each real step (n); 0 = Q-learning
-    model: Literal["counts", "last"] | None = None  # all outcomes of a state and action, or the last; default by task
+    model: Literal["counts", "last"] | None = None  # what is kept of a pair: all outcomes or the last; default by task
     kappa: float = 0.0  # Dyna-Q+ if > 0: planning adds kappa * sqrt(steps since an action was tried) to its reward
-    prioritized: bool = False  # prioritized sweeping: planning updates the state and action of the largest error
-    theta: float = 1e-4  # prioritized sweeping: errors up to this size are not queued
+    prioritized: bool = False  # prioritized sweeping: pairs of largest error first, no direct update
+    theta: float = 1e-4  # prioritized sweeping: absolute TD errors up to this are not queued
     # logs
     report_frequency: int = 100  # steps of each environment between reports of losses and model errors
 
 
 # === Model ===
 
-# Without Numba's counting of references to arrays: a quarter of the time. So these functions make no arrays, and what
-# model_of returns must not leave them.
+# Numba's counting of references to arrays is off, which makes the functions below about four times as fast. They make
+# no arrays, therefore, and what model_of returns must not leave them.
 compiled = njit(_nrt=False)
 
 
@@ -204,7 +205,7 @@ def max_value(q, s):
 
 @njit(_nrt=False, inline="always")  # a third of the time of a call with so many arrays
 def expected_target(q, model, s, a, gamma):
-    """Expected update of a pair under the model, S&B section 8.5: r + gamma * sum_s' p(s') max_a' Q(s', a').
+    """Deviation 1, expected update of a pair (S&B section 8.5): r + gamma * sum_s' p(s') max_a' Q(s', a').
 
     Nothing is added beyond a termination. An untried pair leads back to its state with reward 0 (S&B section 8.3).
     """
@@ -271,11 +272,12 @@ def dyna_q_step(q, model, s, a, reward, next_s, terminated, uniforms, step, sett
     """
     value = 0.0 if terminated else max_value(q, next_s)
     direct_error = reward + settings.gamma * value - q[s, a]
-    q[s, a] += settings.learning_rate * direct_error
-    record(model, s, a, reward, next_s, terminated, step, settings.last_alone)
+    q[s, a] += settings.learning_rate * direct_error  # (d)
+    record(model, s, a, reward, next_s, terminated, step, settings.last_alone)  # (e)
     planning_error = 0.0
-    for j in range(settings.planning_steps):
-        s, bonus = model.visited[int(uniforms[j, 0] * model.num_visited[0])], 0.0  # a random one of those visited
+    for j in range(settings.planning_steps):  # (f)
+        s = model.visited[int(uniforms[j, 0] * model.num_visited[0])]  # a random one of those visited
+        bonus = 0.0
         if settings.kappa > 0:  # Dyna-Q+ (S&B section 8.3): any action, and a bonus for the time since it was tried
             a = int(uniforms[j, 1] * q.shape[1])
             bonus = settings.kappa * math.sqrt(step - model.last_tried[s, a])
@@ -324,7 +326,7 @@ def prioritized_sweeping_step(q, model, s, a, reward, next_s, terminated, unifor
 
 
 def for_each_learner(step_of_one: Callable) -> Callable:
-    """A real step of all learners, by dyna_q_step or prioritized_sweeping_step, only one of which need be compiled."""
+    """One real step of all learners by step_of_one. Made for each of the two: a run compiles only what it uses."""
 
     @compiled
     def learn(q, models, sums, obs, actions, rewards, next_obs, terminations, uniforms, step, settings):
@@ -386,10 +388,13 @@ def main(args: Args) -> str:
           f"{num_states} states, {num_actions} actions, gamma {args.gamma}, alpha {args.learning_rate}, "
           f"{args.model}, {' '.join(args.env_kwargs)}")  # fmt: skip
 
+    dones, step = np.ones(args.num_envs, bool), run.step // args.num_envs
+    eval_envs, world = None, known_dynamics(envs)
+
     def report() -> None:
         """TD errors since the last report, and the model beside the environment's own table, if it has one."""
         direct, planning, updates = sums.sum(0)
-        steps = (step - 1) % args.report_frequency + 1
+        steps = (step - 1) % args.report_frequency + 1  # since the last report
         run.metrics = {"losses/td_error": direct / steps / args.num_envs}
         run.metrics |= {"model/planning_td_error": planning / max(updates, 1)}
         run.metrics |= {"model/states_visited": model.num_visited.mean()}
@@ -398,8 +403,6 @@ def main(args: Args) -> str:
         run.report()
         run.metrics, sums[:] = {}, 0
 
-    dones, step = np.ones(args.num_envs, bool), run.step // args.num_envs
-    eval_envs, world = None, known_dynamics(envs)
     while run.goes_on(dones):
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()

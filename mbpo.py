@@ -8,7 +8,7 @@
 """MBPO: soft actor-critic on short rollouts that an ensemble of dynamics models branches off from real states.
 
 The algorithm, with the functions that are its steps:
-  before every F-th environment step
+  after learning_starts steps of random actions, before every F-th environment step
     train_model    fit the E networks of the ensemble to all real transitions by maximum likelihood (model_loss), until
                    none improves on held-out ones; those of lowest error there, the elites, make the rollouts
     rollout        from R real states k = rollout_length steps of the actor in the model (model_step), into model_rb
@@ -17,14 +17,16 @@ The algorithm, with the functions that are its steps:
     update_policy  G times update: a step of critics, actor and temperature (critic_loss, actor_loss, alpha_loss) on
                    5 % rows of rb and 95 % rows of model_rb; the target critics follow
 The first part of the file is the algorithm, up to main; environments, evaluation and the run folder follow it.
-Shapes: B rows of a batch, D numbers of an observation, A of an action, E networks.
+Shapes: B rows of a batch, D numbers of an observation, A of an action, E networks. F is --model-train-frequency, R
+--rollout-batch-size, G --updates-per-step; k follows --rollout-schedule.
 
 Paper:      Janner et al. 2019, When to Trust Your Model, arXiv 1906.08253   Reference code: jannerm/mbpo (TensorFlow 1)
 Run:        python mbpo.py --env-id Hopper-v5          (or: uv run mbpo.py --env-id Hopper-v5)
 Resume:     python mbpo.py --resume runs/<run folder>
 Evaluate:   python mbpo.py --evaluate runs/<run folder> [--capture-video]
 Watch:      tensorboard --logdir runs
-Deviations from the reference code, each also marked at the line it concerns:
+Where the paper differs from the reference code (there it trains the ensemble once an epoch, the policy on model rows
+alone, and Hopper's k is 15 at epoch 100) the code is followed. Deviations from it, each also marked at its line:
   1. A rollout step deals its rows to the elites in random groups of equal size (the reference draws one for each row).
   2. Evaluation by eval_frequency and eval_episodes (the reference: one episode at the end of each epoch).
   3. A transition is in the replay at once, and there are exactly learning_starts random ones (the reference adds whole
@@ -103,7 +105,9 @@ class Args:
     tau: float = 0.005  # share of the way to the critics that the target critics go after every policy update
     learning_rate: float = 3e-4  # Adam's learning rate for actor, critics and temperature
     hidden_size: int = 256  # units of each of the two hidden layers of actor and critics
-    target_entropy: float | None = None  # entropy that the temperature aims at, nats; default by task, else -actions
+    target_entropy: float | None = (
+        None  # entropy that the temperature aims at, nats; default by task, else minus the action's size
+    )
 
     # ensemble
     num_nets: int = 7  # networks of the ensemble (E)
@@ -144,7 +148,7 @@ class EnsembleLinear(nn.Module):
 class DynamicsEnsemble(nn.Module):
     """E networks that each predict a Gaussian of (reward, next_obs - obs) from (obs, action)."""
 
-    weight_decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # layer by layer
+    weight_decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # of the weights, layer by layer, as in the reference code
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -350,7 +354,7 @@ def model_buffer_size(length: int, args: Args) -> int:
 # === Updates ===
 
 # Of the real transitions, this share and at most so many are held out of a training, to compare the networks on them.
-# It ends after more than PATIENCE epochs in which no network's error there fell MIN_GAIN below its lowest, relatively.
+# A training ends after PATIENCE + 1 epochs in a row in which no network's error there fell by a share of MIN_GAIN.
 HOLDOUT_RATIO, MAX_HOLDOUT, PATIENCE, MIN_GAIN = 0.2, 5_000, 5, 0.01
 
 
@@ -380,7 +384,7 @@ def train_model(agent: Agent, rows: torch.Tensor, generator: torch.Generator, ar
     holdout, inputs, targets = (inputs[:held], targets[:held]), inputs[held:], targets[held:]
     ensemble.fit_normalizer(inputs)
     bootstrap = torch.randint(len(inputs), (args.num_nets, len(inputs)), **draws)
-    networks = [p for p in ensemble.parameters() if p.dim() == 3]  # all but the shared bounds
+    networks = list(ensemble.layers.parameters())  # all but the bounds, which the networks share
     snapshot = [p.detach().clone() for p in networks]
     best = torch.full((args.num_nets,), 1e10, device=rows.device)  # so that the first epoch is an improvement
     epochs = without_improvement = 0
@@ -557,7 +561,7 @@ def main(args: Args) -> str:
 
     def learn_policy(count: int) -> None:
         """Makes `count` updates on real and model transitions, all drawn at once."""
-        real = int(args.batch_size * args.real_ratio)
+        real = int(args.batch_size * args.real_ratio)  # 12 of 256
         rows = rb.sample(count, real, generator=rng["replay"])
         if real < args.batch_size:
             rows = torch.cat([rows, model_rb.sample(count, args.batch_size - real, generator=rng["replay"])], 1)
@@ -569,7 +573,7 @@ def main(args: Args) -> str:
 
     dones, eval_envs = np.ones(args.num_envs, bool), None
     while run.goes_on(dones):
-        learning = rb.end >= args.learning_starts  # not at once if a resumed run has to fill its replay again
+        learning = rb.end >= args.learning_starts  # deviation 3: right after the random steps
         model_metrics = learn_model() if learning else {}
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
@@ -588,7 +592,7 @@ def main(args: Args) -> str:
         obs, dones = next_obs, terminations | truncations
         run.step += args.num_envs
         run.progress.update(args.num_envs)
-        run.log(model_metrics)  # now that the step is done: resumed from before it, the run trains and logs again
+        run.log(model_metrics)  # after the step: a run resumed from before it trains and logs again
         if dones.any():
             run.log_episodes(infos, dones)
         if learning:

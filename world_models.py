@@ -49,14 +49,17 @@ Deviations from the reference code, each also marked at the line it concerns:
 import contextlib
 import ctypes
 import difflib
+import fcntl
 import functools
 import io
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -64,6 +67,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, NamedTuple, NoReturn
 
@@ -431,6 +435,8 @@ def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, sto
         action = policy(agent.features(z, state), torch.as_tensor(jobs % len(seeds), device=device), len(seeds))
         obs, rewards, terminations, truncations, _ = envs.step(env_action(action.cpu().numpy(), kind))  # host sync
         _, state = model(z[None], action[None], first[None], state)
+        if not np.isfinite(rewards).all():  # or its episode would never count as over
+            raise SystemExit("error: not finite: the environment's reward")
         total, steps, idle = total + rewards, steps + 1, np.where(rewards > 0, 0, idle + 1)
         given_up = (idle == idle_limit) & (idle_limit > 0)
         total += np.where(given_up & ~terminations, rewards * (limit - steps), 0)
@@ -623,8 +629,7 @@ def collect(run: "Stages") -> bool:
             obs, _ = run.envs.reset(seed=seeds, options={"reset_mask": dones})
         actions = held(dones)
         next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, run.spec.action_kind))
-        if not np.isfinite(rewards).all():
-            raise SystemExit(f"error: not finite at step {run.step}: the environment's reward")
+        require_finite_arrays(run.step, "the environment's reward", rewards)
         for i, track in enumerate(tracks):
             track.append((obs[i].copy(), actions[i], rewards[i]))
         obs, dones = next_obs, terminations | truncations
@@ -800,9 +805,9 @@ def evolve(run: "Stages") -> bool:
 def main(args: Args) -> str:
     args = with_task_defaults(args)
     check_args(args)
-    if args.evaluate:
+    if args.evaluate is not None:
         return evaluate_run(args)
-    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
     envs = make_vector_env(args, args.num_envs)
     spec = make_spec(envs, args)
     if args.dream_length is None:
@@ -810,6 +815,7 @@ def main(args: Args) -> str:
     if checkpoint:
         rewind(checkpoint, args)
     run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
+    checkpoint = None  # what refers to the file keeps it on the disk
     if run.device.type == "cpu":
         keep_freed_memory()
     v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (run.agent.vae, run.agent.model))
@@ -1124,7 +1130,7 @@ def decode_frames(agent: Agent, z: torch.Tensor) -> np.ndarray:
     return (agent.vae.decode(z).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
 
 
-# === Run: folder, log, checkpoints, Ctrl-C (same text in all five scripts) ===
+# === Run: folder, log, checkpoints, signals (same text in every script) ===
 
 
 def fail(message: str) -> NoReturn:
@@ -1136,10 +1142,14 @@ def fail(message: str) -> NoReturn:
 def parse_args() -> Args:
     """Command line; with --resume or --evaluate the run's own settings are the defaults."""
     args = tyro.cli(Args)
-    if args.resume and args.evaluate:
+    given = {name: getattr(args, name) for name in ("resume", "evaluate") if getattr(args, name) is not None}
+    if len(given) == 2:
         fail("--resume or --evaluate, not both")
-    folder = args.resume or args.evaluate
-    return tyro.cli(Args, default=Args(**load_checkpoint(folder, args)["args"])) if folder else args
+    for name, folder in given.items():
+        folder = os.path.normpath(folder.removesuffix("checkpoint.pt"))  # "" is no folder that was forgotten
+        saved = load_checkpoint(folder, args, verify=False)["args"]
+        args = replace(tyro.cli(Args, default=Args(**saved)), **{name: folder})
+    return args
 
 
 def choose_device(args: Args) -> torch.device:
@@ -1151,17 +1161,8 @@ def next_multiple(step: int, frequency: int) -> float:
     return (step // frequency + 1) * frequency if frequency else math.inf
 
 
-def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
-    """Writes all that a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
-
-    parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
-    """
-    state = {"version": 1, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
-    state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-    for name, generator in rng.items():
-        is_torch = isinstance(generator, torch.Generator)
-        state["rng"][name] = generator.get_state() if is_torch else generator.bit_generator.state
-    path = f"{run_dir}/checkpoint.pt"
+def write_file(path: str, state: dict) -> None:
+    """torch.save, atomically: a kill at any instant leaves the old file, a failure no half of the new one."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             torch.save(state, file)
@@ -1169,18 +1170,34 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # a full disk, above all
-        raise SystemExit(f"error: cannot write {path}, the last checkpoint is intact: {error}") from error
+        raise SystemExit(f"error: cannot write {path}, the last checkpoint stays as it is: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
 
 
-def load_checkpoint(run_dir: str, args: Args) -> dict:
+def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
+    """Writes all that a run needs to go on to checkpoint.pt.
+
+    parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
+    """
+    state = {"version": 2, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    for name, generator in rng.items():
+        is_torch = isinstance(generator, torch.Generator)
+        state["rng"][name] = generator.get_state() if is_torch else generator.bit_generator.state
+    write_file(f"{run_dir}/checkpoint.pt", state)
+
+
+def load_checkpoint(run_dir: str, args: Args, verify: bool = True) -> dict:
     """Reads a run folder's checkpoint (tensors stay on disk until they are used); says in one line if it cannot."""
     path = os.path.join(run_dir, "checkpoint.pt")
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
+        damaged = verify and zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # many types, for a missing, damaged or foreign file
         fail(f"no readable checkpoint at {path} ({type(error).__name__})")
-    ours = isinstance(state, dict) and state.get("version") == 1
+    ours = isinstance(state, dict) and state.get("version") == 2
     if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
         fail(f"{path} is damaged or was written by another script or version")
     return state
@@ -1202,18 +1219,46 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     return values
 
 
+def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) -> None:
+    """Stops the run before what is not finite, or absurd, gets into the replay."""
+    if not all((np.abs(array) < 1e10).all() for array in arrays):
+        raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
+
+
+def warn_of_failure(function: Callable, *args) -> None:
+    """Makes what no run depends on, such as a picture: a failure is one line."""
+    try:
+        function(*args)
+    except Exception as error:
+        print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+
+
+def new_folder(args: Args) -> str:
+    """Makes runs/<task>__<script>__<seed>__<time>, in letters that every file system takes."""
+    name = "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    while True:
+        try:
+            os.makedirs(name)
+            return name
+        except FileExistsError:  # runs that begin in the same second
+            name += "+"
+
+
 class StopRequest:
-    """Ctrl-C and SIGTERM ask the loop to stop at its next safe point; a second one stops at once."""
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once."""
 
     def __init__(self):
         self.requested = 0
-        self.previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+        heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]  # nohup has SIGHUP ignored
+        self.previous = {s: signal.signal(s, self) for s in heard}
 
     def __call__(self, signum: int, frame) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + signum)
         self.requested = signum
-        os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
 
     def exit(self) -> None:
         """Hands the signals back; ends the process with the usual code if one has come."""
@@ -1223,30 +1268,38 @@ class StopRequest:
             raise SystemExit(128 + self.requested)
 
 
+# Settings that touch nothing that is learned: a resume may change them.
+FREE = "resume total_timesteps cuda track wandb_project_name wandb_entity exp_name capture_video save_model "
+FREE += "eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
+
+
 class Run:
     """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
-            free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
-            refuse_changes(args, checkpoint, free)
+            refuse_changes(args, checkpoint, FREE)
+        if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
+            fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
         if args.track:
             try:
                 import wandb
             except ImportError:
                 fail("--track needs Weights and Biases: pip install wandb")
-        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.folder = (args.resume or f"runs/{name}").rstrip("/")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
-            os.makedirs(self.folder, exist_ok=args.resume is not None)
+            self.folder = args.resume or new_folder(args)
+            self.lock = open(f"{self.folder}/.lock", "a")  # for as long as the process lives
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if args.track:  # before the writer is made, which it listens to
                 name = os.path.basename(self.folder)
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
                            resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
             self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if checkpoint else None)
+        except BlockingIOError:
+            fail(f"another process works on {self.folder}")
         except OSError as error:
-            fail(f"cannot write the run folder {self.folder}: {error.strerror}")
+            fail(f"cannot write the run folder: {error}")
         table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", self.step)
         random.seed(args.seed)
@@ -1254,21 +1307,22 @@ class Run:
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
-        pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
-        steps = {"total": args.total_timesteps, "initial": self.step, "unit": "step"}
-        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
-        self.say = self.progress.write if sys.stderr.isatty() else print  # tqdm's would draw the bar into the file
-        self.metrics, self.reported = {}, (self.step, time.perf_counter())
+        self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
         self.next_eval = next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
     def keep(self, parts: dict, rng: dict) -> None:
         """Names what a checkpoint holds, see save_checkpoint; a resumed run finds its objects as they were saved."""
         self.parts, self.rng = parts, rng
+        pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
+        steps = {"total": self.args.total_timesteps, "initial": self.step, "unit": "step"}
+        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
         if not self.checkpoint:
             return
         for name, part in parts.items():
-            if hasattr(part, "load_state_dict"):
+            if isinstance(part, torch.optim.Optimizer):  # which takes the tensors themselves, and so their file
+                part.load_state_dict(deepcopy(self.checkpoint["parts"][name]))
+            elif hasattr(part, "load_state_dict"):
                 part.load_state_dict(self.checkpoint["parts"][name])
         for name, state in self.checkpoint["rng"].items():
             if not isinstance(rng[name], torch.Generator):
@@ -1277,20 +1331,35 @@ class Run:
                 rng[name].set_state(state)
             else:
                 print(f"random generator {name} starts anew: it was saved on another kind of device")
+        self.checkpoint = None  # whoever keeps it keeps its file on the disk when it has been replaced
+
+    def say(self, line: str) -> None:
+        """Prints a line; where its reader has gone (| head) the run is asked to stop, as by Ctrl-C."""
+        try:
+            self.progress.write(line) if sys.stderr.isatty() else print(line, flush=True)  # not into the bar
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.stop.requested = self.stop.requested or signal.SIGPIPE
 
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
         ending = self.stop.requested or self.step >= self.args.total_timesteps
-        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+        due = ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1))
+        if due and self.saved_step != self.step:
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
             save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+            self.saved_step = self.step
         return not ending
 
-    def eval_due(self) -> bool:
+    def eval_due(self, dones: np.ndarray) -> bool:
+        """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""
         due = self.step >= self.next_eval and not self.stop.requested
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        if due:
+            self.goes_on(dones)
+            self.progress.set_description("evaluating")
         return due
 
     def report(self) -> None:
@@ -1322,9 +1391,9 @@ class Run:
         self.progress.close()
         self.writer.close()
         if self.args.save_model:
-            torch.save(weights, f"{self.folder}/{self.args.exp_name}.pt")
-        script = os.path.basename(__file__)
-        print(f"checkpoint at step {self.step}; continue with: python {script} --resume {self.folder}")
+            write_file(f"{self.folder}/{self.args.exp_name}.pt", weights)
+        command = shlex.join(["python", sys.argv[0], "--resume", self.folder])
+        self.say(f"checkpoint at step {self.step}; continue with: {command}")
         self.stop.exit()
         return self.folder
 
@@ -1367,6 +1436,7 @@ class Stages(Run):
         self.collected = 0  # environment steps when recording ended
         self.evaluated = 0  # the last generation of which both scores are logged
         self.fitness: list[list[float]] = []  # of all candidates of all generations, as CMA-ES was told
+        self.saved_optimizer = deepcopy(checkpoint["parts"].get("optimizer")) if checkpoint else None
         self.curves: list[tuple] = []  # stage, units, name, value, step: what stages after recording have logged
         rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
         rng |= {name: torch.Generator(self.device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
@@ -1425,7 +1495,7 @@ class Stages(Run):
         """Names the optimizer of the stage in progress, which a checkpoint then holds; a resume finds it as it was."""
         self.parts["optimizer"] = optimizer
         if self.units_done:
-            optimizer.load_state_dict(self.checkpoint["parts"]["optimizer"])
+            optimizer.load_state_dict(self.saved_optimizer)
 
     def save(self) -> None:
         """A checkpoint of the stage in progress, and the curves up to it."""
