@@ -837,12 +837,12 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
         pixels = is_dm_control(args.env_id) and args.obs_mode == "pixels"
         if is_dm_control(args.env_id):
             try:
-                env = gym.wrappers.TimeLimit(DMControl(args.env_id, renderer, 64 if pixels else 240), 1000)
+                env = gym.wrappers.TimeLimit(DrawnTask(args.env_id, renderer, 64 if pixels else 240), 1000)
             except ImportError as error:
                 package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
-            env = make_gymnasium(args.env_id, video is not None)  # deviation 12: Atari with all its lives
+            env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
             if env.spec.max_episode_steps is None:  # deviation 13: a time limit, for an episode must end to be stored
                 env = gym.wrappers.TimeLimit(env, 27_000)
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), args.action_repeat)
@@ -880,37 +880,59 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
 
 
 def make_vector_env(args: Args, renderer: str, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
-    thunks = [make_env(args, renderer, video if i == 0 else None) for i in range(num_envs)]
+    """The task's environments side by side; the first is filmed into `video`, folder/prefix."""
+    if video:
+        require_film(args, make_env(args, renderer, video))
+    return side_by_side([make_env(args, renderer, video if i == 0 else None) for i in range(num_envs)])
+
+
+def side_by_side(thunks: list[Callable[[], gym.Env]]) -> gym.vector.VectorEnv:
+    """One environment in this process, several in one each. The caller resets them, each episode with a seed."""
     mode = gym.vector.AutoresetMode.DISABLED
-    if num_envs == 1:
+    if len(thunks) == 1:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
     multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
     return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
 
 
-def make_gymnasium(env_id: str, film: bool) -> gym.Env:
-    """Any registered Gymnasium environment; Atari games with the usual preprocessing, in colour."""
-    render = {"render_mode": "rgb_array"} if film else {}
+def require_film(args: Args, make: Callable[[], gym.Env]) -> None:
+    """Tries the first picture of a film, whose failures have many types, by environment and OpenGL library."""
     try:
-        if not env_id.startswith("ALE/"):
-            return gym.make(env_id, **render)
-        import ale_py
+        film = make()
+        film.reset()
+        film.close()
+    except Exception as error:
+        fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
 
-        gym.register_envs(ale_py)
-        env = gym.make(env_id, frameskip=1, **render)
-        return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=64, grayscale_obs=False)
-    except gym.error.DependencyNotInstalled as error:
-        fail(str(error).replace("\n", " "))
-    except ImportError as error:
-        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
-    except gym.error.Error as error:
+
+def make_gymnasium(env_id: str, **settings) -> gym.Env:
+    """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
+    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    try:
+        return gym.make(env_id, **settings)
+    except gym.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+    except Exception as error:  # many types, by environment and settings
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
+
+
+def make_frames(env_id: str, **settings) -> gym.Env:
+    """A Gymnasium environment; Atari games with the usual preprocessing, in colour, with all lives (deviation 12)."""
+    if not env_id.startswith("ALE/"):
+        return make_gymnasium(env_id, **settings)
+    try:
+        import ale_py
+    except ImportError:
+        fail(f"{env_id} needs its simulator: pip install ale_py")
+    gym.register_envs(ale_py)
+    env = make_gymnasium(env_id, frameskip=1, **settings)
+    return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=64, grayscale_obs=False)
 
 
 class DMControl(gym.Env):
-    """A task of the dm_control suite with its flattened state as observation; `render` draws the published camera.
+    """A task of the dm_control suite with its flattened state as observation.
 
     An episode of 1000 steps ends by truncation; only a task that says discount 0 terminates.
     """
@@ -918,7 +940,7 @@ class DMControl(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
     render_mode = "rgb_array"
 
-    def __init__(self, env_id: str, renderer: str, size: int = 64):
+    def __init__(self, env_id: str):
         from dm_control import suite
 
         names = {f"{domain}-{task}".replace("_", "-"): (domain, task) for domain, task in suite.ALL_TASKS}
@@ -926,14 +948,12 @@ class DMControl(gym.Env):
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
             fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
-        self.domain, self.task_name = names[name]
-        self.env = suite.load(self.domain, self.task_name, task_kwargs={"random": 0})  # lqr draws its springs here
-        if renderer != "gl" and self.domain == "quadruped":  # escape uploads its terrain to any GL context there is
-            type(self.env.physics).contexts = property(lambda physics: None)
-        self.renderer, self.size, self.ray_caster = renderer, size, None
+        self.env = suite.load(*names[name], task_kwargs={"random": 0})  # lqr draws its springs here: always the same
+        self.camera = 2 if name.startswith("quadruped") else 0 if self.env.physics.model.ncam else -1
         spec = self.env.action_spec()
-        bounds = (np.where(np.abs(b) < 1e10, b, np.inf * b) for b in (spec.minimum, spec.maximum))  # 1e10 means none
-        self.action_space = gym.spaces.Box(*(b.astype(np.float32) for b in bounds))
+        low, high = spec.minimum.astype(np.float32), spec.maximum.astype(np.float32)
+        low, high = np.where(low > -1e10, low, -np.inf), np.where(high < 1e10, high, np.inf)  # 1e10 means no bound
+        self.action_space = gym.spaces.Box(low, high)
         dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
 
@@ -952,12 +972,25 @@ class DMControl(gym.Env):
         return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
 
     def render(self) -> np.ndarray:
+        return self.env.physics.render(240, 240, camera_id=self.camera)
+
+
+class DrawnTask(DMControl):
+    """The same with the published camera's pictures, by OpenGL or by ray-casting."""
+
+    def __init__(self, env_id: str, renderer: str, size: int = 64):
+        super().__init__(env_id)
+        if renderer != "gl" and env_id.startswith("quadruped"):
+            # escape copies its terrain into every GL context; without OpenGL there is none, so none is reported
+            type(self.env.physics).contexts = property(lambda physics: None)
+        self.renderer, self.size, self.ray_caster = renderer, size, None
+
+    def render(self) -> np.ndarray:
         physics = self.env.physics
-        camera = -1 if physics.model.ncam == 0 else 2 if self.domain == "quadruped" else 0
         if self.renderer == "gl":
-            return physics.render(self.size, self.size, camera_id=camera)
+            return physics.render(self.size, self.size, camera_id=self.camera)
         if self.ray_caster is None:
-            self.ray_caster = RayCaster(physics.model.ptr, self.size, self.size, camera)
+            self.ray_caster = RayCaster(physics.model.ptr, self.size, self.size, self.camera)
         return self.ray_caster.render(physics.data.ptr)
 
 
@@ -1181,7 +1214,7 @@ def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, renderer: 
     returns, episodes = evaluate(agent, envs, args, run.device, run.stop)
     if not run.stop.requested:
         run.log_evaluation(returns)
-        warn_of_failure(log_open_loop, agent, episodes, args, run.writer, run.folder, run.step)
+        warn_of_failure(log_open_loop, agent, episodes, run)
     if args.capture_video:  # the film is written when its environment closes
         envs.close()
         return None
@@ -1200,12 +1233,17 @@ def evaluate_run(args: Args) -> str:
     agent.load_state_dict(checkpoint["parts"]["agent"])
     returns, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
-    if len(returns):
-        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-        print(f"{args.env_id} at step {checkpoint['global_step']}, renderer {renderer}:")
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    print_returns(args, checkpoint, returns)
     stop.exit()
     return args.evaluate
+
+
+def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
+    """The last two lines of --evaluate, if it was not interrupted."""
+    if len(returns):
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
 
 
 @torch.no_grad()
@@ -1228,9 +1266,9 @@ def open_loop(agent: Agent, batch: dict, generator: torch.Generator, context: in
     return truth, model.decode(feat), model.reward(feat).squeeze(-1).float()
 
 
-def log_open_loop(agent: Agent, episodes: list[dict], args: Args, writer: SummaryWriter, run_dir: str, step: int):
+def log_open_loop(agent: Agent, episodes: list[dict], run: "Run") -> None:
     """Open-loop predictions on held-out episodes: error by horizon (scalars, figure), strips truth / model / error."""
-    context, device = 5, next(agent.parameters()).device
+    args, context, device = run.args, 5, run.device
     episodes = [episode for episode in episodes if len(episode["reward"]) > context + 1]
     if not episodes or args.batch_length < context + 2:
         return
@@ -1247,8 +1285,8 @@ def log_open_loop(agent: Agent, episodes: list[dict], args: Args, writer: Summar
     reward_error = (reward - batch["reward"]).abs().mean(1).cpu().numpy()
     for horizon in (1, 5, 15, 45):
         if context + horizon <= length:
-            writer.add_scalar(f"open_loop/obs_mse_horizon_{horizon}", obs_error[context + horizon - 1], step)
-            writer.add_scalar(f"open_loop/reward_error_horizon_{horizon}", reward_error[context + horizon - 1], step)
+            run.log({f"open_loop/obs_mse_horizon_{horizon}": obs_error[context + horizon - 1]})
+            run.log({f"open_loop/reward_error_horizon_{horizon}": reward_error[context + horizon - 1]})
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -1257,14 +1295,15 @@ def log_open_loop(agent: Agent, episodes: list[dict], args: Args, writer: Summar
         axis.plot(np.arange(1 - context, length - context + 1), error)
         axis.axvline(0.5, color="grey", linestyle="--")
         axis.set(xlabel="steps since the last observation", ylabel=label, ylim=(0, None))
-    figure.savefig(f"{run_dir}/open_loop_error_{step}.png")
-    writer.add_figure("open_loop/error", figure, step)
+    figure.savefig(f"{run.folder}/open_loop_error_{run.step}.png")
+    run.writer.add_figure("open_loop/error", figure, run.step)
     if batch["obs"].dtype == torch.uint8:
         rows = truth + 0.5, (model + 0.5).clamp(0, 1), ((model - truth + 1) / 2).clamp(0, 1)
         strips = torch.cat(rows, -2)  # (T, B, 3, 3 * 64, 64)
         frames = strips.permute(0, 3, 1, 4, 2).flatten(2, 3)  # (T, 3 * 64, B * 64, 3)
-        log_gif(writer, "open_loop/truth_model_error", (frames * 255).byte().cpu().numpy(), run_dir, step)
-        log_gif(writer, "eval/episode", episodes[0]["obs"][:: max(len(episodes[0]["obs"]) // 100, 1)], run_dir, step)
+        log_gif(run.writer, "open_loop/truth_model_error", (frames * 255).byte().cpu().numpy(), run.folder, run.step)
+        played = episodes[0]["obs"]
+        log_gif(run.writer, "eval/episode", played[:: max(len(played) // 100, 1)], run.folder, run.step)
 
 
 # === Run: folder, log, checkpoints, signals (same text in every script) ===

@@ -723,12 +723,17 @@ def evaluate_run(args: Args) -> str:
         q = values_to_play(q, load_model(checkpoint["parts"]["replay"]), args)
     returns = evaluate(q, envs, args, step, stop)
     envs.close()
+    print_returns(args, checkpoint, returns)
+    stop.exit()
+    return args.evaluate
+
+
+def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
+    """The last two lines of --evaluate, if it was not interrupted."""
     if len(returns):
         single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
         print(f"{args.env_id} at step {checkpoint['global_step']}:")
         print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
-    stop.exit()
-    return args.evaluate
 
 
 def values_to_play(q: np.ndarray, model: Model, args: Args) -> np.ndarray:

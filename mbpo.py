@@ -105,9 +105,7 @@ class Args:
     tau: float = 0.005  # share of the way to the critics that the target critics go after every policy update
     learning_rate: float = 3e-4  # Adam's learning rate for actor, critics and temperature
     hidden_size: int = 256  # units of each of the two hidden layers of actor and critics
-    target_entropy: float | None = (
-        None  # entropy that the temperature aims at, nats; default by task, else minus the action's size
-    )
+    target_entropy: float | None = None  # entropy that alpha aims at, nats; default by task, else minus the action size
 
     # ensemble
     num_nets: int = 7  # networks of the ensemble (E)
@@ -608,7 +606,7 @@ def main(args: Args) -> str:
             if not run.stop.requested:
                 run.log_evaluation(returns)
                 if counters["num_trainings"]:
-                    warn_of_failure(log_open_loop, agent, trajectories, run.writer, run.step)
+                    warn_of_failure(log_open_loop, agent, trajectories, run)
 
     envs.close()
     if eval_envs is not None:
@@ -681,8 +679,8 @@ def is_dm_control(env_id: str) -> bool:
 
 
 def task_name(env_id: str) -> str:
-    """my_module:MyEnv-v0 -> MyEnv."""
-    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+    """my_module:MyNamespace/MyEnv-v0 -> MyEnv."""
+    return re.sub(r"-v\d+$", "", re.split("[:/]", env_id)[-1])
 
 
 def with_task_defaults(args: Args) -> Args:
@@ -729,7 +727,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
                 package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
-            env = make_gymnasium(args.env_id, video is not None)
+            render = {"render_mode": "rgb_array"} if video else {}
+            env = make_gymnasium(args.env_id, **render, **ENV_KWARGS.get(args.env_id, {}))
             if env.spec.max_episode_steps is None:
                 env = gym.wrappers.TimeLimit(env, 1000)
         env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -757,34 +756,42 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
-    if video is not None:
-        try:
-            film = make_env(args, video)()
-            film.reset()
-            film.close()
-        except Exception as error:  # many types, by environment and OpenGL library
-            fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
-    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
+    """The task's environments side by side; the first is filmed into `video`, folder/prefix."""
+    if video:
+        require_film(args, make_env(args, video))
+    return side_by_side([make_env(args, video if i == 0 else None) for i in range(num_envs)])
+
+
+def side_by_side(thunks: list[Callable[[], gym.Env]]) -> gym.vector.VectorEnv:
+    """One environment in this process, several in one each. The caller resets them, each episode with a seed."""
     mode = gym.vector.AutoresetMode.DISABLED
-    if num_envs == 1:
+    if len(thunks) == 1:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
     multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
     return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
 
 
-def make_gymnasium(env_id: str, film: bool) -> gym.Env:
-    """Any registered Gymnasium environment, with the paper's observations."""
-    render = {"render_mode": "rgb_array"} if film else {}
+def require_film(args: Args, make: Callable[[], gym.Env]) -> None:
+    """Tries the first picture of a film, whose failures have many types, by environment and OpenGL library."""
     try:
-        return gym.make(env_id, **render, **ENV_KWARGS.get(env_id, {}))
-    except gym.error.DependencyNotInstalled as error:
-        fail(str(error).replace("\n", " "))
-    except ImportError as error:
-        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
-    except gym.error.Error as error:
+        film = make()
+        film.reset()
+        film.close()
+    except Exception as error:
+        fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+
+
+def make_gymnasium(env_id: str, **settings) -> gym.Env:
+    """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
+    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    try:
+        return gym.make(env_id, **settings)
+    except gym.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+    except Exception as error:  # many types, by environment and settings
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
 
 
 class DMControl(gym.Env):
@@ -804,9 +811,12 @@ class DMControl(gym.Env):
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
             fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
-        self.env = suite.load(*names[name], task_kwargs={"random": 0})
+        self.env = suite.load(*names[name], task_kwargs={"random": 0})  # lqr draws its springs here: always the same
+        self.camera = 2 if name.startswith("quadruped") else 0 if self.env.physics.model.ncam else -1
         spec = self.env.action_spec()
-        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+        low, high = spec.minimum.astype(np.float32), spec.maximum.astype(np.float32)
+        low, high = np.where(low > -1e10, low, -np.inf), np.where(high < 1e10, high, np.inf)  # 1e10 means no bound
+        self.action_space = gym.spaces.Box(low, high)
         dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
 
@@ -825,7 +835,7 @@ class DMControl(gym.Env):
         return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
 
     def render(self) -> np.ndarray:
-        return self.env.physics.render(240, 240, camera_id=0)
+        return self.env.physics.render(240, 240, camera_id=self.camera)
 
 
 # === Evaluation ===
@@ -871,12 +881,17 @@ def evaluate_run(args: Args) -> str:
     agent.load_state_dict(checkpoint["parts"]["agent"])
     returns, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
+    print_returns(args, checkpoint, returns)
+    stop.exit()
+    return args.evaluate
+
+
+def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
+    """The last two lines of --evaluate, if it was not interrupted."""
     if len(returns):
         single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
         print(f"{args.env_id} at step {checkpoint['global_step']}:")
         print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
-    stop.exit()
-    return args.evaluate
 
 
 @torch.no_grad()
@@ -897,7 +912,7 @@ def open_loop_errors(ensemble: DynamicsEnsemble, obs: torch.Tensor, actions: tor
     return torch.stack(obs_errors), torch.stack(reward_errors)
 
 
-def log_open_loop(agent: Agent, trajectories: list, writer: SummaryWriter, step: int) -> None:
+def log_open_loop(agent: Agent, trajectories: list[tuple], run: "Run") -> None:
     """Open-loop errors on evaluation episodes, never trained on, as scalars and as a picture.
 
     25 steps from every fifth step of each episode on, or as many as the longest episode has.
@@ -916,11 +931,11 @@ def log_open_loop(agent: Agent, trajectories: list, writer: SummaryWriter, step:
     names = ("obs", "observation error (std)"), ("reward", "reward error")
     for axis, (name, label), error in zip(figure.subplots(1, 2), names, errors, strict=True):
         for k, value in enumerate(error, 1):
-            writer.add_scalar(f"open_loop/{name}_error_{k}", value, step)
+            run.log({f"open_loop/{name}_error_{k}": value})
         axis.plot(np.arange(1, length + 1), error)
         axis.set(xlabel="steps since the last observation", ylabel=label, ylim=(0, None))
-    figure.savefig(f"{writer.log_dir}/open_loop_error_{step}.png")
-    writer.add_figure("open_loop/error", figure, step)
+    figure.savefig(f"{run.folder}/open_loop_error_{run.step}.png")
+    run.writer.add_figure("open_loop/error", figure, run.step)
 
 
 def training_metrics(agent: Agent, errors: dict, global_step: int) -> dict[str, float]:

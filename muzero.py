@@ -997,7 +997,7 @@ def main(args: Args) -> str:
                 eval_envs = None
             if not run.stop.requested:
                 run.log_evaluation(returns)
-                warn_of_failure(log_diagnostics, agent, trajectories, args, run.writer, run.folder, run.step)
+                warn_of_failure(log_diagnostics, agent, trajectories, run)
 
     envs.close()
     if eval_envs is not None:
@@ -1047,8 +1047,8 @@ BOARD_GAMES = {"tictactoe": (3, 3, 3, False), "connect_four": (6, 7, 4, True)}  
 
 
 def task_name(env_id: str) -> str:
-    """my_module:MyEnv-v0 -> MyEnv."""
-    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+    """my_module:MyNamespace/MyEnv-v0 -> MyEnv."""
+    return re.sub(r"-v\d+$", "", re.split("[:/]", env_id)[-1])
 
 
 def with_task_defaults(args: Args) -> Args:
@@ -1061,7 +1061,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
     """Thunk of one environment: observations (D,) float32, or the last four frames (4, 96, 96, 3) uint8."""
 
     def thunk() -> gym.Env:
-        env = make_gymnasium(args.env_id, video is not None)
+        env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
         if env.spec.max_episode_steps is None:  # 27,000 decisions are the 30 minutes of an Atari game
             env = gym.wrappers.TimeLimit(env, 27_000)
         env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -1090,38 +1090,49 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None, opening_moves: int = 0):
-    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    """The task's environments, too quick for processes of their own; the caller resets them, each with a seed."""
     if args.env_id in BOARD_GAMES:
         return BoardGame(args.env_id, num_envs, opening_moves)
-    if video is not None:
-        try:
-            film = make_env(args, video)()
-            film.reset()
-            film.close()
-        except Exception as error:  # many types, by environment and OpenGL library
-            fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+    if video:
+        require_film(args, make_env(args, video))
     thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
     return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
-def make_gymnasium(env_id: str, film: bool) -> gym.Env:
-    """Any registered Gymnasium environment; Atari games with the usual preprocessing, in colour."""
-    render = {"render_mode": "rgb_array"} if film else {}
+def require_film(args: Args, make: Callable[[], gym.Env]) -> None:
+    """Tries the first picture of a film, whose failures have many types, by environment and OpenGL library."""
     try:
-        if not env_id.startswith("ALE/"):
-            return gym.make(env_id, **render)
-        import ale_py
+        film = make()
+        film.reset()
+        film.close()
+    except Exception as error:
+        fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
 
-        gym.register_envs(ale_py)
-        env = gym.make(env_id, frameskip=1, repeat_action_probability=0.0, **render)  # as in the published results
-        return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=96, grayscale_obs=False)
-    except gym.error.DependencyNotInstalled as error:
-        fail(str(error).replace("\n", " "))
-    except ImportError as error:
-        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
-    except gym.error.Error as error:
-        close = difflib.get_close_matches(env_id, [*BOARD_GAMES, *gym.registry], n=3, cutoff=0.5)
+
+def make_gymnasium(env_id: str, **settings) -> gym.Env:
+    """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
+    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    try:
+        return gym.make(env_id, **settings)
+    except gym.error.UnregisteredEnv as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+    except Exception as error:  # many types, by environment and settings
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
+
+
+def make_frames(env_id: str, **settings) -> gym.Env:
+    """A Gymnasium environment; Atari games with the usual preprocessing, in colour, without sticky actions."""
+    if not env_id.startswith("ALE/"):
+        return make_gymnasium(env_id, **settings)
+    try:
+        import ale_py
+    except ImportError:
+        fail(f"{env_id} needs its simulator: pip install ale_py")
+    gym.register_envs(ale_py)
+    env = make_gymnasium(env_id, frameskip=1, repeat_action_probability=0.0, **settings)  # as in the published results
+    return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=96, grayscale_obs=False)
 
 
 def legal_actions(envs: gym.vector.VectorEnv | BoardGame) -> np.ndarray:
@@ -1278,12 +1289,17 @@ def evaluate_run(args: Args) -> str:
     compile_search()
     returns, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
+    print_returns(args, checkpoint, returns)
+    stop.exit()
+    return args.evaluate
+
+
+def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
+    """The last two lines of --evaluate, if it was not interrupted."""
     if len(returns):
         single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
         print(f"{args.env_id} at step {checkpoint['global_step']}:")
         print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
-    stop.exit()
-    return args.evaluate
 
 
 def discounted_sums(rewards: np.ndarray, last: float, d: float) -> np.ndarray:
@@ -1322,21 +1338,20 @@ def open_loop_errors(agent: Agent, trajectories: list[dict], length: int) -> dic
     return {name: total[counts > 0] / counts[counts > 0] for name, total in sums.items()}
 
 
-def log_diagnostics(
-    agent, trajectories: list[dict], args: Args, writer: SummaryWriter, run_dir: str, step: int
-) -> None:
+def log_diagnostics(agent, trajectories: list[dict], run: Run) -> None:
     """Open-loop errors to twice the trained unroll, on evaluation episodes, and the search against what came true."""
+    args = run.args
     errors = open_loop_errors(agent, trajectories, 2 * args.unroll_steps)
     for name, error in errors.items():
         for k in {0, 1, args.unroll_steps, 2 * args.unroll_steps}:
             if k < len(error) and not (name == "reward" and k == 0):
-                writer.add_scalar(f"open_loop/{name}_error_{k}", error[k], step)
+                run.log({f"open_loop/{name}_error_{k}": error[k]})
     value, realized, depth = (
         np.concatenate([t[name] for t in trajectories]) for name in ("value", "realized", "depth")
     )
-    writer.add_scalar("search/root_value_error", np.abs(value - realized).mean(), step)
-    writer.add_scalar("search/root_value_bias", (value - realized).mean(), step)
-    writer.add_scalar("search/depth", depth.mean(), step)
+    run.log({"search/root_value_error": np.abs(value - realized).mean()})
+    run.log({"search/root_value_bias": (value - realized).mean()})
+    run.log({"search/depth": depth.mean()})
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3), layout="constrained")
@@ -1345,8 +1360,8 @@ def log_diagnostics(
         axis.plot(np.arange(first, len(error)), error[first:])
         axis.axvline(args.unroll_steps, color="0.8")  # trained up to here
         axis.set(xlabel="steps since the last observation", ylabel=f"{name} error", ylim=(0, None))
-    figure.savefig(f"{run_dir}/open_loop_error_{step}.png")
-    writer.add_figure("open_loop/error", figure, step)
+    figure.savefig(f"{run.folder}/open_loop_error_{run.step}.png")
+    run.writer.add_figure("open_loop/error", figure, run.step)
 
 
 # === Run: folder, log, checkpoints, signals (same text in every script) ===

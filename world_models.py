@@ -723,7 +723,7 @@ def train_model(run: "Stages") -> bool:
     if not calibrate(run, latents):
         run.save()
         return False
-    log_open_loop(run, latents)
+    log_open_dream(run, latents)
     return True
 
 
@@ -860,13 +860,29 @@ def with_task_defaults(args: Args) -> Args:
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
-    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
+    """The task's environments side by side; the first is filmed into `video`, folder/prefix."""
+    if video:
+        require_film(args, make_env(args, video))
+    return side_by_side([make_env(args, video if i == 0 else None) for i in range(num_envs)])
+
+
+def side_by_side(thunks: list[Callable[[], gym.Env]]) -> gym.vector.VectorEnv:
+    """One environment in this process, several in one each. The caller resets them, each episode with a seed."""
     mode = gym.vector.AutoresetMode.DISABLED
-    if num_envs == 1:
+    if len(thunks) == 1:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
     multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
     return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+
+
+def require_film(args: Args, make: Callable[[], gym.Env]) -> None:
+    """Tries the first picture of a film, whose failures have many types, by environment and OpenGL library."""
+    try:
+        film = make()
+        film.reset()
+        film.close()
+    except Exception as error:
+        fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
 
 
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
@@ -877,7 +893,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
         if os.getpid() != main_process:
             os.setsid()  # signals to the process group are for the main process, which closes the workers
             torch.set_num_threads(1)
-        env = make_gymnasium(args, video is not None)
+        env = make_pictures(args, video is not None)
         if env.spec.max_episode_steps is None:
             env = gym.wrappers.TimeLimit(env, TIME_LIMITS.get(task_name(args.env_id), 10_000))
         env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -938,25 +954,32 @@ def make_spec(envs: gym.vector.VectorEnv, args: Args) -> Spec:
     return Spec(kind, action_dim, int(limit), end_head=dreaming, reward_head=dreaming and kind != "thirds")
 
 
-def make_gymnasium(args: Args, film: bool) -> gym.Env:
-    """Any registered Gymnasium environment; TakeCover at a resolution that is drawn quickly."""
-    env_id, settings = args.env_id, {"render_mode": "rgb_array"} if film or args.render_obs else {}
+def make_gymnasium(env_id: str, **settings) -> gym.Env:
+    """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
+    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
     try:
-        if not env_id.startswith("Vizdoom"):
-            return gym.make(env_id, **settings)
-        import vizdoom.gymnasium_wrapper  # noqa: F401 (registers the ids)
-
-        with contextlib.chdir(tempfile.gettempdir()):  # the game leaves files where its first episode begins
-            env = gym.make(env_id, screen_resolution="RES_160X120", **settings)
-            env.reset()
-            return env
-    except gym.error.DependencyNotInstalled as error:
-        fail(str(error).replace("\n", " "))
-    except ImportError as error:
-        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
-    except gym.error.Error as error:
+        return gym.make(env_id, **settings)
+    except gym.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+    except Exception as error:  # many types, by environment and settings
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
+
+
+def make_pictures(args: Args, film: bool) -> gym.Env:
+    """A Gymnasium environment that can be drawn if it has to be; ViZDoom at a resolution that is drawn quickly."""
+    settings = {"render_mode": "rgb_array"} if film or args.render_obs else {}
+    if not args.env_id.startswith("Vizdoom"):
+        return make_gymnasium(args.env_id, **settings)
+    try:
+        import vizdoom.gymnasium_wrapper  # noqa: F401 (registers the ids)
+    except ImportError:
+        fail(f"{args.env_id} needs its simulator: pip install vizdoom")
+    with contextlib.chdir(tempfile.gettempdir()):  # the game leaves files where its first episode begins
+        env = make_gymnasium(args.env_id, screen_resolution="RES_160X120", **settings)
+        env.reset()
+        return env
 
 
 # === Evaluation ===
@@ -1070,7 +1093,7 @@ def holdout_scores(model: MDNRNN, latents: Latents, args: Args) -> dict[str, flo
     return scores
 
 
-def log_open_loop(run: "Stages", latents: Latents) -> None:
+def log_open_dream(run: "Stages", latents: Latents) -> None:
     """M left to itself on held-out episodes: error of the pictures by horizon, and a film of truth above dream."""
     from matplotlib.figure import Figure
 

@@ -16,7 +16,7 @@ import dreamer
 
 def frame(env_id: str, renderer: str) -> tuple[np.ndarray, float]:
     """The picture after 20 random steps, and milliseconds per frame."""
-    env = dreamer.DMControl(env_id, renderer)
+    env = dreamer.DrawnTask(env_id, renderer)
     env.reset(seed=1)
     env.action_space.seed(1)
     for _ in range(20):

@@ -929,11 +929,9 @@ def test_open_loop_pieces_are_cut_from_the_trajectories(agent, monkeypatch, tmp_
         count = torch.arange(1.0, len(parts[1]) + 1)
         return count, -count
 
-    def add_scalar(tag, number, step):
-        logged[tag] = number, step
-
-    writer = SimpleNamespace(add_scalar=add_scalar, log_dir=tmp_path)
-    writer.add_figure = lambda tag, figure, step: add_scalar(tag, None, step)
+    run = SimpleNamespace(folder=tmp_path, writer=SimpleNamespace())
+    run.log = lambda values: logged.update({tag: (value, run.step) for tag, value in values.items()})
+    run.writer.add_figure = lambda tag, figure, step: logged.update({tag: (None, step)})
     monkeypatch.setattr(mbpo, "open_loop_errors", errors)
     trajectories = []
     for number, length in enumerate((24, 25, 36)):
@@ -941,7 +939,8 @@ def test_open_loop_pieces_are_cut_from_the_trajectories(agent, monkeypatch, tmp_
         trajectories.append((count[:, None].repeat(D, 1), count[:-1, None].repeat(A, 1), count[:-1]))
     for number, (known, length, starts) in enumerate(((3, 25, [100, 200, 205, 210]), (1, 24, [0]))):
         logged.clear()
-        mbpo.log_open_loop(agent, trajectories[:known], writer, number)
+        run.step = number
+        mbpo.log_open_loop(agent, trajectories[:known], run)
         obs, actions, rewards = asked.pop()
         for part, steps in ((obs[..., 0], length + 1), (actions[..., 0], length), (rewards, length)):
             assert torch.equal(part, torch.tensor(starts) + torch.arange(float(steps))[:, None])

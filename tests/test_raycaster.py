@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from dm_control import suite
 
-from dreamer import DMControl, RayCaster
+from dreamer import DrawnTask, RayCaster
 
 BALL = """<mujoco><visual><headlight ambient="1 1 1" diffuse="0 0 0"/></visual>
 <asset><texture type="skybox" builtin="flat" rgb1="0 0 1" rgb2="0 0 1" width="64" height="384"/></asset>
@@ -16,7 +16,7 @@ BALL = """<mujoco><visual><headlight ambient="1 1 1" diffuse="0 0 0"/></visual>
 
 def load(domain, task):
     """Physics and ray-caster of a task, as the environment sets them up."""
-    env = DMControl(f"{domain}-{task}", "raycast")
+    env = DrawnTask(f"{domain}-{task}", "raycast")
     env.reset(seed=1)
     env.render()
     return env.env.physics, env.ray_caster
