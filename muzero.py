@@ -451,8 +451,14 @@ UNKNOWN = (math.inf, -math.inf)  # bounds of Q that a search finds in its tree
 
 @njit
 def softmax(x):
-    e = np.exp(x - x.max())
-    return e / e.sum()
+    """exp(x) / sum exp(x), (A,), in place of x: new arrays cost a tenth to a quarter of Gumbel's search in the tree."""
+    top, total = x.max(), 0.0
+    for a in range(len(x)):
+        x[a] = math.exp(x[a] - top)
+        total += x[a]
+    for a in range(len(x)):
+        x[a] /= total
+    return x
 
 
 @njit
@@ -554,7 +560,7 @@ def expand_and_backup(nodes, edges, n, reward, discount, logits, value):
     On the way each edge counts a visit and has Q = r + d * value of its child; each node's mean gets the term G.
     """
     for b in range(len(nodes)):
-        node, prior = nodes[b, n], softmax(logits[b])
+        node, prior = nodes[b, n], softmax(logits[b].copy())
         for a, edge in enumerate(edges[b, n]):
             edge["logit"], edge["prior"] = logits[b, a], prior[a]
         node["reward"], node["discount"], node["count"] = reward[b], discount[b], 1
