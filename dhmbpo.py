@@ -254,9 +254,7 @@ def model_loss(mean: torch.Tensor, log_std: torch.Tensor, targets: torch.Tensor,
 
 @torch.no_grad()
 def holdout_scores(ensemble: DynamicsEnsemble, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood (B,) of targets (B, 1 + D) under the ensemble as one Gaussian: mean of means, sum of
-    their variance and of the mean noise's.
-    """
+    """Negative log-likelihood (B,) of targets (B, 1 + D) under one Gaussian of the ensemble's mean and variance."""
     noise = torch.exp(2 * ensemble.log_std.mean(0))
     scores = []
     for x, y in zip(inputs.split(2_048), targets.split(2_048), strict=True):  # in slices: they fit into the cache
@@ -269,8 +267,8 @@ def holdout_scores(ensemble: DynamicsEnsemble, inputs: torch.Tensor, targets: to
 class Rollout(NamedTuple):
     """T steps in standardised space, and the action that would follow."""
 
-    obs: list[torch.Tensor]  # T + 1 of (B, D)
-    actions: list[torch.Tensor]  # T + 1 of (B, A)
+    obs: tuple[torch.Tensor, ...]  # T + 1 of (B, D)
+    actions: tuple[torch.Tensor, ...]  # T + 1 of (B, A)
     log_probs: torch.Tensor  # (T + 1, B)
     rewards: torch.Tensor  # (T, B)
     alive: torch.Tensor  # (T + 1, B): not terminated before
@@ -287,7 +285,8 @@ def soft_return(path: Rollout, values: torch.Tensor, alpha: torch.Tensor, gamma:
 def track_bounds(agent: Agent, path: Rollout, args: Args) -> None:
     """Moves the bounds of values towards the outer quantiles of r - alpha log pi, as of an endless return."""
     soft_rewards = path.rewards - agent.log_alpha.exp() * path.log_probs[:-1]
-    quantiles = soft_rewards.new_tensor([args.value_quantile, 1 - args.value_quantile])
+    low, like = args.value_quantile, {"dtype": soft_rewards.dtype, "device": soft_rewards.device}
+    quantiles = torch.linspace(low, 1 - low, 2, **like)
     new = torch.quantile(soft_rewards.flatten(), quantiles) / (1 - args.gamma)
     agent.bounds.copy_(torch.where(agent.bounds.isnan(), new, agent.bounds.lerp(new, args.learning_rate)))
 
@@ -343,54 +342,37 @@ def model_step(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, order: to
     return obs + outputs[:, 1:] / agent.obs_std, outputs[:, 0]
 
 
-def rollout(
-    agent: Agent, obs: torch.Tensor, steps: int, terminated_fn: Callable, generator: torch.Generator
-) -> Rollout:
+def rollout(agent: Agent, obs: torch.Tensor, steps: int, terminated_fn: Callable, generator) -> Rollout:
     """Model steps from standardised obs (B, D) with sampled actions; what terminated goes on, marked as not alive."""
     device, shape = obs.device, (len(obs), agent.sizes[1])
     normal = functools.partial(torch.randn, generator=generator, device=device)
     action, log_prob = agent.actor(obs, normal(shape))
     alive = torch.ones(len(obs), dtype=torch.bool, device=device)
-    all_obs, actions, log_probs, rewards, all_alive = [obs], [action], [log_prob], [], [alive]
+    path = [(obs, action, log_prob, None, alive)]
     for _ in range(steps):
         order = torch.randperm(len(agent.ensemble.log_std), generator=generator, device=device)  # anew in every step
         obs, reward = model_step(agent, obs, action, order, normal(obs.shape))
         alive = alive & ~terminated_fn(agent.obs_mean + agent.obs_std * obs.detach())
         action, log_prob = agent.actor(obs, normal(shape))
-        for track, value in zip(
-            (all_obs, actions, log_probs, rewards, all_alive), (obs, action, log_prob, reward, alive), strict=True
-        ):
-            track.append(value)
-    return Rollout(all_obs, actions, torch.stack(log_probs), torch.stack(rewards), torch.stack(all_alive))
+        path.append((obs, action, log_prob, reward, alive))
+    all_obs, actions, log_probs, rewards, alives = zip(*path, strict=True)
+    return Rollout(all_obs, actions, torch.stack(log_probs), torch.stack(rewards[1:]), torch.stack(alives))
 
 
 @torch.no_grad()
-def distribution_rollout(agent: Agent, rb, states, rows: int, terminated_fn: Callable, rng: dict, args: Args) -> int:
-    """Rollouts of H steps from real states until at least so many states that are alive came in; how many did."""
-    count = 0
+def distribution_rollout(agent: Agent, rb, states, rows: int, terminated_fn: Callable, rng: dict, args: Args) -> float:
+    """Rollouts of H steps from real states until so many states that are alive came in; the share that was."""
+    count = passes = 0
     while count < rows:
         starts = agent.unpack(rb.sample(args.batch_size, generator=rng["replay"]))[0]
         path = rollout(agent, agent.standardize(starts), args.rollout_length, terminated_fn, rng["rollout"])
         visited = torch.stack(path.obs)[path.alive]  # host sync
         states.add(agent.obs_mean + agent.obs_std * visited)  # deviation 6
-        count += len(visited)
-    return count
+        count, passes = count + len(visited), passes + 1
+    return count / max(passes * path.alive.numel(), 1)
 
 
 # === Updates ===
-
-
-def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Adam]:
-    """Adam for the actor with alpha, and for the critics: new ones in every block."""
-    adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
-    return {"actor": adam([*agent.actor.parameters(), agent.log_alpha]), "critics": adam(agent.critics.parameters())}
-
-
-def make_model_optimizer(ensemble: DynamicsEnsemble, args: Args) -> torch.optim.AdamW:
-    """AdamW, whose weight decay differs by layer: a new one for every training."""
-    parts = [*(list(layer.parameters()) for layer in ensemble.layers), [ensemble.log_std]]
-    groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, ensemble.decays, strict=True)]
-    return torch.optim.AdamW(groups, args.model_lr, fused=True)
 
 
 def minimize(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -420,7 +402,9 @@ def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: A
     progress, surely lower ones (p < 0.1) a new best. The best networks are kept: those from before, if there were none.
     """
     ensemble, nets = agent.ensemble.requires_grad_(True), args.num_nets
-    optimizer = make_model_optimizer(ensemble, args)
+    parts = [*(list(layer.parameters()) for layer in ensemble.layers), [ensemble.log_std]]
+    groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, ensemble.decays, strict=True)]
+    optimizer = torch.optim.AdamW(groups, args.model_lr, fused=True)
     obs, actions, outputs, held_out, weights = agent.unpack(rows)
     inputs, targets = torch.cat([agent.standardize(obs), actions], -1), (outputs - agent.out_mean) / agent.out_std
     train, held_out = (~held_out).nonzero().squeeze(-1), held_out.nonzero().squeeze(-1)
@@ -454,61 +438,50 @@ def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: A
     return {f"model/{name}": value for name, value in metrics.items()}
 
 
-def update_critics(agent: Agent, optimizer, path: Rollout, generator: torch.Generator, args: Args) -> dict:
-    """One step of the critics towards the return of a rollout, then of their targets towards them."""
-    track_bounds(agent, path, args)
-    pair = torch.randperm(args.num_critics, generator=generator, device=agent.bounds.device)[: args.num_targets]
-    qf_losses, values = critic_loss(agent, path, pair, args.gamma, generator)
-    minimize(optimizer, qf_losses.sum())
-    with torch.no_grad():
-        torch._foreach_lerp_(list(agent.target_critics.parameters()), list(agent.critics.parameters()), args.tau)
-    bounds = {"qf_low": agent.bounds[0].clone(), "qf_high": agent.bounds[1].clone()}
-    return {"qf_loss": qf_losses.mean().detach(), "qf_values": values.mean().detach(), **bounds}
-
-
-def update_actor(agent: Agent, optimizer, path: Rollout, args: Args) -> dict:
-    """One step of actor and alpha along the gradient of a rollout, through the model."""
-    pi_loss, entropy = actor_loss(agent, path, args.gamma), -path.log_probs[0].mean()
-    temperature_loss = alpha_loss(agent.log_alpha, entropy, agent.target_entropy)
-    minimize(optimizer, pi_loss + temperature_loss)
-    metrics = {"actor_loss": pi_loss, "alpha_loss": temperature_loss, "alpha": agent.log_alpha.exp()}
-    return {name: value.detach() for name, value in (metrics | {"entropy": entropy}).items()}
-
-
 def update(agent: Agent, optimizers: dict, starts, terminated_fn: Callable, rng: dict, args: Args, only_critics=False):
     """One update from starts (B, D): critics, their targets, then actor and alpha. No host sync. Detached scalars."""
     with torch.set_grad_enabled(not only_critics):
         path = rollout(agent, agent.standardize(starts), args.train_horizon, terminated_fn, rng["rollout"])
-    metrics = update_critics(agent, optimizers["critics"], path, rng["update"], args)
+    track_bounds(agent, path, args)
+    pair = torch.randperm(args.num_critics, generator=rng["update"], device=starts.device)[: args.num_targets]
+    qf_losses, values = critic_loss(agent, path, pair, args.gamma, rng["update"])
+    minimize(optimizers["critics"], qf_losses.sum())
+    with torch.no_grad():
+        torch._foreach_lerp_(list(agent.target_critics.parameters()), list(agent.critics.parameters()), args.tau)
+    low, high = agent.bounds.clone()
+    metrics = {"qf_loss": qf_losses.mean(), "qf_values": values.mean(), "qf_low": low, "qf_high": high}
     if not only_critics:
-        metrics |= update_actor(agent, optimizers["actor"], path, args)
-    return {f"losses/{name}": value for name, value in metrics.items()}
+        pi_loss, entropy = actor_loss(agent, path, args.gamma), -path.log_probs[0].mean()
+        temperature_loss = alpha_loss(agent.log_alpha, entropy, agent.target_entropy)
+        minimize(optimizers["actor"], pi_loss + temperature_loss)
+        metrics |= {"actor_loss": pi_loss, "alpha_loss": temperature_loss, "alpha": agent.log_alpha.exp()}
+        metrics |= {"entropy": entropy}
+    return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
 
-def learn(
-    agent: Agent, rb, states, terminated_fn: Callable, rng: dict, args: Args, first: bool, tick: Callable
-) -> dict:
-    """A block: statistics, ensemble, new optimizers, critics alone, updates; what to log.
+def learn(agent: Agent, rb, states, terminated_fn: Callable, rng: dict, args: Args, scale: int, tick: Callable) -> dict:
+    """A block: statistics, ensemble, new optimizers, critics alone, updates (scale times as many); what to log.
 
     tick: told what is going on wherever the block may be left, which it does by an exception.
     """
-    scale = args.first_block if first else 1
     rows = rb.newest(len(rb))
     agent.fit_statistics(rows)
     chosen = torch.randperm(len(rows), generator=rng["model"], device=rows.device)[: args.model_rows]
     metrics = train_model(agent, rows[chosen], scale, rng["model"], args, tick)
-    optimizers = make_optimizers(agent, args)
+    adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+    optimizers = {"critics": adam(agent.critics.parameters())}
+    optimizers["actor"] = adam([*agent.actor.parameters(), agent.log_alpha])
     visit = functools.partial(distribution_rollout, agent, rb, states, terminated_fn=terminated_fn, rng=rng, args=args)
     visit(rows=args.batch_size * args.critic_warmup // args.rollout_frequency)
     for i in range(args.critic_warmup):
         tick(f"critics, update {i}")
         starts = states.sample(args.batch_size, generator=rng["update"])
         update(agent, optimizers, starts, terminated_fn, rng, args, only_critics=True)
-    count, visited = scale * args.updates_per_step * args.model_train_frequency, 0
+    count = scale * args.updates_per_step * args.model_train_frequency
     for i in range(count):
         tick(f"update {i} of {count}")
         if i % args.rollout_frequency == 0:
-            visited += visit(rows=args.batch_size * args.rollout_length)
+            metrics["model/alive_share"] = visit(rows=args.batch_size * args.rollout_length)
         starts = states.sample(args.batch_size, generator=rng["update"])
         losses = update(agent, optimizers, starts, terminated_fn, rng, args)
     return metrics | losses
@@ -596,9 +569,7 @@ def main(args: Args) -> str:
         counters |= checkpoint["parts"]["counters"]
         run.next_eval = next_multiple(counters["evaluated"], args.eval_frequency)  # at once, if it was interrupted
         run.reported = run.step - 1, run.reported[1]  # a block that was interrupted is reported, too
-    print(
-        f"{run.folder}: {device}, {obs_dim} observations, {action_dim} actions, target entropy {agent.target_entropy}"
-    )
+    print(f"{run.folder}: {device}, {obs_dim} observations, {action_dim} actions")
 
     def tick(doing: str) -> None:
         run.progress.set_description(doing, refresh=False)
@@ -615,8 +586,8 @@ def main(args: Args) -> str:
         before = deepcopy((agent.state_dict(), states.state_dict()))
         before_rng = {name: generator.get_state() for name, generator in generators.items()}
         try:
-            first = counters["blocks"] == 0
-            run.metrics = learn(agent, rb, states, terminated_fn, generators, args, first, tick)
+            scale = 1 if counters["blocks"] else args.first_block
+            run.metrics = learn(agent, rb, states, terminated_fn, generators, args, scale, tick)
             counters["blocks"] = blocks
             run.report()
             run.metrics = {}  # reported once
@@ -661,9 +632,7 @@ def main(args: Args) -> str:
         run.step += args.num_envs
         run.progress.update(args.num_envs)
         if (terminated_fn(torch.from_numpy(next_obs)).numpy() != terminations).any():
-            run.say(
-                f"global_step={run.step}: TERMINATIONS and {args.env_id} do not agree whether {next_obs} terminates"
-            )
+            run.say(f"global_step={run.step}: TERMINATIONS and {args.env_id} do not agree about {next_obs}")
         if dones.any():
             run.log_episodes(infos, dones)
 

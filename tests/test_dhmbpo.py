@@ -1,15 +1,15 @@
 """Numbers of dhmbpo.py: each piece against hand-worked tables, plain loops from the equations, or the simulator."""
 
-import copy
 import dataclasses
 import functools
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import fake_envs
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -610,6 +610,452 @@ def test_gradient_through_networks_equals_differences():
             assert gradient[i].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-8)
 
 
+# === Training of the ensemble ===
+
+PAIRED = [  # differences, times, p by the normal distribution, new best, progress
+    ((-0.3, 0.1, -0.2, -0.1, -0.4, 0.2, -0.1, -0.2), 1, 0.0372309157),
+    ((-0.3, 0.1, -0.2, 0.25, -0.4, 0.35, -0.1, 0.2), 1, 0.4490598936),
+    ((0.3, -0.1, 0.2, -0.25, 0.4, -0.35, 0.1, -0.2), 1, 1 - 0.4490598936),
+    ((-0.3, 0.1, -0.2, 0.25, -0.4, 0.35, -0.1, 0.2), 125, 0.0630618401),
+    ((-0.3, 0.1, -0.2, 0.25, -0.4, 0.35, -0.1, 0.28), 125, 0.3839357411),
+]
+
+
+@pytest.mark.parametrize(("differences", "times", "expected"), PAIRED)
+def test_paired_test_by_hand(differences, times, expected):
+    assert dhmbpo.p_value(numbers(*differences).repeat(times)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_equal_scores_are_no_progress():
+    """0 / 0: neither below 0.5 nor below 0.1."""
+    assert math.isnan(dhmbpo.p_value(torch.zeros(8)))
+
+
+def make_rows(size: int, args: Args, seed: int = 1) -> torch.Tensor:
+    """Rows of the replay, actions in [-1, 1]."""
+    rows = normal(size, 2 * D + A + 1, seed=seed)
+    rows[:, D : D + A].tanh_()
+    return dhmbpo.labelled(rows, generator(seed), args)
+
+
+def train(agent, rows, args: Args, scale: int = 1) -> dict:
+    return dhmbpo.train_model(agent, rows, scale, generator(), args, quiet)
+
+
+def spied(monkeypatch, name: str, record: Callable) -> list:
+    """Results of record(*arguments) for each call of a function of the script."""
+    calls, function = [], getattr(dhmbpo, name)
+
+    def spy(*arguments, **named):
+        calls.append(record(*arguments))
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(dhmbpo, name, spy)
+    return calls
+
+
+GOOD, FAINT, BAD = -1.0, -0.05, 1.0  # mean differences: a new best, progress without one, none
+
+
+@pytest.mark.parametrize(
+    ("kinds", "epochs", "best_epoch"),
+    [
+        ([BAD] * 99, 3, 0),  # patience 2: stops after the third epoch without progress
+        ([GOOD, BAD, BAD, BAD], 4, 1),
+        ([FAINT, FAINT, BAD, BAD, FAINT, BAD, BAD, BAD], 8, 0),  # progress starts the count anew, without a best
+        ([GOOD, BAD, GOOD, FAINT, BAD, BAD, BAD], 7, 3),
+        ([GOOD] * 99, 8, 8),  # the cap
+        ([FAINT] * 99, 8, 0),
+    ],
+)
+def test_early_stopping_by_score_lists(monkeypatch, kinds, epochs, best_epoch):
+    """Scores are compared with the best yet, not with the last; the networks of the best epoch are restored."""
+    args = make_args(model_patience=2 / math.log(D + 1) + 1e-6, model_max_epochs=8 / math.log(D + 1) + 1e-6)
+    agent = make_agent(args)
+    noise = normal(200)
+    noise = (noise - noise.mean()) / noise.std()
+    best, seen, script = torch.zeros(200), [], iter([None, *kinds])
+
+    def scores(ensemble, inputs, targets):
+        nonlocal best
+        seen.append(copy_of(ensemble))  # before the first epoch, and after each
+        kind = next(script)
+        found = best if kind is None else best + kind + noise
+        best = found if kind == GOOD else best
+        return found
+
+    monkeypatch.setattr(dhmbpo, "holdout_scores", scores)
+    metrics = train(agent, make_rows(60, args), args)
+    assert (metrics["model/epochs"], metrics["model/best_epoch"]) == (epochs, best_epoch)
+    assert metrics["model/kept_old"] == (best_epoch == 0)
+    assert same(agent.ensemble.state_dict(), seen[best_epoch])
+    assert not same(seen[0], seen[1]) and not any(p.requires_grad for p in agent.ensemble.parameters())
+
+
+def copy_of(module: torch.nn.Module) -> dict:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Hopper-v5", "HalfCheetah-v5"])
+def test_patience_and_cap(env_id, monkeypatch):
+    """With scores that never improve, patience ends a training; with ones that always do, the cap."""
+    args, obs_dim = published(env_id, model_hidden_size=8, model_batch_size=8), SIZES[env_id][0]
+    agent = dhmbpo.Agent(obs_dim, 1, args)
+    rows = dhmbpo.labelled(normal(40, 2 * obs_dim + 2), generator(), args)
+    monkeypatch.setattr(dhmbpo, "minimize", lambda *_: None)
+    monkeypatch.setattr(dhmbpo.DynamicsEnsemble, "forward", lambda *_: torch.zeros(8, 8, 1))
+    monkeypatch.setattr(dhmbpo, "model_loss", lambda *_: None)
+    found = []
+    for scale in (1, 5):
+        for p in (0.5, 0.2):
+            monkeypatch.setattr(dhmbpo, "holdout_scores", lambda *_: torch.zeros(8))
+            monkeypatch.setattr(dhmbpo, "p_value", lambda _, p=p: p)
+            found.append(train(agent, rows, args, scale)["model/epochs"])
+    patience, cap, first_patience, first_cap = SIZES[env_id][5:]
+    assert found == [patience + 1, cap, first_patience + 1, first_cap]
+
+
+@pytest.mark.parametrize(
+    ("rows", "per_epoch", "size"),
+    [
+        (1_500, 1, 1_500),
+        (4_000, 1, 2_048),
+        (4_096, 2, 2_048),
+        (8_000, 3, 2_048),
+        (12_288, 6, 2_048),
+        (20_000, 6, 2_048),
+    ],
+)
+def test_batches_of_an_epoch(monkeypatch, rows, per_epoch, size):
+    """As many as the training rows hold, at most 6; drawn without replacement over epochs, then in a new order."""
+    args = make_args(model_batch_size=2_048, model_patience=2.0, model_max_epochs=3.1, model_hidden_size=1)
+    agent, transitions = make_agent(args), torch.zeros(rows + 10, 2 * D + A + 2 + 4)
+    transitions[:, 0] = torch.arange(rows + 10)  # the row's number, as an observation
+    transitions[rows:, -5] = 1  # held out
+    agent.obs_mean[0], agent.obs_std[0] = 0, 1
+    seen = []
+    monkeypatch.setattr(dhmbpo, "minimize", lambda *_: None)
+    forward = dhmbpo.DynamicsEnsemble.forward
+
+    def spy(self, x, generator=None):
+        if generator is not None:
+            seen.append(x[0, :, 0])
+            assert torch.equal(x[0], x[3])  # the same rows for all networks
+        return forward(self, x, generator)
+
+    monkeypatch.setattr(dhmbpo.DynamicsEnsemble, "forward", spy)
+    monkeypatch.setattr(dhmbpo, "p_value", lambda _: 0.2)
+    epochs = train(agent, transitions, args)["model/epochs"]
+    assert len(seen) == epochs * per_epoch == 4 * per_epoch and {len(batch) for batch in seen} == {size}
+    full = rows // size
+    for start in range(0, len(seen) - full + 1, full):
+        passed = torch.cat(seen[start : start + full])
+        assert len(passed.unique()) == len(passed) and passed.max() < rows  # none twice, none that is held out
+    if len(seen) > full:
+        assert not torch.equal(torch.cat(seen[:full])[:size], seen[full])
+
+
+@pytest.mark.parametrize(("held", "judged"), [(1_500, 1_500), (8_000, 8_000), (13_000, 12_288)])
+def test_a_training_is_judged_by_held_out_rows(monkeypatch, held, judged):
+    """All of them or 12,288 at random; the same ones after every epoch."""
+    args = make_args(model_patience=1.0, model_hidden_size=1)
+    agent, rows = make_agent(args), torch.zeros(held + 50, 2 * D + A + 2 + 4)
+    rows[:, 0] = torch.arange(held + 50)
+    rows[:held, -5] = 1
+    agent.obs_mean[0], agent.obs_std[0] = 0, 1
+    calls = spied(monkeypatch, "holdout_scores", lambda ensemble, inputs, targets: inputs[:, 0].clone())
+    train(agent, rows, args)
+    assert len(calls) > 2 and all(torch.equal(call, calls[0]) for call in calls)
+    assert len(calls[0].unique()) == judged and calls[0].max() < held
+
+
+def test_targets_and_weights_of_a_batch(monkeypatch):
+    """Standardised; the reward has a noise of 0.001 for each network and row, the rest has none; weights by network."""
+    args = make_args(model_batch_size=4_000, model_hidden_size=2)
+    agent, rows = make_agent(args), make_rows(6_000, args)
+    agent.out_std[0] = 0.01
+    calls = spied(monkeypatch, "model_loss", lambda mean, log_std, targets, weights: (targets.clone(), weights.clone()))
+    train(agent, rows, args)
+    obs, actions, outputs, held_out, weights = agent.unpack(rows)
+    standardised = ((outputs - agent.out_mean) / agent.out_std)[~held_out]
+    weights = weights[~held_out]
+    found, found_weights = calls[0]
+    assert found.shape == (4, 4_000, 1 + D)
+    match = (found[0, :, None, 1:] == standardised[None, :, 1:]).all(-1)
+    index = match.float().argmax(1)
+    assert match.any(1).all()
+    for net in range(4):
+        assert torch.equal(found[net, :, 1:], standardised[index, 1:])
+        assert torch.equal(found_weights[net], weights[index, net])
+        noise = 0.01 * (found[net, :, 0] - standardised[index, 0])
+        assert abs(noise.std().item() / 1e-3 - 1) < 0.05 and abs(noise.mean().item()) < 1e-4
+    assert not torch.equal(found[0, :, 0], found[1, :, 0])
+
+
+def test_adamw_by_hand():
+    """Decay besides the gradient, by layer, biases and noise too; the first step is that of the table."""
+    args = make_args()
+    agent = make_agent(args)
+    optimizers, adamw = [], torch.optim.AdamW
+
+    def spy(*arguments, **named):
+        optimizers.append(adamw(*arguments, **named))
+        return optimizers[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", spy)
+        train(agent, make_rows(60, args), args)
+        train(agent, make_rows(60, args), args)
+    assert len(optimizers) == 2  # a new one for every training
+    groups = optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-2]
+    for group, layer in zip(groups, agent.ensemble.layers, strict=False):
+        assert [id(p) for p in group["params"]] == [id(layer.weight), id(layer.bias)]
+    assert groups[-1]["params"][0] is agent.ensemble.log_std and {group["lr"] for group in groups} == {1e-3}
+    parameter = torch.nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+    optimizer = adamw([{"params": [parameter], "weight_decay": 7.5e-4}], 1e-3, fused=True)
+    dhmbpo.minimize(optimizer, -0.02 * parameter.sum())
+    close(parameter.data, numbers(0.5009996245), 1e-9)
+
+
+def test_training_learns_and_leaves_the_policy_alone():
+    """The held out score falls far on linear dynamics; actor, critics, temperature are as before."""
+    args = make_args(model_hidden_size=32, model_batch_size=128, model_patience=10.0, model_max_epochs=30.0)
+    agent, rows = make_agent(args), normal(1_000, 2 * D + A + 1)
+    rows[:, D + A + 1 :] = rows[:, :D] + 0.5 * rows[:, D : 2 * D]
+    rows[:, D + A] = rows[:, 0]
+    rows = dhmbpo.labelled(rows, generator(), args)
+    agent.fit_statistics(rows)
+    before = copy_of(agent)
+    metrics = train(agent, rows, args)
+    assert metrics["model/holdout_score"] < metrics["model/old_score"] - 3
+    for name, value in copy_of(agent).items():
+        assert torch.equal(value, before[name]) != name.startswith("ensemble"), name
+
+
+# === Updates ===
+
+
+def make_optimizers(agent, args: Args) -> dict:
+    adam = functools.partial(torch.optim.Adam, lr=args.learning_rate)
+    actor = adam([*agent.actor.parameters(), agent.log_alpha])
+    return {"critics": adam(agent.critics.parameters()), "actor": actor}
+
+
+def update(agent, args: Args, only_critics: bool = False, seed: int = 3) -> dict:
+    starts = agent.obs_mean + agent.obs_std * normal(8, D)
+    return dhmbpo.update(agent, make_optimizers(agent, args), starts, never, generators(seed), args, only_critics)
+
+
+def test_an_update_against_its_parts(agent, args):
+    """Bounds, critics, targets, then the actor with the new critics, by autograd and Adam's first step."""
+    expected, rng = make_agent(args), generators(3)
+    starts = expected.obs_mean + expected.obs_std * normal(8, D)
+    path = dhmbpo.rollout(expected, expected.standardize(starts), 3, never, rng["rollout"])
+    dhmbpo.track_bounds(expected, path, args)
+    pair = torch.randperm(5, generator=rng["update"])[:2]
+    losses, values = dhmbpo.critic_loss(expected, path, pair, args.gamma, rng["update"])
+    gradients = torch.autograd.grad(losses.sum(), list(expected.critics.parameters()))
+
+    def step(parameters, gradients):
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= args.learning_rate * gradient / (gradient.abs() + 1e-8)
+
+    step(expected.critics.parameters(), gradients)
+    with torch.no_grad():
+        for target, critic in zip(expected.target_critics.parameters(), expected.critics.parameters(), strict=True):
+            target += args.tau * (critic - target)
+    pi_loss, entropy = dhmbpo.actor_loss(expected, path, args.gamma), -path.log_probs[0].mean()
+    parameters = list(expected.actor.parameters())
+    actor_gradients = torch.autograd.grad(pi_loss, parameters)
+    alpha = expected.log_alpha.exp()
+    metrics = update(agent, args)
+    assert metrics["losses/actor_loss"] == pytest.approx(pi_loss.item(), abs=1e-5)
+    assert metrics["losses/qf_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert metrics["losses/qf_values"] == pytest.approx(values.mean().item(), rel=1e-5)
+    assert metrics["losses/entropy"] == pytest.approx(entropy.item(), rel=1e-5)
+    assert metrics["losses/alpha_loss"] == pytest.approx((alpha * (entropy + 2)).item(), rel=1e-4)
+    assert [metrics["losses/qf_low"], metrics["losses/qf_high"]] == expected.bounds.tolist()
+    step(parameters, actor_gradients)
+    step([expected.log_alpha], [alpha * (entropy + 2)])
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(agent.state_dict()[name], value, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_each_step_moves_its_own_networks(agent, args):
+    """Critics alone: critics, targets, bounds. In full: actor and temperature too. Never: ensemble, statistics."""
+    before = copy_of(agent)
+    update(agent, args, only_critics=True)
+    moved = {name.split(".")[0] for name, value in copy_of(agent).items() if not torch.equal(value, before[name])}
+    assert moved == {"critics", "target_critics", "bounds"}
+    update(agent, args)
+    moved = {name.split(".")[0] for name, value in copy_of(agent).items() if not torch.equal(value, before[name])}
+    assert moved == {"critics", "target_critics", "bounds", "actor", "log_alpha"}
+
+
+def test_the_actors_gradient_stays_out_of_critics_and_ensemble(agent, args):
+    """None of their parameters gets one, and none is computed: they are frozen."""
+    path = dhmbpo.rollout(agent, normal(8, D), 3, never, generator())
+    agent.zero_grad(set_to_none=True)
+    dhmbpo.actor_loss(agent, path, args.gamma).backward()
+    with_gradient = {name.split(".")[0] for name, p in agent.named_parameters() if p.grad is not None}
+    assert with_gradient == {"actor"}
+    assert all(parameter.grad.abs().sum() > 0 for parameter in agent.actor.parameters())
+    path = dhmbpo.rollout(agent, normal(8, D), 3, never, generator())
+    agent.zero_grad(set_to_none=True)
+    dhmbpo.critic_loss(agent, path, torch.tensor([0, 1]), args.gamma, None)[0].sum().backward()
+    assert {name.split(".")[0] for name, p in agent.named_parameters() if p.grad is not None} == {"critics"}
+
+
+def test_only_the_drawn_targets_are_asked(agent, args):
+    """The loss does not change with the others, and all pairs come up."""
+    path = dhmbpo.rollout(agent, normal(8, D), 3, never, generator())
+    expected = dhmbpo.critic_loss(agent, path, torch.tensor([3, 1]), args.gamma, None)[0]
+    for layer in agent.target_critics.layers:
+        layer.weight[[0, 2, 4]] = math.nan
+    assert torch.equal(dhmbpo.critic_loss(agent, path, torch.tensor([3, 1]), args.gamma, None)[0], expected)
+    pairs, rng = set(), generators()
+    agent = make_agent(args)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = spied(patch, "critic_loss", lambda agent, path, pair, *_: pairs.add(tuple(sorted(pair.tolist()))))
+        for _ in range(100):
+            dhmbpo.update(agent, make_optimizers(agent, args), normal(8, D), never, rng, args, True)
+    assert len(calls) == 100 and len(pairs) == 10
+
+
+def test_dropout_is_in_the_critics_loss_only(monkeypatch):
+    """Online critics for their own loss, with dropout; targets and the actor's critics without."""
+    args = make_args(critic_dropout=0.25)
+    agent = make_agent(args)
+    seen, forward = [], dhmbpo.Critics.forward
+
+    def spy(self, obs, actions, bounds, nets=None, generator=None):
+        seen.append((self is agent.critics, generator is not None))
+        return forward(self, obs, actions, bounds, nets, generator)
+
+    monkeypatch.setattr(dhmbpo.Critics, "forward", spy)
+    update(agent, args)
+    assert seen == [(False, False), (True, True), (True, False)]
+
+
+def test_distribution_rollouts_keep_raw_states_that_are_alive(monkeypatch):
+    """Starts and every later state before the termination, again and again until there are enough rows."""
+    args = make_args()
+    agent, rb = make_agent(args), RingBuffer(100, 2 * D + A + 2 + 4, CPU)
+    rb.add(make_rows(50, args))
+    states = RingBuffer(1_000, D, CPU)
+    limit = rb.rows[:50, 0].median()
+
+    def high(o):
+        return o[..., 0] > limit
+
+    paths, function = [], dhmbpo.rollout
+
+    def spy(*arguments):
+        paths.append(function(*arguments))
+        return paths[-1]
+
+    monkeypatch.setattr(dhmbpo, "rollout", spy)
+    share = dhmbpo.distribution_rollout(agent, rb, states, 60, high, generators(), args)
+    kept = torch.cat([obs[alive] for path in paths for obs, alive in zip(path.obs, path.alive, strict=True)])
+    assert len(paths) > 1 and len(kept) >= 60 and len(kept) - paths[-1].alive.sum() < 60
+    close(states.newest(len(states)), agent.obs_mean + agent.obs_std * kept, 1e-6, 1e-6)
+    assert share == pytest.approx(len(kept) / (len(paths) * 4 * 8)) and share < 1
+    starts = {tuple(row) for row in rb.rows[:50, :D].tolist()}
+    close(
+        states.rows[:8],
+        torch.tensor([min(starts, key=lambda s: math.dist(s, row)) for row in states.rows[:8].tolist()]),
+        1e-5,
+        1e-5,
+    )
+    assert not any(obs.requires_grad for obs in paths[0].obs)
+
+
+def test_order_and_amount_of_work_of_a_block(monkeypatch):
+    """Statistics, ensemble, states, critics alone, updates with new states in between; the first has more of them."""
+    args = published("Hopper-v5", target_entropy=-3.0)
+    agent = dhmbpo.Agent(11, 3, args)
+    rb, states = RingBuffer(100, sum(agent.sizes), CPU), RingBuffer(51_200, 11, CPU)
+    rb.add(dhmbpo.labelled(normal(50, 26), generator(), args))
+    log, optimizers = [], []
+
+    def learned(agent, rows, scale, generator, args, tick):
+        assert not torch.equal(agent.obs_mean, torch.zeros(11)) and len(rows) == 50
+        log.append(("ensemble", scale))
+        return {"model/epochs": 7}
+
+    def visited(agent, rb, states, rows, terminated_fn, rng, args):
+        log.append(("visit", rows))
+        states.add(torch.full((1, 11), float(len(log))))
+        return 0.5
+
+    def updated(agent, optimizer, starts, terminated_fn, rng, args, only_critics=False):
+        optimizers.append(optimizer)
+        assert starts.shape == (256, 11)
+        log.append(("critics" if only_critics else "update", 1))
+        return {"losses/qf_loss": float(len(log))}
+
+    for name, function in (("train_model", learned), ("distribution_rollout", visited), ("update", updated)):
+        monkeypatch.setattr(dhmbpo, name, function)
+    for scale in (5, 1):
+        log.clear()
+        metrics = dhmbpo.learn(agent, rb, states, never, generators(), args, scale, quiet)
+        head = [("ensemble", scale), ("visit", 3_200)] + [("critics", 1)] * 250
+        assert log == head + ([("visit", 5_120)] + [("update", 1)] * 20) * (50 * scale)
+        assert metrics == {"model/epochs": 7, "model/alive_share": 0.5, "losses/qf_loss": float(len(log))}
+    first, second = optimizers[0], optimizers[-1]
+    assert first is not second and first["actor"].param_groups[0]["lr"] == 3e-4
+    assert {id(p) for p in first["critics"].param_groups[0]["params"]} == {id(p) for p in agent.critics.parameters()}
+    expected = {id(p) for p in [*agent.actor.parameters(), agent.log_alpha]}
+    assert {id(p) for p in first["actor"].param_groups[0]["params"]} == expected
+
+
+def test_a_large_replay_is_trained_on_in_part(monkeypatch):
+    """A random part, without repetition; the statistics are over all."""
+    args = make_args(model_rows=30)
+    agent, rb = make_agent(args), RingBuffer(200, 2 * D + A + 2 + 4, CPU)
+    rb.add(make_rows(100, args))
+    calls = spied(monkeypatch, "train_model", lambda agent, rows, *_: rows.clone())
+    states = RingBuffer(100, D, CPU)
+    dhmbpo.learn(agent, rb, states, never, generators(), args, 1, quiet)
+    (rows,) = calls
+    assert len(rows.unique(dim=0)) == 30 and {tuple(row) for row in rows.tolist()} <= {
+        tuple(row) for row in rb.rows[:100].tolist()
+    }
+    close(agent.obs_mean, rb.rows[:100, :D].mean(0), 1e-5, 1e-6)
+
+
+# === Buffer ===
+
+
+@pytest.mark.parametrize("capacity", [5, 8, 100])
+def test_buffer_is_a_ring(capacity):
+    """The oldest rows make room, whatever the sizes of what is added."""
+    buffer, added = RingBuffer(capacity, 2, CPU), []
+    for size in (1, 3, 5, 2, 7, 1):
+        rows = normal(size, 2, seed=len(added) + 1)
+        buffer.add(rows)
+        added += list(rows)
+        kept = torch.stack(added[-capacity:])
+        assert len(buffer) == len(kept) and torch.equal(buffer.newest(len(buffer)), kept)
+    again = RingBuffer(3, 2, CPU)
+    again.load_state_dict(buffer.state_dict())
+    assert again.end == buffer.end and torch.equal(again.newest(len(again)), kept)
+    sample = buffer.sample(4, 5, generator=generator())
+    assert torch.equal(sample, again.sample(4, 5, generator=generator())) and sample.shape == (4, 5, 2)
+    sample.zero_()
+    buffer.newest(len(buffer)).zero_()
+    assert torch.equal(buffer.newest(len(buffer)), kept)
+
+
+def test_samples_are_uniform_over_what_is_there():
+    buffer = RingBuffer(100, 1, CPU)
+    buffer.add(torch.arange(10.0)[:, None])
+    counts = buffer.sample(20_000, generator=generator()).flatten().long().bincount()
+    assert len(counts) == 10 and (counts - 2_000).abs().max() < 200
+
+
 # === Whole runs ===
 
 
@@ -677,3 +1123,304 @@ def test_an_interrupted_block_is_learned_anew(monkeypatch, step, text):
     del found["charts/SPS"], expected["charts/SPS"]
     assert found == expected
     assert [s for s, _ in expected["eval/episodic_return"]] == [8, 16, 24, 32, 40]
+
+
+KILL = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import dhmbpo, test_dhmbpo
+learn = dhmbpo.learn
+def spy(agent, rb, *rest):
+    def ticking(doing):
+        if rb.end == {step} and doing.startswith({text!r}):
+            os.kill(os.getpid(), signal.SIGKILL)
+        rest[-1](doing)
+    return learn(agent, rb, *rest[:-1], ticking)
+def reset(self, **named):
+    if {text!r} == "between" and {step} == dhmbpo_steps[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(self, **named)
+dhmbpo_steps, function, step = [0], test_dhmbpo.Even.reset, test_dhmbpo.Even.step
+def count(self, action):
+    dhmbpo_steps[0] += 1
+    return step(self, action)
+test_dhmbpo.Even.reset, test_dhmbpo.Even.step, dhmbpo.learn = reset, count, spy
+dhmbpo.main(test_dhmbpo.tiny(env_id="Even-v0", eval_frequency={evaluation}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "resumed_at"),
+    [(24, "ensemble, epoch 3", 16), (32, "update 5", 24), (40, "ensemble, epoch 1", 32), (28, "between", 24)],
+)
+def test_killed_at_once(step, text, resumed_at):
+    """SIGKILL in a training, in a block, between blocks: the run goes on from its last checkpoint, to the same end."""
+    args = tiny(env_id="Even-v0", eval_frequency=8 if text != "between" else 0)
+    tests = os.path.dirname(__file__)
+    source = KILL.format(tests=tests, step=step, text=text, evaluation=args.eval_frequency)
+    env = os.environ | {"PYTHONPATH": os.path.dirname(tests)}
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (folder,) = (f"runs/{name}" for name in os.listdir("runs"))
+    assert saved(folder)["global_step"] == resumed_at
+    dhmbpo.main(dataclasses.replace(args, resume=folder))
+    whole = dhmbpo.main(dataclasses.replace(args, exp_name="whole"))
+    assert same(saved(whole)["parts"], saved(folder)["parts"]) and same(saved(whole)["rng"], saved(folder)["rng"])
+    assert {tag: points for tag, points in scalars(folder).items() if tag != "charts/SPS"} == {
+        tag: points for tag, points in scalars(whole).items() if tag != "charts/SPS"
+    }
+
+
+def test_an_interrupted_evaluation_is_made_up_for(monkeypatch):
+    """SIGTERM while the policy is evaluated: the point comes after the resume, at the same step."""
+    args = tiny(env_id="Even-v0")
+    whole = dhmbpo.main(args)
+    evaluate, calls = dhmbpo.evaluate, []
+
+    def spy(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dhmbpo, "evaluate", spy)
+        patch.setattr(dhmbpo.time, "time", lambda: 12345)
+        with pytest.raises(SystemExit):
+            dhmbpo.main(args)
+    (folder,) = (f"runs/{name}" for name in os.listdir("runs") if name.endswith("12345"))
+    assert saved(folder)["global_step"] == 24
+    dhmbpo.main(dataclasses.replace(args, resume=folder))
+    assert scalars(folder)["eval/episodic_return"] == scalars(whole)["eval/episodic_return"]
+    assert same(saved(whole)["parts"], saved(folder)["parts"])
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """A run with two environments, its folder and what its blocks were given."""
+    calls, learn = [], dhmbpo.learn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("played"))
+
+        def spy(agent, rb, states, terminated_fn, rng, args, scale, tick):
+            metrics = learn(agent, rb, states, terminated_fn, rng, args, scale, tick)
+            statistics = agent.obs_mean.clone(), agent.obs_std.clone()
+            calls.append((rb.end, scale, rb.rows[: rb.end].clone(), statistics, len(states)))
+            return metrics
+
+        patch.setattr(dhmbpo, "learn", spy)
+        folder = dhmbpo.main(tiny(num_envs=2, total_timesteps=48, save_model=True))
+        yield os.path.abspath(folder), calls
+
+
+def test_schedule_of_the_blocks(played):
+    """Right after the random steps, scaled, and then every model_train_frequency steps, the last step included."""
+    assert [(end, scale) for end, scale, *_ in played[1]] == [(24, 2), (32, 1), (40, 1), (48, 1)]
+
+
+def test_statistics_and_labels_belong_to_the_replay(played):
+    """Statistics are those of all rows; labels and weights of old rows never change and are in the checkpoint."""
+    folder, calls = played
+    for end, _, rows, (mean, std), _ in calls:
+        close(mean, rows[:, :4].double().mean(0).float(), 1e-5, 1e-6)
+        close(std, rows[:, :4].double().std(0, correction=0).clamp(min=1e-4).float(), 1e-4, 1e-6)
+        assert torch.equal(rows, calls[-1][2][:end])
+    parts = saved(folder)["parts"]
+    assert torch.equal(parts["replay"]["rows"], calls[-1][2]) and parts["replay"]["end"] == 48
+    assert torch.equal(parts["agent"]["obs_mean"], calls[-1][3][0])
+    assert len(set(parts["replay"]["rows"][:, -5].tolist())) == 2
+
+
+def test_states_are_never_emptied(played):
+    """They are a ring over the blocks, of batch_size * rollout_length * rollout_retain rows."""
+    assert [states for *_, states in played[1]] == [48] * 4
+    assert saved(played[0])["parts"]["states"]["end"] > 4 * 48
+
+
+def test_what_is_logged(played):
+    """Every metric of docs/dhmbpo.md, finite, at the steps of the blocks."""
+    folder, _ = played
+    found = scalars(folder)
+    names = "qf_loss qf_values qf_low qf_high actor_loss alpha_loss alpha entropy".split()
+    expected = {f"losses/{name}" for name in names}
+    names = "epochs best_epoch holdout_score old_score kept_old noise alive_share".split()
+    expected |= {f"model/{name}" for name in names}
+    assert {tag for tag in found if tag.startswith(("losses/", "model/"))} == expected
+    for tag in expected:
+        assert [step for step, _ in found[tag]] == [24, 32, 40, 48]
+        assert all(math.isfinite(value) for _, value in found[tag])
+        with open(f"{os.path.dirname(os.path.dirname(__file__))}/docs/dhmbpo.md") as file:
+            assert f"`{tag}`" in file.read()
+    assert "eval/walks" not in found and [step for step, _ in found["eval/episodic_return"]] == [8, 16, 24, 32, 40, 48]
+    assert torch.load(f"{folder}/dhmbpo.pt", weights_only=True).keys() == saved(folder)["parts"]["agent"].keys()
+
+
+def test_evaluations_do_not_change_the_training():
+    first = dhmbpo.main(tiny(exp_name="first"))
+    second = dhmbpo.main(tiny(exp_name="second", eval_frequency=0))
+    a, b = saved(first)["parts"], saved(second)["parts"]
+    assert same(a["agent"], b["agent"]) and same(a["replay"], b["replay"])
+    other = dhmbpo.main(tiny(exp_name="other", eval_frequency=0, seed=2))
+    assert not same(b["agent"], saved(other)["parts"]["agent"])
+
+
+def test_resume_without_the_buffer():
+    """Random steps first, then one block with the networks of before; no second first block."""
+    args = tiny(save_buffer=False, eval_frequency=0)
+    folder = dhmbpo.main(args)
+    calls = []
+    learn = dhmbpo.learn
+
+    def spy(agent, rb, states, terminated_fn, rng, args, scale, tick):
+        calls.append((rb.end, scale, len(states)))
+        return learn(agent, rb, states, terminated_fn, rng, args, scale, tick)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dhmbpo, "learn", spy)
+        dhmbpo.main(dataclasses.replace(args, resume=folder, total_timesteps=76))
+    assert calls == [(24, 1, 0), (32, 1, 48)] and "replay" not in saved(folder)["parts"]
+
+
+def test_the_policy_acts_on_standardised_observations(agent):
+    """Sampled with a generator, the mode without."""
+    obs = normal(6, D).numpy()
+    standardised = agent.standardize(torch.from_numpy(obs))
+    close(torch.from_numpy(dhmbpo.act(agent, obs, CPU, None)), agent.actor.mode(standardised).detach(), 1e-6, 1e-6)
+    expected = agent.actor(standardised, normal(6, A, seed=4))[0].detach()
+    close(torch.from_numpy(dhmbpo.act(agent, obs, CPU, generator(4))), expected, 1e-6, 1e-6)
+
+
+# === Evaluation ===
+
+
+def test_walking():
+    """9 of 10 episodes have to last and to be fast; one that falls does not count; nothing without a velocity."""
+    full, speeds = np.array([True] * 10), np.full(10, 0.6)
+    found = dhmbpo.walking_metrics(full, speeds)
+    assert found == pytest.approx({"eval/x_velocity": 0.6, "eval/full_length_share": 1.0, "eval/walks": 1.0})
+    full[0] = False
+    assert dhmbpo.walking_metrics(full, speeds)["eval/walks"] == 1
+    speeds[0] = 0.4
+    assert dhmbpo.walking_metrics(full, speeds)["eval/walks"] == 1
+    speeds[1] = 0.49
+    found = dhmbpo.walking_metrics(full, speeds)
+    assert found["eval/walks"] == 0 and found["eval/full_length_share"] == pytest.approx(0.9)
+    assert dhmbpo.walking_metrics(full, np.full(10, np.nan)) == {} == dhmbpo.walking_metrics(full[:0], speeds[:0])
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_evaluation_against_a_plain_loop(num_envs):
+    """Returns, whole episodes and mean velocities of the policy's mode, on seeds of its own."""
+    args = make_args(env_id="Even-v0", eval_episodes=3)
+    agent, stop = make_agent(args), SimpleNamespace(requested=0)
+    envs = gym.vector.SyncVectorEnv(
+        [dhmbpo.make_env(args)] * num_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED
+    )
+    returns, full_length, speeds = dhmbpo.evaluate(agent, envs, args, CPU, stop)
+    expected, env, seeds = [], dhmbpo.make_env(args)(), np.random.default_rng([args.seed, 99])
+    drawn = [seeds.integers(2**31, size=num_envs) for _ in range(3)]
+    for seed in np.concatenate(drawn)[:3].tolist():
+        obs, _ = env.reset(seed=seed)
+        done, rewards, velocities = False, [], []
+        while not done:
+            obs, reward, terminated, truncated, info = env.step(dhmbpo.act(agent, obs[None], CPU, None)[0])
+            rewards.append(reward)
+            velocities.append(info["x_velocity"])
+            done = terminated or truncated
+        expected.append((sum(rewards), np.mean(velocities)))
+    found = sorted(zip(returns, speeds, strict=True))
+    np.testing.assert_allclose(found, sorted(expected), rtol=1e-5)
+    assert full_length.tolist() == [True] * 3
+
+
+def test_evaluating_a_run_folder(capsys):
+    """Returns, and how it walks where there is a velocity."""
+    folder = dhmbpo.main(tiny(env_id="Even-v0"))
+    capsys.readouterr()
+    assert dhmbpo.main(dataclasses.replace(tiny(env_id="Even-v0"), evaluate=folder, target_entropy=-2.0)) == folder
+    said = capsys.readouterr().out
+    assert "Even-v0 at step 40:" in said and "eval/x_velocity" in said and "eval/walks 0.00" in said
+
+
+# === Environments ===
+
+
+@pytest.mark.parametrize("env_id", [*SIZES, "InvertedDoublePendulum-v5", "Swimmer-v5"])
+def test_terminations_are_those_of_the_environment(env_id):
+    """At every one of 1,000 random steps, as the training compares them."""
+    args = published(env_id)
+    env, terminated_fn = dhmbpo.make_env(args)(), dhmbpo.termination_function(env_id)
+    rng, (obs, _) = np.random.default_rng(1), env.reset(seed=1)
+    ends = 0
+    for _ in range(1_000):
+        obs, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+        assert terminated_fn(torch.from_numpy(obs)[None]).item() == terminated
+        ends += terminated
+        if terminated or truncated:
+            obs, _ = env.reset(seed=int(rng.integers(1000)))
+    assert (ends > 0) == (env_id not in ("HalfCheetah-v5", "Swimmer-v5"))
+
+
+def test_a_wrong_rule_is_told(monkeypatch, capsys):
+    """A termination that the rule does not know is said, with the observation."""
+    monkeypatch.setitem(dhmbpo.TERMINATIONS, "InvertedPendulum", dhmbpo.never)
+    dhmbpo.main(tiny(total_timesteps=24, eval_frequency=0))
+    assert "TERMINATIONS and InvertedPendulum-v5 do not agree about" in capsys.readouterr().out
+
+
+def test_walker_without_its_clip():
+    """Positions but the first, and true velocities, some of them beyond 10; Hopper's are left as they are."""
+    env, rng = dhmbpo.make_env(published("Walker2d-v5"))(), np.random.default_rng(1)
+    env.reset(seed=1)
+    largest = 0.0
+    for _ in range(50):
+        obs, _, terminated, *_ = env.step(rng.uniform(-1, 1, 6).astype(np.float32))
+        data = env.unwrapped.data
+        assert obs.dtype == np.float32
+        close(torch.from_numpy(obs), torch.from_numpy(np.concatenate([data.qpos[1:], data.qvel])).float(), 1e-6, 1e-6)
+        largest = max(largest, np.abs(obs[8:]).max())
+        if terminated:
+            env.reset(seed=2)
+    assert largest > 10
+    assert not isinstance(dhmbpo.make_env(published("Hopper-v5"))().env.env.env, dhmbpo.Unclipped)
+
+
+def test_unknown_terminations_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        dhmbpo.main(Args(env_id="MountainCarContinuous-v0"))
+    assert "TERMINATIONS" in capsys.readouterr().err
+
+
+def test_dm_control_by_name():
+    """Observations as float32 vectors, 1,000 steps without a termination."""
+    pytest.importorskip("dm_control")
+    env = dhmbpo.make_env(published("cartpole-swingup"))()
+    obs, _ = env.reset(seed=1)
+    assert obs.dtype == np.float32 and dhmbpo.termination_function("cartpole-swingup") is dhmbpo.never
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_nets": 1}, "--num-nets must be at least 2"),
+        ({"batch_size": 250}, "--batch-size 250 cannot be dealt"),
+        ({"gamma": 1.0}, "--gamma must be below 1"),
+        ({"num_targets": 6}, "--num-targets must be at most 5"),
+        ({"buffer_size": 4_000}, "--buffer-size 4000 does not hold"),
+        ({"holdout_ratio": 0.0}, "--holdout-ratio 0.0 leaves nothing"),
+        ({"initial_alpha": 0.0}, "--initial-alpha must be above 0"),
+        ({"train_horizon": 0}, "--train-horizon must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(capsys, changes, message):
+    with pytest.raises(SystemExit):
+        dhmbpo.main(Args(**changes))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_learns():
+    """InvertedPendulum is balanced for 1,000 steps at 2,000 steps, 1,500 of them with a policy."""
+    small = {"model_batch_size": 512, "model_patience": 25.0, "model_max_epochs": 125.0, "holdout_rows": 4_096}
+    folder = dhmbpo.main(Args(env_id="InvertedPendulum-v5", total_timesteps=2_000, eval_frequency=500, **small))
+    assert scalars(folder)["eval/episodic_return"][-1][1] > 950
