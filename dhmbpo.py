@@ -230,7 +230,7 @@ class Agent(nn.Module):
 
     def fit_statistics(self, rows: torch.Tensor) -> None:
         """Mean and population standard deviation of what the networks see and predict, over all rows of the replay."""
-        obs, _, outputs, _, _ = self.unpack(rows.double())  # deviation 3
+        obs, _, outputs, _, _ = self.unpack(rows)  # deviation 3
         for name, values in (("obs", obs), ("out", outputs)):
             variance, mean = torch.var_mean(values, 0, correction=0)
             getattr(self, f"{name}_mean").copy_(mean)

@@ -271,15 +271,6 @@ def test_statistics_by_hand():
     close(agent.standardize(obs), (obs - agent.obs_mean) / agent.obs_std)
 
 
-def test_statistics_are_summed_in_float64():
-    """A mean far from 0 does not eat the variance."""
-    agent = dhmbpo.Agent(1, 1, make_args())
-    obs = 1000 + normal(5_000, 1)
-    agent.fit_statistics(torch.cat([obs, torch.zeros(5_000, 2), obs, torch.zeros(5_000, 5)], 1))
-    expected = obs.double().numpy()
-    close(agent.obs_std, torch.tensor([expected.std()], dtype=torch.float32), 1e-6)
-
-
 def test_labels_and_weights():
     """A fifth is held out, weights are Exp(1), one for each network; rows come apart as they were put together."""
     args = make_args()
@@ -356,6 +347,19 @@ def test_losses_by_hand():
     close(losses.sum(), numbers(24_041.58083903222)[0])
     close(values[:, 0], numbers(80, 90, 70, 100, 110))
     close(dhmbpo.actor_loss(agent, path, 0.995), numbers(-67.837908005625)[0])
+
+
+def test_the_targets_value_is_clipped():
+    """After the smaller one of the pair is taken, at both bounds; the returns before it are not."""
+    nets = numbers([1.4, 1.2, 1.3, 1.1, 1.9], [-1.5, 0.2, 0.3, 0.4, 0.5], [0.5, -0.2, 1.3, 0.1, 0.9]).T
+    agent = SimpleNamespace(critics=Lookup(nets * 0, nets), target_critics=Lookup(nets, nets))
+    agent.bounds, agent.log_alpha = numbers(-20, 180), numbers(0.1)[0].log()
+    path = table_path()
+    path = path._replace(alive=torch.ones(4, 3, dtype=torch.bool), obs=[*path.obs[:3], torch.ones(3, 1).double()])
+    losses, values = dhmbpo.critic_loss(agent, path, torch.tensor([0, 4]), 0.995, None)
+    expected = dhmbpo.soft_return(path, numbers(180, -20, 130), numbers(0.1)[0], 0.995) - 0.12
+    assert (values == 80).all()
+    close(losses, ((expected - 80) ** 2).mean().expand(5))
 
 
 def test_bounds_by_hand():
@@ -1305,6 +1309,8 @@ def test_walking():
     speeds[1] = 0.49
     found = dhmbpo.walking_metrics(full, speeds)
     assert found["eval/walks"] == 0 and found["eval/full_length_share"] == pytest.approx(0.9)
+    full[1], speeds[:] = False, 5.0
+    assert dhmbpo.walking_metrics(full, speeds)["eval/walks"] == 0  # two fall, however fast
     assert dhmbpo.walking_metrics(full, np.full(10, np.nan)) == {} == dhmbpo.walking_metrics(full[:0], speeds[:0])
 
 
@@ -1331,6 +1337,15 @@ def test_evaluation_against_a_plain_loop(num_envs):
     found = sorted(zip(returns, speeds, strict=True))
     np.testing.assert_allclose(found, sorted(expected), rtol=1e-5)
     assert full_length.tolist() == [True] * 3
+
+
+def test_an_episode_that_falls_is_not_of_full_length():
+    args = make_args(env_id="InvertedPendulum-v5", eval_episodes=2)
+    envs = dhmbpo.make_vector_env(args, 1)
+    returns, full_length, speeds = dhmbpo.evaluate(
+        make_agent(args, 4, 1), envs, args, CPU, SimpleNamespace(requested=0)
+    )
+    assert (returns < 1_000).all() and full_length.tolist() == [False] * 2 and np.isnan(speeds).all()
 
 
 def test_evaluating_a_run_folder(capsys):
