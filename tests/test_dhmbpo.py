@@ -1433,6 +1433,23 @@ def test_impossible_settings_are_refused(capsys, changes, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_whole_runs_on_a_gpu():
+    """Finite metrics at all blocks, and an update in which the host waits for nothing."""
+    folder = dhmbpo.main(tiny(cuda=True))
+    assert [step for step, _ in scalars(folder)["losses/qf_loss"]] == [24, 32, 40]
+    args, device = make_args(), torch.device("cuda")
+    agent = make_agent(args).to(device)
+    rng = {name: torch.Generator(device).manual_seed(1) for name in generators()}
+    optimizers, starts = make_optimizers(agent, args), torch.randn(8, D, device=device)
+    dhmbpo.update(agent, optimizers, starts, never, rng, args)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dhmbpo.update(agent, optimizers, starts, never, rng, args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.slow
 def test_learns():
     """InvertedPendulum is balanced for 1,000 steps at 2,000 steps, 1,500 of them with a policy."""
