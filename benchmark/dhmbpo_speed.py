@@ -79,7 +79,7 @@ def main() -> None:
     matrix = torch.randn(2000, 2000, device=device)
     rate = 2 * 2000**3 / seconds(lambda: matrix @ matrix, 5, device)
 
-    update = functools.partial(dhmbpo.update, agent, optimizers, starts, dhmbpo.never, rng, args)
+    update = functools.partial(dhmbpo.update, agent, optimizers, starts, dhmbpo.never_terminates, rng, args)
     inputs = torch.randn(args.holdout_rows, obs_dim + action_dim, device=device)
     targets = torch.randn(args.holdout_rows, obs_dim + 1, device=device)
     # a training of one epoch of 6 batches, and one of none: the difference is the batches' and one validation
@@ -91,7 +91,7 @@ def main() -> None:
         "critic_only_update": (functools.partial(update, only_critics=True), 10),
         "validation": (lambda: dhmbpo.holdout_scores(agent.ensemble, inputs, targets), 2),
         "distribution_rollout": (
-            lambda: dhmbpo.distribution_rollout(agent, replay, states, 1, dhmbpo.never, rng, args), 2,
+            lambda: dhmbpo.distribution_rollout(agent, replay, states, 1, dhmbpo.never_terminates, rng, args), 2,
         ),
         "training_of_one_epoch": (lambda: train(args=one_epoch), 1),
         "training_of_no_epoch": (lambda: train(args=replace(args, model_max_epochs=0.0)), 1),

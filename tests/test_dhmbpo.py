@@ -55,7 +55,7 @@ class Even(gym.Env):
 
 
 gym.register("Even-v0", entry_point=Even)
-dhmbpo.TERMINATIONS["Even"] = dhmbpo.never
+dhmbpo.TERMINATIONS["Even"] = dhmbpo.never_terminates
 
 
 def make_args(**changes) -> Args:
@@ -1376,11 +1376,11 @@ def test_terminations_are_those_of_the_environment(env_id):
     assert (ends > 0) == (env_id not in ("HalfCheetah-v5", "Swimmer-v5"))
 
 
-def test_a_wrong_rule_is_told(monkeypatch, capsys):
-    """A termination that the rule does not know is said, with the observation."""
-    monkeypatch.setitem(dhmbpo.TERMINATIONS, "InvertedPendulum", dhmbpo.never)
-    dhmbpo.main(tiny(total_timesteps=24, eval_frequency=0))
-    assert "TERMINATIONS and InvertedPendulum-v5 do not agree about" in capsys.readouterr().out
+def test_a_wrong_rule_stops_the_run(monkeypatch):
+    """Not at the first termination that it does not know, but at the third."""
+    monkeypatch.setitem(dhmbpo.TERMINATIONS, "InvertedPendulum", dhmbpo.never_terminates)
+    with pytest.raises(SystemExit, match="is not the environment's .3 disagreements, 3 terminations"):
+        dhmbpo.main(tiny(total_timesteps=100, learning_starts=100, eval_frequency=0))
 
 
 def test_walker_without_its_clip():
@@ -1411,7 +1411,7 @@ def test_dm_control_by_name():
     pytest.importorskip("dm_control")
     env = dhmbpo.make_env(published("cartpole-swingup"))()
     obs, _ = env.reset(seed=1)
-    assert obs.dtype == np.float32 and dhmbpo.termination_function("cartpole-swingup") is dhmbpo.never
+    assert obs.dtype == np.float32 and dhmbpo.termination_function("cartpole-swingup") is dhmbpo.never_terminates
 
 
 @pytest.mark.parametrize(
@@ -1452,7 +1452,7 @@ def test_whole_runs_on_a_gpu():
 
 @pytest.mark.slow
 def test_learns():
-    """InvertedPendulum is balanced for 1,000 steps at 2,000 steps, 1,500 of them with a policy."""
+    """InvertedPendulum is balanced for all of its 1,000 steps at 3,000 steps, and was at 2,500."""
     small = {"model_batch_size": 512, "model_patience": 25.0, "model_max_epochs": 125.0, "holdout_rows": 4_096}
-    folder = dhmbpo.main(Args(env_id="InvertedPendulum-v5", total_timesteps=2_000, eval_frequency=500, **small))
-    assert scalars(folder)["eval/episodic_return"][-1][1] > 950
+    folder = dhmbpo.main(Args(env_id="InvertedPendulum-v5", total_timesteps=3_000, eval_frequency=500, **small))
+    assert min(value for _, value in scalars(folder)["eval/episodic_return"][-2:]) > 950
