@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Every command behind docs/dhmbpo.md, from the repository root:
+# bash benchmark/dhmbpo.sh pendulum|hopper|halfcheetah|humanoid|published|speed
+set -euo pipefail
+export OMP_NUM_THREADS=1
+small=(--model-batch-size 512 --model-patience 25 --model-max-epochs 125 --holdout-rows 4096)
+
+run() { # task seed steps and further flags
+  python dhmbpo.py --env-id "$1" --seed "$2" --total-timesteps "$3" --eval-frequency 1000 \
+    --checkpoint-frequency 2000 "${@:4}"
+}
+
+case "${1:-}" in
+  pendulum) for seed in 1 2 3; do run InvertedPendulum-v5 "$seed" 4000 --eval-frequency 250 "${small[@]}"; done ;;
+  hopper) for seed in 1 2 3; do run Hopper-v5 "$seed" 60000 "${small[@]}"; done ;;
+  halfcheetah) run HalfCheetah-v5 1 100000 "${small[@]}" ;;
+  humanoid) run Humanoid-v5 1 100000 "${small[@]}" ;;
+  published) for task in Hopper-v5 HalfCheetah-v5; do run "$task" 1 20000; done ;; # beside the runs with small batches
+  speed)
+    python benchmark/dhmbpo_speed.py --threads 1 --no-cuda
+    python benchmark/dhmbpo_speed.py --threads 1 --no-cuda --model-batch-size 512
+    ;;
+  *) grep -m 1 "bash benchmark" "$0"; exit 2 ;;
+esac

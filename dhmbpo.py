@@ -1,0 +1,1150 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "dm_control==1.0.50", "gymnasium>=1.4", "moviepy>=2.2", "mujoco>=3.17,<4", "numpy>=2.1", "pygame-ce>=2.5",
+#     "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
+# ]
+# ///
+"""DHMBPO: a learned model used over two horizons, a long one for where to learn and a short one for how.
+
+  act                     play 1,000 steps with a policy that does not change (the first 5,000 at random), then learn:
+    fit_statistics        mean and standard deviation of observations, rewards, changes of the observation
+    train_model           the ensemble on all real transitions, until a paired test sees no progress
+    distribution_rollout  every 20 updates: 20 model steps from real states, no gradient; their states are kept
+    rollout               every update: 3 model steps from kept states, differentiable
+      critic_loss         the first action's value towards the return of these steps, then the target critics' value
+      actor_loss          the return of these steps, then the critics' value, uphill through model, states and actions
+
+Paper:      Kubo, Parmas, Ishii 2025, Double Horizon Model-Based Policy Optimization, arXiv 2512.15439
+Code:       4kubo/erl_lib (PyTorch), followed where it says more than the paper
+Run:        python dhmbpo.py --env-id Hopper-v5          (or: uv run dhmbpo.py --env-id Hopper-v5)
+Resume:     python dhmbpo.py --resume runs/<run folder>
+Evaluate:   python dhmbpo.py --evaluate runs/<run folder> [--capture-video]
+Watch:      tensorboard --logdir runs
+Deviations from the reference code, each also marked at the line it concerns:
+  1. Three differentiable steps (the paper's main result: 5; the authors' result files have both).
+  2. Evaluation by eval_frequency and eval_episodes, on seeds of its own (there: every 5,000, later 10,000 steps).
+  3. The change of the observation at the end of an episode is the true one (there: to the next episode's first).
+  4. The noise of a model step is that of the network that predicts (there: of another one).
+  5. Gymnasium's v5 tasks and mbpo.py's rules of termination, Walker2d without its clip of velocities (there: variants
+     of v4, no clip); DeepMind Control without action repeat (there: 2).
+  6. The states of the distribution rollouts are kept in raw units (there: standardised as they were then).
+  7. Dropout zeroes a fixed number of random positions, none in the actor's loss (there: each by chance, there too).
+  8. The paired test is a z test for any number of rows (there: Student's t below 1,000).
+"""
+
+import difflib
+import functools
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seed of every random generator of the run
+    torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # also log to Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the project name at Weights and Biases
+    wandb_entity: str | None = None  # the team at Weights and Biases
+    capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
+    save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
+    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: int = 10  # episodes of one evaluation
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    save_buffer: bool = True  # keep the replay buffer in the checkpoint
+    resume: str | None = None  # run folder to continue
+    evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
+
+    # Algorithm specific arguments
+    env_id: str = "Hopper-v5"  # Gymnasium id (my_module:MyEnv-v0) or dm_control task (walker-walk), observed by state
+    total_timesteps: int | None = None  # environment steps of the run, the random ones included; default by task
+    num_envs: int = 1  # environments played side by side, each in its own process if more than one
+    buffer_size: int = 1_000_000  # capacity of the replay buffer of real transitions
+    learning_starts: int | None = None  # environment steps of random actions before the first block; default by task
+    model_train_frequency: int | None = None  # environment steps between blocks of learning; default by task
+    first_block: int = 5  # the first block's updates and its training's epochs are multiplied by this
+    updates_per_step: int = 1  # updates of a block for each environment step between two of them
+    critic_warmup: int | None = None  # updates of the critics alone, at the beginning of a block; default by task
+    batch_size: int = 256  # rows of an update, and of a distribution rollout
+    gamma: float = 0.995  # discount per step
+    tau: float = 0.005  # step of the target critics towards the critics, after every update
+    learning_rate: float = 3e-4  # learning rate of actor, critics and alpha, and rate of the bounds of values
+    hidden_size: int = 256  # units of the three hidden layers of actor and critics
+    num_critics: int = 5  # critics
+    num_targets: int = 2  # of their targets, drawn for each update: the smallest value of these is learned from
+    critic_dropout: float = 1e-3  # share of the critics' hidden units that is zero in their own loss
+    initial_alpha: float = 0.1  # temperature at the start
+    target_entropy: float | None = None  # entropy that alpha is tuned to, nats; default -actions
+    value_quantile: float = 0.01  # quantile of rewards (and 1 - it) whose value over 1 - gamma bounds the values
+    train_horizon: int = 3  # steps of the differentiable rollouts (T), deviation 1
+    rollout_length: int = 20  # steps of the distribution rollouts (H)
+    rollout_frequency: int = 20  # updates between distribution rollouts
+    rollout_retain: int = 10  # distribution rollouts whose states are kept
+    num_nets: int = 8  # networks of the ensemble (E)
+    model_hidden_size: int = 256  # units of the three hidden layers of each
+    model_lr: float = 1e-3  # learning rate of the ensemble
+    model_batch_size: int = 2_048  # transitions in a batch, the same for all networks
+    model_batches: int = 6  # batches of an epoch at most
+    model_patience: float = 50.0  # a training ends after this times ln(D + 1) epochs without progress
+    model_max_epochs: float = 250.0  # epochs of a training at most, times ln(D + 1)
+    model_rows: int = 100_000  # transitions of a training at most, drawn anew for each
+    holdout_ratio: float = 0.2  # share of transitions that is never trained on
+    holdout_rows: int = 12_288  # of these, the most that a training is judged by
+
+
+# === Networks ===
+
+
+class StackedLinear(nn.Module):
+    """N linear layers side by side, (N, B, in) -> (N, B, out), with layer norm before and dropout behind."""
+
+    def __init__(self, num_nets: int, in_dim: int, out_dim: int, eps: float | None = None, dropout: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_nets, in_dim, out_dim) * math.sqrt(2 / in_dim))
+        self.bias = nn.Parameter(torch.randn(num_nets, 1, out_dim) / (2 * math.sqrt(in_dim)))
+        self.eps, self.dropout = eps, dropout
+
+    def forward(self, x: torch.Tensor, nets=None, generator: torch.Generator | None = None) -> torch.Tensor:
+        """nets: indices of the layers to use, all if None; generator: of the dropout, which is off without."""
+        weight, bias = (self.weight, self.bias) if nets is None else (self.weight[nets], self.bias[nets])
+        if self.eps is not None:
+            x = F.layer_norm(x, x.shape[-1:], eps=self.eps)  # without scale and shift
+        if generator is None or not self.dropout:
+            return torch.baddbmm(bias, x, weight)
+        scale = 1 / (1 - self.dropout)
+        x = torch.baddbmm(bias, x, weight, beta=scale, alpha=scale)
+        count = round(self.dropout * x.numel())  # deviation 7: cheaper than a random number for each
+        zeroed = torch.randint(x.numel(), (count,), generator=generator, device=x.device)
+        return x.put_(zeroed, x.new_zeros(count))
+
+
+class DynamicsEnsemble(nn.Module):
+    """E networks that each predict the standardised mean of (reward, next_obs - obs), with a noise of its own."""
+
+    decays = (2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-2)  # weight decay, layer by layer, biases too; then of log_std
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        width, nets = args.model_hidden_size, args.num_nets
+        first = StackedLinear(nets, obs_dim + action_dim, width, None, 0.0075)
+        hidden = StackedLinear(nets, width, width, 1.0, 0.005), StackedLinear(nets, width, width, 0.1, 0.0025)
+        self.layers = nn.ModuleList([first, *hidden, StackedLinear(nets, width, obs_dim + 1, 0.01)])
+        self.log_std = nn.Parameter(torch.zeros(nets, 1, obs_dim + 1))  # of the noise, whatever the input
+
+    def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Means (E, B, 1 + D) for standardised obs and actions (E, B, D + A)."""
+        for layer in self.layers[:-1]:
+            x = F.silu(layer(x, generator=generator))
+        return self.layers[-1](x)
+
+
+class Actor(nn.Module):
+    """Tanh-squashed Gaussian policy of standardised observations."""
+
+    def __init__(self, obs_dim: int, action_dim: int, units: int):
+        super().__init__()
+        sizes = [obs_dim, units, units, units, 2 * action_dim]
+        layers = [nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+        for layer in layers:
+            nn.init.orthogonal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.net = nn.Sequential(*[module for layer in layers for module in (layer, nn.SiLU())][:-1])
+
+    def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions (B, A) in [-1, 1] for obs (B, D) and normal noise (B, A), and their log-probabilities (B,)."""
+        mean, raw_std = self.net(obs).chunk(2, -1)
+        std = F.softplus(raw_std) + 1e-5
+        x = mean + std * noise
+        log_prob = -0.5 * noise**2 - std.log() - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2)
+        return torch.tanh(x), log_prob.sum(-1)
+
+    def mode(self, obs: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.net(obs).chunk(2, -1)[0])
+
+
+class Critics(nn.Module):
+    """M action values, side by side."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        nets, units, dropout = args.num_critics, args.hidden_size, args.critic_dropout
+        first = StackedLinear(nets, obs_dim + action_dim, units, None, dropout)
+        hidden = [StackedLinear(nets, units, units, 1e-5, dropout) for _ in range(2)]
+        self.layers = nn.ModuleList([first, *hidden, StackedLinear(nets, units, 1, 1e-5)])
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, obs, actions, bounds: torch.Tensor, nets=None, generator=None) -> torch.Tensor:
+        """Values (M, B) of obs (B, D) and actions (B, A), or of those nets; 0 is the middle of the bounds (2,)."""
+        count = len(self.layers[-1].bias) if nets is None else len(nets)
+        x = torch.cat([obs, actions], -1).expand(count, -1, -1)
+        for layer in self.layers[:-1]:
+            x = F.silu(layer(x, nets, generator))
+        return bounds.mean() + (bounds[1] - bounds[0]) / 2 * self.layers[-1](x, nets).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """Everything that is learned: ensemble, actor, critics and their targets, temperature, statistics."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.ensemble = DynamicsEnsemble(obs_dim, action_dim, args).requires_grad_(False)  # but in train_model
+        self.actor = Actor(obs_dim, action_dim, args.hidden_size)
+        self.critics = Critics(obs_dim, action_dim, args)
+        self.target_critics = deepcopy(self.critics).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_alpha)))
+        self.register_buffer("bounds", torch.full((2,), math.nan))  # of the values, known from the first update on
+        for name, dim in (("obs", obs_dim), ("out", obs_dim + 1)):  # out: reward, next_obs - obs
+            self.register_buffer(f"{name}_mean", torch.zeros(dim))
+            self.register_buffer(f"{name}_std", torch.ones(dim))
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1, args.num_nets]
+        self.target_entropy = args.target_entropy
+
+    def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rows of the replay (B, 2 D + A + 2 + E) as obs, actions, outputs (B, 1 + D), held out (B,), weights."""
+        obs, actions, rewards, next_obs, held_out, weights = rows.split(self.sizes, -1)
+        return obs, actions, torch.cat([rewards, next_obs - obs], -1), held_out.squeeze(-1) > 0, weights
+
+    def fit_statistics(self, rows: torch.Tensor) -> None:
+        """Mean and population standard deviation of what the networks see and predict, over all rows of the replay."""
+        obs, _, outputs, _, _ = self.unpack(rows)  # deviation 3
+        for name, values in (("obs", obs), ("out", outputs)):
+            variance, mean = torch.var_mean(values, 0, correction=0)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(variance.clamp(min=1e-8).sqrt())
+
+    def standardize(self, obs: torch.Tensor) -> torch.Tensor:
+        return (obs - self.obs_mean) / self.obs_std
+
+
+# === Losses ===
+
+
+def model_loss(mean: torch.Tensor, log_std: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of targets (E, B, 1 + D), weighted by (E, B), summed over networks and outputs."""
+    nll = 0.5 * (mean - targets) ** 2 * torch.exp(-2 * log_std) + log_std.clamp(min=math.log(1e-3))  # no gain below
+    return (weights * nll.sum(-1)).sum(0).mean()
+
+
+@torch.no_grad()
+def holdout_scores(ensemble: DynamicsEnsemble, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood (B,) of targets (B, 1 + D) under one Gaussian of the ensemble's mean and variance."""
+    noise = torch.exp(2 * ensemble.log_std.mean(0))
+    scores = []
+    for x, y in zip(inputs.split(2_048), targets.split(2_048), strict=True):  # in slices: they fit into the cache
+        variance, mean = torch.var_mean(ensemble(x.expand(len(ensemble.log_std), -1, -1)), 0)
+        variance = variance + noise
+        scores.append((0.5 * (y - mean) ** 2 / variance + 0.5 * variance.log()).sum(-1))
+    return torch.cat(scores)
+
+
+class Rollout(NamedTuple):
+    """T steps in standardised space, and the action that would follow."""
+
+    obs: tuple[torch.Tensor, ...]  # T + 1 of (B, D)
+    actions: tuple[torch.Tensor, ...]  # T + 1 of (B, A)
+    log_probs: torch.Tensor  # (T + 1, B)
+    rewards: torch.Tensor  # (T, B)
+    alive: torch.Tensor  # (T + 1, B): not terminated before
+
+
+def soft_return(path: Rollout, values: torch.Tensor, alpha: torch.Tensor, gamma: float) -> torch.Tensor:
+    """sum_t gamma^t alive_t (r_t - alpha log pi_t), with the last observation's values (B,) as r_T: (B,)."""
+    soft_rewards = torch.cat([path.rewards, values[None]]) - alpha * path.log_probs
+    discounts = gamma ** torch.arange(len(soft_rewards), dtype=values.dtype, device=values.device)
+    return (discounts[:, None] * torch.where(path.alive, soft_rewards, 0.0)).sum(0)
+
+
+@torch.no_grad()
+def track_bounds(agent: Agent, path: Rollout, args: Args) -> None:
+    """Moves the bounds of values towards the outer quantiles of r - alpha log pi, as of an endless return."""
+    soft_rewards = path.rewards - agent.log_alpha.exp() * path.log_probs[:-1]
+    low, like = args.value_quantile, {"dtype": soft_rewards.dtype, "device": soft_rewards.device}
+    quantiles = torch.linspace(low, 1 - low, 2, **like)
+    new = torch.quantile(soft_rewards.flatten(), quantiles) / (1 - args.gamma)
+    agent.bounds.copy_(torch.where(agent.bounds.isnan(), new, agent.bounds.lerp(new, args.learning_rate)))
+
+
+def critic_loss(agent: Agent, path: Rollout, pair: torch.Tensor, gamma: float, dropout: torch.Generator | None):
+    """Squared errors (M,) towards the return that ends in the smaller of a pair of target critics; values (M, B)."""
+    with torch.no_grad():
+        alpha = agent.log_alpha.exp()
+        last = agent.target_critics(path.obs[-1], path.actions[-1], agent.bounds, pair).amin(0)
+        returns = (
+            soft_return(path, last.clamp(agent.bounds[0], agent.bounds[1]), alpha, gamma) + alpha * path.log_probs[0]
+        )
+    values = agent.critics(path.obs[0].detach(), path.actions[0].detach(), agent.bounds, generator=dropout)
+    return ((values - returns) ** 2).mean(1), values
+
+
+def actor_loss(agent: Agent, path: Rollout, gamma: float) -> torch.Tensor:
+    """Minus the mean return that ends in the mean of the critics, which are frozen; the gradient follows the path."""
+    frozen = {name: parameter.detach() for name, parameter in agent.critics.named_parameters()}
+    last = (path.obs[-1], path.actions[-1], agent.bounds)  # and no dropout: deviation 7
+    last = torch.func.functional_call(agent.critics, frozen, last)
+    return -soft_return(path, last.mean(0), agent.log_alpha.exp().detach(), gamma).mean()
+
+
+def alpha_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
+    return log_alpha.exp() * (entropy.detach() - target_entropy)
+
+
+# === Acting ===
+
+
+@torch.no_grad()
+def act(agent: Agent, obs: np.ndarray, device: torch.device, generator: torch.Generator | None) -> np.ndarray:
+    """Actions (N, A) in [-1, 1] for obs (N, D): sampled, or the policy's mode without a generator."""
+    obs = agent.standardize(torch.as_tensor(obs, device=device))
+    if generator is None:
+        return agent.actor.mode(obs).cpu().numpy()  # host sync
+    noise = torch.randn(len(obs), agent.sizes[1], generator=generator, device=device)
+    return agent.actor(obs, noise)[0].cpu().numpy()  # host sync
+
+
+def model_step(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, order: torch.Tensor, noise: torch.Tensor):
+    """Next obs (B, D), standardised, and rewards (B,): the rows in E blocks, of which network k gets the order[k]-th.
+
+    The reward is the mean; noise (B, D) is that of the change of obs.
+    """
+    ensemble, nets = agent.ensemble, len(order)
+    inputs = torch.cat([obs, actions], -1).unflatten(0, (nets, -1))
+    dealt = order.argsort()  # the network of each block
+    outputs = ensemble(inputs[order])[dealt]
+    spread = ensemble.log_std[dealt, :, 1:].exp() * noise.unflatten(0, (nets, -1))  # deviation 4
+    outputs = torch.cat([outputs[..., :1], outputs[..., 1:] + spread], -1).flatten(0, 1)
+    outputs = agent.out_mean + agent.out_std * outputs
+    return obs + outputs[:, 1:] / agent.obs_std, outputs[:, 0]
+
+
+def rollout(agent: Agent, obs: torch.Tensor, steps: int, terminated_fn: Callable, generator) -> Rollout:
+    """Model steps from standardised obs (B, D) with sampled actions; what terminated goes on, marked as not alive."""
+    device, shape = obs.device, (len(obs), agent.sizes[1])
+    normal = functools.partial(torch.randn, generator=generator, device=device)
+    action, log_prob = agent.actor(obs, normal(shape))
+    alive = torch.ones(len(obs), dtype=torch.bool, device=device)
+    path = [(obs, action, log_prob, None, alive)]
+    for _ in range(steps):
+        order = torch.randperm(len(agent.ensemble.log_std), generator=generator, device=device)  # anew in every step
+        obs, reward = model_step(agent, obs, action, order, normal(obs.shape))
+        alive = alive & ~terminated_fn(agent.obs_mean + agent.obs_std * obs.detach())
+        action, log_prob = agent.actor(obs, normal(shape))
+        path.append((obs, action, log_prob, reward, alive))
+    all_obs, actions, log_probs, rewards, alives = zip(*path, strict=True)
+    return Rollout(all_obs, actions, torch.stack(log_probs), torch.stack(rewards[1:]), torch.stack(alives))
+
+
+@torch.no_grad()
+def distribution_rollout(agent: Agent, rb, states, rows: int, terminated_fn: Callable, rng: dict, args: Args) -> float:
+    """Rollouts of H steps from real states until so many states that are alive came in; the share that was."""
+    count = passes = 0
+    while count < rows:
+        starts = agent.unpack(rb.sample(args.batch_size, generator=rng["replay"]))[0]
+        path = rollout(agent, agent.standardize(starts), args.rollout_length, terminated_fn, rng["rollout"])
+        visited = torch.stack(path.obs)[path.alive]  # host sync
+        states.add(agent.obs_mean + agent.obs_std * visited)  # deviation 6
+        count, passes = count + len(visited), passes + 1
+    return count / max(passes * path.alive.numel(), 1)
+
+
+# === Updates ===
+
+
+def minimize(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def batches(rows: torch.Tensor, size: int, generator: torch.Generator):
+    """Yields batches of rows (N,) without replacement, again and again, each time in a new order."""
+    while True:
+        order = torch.randperm(len(rows), generator=generator, device=rows.device)
+        for i in range(0, len(rows) - size + 1, size):
+            yield rows[order[i : i + size]]
+
+
+def p_value(differences: torch.Tensor) -> float:
+    """Of a paired, one-sided test that the mean of differences (N,) is below 0: small if it is (deviation 8)."""
+    z = differences.mean() / (differences.std() / math.sqrt(len(differences)))
+    return 0.5 * (1 + math.erf(z.item() / math.sqrt(2)))  # host sync; nan if all differences are the same
+
+
+def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: Args, tick: Callable) -> dict:
+    """Trains the ensemble on rows of the replay (N, ...) until a paired test sees no progress; what to log.
+
+    After every epoch the scores of the held out rows are compared with the best ones so far. Lower ones (p < 0.5) are
+    progress, surely lower ones (p < 0.1) a new best. The best networks are kept: those from before, if there were none.
+    """
+    ensemble, nets = agent.ensemble.requires_grad_(True), args.num_nets
+    parts = [*(list(layer.parameters()) for layer in ensemble.layers), [ensemble.log_std]]
+    groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, ensemble.decays, strict=True)]
+    optimizer = torch.optim.AdamW(groups, args.model_lr, fused=True)
+    obs, actions, outputs, held_out, weights = agent.unpack(rows)
+    inputs, targets = torch.cat([agent.standardize(obs), actions], -1), (outputs - agent.out_mean) / agent.out_std
+    train, held_out = (~held_out).nonzero().squeeze(-1), held_out.nonzero().squeeze(-1)
+    chosen = torch.randperm(len(held_out), generator=generator, device=rows.device)[: args.holdout_rows]
+    holdout = inputs[held_out[chosen]], targets[held_out[chosen]]
+    size = min(args.model_batch_size, len(train))
+    stream, per_epoch = batches(train, size, generator), min(args.model_batches, len(train) // size)
+    unit = scale * math.log(agent.sizes[0] + 1)
+    patience, max_epochs = int(unit * args.model_patience), int(unit * args.model_max_epochs)
+    best = before = holdout_scores(ensemble, *holdout)
+    snapshot, epochs, best_epoch, without_progress = deepcopy(ensemble.state_dict()), 0, 0, 0
+    while without_progress <= patience and epochs < max_epochs:
+        tick(f"ensemble, epoch {epochs}, best {best_epoch}")
+        for _ in range(per_epoch):
+            batch = next(stream)
+            batch_targets = targets[batch].repeat(nets, 1, 1)
+            noise = torch.randn(nets, size, generator=generator, device=rows.device)
+            batch_targets[..., 0] += 1e-3 / agent.out_std[0] * noise  # rewards that are certain keep a noise
+            mean = ensemble(inputs[batch].expand(nets, -1, -1), generator)
+            minimize(optimizer, model_loss(mean, ensemble.log_std, batch_targets, weights[batch].T))
+        scores = holdout_scores(ensemble, *holdout)
+        p = p_value(scores - best)
+        epochs += 1
+        without_progress = 0 if p < 0.5 else without_progress + 1
+        if p < 0.1:
+            best, best_epoch, snapshot = scores, epochs, deepcopy(ensemble.state_dict())
+    ensemble.load_state_dict(snapshot)
+    ensemble.requires_grad_(False)
+    metrics = {"epochs": epochs, "best_epoch": best_epoch, "holdout_score": best.mean(), "old_score": before.mean()}
+    metrics |= {"kept_old": float(best_epoch == 0), "noise": ensemble.log_std.exp().mean()}
+    return {f"model/{name}": value for name, value in metrics.items()}
+
+
+def update(agent: Agent, optimizers: dict, starts, terminated_fn: Callable, rng: dict, args: Args, only_critics=False):
+    """One update from starts (B, D): critics, their targets, then actor and alpha. No host sync. Detached scalars."""
+    with torch.set_grad_enabled(not only_critics):
+        path = rollout(agent, agent.standardize(starts), args.train_horizon, terminated_fn, rng["rollout"])
+    track_bounds(agent, path, args)
+    pair = torch.randperm(args.num_critics, generator=rng["update"], device=starts.device)[: args.num_targets]
+    qf_losses, values = critic_loss(agent, path, pair, args.gamma, rng["update"])
+    minimize(optimizers["critics"], qf_losses.sum())
+    with torch.no_grad():
+        torch._foreach_lerp_(list(agent.target_critics.parameters()), list(agent.critics.parameters()), args.tau)
+    low, high = agent.bounds.clone()
+    metrics = {"qf_loss": qf_losses.mean(), "qf_values": values.mean(), "qf_low": low, "qf_high": high}
+    if not only_critics:
+        pi_loss, entropy = actor_loss(agent, path, args.gamma), -path.log_probs[0].mean()
+        temperature_loss = alpha_loss(agent.log_alpha, entropy, agent.target_entropy)
+        minimize(optimizers["actor"], pi_loss + temperature_loss)
+        metrics |= {"actor_loss": pi_loss, "alpha_loss": temperature_loss, "alpha": agent.log_alpha.exp()}
+        metrics |= {"entropy": entropy}
+    return {f"losses/{name}": value.detach() for name, value in metrics.items()}
+
+
+def learn(agent: Agent, rb, states, terminated_fn: Callable, rng: dict, args: Args, scale: int, tick: Callable) -> dict:
+    """A block: statistics, ensemble, new optimizers, critics alone, updates (scale times as many); what to log.
+
+    tick: told what is going on wherever the block may be left, which it does by an exception.
+    """
+    rows = rb.newest(len(rb))
+    agent.fit_statistics(rows)
+    chosen = torch.randperm(len(rows), generator=rng["model"], device=rows.device)[: args.model_rows]
+    metrics = train_model(agent, rows[chosen], scale, rng["model"], args, tick)
+    adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+    optimizers = {"critics": adam(agent.critics.parameters())}
+    optimizers["actor"] = adam([*agent.actor.parameters(), agent.log_alpha])
+    visit = functools.partial(distribution_rollout, agent, rb, states, terminated_fn=terminated_fn, rng=rng, args=args)
+    visit(rows=args.batch_size * args.critic_warmup // args.rollout_frequency)
+    for i in range(args.critic_warmup):
+        tick(f"critics, update {i}")
+        starts = states.sample(args.batch_size, generator=rng["update"])
+        update(agent, optimizers, starts, terminated_fn, rng, args, only_critics=True)
+    count = scale * args.updates_per_step * args.model_train_frequency
+    for i in range(count):
+        tick(f"update {i} of {count}")
+        if i % args.rollout_frequency == 0:
+            metrics["model/alive_share"] = visit(rows=args.batch_size * args.rollout_length)
+        starts = states.sample(args.batch_size, generator=rng["update"])
+        losses = update(agent, optimizers, starts, terminated_fn, rng, args)
+    return {name: float(value) for name, value in (metrics | losses).items()}  # host sync
+
+
+# === Replay buffer ===
+
+
+class RingBuffer:
+    """The newest rows (W,) of what is added, on the device."""
+
+    def __init__(self, capacity: int, width: int, device: torch.device):
+        self.rows = torch.empty(capacity, width, device=device)
+        self.end = 0  # rows ever written; row i lives in slot i % capacity
+
+    def __len__(self) -> int:
+        return min(self.end, len(self.rows))
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Rows (B, W); the oldest make room."""
+        rows = rows[-len(self.rows) :]
+        slots = (self.end + torch.arange(len(rows), device=rows.device)) % len(self.rows)
+        self.rows[slots] = rows
+        self.end += len(rows)
+
+    def newest(self, count: int) -> torch.Tensor:
+        """The last `count` rows, oldest first, a copy."""
+        slots = torch.arange(self.end - count, self.end, device=self.rows.device) % len(self.rows)
+        return self.rows[slots]
+
+    def sample(self, *shape: int, generator: torch.Generator) -> torch.Tensor:
+        """Copies of rows drawn uniformly with replacement, (*shape, W)."""
+        return self.rows[torch.randint(len(self), shape, generator=generator, device=self.rows.device)]
+
+    def state_dict(self) -> dict:
+        return {"rows": self.newest(len(self)).cpu(), "capacity": len(self.rows), "end": self.end}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows = self.rows.new_empty(state["capacity"], self.rows.shape[1])
+        self.end = state["end"] - len(state["rows"])
+        self.add(state["rows"].to(self.rows.device))
+
+
+def labelled(rows: torch.Tensor, generator: torch.Generator, args: Args) -> torch.Tensor:
+    """Transitions (B, 2 D + A + 1) with what stays theirs: held out or not, and a weight Exp(1) for each network."""
+    held_out = rows.new_empty(len(rows), 1).uniform_(generator=generator) < args.holdout_ratio
+    weights = rows.new_empty(len(rows), args.num_nets).exponential_(generator=generator)
+    return torch.cat([rows, held_out.float(), weights], 1)
+
+
+# === Training ===
+
+
+class Interrupted(Exception):
+    """Leaves a block that is to be learned anew."""
+
+
+def main(args: Args) -> str:
+    args = with_task_defaults(args)
+    check_args(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    envs, terminated_fn = make_vector_env(args, args.num_envs), termination_function(args.env_id)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    if args.target_entropy is None:
+        args = replace(args, target_entropy=-float(action_dim))
+    run = Run(args, checkpoint)
+    device = run.device
+
+    # what a checkpoint holds: networks, buffers, counters, generators (optimizers live no longer than a block)
+    agent = Agent(obs_dim, action_dim, args).to(device)
+    try:
+        rb = RingBuffer(args.buffer_size, sum(agent.sizes), device)
+        states = RingBuffer(args.batch_size * args.rollout_length * args.rollout_retain, obs_dim, device)
+    except RuntimeError as error:
+        fail(f"--buffer-size {args.buffer_size} and rollouts do not fit into the memory of {device}: {str(error)[:80]}")
+    counters = {"blocks": 0, "evaluated": 0, "num_terminations": 0, "num_rule_errors": 0}
+    rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
+    for i, name in enumerate(("act", "label", "model", "replay", "rollout", "update")):
+        rng[name] = torch.Generator(device).manual_seed(10 * args.seed + i)
+    parts = {"agent": agent, "counters": counters} | ({"replay": rb, "states": states} if args.save_buffer else {})
+    run.keep(parts, rng)
+    if checkpoint:
+        counters |= checkpoint["parts"]["counters"]
+        run.next_eval = next_multiple(counters["evaluated"], args.eval_frequency)  # at once, if it was interrupted
+        run.reported = run.step - 1, run.reported[1]  # a block that was interrupted is reported, too
+    print(f"{run.folder}: {device}, {obs_dim} observations, {action_dim} actions")
+
+    def tick(doing: str) -> None:
+        run.progress.set_description(doing, refresh=False)
+        run.progress.update(0)
+        if run.stop.requested:
+            raise Interrupted
+
+    def learn_block() -> None:
+        """When it is due. If it is interrupted, all is as before: the resumed run learns it from its beginning."""
+        blocks = (run.step - args.learning_starts) // args.model_train_frequency + 1
+        if rb.end < args.learning_starts or blocks <= counters["blocks"] or run.stop.requested:
+            return
+        generators = {name: rng[name] for name in ("model", "replay", "rollout", "update")}
+        before = deepcopy((agent.state_dict(), states.state_dict()))
+        before_rng = {name: generator.get_state() for name, generator in generators.items()}
+        try:
+            scale = 1 if counters["blocks"] else args.first_block
+            run.metrics = learn(agent, rb, states, terminated_fn, generators, args, scale, tick)
+            counters["blocks"] = blocks
+            run.report()
+            run.metrics = {}  # reported once
+        except Interrupted:
+            agent.load_state_dict(before[0])
+            states.load_state_dict(before[1])
+            for name, generator in generators.items():
+                generator.set_state(before_rng[name])
+        run.progress.set_description("", refresh=False)
+
+    dones, eval_envs = np.ones(args.num_envs, bool), None
+    while True:
+        learn_block()
+        if run.eval_due():
+            if eval_envs is None:
+                video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
+                eval_envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+            returns, full_length, speeds = evaluate(agent, eval_envs, args, device, run.stop)
+            if args.capture_video:  # the film is written when its environment closes
+                eval_envs.close()
+                eval_envs = None
+            if not run.stop.requested:
+                run.log_evaluation(returns)
+                run.log(walking_metrics(full_length, speeds))
+                counters["evaluated"] = run.step
+        if not run.goes_on(dones):
+            break
+        if dones.any():
+            seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
+            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
+            require_finite_arrays(run.step, "the environment's observation", obs)
+        if rb.end >= args.learning_starts:  # again random steps first, if the buffer was not saved
+            actions = act(agent, obs, device, rng["act"])
+            require_finite_arrays(run.step, "the policy's action", actions)
+        else:
+            actions = rng["prefill"].uniform(-1, 1, (args.num_envs, action_dim)).astype(np.float32)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        require_finite_arrays(run.step, "the environment's observation or reward", next_obs, rewards)
+        require_rule(terminated_fn, next_obs, terminations, counters, run.step)
+        rows = np.concatenate([obs, actions, rewards[:, None], next_obs], 1).astype(np.float32)
+        rb.add(labelled(torch.from_numpy(rows).to(device), rng["label"], args))
+        obs, dones = next_obs, terminations | truncations
+        run.step += args.num_envs
+        run.progress.update(args.num_envs)
+        if dones.any():
+            run.log_episodes(infos, dones)
+
+    envs.close()
+    if eval_envs is not None:
+        eval_envs.close()
+    return run.close(agent.state_dict())
+
+
+# === Environment ===
+
+
+# One set of settings for all tasks but the pendulums. A flag on the command line wins.
+DEFAULTS = {
+    "total_timesteps": 100_000, "learning_starts": 5_000, "model_train_frequency": 1_000, "critic_warmup": 250,
+}  # fmt: skip
+PENDULUM = {"total_timesteps": 10_000, "learning_starts": 500, "model_train_frequency": 250, "critic_warmup": 62}
+TASKS = dict.fromkeys(("InvertedPendulum", "InvertedDoublePendulum", "Pendulum"), PENDULUM)  # not in the paper
+# The paper's truncated observations, 27 and 45 numbers, by the environments' own switches.
+ENV_KWARGS = {
+    "Ant-v5": {"include_cfrc_ext_in_observation": False},
+    "Humanoid-v5": {f"include_{x}_in_observation": False for x in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")},
+}
+
+
+def never_terminates(o: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(o[..., 0], dtype=torch.bool)
+
+
+def inside(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return (x > low) & (x < high)
+
+
+def hopper_terminated(o: torch.Tensor) -> torch.Tensor:
+    near = (o[..., 1:].abs() < 100).all(-1)  # deviation 5: on both sides
+    return ~(near & inside(o[..., 0], 0.7, math.inf) & inside(o[..., 1], -0.2, 0.2))
+
+
+def inverted_double_pendulum_terminated(o: torch.Tensor) -> torch.Tensor:
+    first, second = torch.atan2(o[..., 1:3], o[..., 3:5]).unbind(-1)  # deviation 5: both normalised
+    return ~(0.6 * (first.cos() + (first + second).cos()) > 1.0)
+
+
+# Which next observations (..., D) end an episode; one that is not a number does, too (deviation 5). To add a task: one
+# line here and, if it needs other settings, one in TASKS.
+TERMINATIONS = {
+    "Hopper": hopper_terminated,
+    "Walker2d": lambda o: ~(inside(o[..., 0], 0.8, 2.0) & inside(o[..., 1], -1.0, 1.0)),
+    "Ant": lambda o: ~(o.isfinite().all(-1) & (o[..., 0] >= 0.2) & (o[..., 0] <= 1.0)),
+    "Humanoid": lambda o: ~((o[..., 0] >= 1.0) & (o[..., 0] <= 2.0)),
+    "InvertedPendulum": lambda o: ~(o.isfinite().all(-1) & (o[..., 1].abs() <= 0.2)),
+    "InvertedDoublePendulum": inverted_double_pendulum_terminated,
+} | dict.fromkeys(("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum"), never_terminates)
+
+
+def is_dm_control(env_id: str) -> bool:
+    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
+    return re.search(r"-v\d+$", env_id) is None
+
+
+def task_name(env_id: str) -> str:
+    """my_module:MyEnv-v0 -> MyEnv."""
+    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+
+
+def with_task_defaults(args: Args) -> Args:
+    """The settings in force: what was not given is filled in from TASKS."""
+    task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
+    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+
+
+def termination_function(env_id: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Which next observations end an episode; an environment that is not known is refused, nothing is assumed."""
+    if is_dm_control(env_id) and not env_id.startswith("lqr"):
+        return never_terminates
+    if task_name(env_id) not in TERMINATIONS:
+        fail(f"when does {env_id} terminate? Add a function of its observations to TERMINATIONS in {__file__}")
+    return TERMINATIONS[task_name(env_id)]
+
+
+def require_rule(terminated_fn: Callable, next_obs: np.ndarray, terminations: np.ndarray, counters: dict, step: int):
+    """Stops the run if the rule that ends the model's rollouts is not the environment's.
+
+    Two disagreements and one in a hundred terminations pass: at high speed the double pendulum's observations lag.
+    """
+    expected = terminated_fn(torch.from_numpy(next_obs)).numpy()
+    counters["num_terminations"] += int(terminations.sum())
+    counters["num_rule_errors"] += int((expected != terminations).sum())
+    if counters["num_rule_errors"] > 2 + counters["num_terminations"] / 100:
+        errors = f"{counters['num_rule_errors']} disagreements, {counters['num_terminations']} terminations"
+        rule = f"the rule of TERMINATIONS in {__file__} is not the environment's ({errors})"
+        raise SystemExit(f"error: at step {step} {rule}; the last checkpoint is intact")
+
+
+def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
+    """Thunk of one environment: observations (D,) float32, actions in [-1, 1]."""
+    main_process = os.getpid()
+
+    def thunk() -> gym.Env:
+        if os.getpid() != main_process:
+            os.setsid()  # signals to the process group are for the main process, which closes the workers
+        os.environ.setdefault("MUJOCO_GL", "egl" if video else "disable")
+        if is_dm_control(args.env_id):
+            try:
+                env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
+            except ImportError as error:
+                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
+                fail(f"{args.env_id} needs {package} ({error})")
+        else:
+            env = make_gymnasium(args.env_id, video is not None)
+            if task_name(args.env_id) == "Walker2d":
+                env = Unclipped(env)  # deviation 5
+            if env.spec.max_episode_steps is None:
+                env = gym.wrappers.TimeLimit(env, 1000)
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        if video is not None:  # folder/prefix of the MP4
+            folder, prefix = os.path.split(video)
+            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
+            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
+        return fit_spaces(env, args.env_id)
+
+    return thunk
+
+
+def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
+    """Refuses what MBPO cannot use; makes observations float32 and rescales the action box to [-1, 1]."""
+    obs, action = env.observation_space, env.action_space
+    if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1):
+        fail(f"{env_id}: observations must be vectors (D,), not {obs}")
+    if not (isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and action.is_bounded("both")):
+        fail(f"{env_id}: actions must be a bounded vector Box, not {action}")
+    unbounded = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda o: np.asarray(o, np.float32), unbounded)
+    low, scale = action.low, (action.high - action.low) / 2
+    space = gym.spaces.Box(-1, 1, action.shape, np.float32)
+    return gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
+
+
+def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
+    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    if video is not None:
+        try:
+            film = make_env(args, video)()
+            film.reset()
+            film.close()
+        except Exception as error:  # many types, by environment and OpenGL library
+            fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
+    mode = gym.vector.AutoresetMode.DISABLED
+    if num_envs == 1:
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
+    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+
+
+def make_gymnasium(env_id: str, film: bool) -> gym.Env:
+    """Any registered Gymnasium environment, with the paper's observations."""
+    render = {"render_mode": "rgb_array"} if film else {}
+    try:
+        return gym.make(env_id, **render, **ENV_KWARGS.get(env_id, {}))
+    except gym.error.DependencyNotInstalled as error:
+        fail(str(error).replace("\n", " "))
+    except ImportError as error:
+        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
+    except gym.error.Error as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+
+
+class Unclipped(gym.ObservationWrapper):
+    """Walker2d's observation with its true velocities: 82 % of random steps have one beyond the environment's +-10."""
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        data = self.env.unwrapped.data
+        return np.concatenate([data.qpos[1:], data.qvel])
+
+
+class DMControl(gym.Env):
+    """A task of the dm_control suite with its flattened state as observation.
+
+    An episode of 1000 steps ends by truncation; only a task that says discount 0 terminates.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
+    render_mode = "rgb_array"
+
+    def __init__(self, env_id: str):
+        from dm_control import suite
+
+        names = {f"{domain}-{task}".replace("_", "-"): (domain, task) for domain, task in suite.ALL_TASKS}
+        name = re.sub("^cup-", "ball-in-cup-", env_id.replace("_", "-"))
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
+        self.env = suite.load(*names[name], task_kwargs={"random": 0})
+        spec = self.env.action_spec()
+        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+        dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
+
+    def flatten(self, time_step) -> np.ndarray:
+        return np.concatenate([np.ravel(part) for part in time_step.observation.values()]).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env.task._random = np.random.RandomState(seed)  # what suite.load(task_kwargs={"random": seed}) sets
+        return self.flatten(self.env.reset()), {}
+
+    def step(self, action: np.ndarray):
+        time_step = self.env.step(action)
+        terminated = time_step.last() and time_step.discount == 0.0
+        return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
+
+    def render(self) -> np.ndarray:
+        return self.env.physics.render(240, 240, camera_id=0)
+
+
+# === Evaluation ===
+
+
+def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch.device, stop: "StopRequest"):
+    """Plays args.eval_episodes with the policy's mode, on seeds of its own: training does not notice (deviation 2).
+
+    Of each episode: the return, whether it lasted to the time limit, the mean x velocity (nan if it is not told).
+    """
+    seeds = np.random.default_rng([args.seed, 99])
+    quota = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # fixed, so that short episodes do not win
+    episodes, dones = [], np.ones(envs.num_envs, bool)
+    speeds = [[] for _ in quota]
+    while quota.any() and not stop.requested:
+        if dones.any():
+            obs, _ = envs.reset(seed=seeds.integers(2**31, size=envs.num_envs).tolist(), options={"reset_mask": dones})
+        obs, _, terminations, truncations, infos = envs.step(act(agent, obs, device, None))
+        for speed, velocity in zip(speeds, infos.get("x_velocity", np.full(envs.num_envs, np.nan)), strict=True):
+            speed.append(velocity)
+        dones = terminations | truncations
+        for i in np.flatnonzero(dones):
+            if quota[i] > 0:
+                quota[i] -= 1
+                episodes.append((infos["episode"]["r"][i], not terminations[i], np.mean(speeds[i])))
+            speeds[i].clear()
+    return tuple(np.array(column) for column in zip(*episodes, strict=True)) or (np.array([]),) * 3
+
+
+def walking_metrics(full_length: np.ndarray, speeds: np.ndarray) -> dict[str, float]:
+    """If velocities are told. Walking: to last to the time limit at a mean of 0.5 m/s or more in 9 of 10 episodes."""
+    if not len(speeds) or np.isnan(speeds).any():
+        return {}
+    walks = (full_length & (speeds >= 0.5)).mean() >= 0.9
+    metrics = {"x_velocity": speeds.mean(), "full_length_share": full_length.mean(), "walks": float(walks)}
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def evaluate_run(args: Args) -> str:
+    """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
+    checkpoint = load_checkpoint(args.evaluate, args)
+    refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed")
+    device, stop = choose_device(args), StopRequest()
+    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0], args).to(device)
+    agent.load_state_dict(checkpoint["parts"]["agent"])
+    returns, full_length, speeds = evaluate(agent, envs, args, device, stop)
+    envs.close()
+    if len(returns):
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+        print(*(f"{name} {value:.2f}" for name, value in walking_metrics(full_length, speeds).items()), sep=", ")
+    stop.exit()
+    return args.evaluate
+
+
+# === Run: folder, log, checkpoints, Ctrl-C (same text in all five scripts) ===
+
+
+def fail(message: str) -> NoReturn:
+    """One clear line for a mistake of the user's, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def parse_args() -> Args:
+    """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    args = tyro.cli(Args)
+    if args.resume and args.evaluate:
+        fail("--resume or --evaluate, not both")
+    folder = args.resume or args.evaluate
+    return tyro.cli(Args, default=Args(**load_checkpoint(folder, args)["args"])) if folder else args
+
+
+def choose_device(args: Args) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+
+def next_multiple(step: int, frequency: int) -> float:
+    """The next multiple of a frequency after this step; 0 = never."""
+    return (step // frequency + 1) * frequency if frequency else math.inf
+
+
+def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
+    """Writes all that a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
+
+    parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
+    """
+    state = {"version": 1, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    for name, generator in rng.items():
+        is_torch = isinstance(generator, torch.Generator)
+        state["rng"][name] = generator.get_state() if is_torch else generator.bit_generator.state
+    path = f"{run_dir}/checkpoint.pt"
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # a full disk, above all
+        raise SystemExit(f"error: cannot write {path}, the last checkpoint is intact: {error}") from error
+
+
+def load_checkpoint(run_dir: str, args: Args) -> dict:
+    """Reads a run folder's checkpoint (tensors stay on disk until they are used); says in one line if it cannot."""
+    path = os.path.join(run_dir, "checkpoint.pt")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # many types, for a missing, damaged or foreign file
+        fail(f"no readable checkpoint at {path} ({type(error).__name__})")
+    ours = isinstance(state, dict) and state.get("version") == 1
+    if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
+        fail(f"{path} is damaged or was written by another script or version")
+    return state
+
+
+def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
+    """Settings of a saved run must be as they were, but for those named in `free`."""
+    for name, value in checkpoint["args"].items():
+        if name not in free.split() and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} clashes with the saved run, which has {value}")
+
+
+def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
+    """Scalars read from the device; stops the run, last checkpoint intact, if one is not finite."""
+    scalars = [torch.as_tensor(value) for value in metrics.values()]
+    values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+    return values
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to stop at its next safe point; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = 0
+        self.previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self, signum: int, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = signum
+        os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+
+    def exit(self) -> None:
+        """Hands the signals back; ends the process with the usual code if one has come."""
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+        if self.requested:
+            raise SystemExit(128 + self.requested)
+
+
+class Run:
+    """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
+
+    def __init__(self, args: Args, checkpoint: dict | None):
+        if checkpoint:
+            free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
+            refuse_changes(args, checkpoint, free)
+        if args.track:
+            try:
+                import wandb
+            except ImportError:
+                fail("--track needs Weights and Biases: pip install wandb")
+        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        self.folder = (args.resume or f"runs/{name}").rstrip("/")
+        self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
+        try:
+            os.makedirs(self.folder, exist_ok=args.resume is not None)
+            if args.track:  # before the writer is made, which it listens to
+                name = os.path.basename(self.folder)
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
+                           resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if checkpoint else None)
+        except OSError as error:
+            fail(f"cannot write the run folder {self.folder}: {error.strerror}")
+        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", self.step)
+        random.seed(args.seed)
+        np.random.seed(args.seed % 2**32)
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        self.device, self.stop = choose_device(args), StopRequest()
+        pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
+        steps = {"total": args.total_timesteps, "initial": self.step, "unit": "step"}
+        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
+        self.say = self.progress.write if sys.stderr.isatty() else print  # tqdm's would draw the bar into the file
+        self.metrics, self.reported = {}, (self.step, time.perf_counter())
+        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
+
+    def keep(self, parts: dict, rng: dict) -> None:
+        """Names what a checkpoint holds, see save_checkpoint; a resumed run finds its objects as they were saved."""
+        self.parts, self.rng = parts, rng
+        if not self.checkpoint:
+            return
+        for name, part in parts.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(self.checkpoint["parts"][name])
+        for name, state in self.checkpoint["rng"].items():
+            if not isinstance(rng[name], torch.Generator):
+                rng[name].bit_generator.state = state
+            elif state.shape == rng[name].get_state().shape:
+                rng[name].set_state(state)
+            else:
+                print(f"random generator {name} starts anew: it was saved on another kind of device")
+
+    def goes_on(self, dones: np.ndarray) -> bool:
+        """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
+        ending = self.stop.requested or self.step >= self.args.total_timesteps
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
+            self.report()  # a loss that is not finite must not reach the checkpoint
+            self.writer.flush()  # curves without a gap, should the run be killed and resumed
+            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+        return not ending
+
+    def eval_due(self) -> bool:
+        due = self.step >= self.next_eval and not self.stop.requested
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        return due
+
+    def report(self) -> None:
+        """Logs self.metrics, which must be finite, and steps per second, once for each environment step."""
+        values, (last_step, last_time) = require_finite(self.metrics, self.step), self.reported
+        now = time.perf_counter()
+        if values and self.step > last_step:
+            self.log(values | {"charts/SPS": (self.step - last_step) / (now - last_time)})
+            self.reported = self.step, now
+
+    def log(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, self.step)
+
+    def log_episodes(self, infos: dict, dones: np.ndarray) -> None:
+        """Prints and logs the mean return and length of the episodes that ended at this step."""
+        mean, length = infos["episode"]["r"][dones].mean(), infos["episode"]["l"][dones].mean()
+        number = f", {dones.sum()} episodes" if dones.sum() > 1 else ""
+        self.say(f"global_step={self.step}, episodic_return={mean:.1f}, length={length:.0f}{number}")
+        self.progress.set_postfix({"return": f"{mean:.1f}"}, refresh=False)
+        self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
+
+    def log_evaluation(self, returns: np.ndarray) -> None:
+        self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
+        self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def close(self, weights: dict) -> str:
+        """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
+        self.progress.close()
+        self.writer.close()
+        if self.args.save_model:
+            torch.save(weights, f"{self.folder}/{self.args.exp_name}.pt")
+        script = os.path.basename(__file__)
+        print(f"checkpoint at step {self.step}; continue with: python {script} --resume {self.folder}")
+        self.stop.exit()
+        return self.folder
+
+
+def check_args(args: Args) -> None:
+    """Refuses impossible numbers in one line."""
+    at_least = {
+        1: "total_timesteps num_envs eval_episodes buffer_size model_train_frequency first_block updates_per_step "
+        "batch_size hidden_size num_critics num_targets train_horizon rollout_length rollout_frequency rollout_retain "
+        "model_hidden_size model_batch_size model_batches",
+        0: "seed eval_frequency checkpoint_frequency critic_warmup gamma tau learning_rate critic_dropout "
+        "initial_alpha value_quantile model_lr model_patience model_max_epochs holdout_ratio",
+        2: "learning_starts num_nets model_rows holdout_rows",
+    }
+    for bound, names in at_least.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not value >= bound:
+                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
+    for name, bound in (("tau", 1), ("value_quantile", 0.5), ("num_targets", args.num_critics)):
+        if getattr(args, name) > bound:
+            fail(f"--{name.replace('_', '-')} must be at most {bound}, not {getattr(args, name)}")
+    for name in ("gamma", "critic_dropout", "holdout_ratio"):
+        if getattr(args, name) >= 1:
+            fail(f"--{name.replace('_', '-')} must be below 1, not {getattr(args, name)}")
+    if args.buffer_size < args.learning_starts:
+        fail(f"--buffer-size {args.buffer_size} does not hold the {args.learning_starts} steps of --learning-starts")
+    if args.batch_size % args.num_nets:
+        fail(f"--batch-size {args.batch_size} cannot be dealt to --num-nets {args.num_nets} in blocks of equal size")
+    if args.initial_alpha == 0:
+        fail("--initial-alpha must be above 0")
+    if not 1 <= args.holdout_ratio * args.learning_starts:
+        fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to test on")
+
+
+def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) -> None:
+    """Stops the run before what is not finite gets into the replay."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
+
+
+if __name__ == "__main__":
+    main(parse_args())
