@@ -33,13 +33,17 @@ Deviations from the reference code, each also marked at the line it concerns:
   8. The paired test is a z test for any number of rows (there: Student's t below 1,000).
 """
 
+import contextlib
 import difflib
+import fcntl
 import functools
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import time
@@ -540,9 +544,9 @@ class Interrupted(Exception):
 def main(args: Args) -> str:
     args = with_task_defaults(args)
     check_args(args)
-    if args.evaluate:
+    if args.evaluate is not None:
         return evaluate_run(args)
-    checkpoint = load_checkpoint(args.resume, args) if args.resume else None
+    checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
     envs, terminated_fn = make_vector_env(args, args.num_envs), termination_function(args.env_id)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     if args.target_entropy is None:
@@ -557,7 +561,7 @@ def main(args: Args) -> str:
         states = RingBuffer(args.batch_size * args.rollout_length * args.rollout_retain, obs_dim, device)
     except RuntimeError as error:
         fail(f"--buffer-size {args.buffer_size} and rollouts do not fit into the memory of {device}: {str(error)[:80]}")
-    counters = {"blocks": 0, "evaluated": 0, "num_terminations": 0, "num_rule_errors": 0}
+    counters = {"blocks": 0, "num_terminations": 0, "num_rule_errors": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
     for i, name in enumerate(("act", "label", "model", "replay", "rollout", "update")):
         rng[name] = torch.Generator(device).manual_seed(10 * args.seed + i)
@@ -565,7 +569,7 @@ def main(args: Args) -> str:
     run.keep(parts, rng)
     if checkpoint:
         counters |= checkpoint["parts"]["counters"]
-        run.next_eval = next_multiple(counters["evaluated"], args.eval_frequency)  # at once, if it was interrupted
+        checkpoint = None  # what refers to the file keeps it on the disk
         run.reported = run.step - 1, run.reported[1]  # a block that was interrupted is reported, too
     print(f"{run.folder}: {device}, {obs_dim} observations, {action_dim} actions")
 
@@ -599,7 +603,7 @@ def main(args: Args) -> str:
     dones, eval_envs = np.ones(args.num_envs, bool), None
     while True:
         learn_block()
-        if run.eval_due():
+        if run.eval_due(dones):
             if eval_envs is None:
                 video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
                 eval_envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
@@ -610,7 +614,6 @@ def main(args: Args) -> str:
             if not run.stop.requested:
                 run.log_evaluation(returns)
                 run.log(walking_metrics(full_length, speeds))
-                counters["evaluated"] = run.step
         if not run.goes_on(dones):
             break
         if dones.any():
@@ -691,8 +694,8 @@ def is_dm_control(env_id: str) -> bool:
 
 
 def task_name(env_id: str) -> str:
-    """my_module:MyEnv-v0 -> MyEnv."""
-    return re.sub(r"-v\d+$", "", env_id.split(":")[-1])
+    """my_module:MyNamespace/MyEnv-v0 -> MyEnv."""
+    return re.sub(r"-v\d+$", "", re.split("[:/]", env_id)[-1])
 
 
 def with_task_defaults(args: Args) -> Args:
@@ -731,7 +734,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
     def thunk() -> gym.Env:
         if os.getpid() != main_process:
             os.setsid()  # signals to the process group are for the main process, which closes the workers
-        os.environ.setdefault("MUJOCO_GL", "egl" if video else "disable")
+        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
         if is_dm_control(args.env_id):
             try:
                 env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
@@ -739,7 +742,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
                 package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
-            env = make_gymnasium(args.env_id, video is not None)
+            render = {"render_mode": "rgb_array"} if video else {}
+            env = make_gymnasium(args.env_id, **render, **ENV_KWARGS.get(args.env_id, {}))
             if task_name(args.env_id) == "Walker2d":
                 env = Unclipped(env)  # deviation 5
             if env.spec.max_episode_steps is None:
@@ -769,34 +773,42 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
-    if video is not None:
-        try:
-            film = make_env(args, video)()
-            film.reset()
-            film.close()
-        except Exception as error:  # many types, by environment and OpenGL library
-            fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
-    thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
+    """The task's environments side by side; the first is filmed into `video`, folder/prefix."""
+    if video:
+        require_film(args, make_env(args, video))
+    return side_by_side([make_env(args, video if i == 0 else None) for i in range(num_envs)])
+
+
+def side_by_side(thunks: list[Callable[[], gym.Env]]) -> gym.vector.VectorEnv:
+    """One environment in this process, several in one each. The caller resets them, each episode with a seed."""
     mode = gym.vector.AutoresetMode.DISABLED
-    if num_envs == 1:
+    if len(thunks) == 1:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
     multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
     return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
 
 
-def make_gymnasium(env_id: str, film: bool) -> gym.Env:
-    """Any registered Gymnasium environment, with the paper's observations."""
-    render = {"render_mode": "rgb_array"} if film else {}
+def require_film(args: Args, make: Callable[[], gym.Env]) -> None:
+    """Tries the first picture of a film, whose failures have many types, by environment and OpenGL library."""
     try:
-        return gym.make(env_id, **render, **ENV_KWARGS.get(env_id, {}))
-    except gym.error.DependencyNotInstalled as error:
-        fail(str(error).replace("\n", " "))
-    except ImportError as error:
-        fail(f"{env_id} needs a package that is not installed: pip install {error.name or error}")
-    except gym.error.Error as error:
+        film = make()
+        film.reset()
+        film.close()
+    except Exception as error:
+        fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+
+
+def make_gymnasium(env_id: str, **settings) -> gym.Env:
+    """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
+    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    try:
+        return gym.make(env_id, **settings)
+    except gym.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+    except Exception as error:  # many types, by environment and settings
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
 
 
 class Unclipped(gym.ObservationWrapper):
@@ -824,9 +836,12 @@ class DMControl(gym.Env):
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
             fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
-        self.env = suite.load(*names[name], task_kwargs={"random": 0})
+        self.env = suite.load(*names[name], task_kwargs={"random": 0})  # lqr draws its springs here: always the same
+        self.camera = 2 if name.startswith("quadruped") else 0 if self.env.physics.model.ncam else -1
         spec = self.env.action_spec()
-        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+        low, high = spec.minimum.astype(np.float32), spec.maximum.astype(np.float32)
+        low, high = np.where(low > -1e10, low, -np.inf), np.where(high < 1e10, high, np.inf)  # 1e10 means no bound
+        self.action_space = gym.spaces.Box(low, high)
         dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
 
@@ -845,7 +860,7 @@ class DMControl(gym.Env):
         return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
 
     def render(self) -> np.ndarray:
-        return self.env.physics.render(240, 240, camera_id=0)
+        return self.env.physics.render(240, 240, camera_id=self.camera)
 
 
 # === Evaluation ===
@@ -895,16 +910,22 @@ def evaluate_run(args: Args) -> str:
     agent.load_state_dict(checkpoint["parts"]["agent"])
     returns, full_length, speeds = evaluate(agent, envs, args, device, stop)
     envs.close()
+    print_returns(args, checkpoint, returns)
     if len(returns):
-        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-        print(f"{args.env_id} at step {checkpoint['global_step']}:")
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
         print(*(f"{name} {value:.2f}" for name, value in walking_metrics(full_length, speeds).items()), sep=", ")
     stop.exit()
     return args.evaluate
 
 
-# === Run: folder, log, checkpoints, Ctrl-C (same text in all five scripts) ===
+def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
+    """The last two lines of --evaluate, if it was not interrupted."""
+    if len(returns):
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+
+
+# === Run: folder, log, checkpoints, signals (same text in every script) ===
 
 
 def fail(message: str) -> NoReturn:
@@ -916,10 +937,14 @@ def fail(message: str) -> NoReturn:
 def parse_args() -> Args:
     """Command line; with --resume or --evaluate the run's own settings are the defaults."""
     args = tyro.cli(Args)
-    if args.resume and args.evaluate:
+    given = {name: getattr(args, name) for name in ("resume", "evaluate") if getattr(args, name) is not None}
+    if len(given) == 2:
         fail("--resume or --evaluate, not both")
-    folder = args.resume or args.evaluate
-    return tyro.cli(Args, default=Args(**load_checkpoint(folder, args)["args"])) if folder else args
+    for name, folder in given.items():
+        folder = os.path.normpath(folder.removesuffix("checkpoint.pt"))  # "" is no folder that was forgotten
+        saved = load_checkpoint(folder, args, verify=False)["args"]
+        args = replace(tyro.cli(Args, default=Args(**saved)), **{name: folder})
+    return args
 
 
 def choose_device(args: Args) -> torch.device:
@@ -931,17 +956,8 @@ def next_multiple(step: int, frequency: int) -> float:
     return (step // frequency + 1) * frequency if frequency else math.inf
 
 
-def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
-    """Writes all that a run needs to go on to checkpoint.pt, atomically: a kill at any instant leaves the old file.
-
-    parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
-    """
-    state = {"version": 1, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
-    state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-    for name, generator in rng.items():
-        is_torch = isinstance(generator, torch.Generator)
-        state["rng"][name] = generator.get_state() if is_torch else generator.bit_generator.state
-    path = f"{run_dir}/checkpoint.pt"
+def write_file(path: str, state: dict) -> None:
+    """torch.save, atomically: a kill at any instant leaves the old file, a failure no half of the new one."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             torch.save(state, file)
@@ -949,18 +965,34 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # a full disk, above all
-        raise SystemExit(f"error: cannot write {path}, the last checkpoint is intact: {error}") from error
+        raise SystemExit(f"error: cannot write {path}, the last checkpoint stays as it is: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
 
 
-def load_checkpoint(run_dir: str, args: Args) -> dict:
+def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng: dict) -> None:
+    """Writes all that a run needs to go on to checkpoint.pt.
+
+    parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
+    """
+    state = {"version": 2, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    for name, generator in rng.items():
+        is_torch = isinstance(generator, torch.Generator)
+        state["rng"][name] = generator.get_state() if is_torch else generator.bit_generator.state
+    write_file(f"{run_dir}/checkpoint.pt", state)
+
+
+def load_checkpoint(run_dir: str, args: Args, verify: bool = True) -> dict:
     """Reads a run folder's checkpoint (tensors stay on disk until they are used); says in one line if it cannot."""
     path = os.path.join(run_dir, "checkpoint.pt")
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
+        damaged = verify and zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # many types, for a missing, damaged or foreign file
         fail(f"no readable checkpoint at {path} ({type(error).__name__})")
-    ours = isinstance(state, dict) and state.get("version") == 1
+    ours = isinstance(state, dict) and state.get("version") == 2
     if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
         fail(f"{path} is damaged or was written by another script or version")
     return state
@@ -982,18 +1014,46 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     return values
 
 
+def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) -> None:
+    """Stops the run before what is not finite, or absurd, gets into the replay."""
+    if not all((np.abs(array) < 1e10).all() for array in arrays):
+        raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
+
+
+def warn_of_failure(function: Callable, *args) -> None:
+    """Makes what no run depends on, such as a picture: a failure is one line."""
+    try:
+        function(*args)
+    except Exception as error:
+        print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+
+
+def new_folder(args: Args) -> str:
+    """Makes runs/<task>__<script>__<seed>__<time>, in letters that every file system takes."""
+    name = "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    while True:
+        try:
+            os.makedirs(name)
+            return name
+        except FileExistsError:  # runs that begin in the same second
+            name += "+"
+
+
 class StopRequest:
-    """Ctrl-C and SIGTERM ask the loop to stop at its next safe point; a second one stops at once."""
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once."""
 
     def __init__(self):
         self.requested = 0
-        self.previous = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+        heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]  # nohup has SIGHUP ignored
+        self.previous = {s: signal.signal(s, self) for s in heard}
 
     def __call__(self, signum: int, frame) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + signum)
         self.requested = signum
-        os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
 
     def exit(self) -> None:
         """Hands the signals back; ends the process with the usual code if one has come."""
@@ -1003,30 +1063,38 @@ class StopRequest:
             raise SystemExit(128 + self.requested)
 
 
+# Settings that touch nothing that is learned: a resume may change them.
+FREE = "resume total_timesteps cuda track wandb_project_name wandb_entity exp_name capture_video save_model "
+FREE += "eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
+
+
 class Run:
     """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
-            free = "resume total_timesteps cuda track eval_frequency checkpoint_frequency compile cudagraphs"
-            refuse_changes(args, checkpoint, free)
+            refuse_changes(args, checkpoint, FREE)
+        if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
+            fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
         if args.track:
             try:
                 import wandb
             except ImportError:
                 fail("--track needs Weights and Biases: pip install wandb")
-        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.folder = (args.resume or f"runs/{name}").rstrip("/")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
-            os.makedirs(self.folder, exist_ok=args.resume is not None)
+            self.folder = args.resume or new_folder(args)
+            self.lock = open(f"{self.folder}/.lock", "a")  # for as long as the process lives
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if args.track:  # before the writer is made, which it listens to
                 name = os.path.basename(self.folder)
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
                            resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
             self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if checkpoint else None)
+        except BlockingIOError:
+            fail(f"another process works on {self.folder}")
         except OSError as error:
-            fail(f"cannot write the run folder {self.folder}: {error.strerror}")
+            fail(f"cannot write the run folder: {error}")
         table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", self.step)
         random.seed(args.seed)
@@ -1034,21 +1102,22 @@ class Run:
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
-        pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
-        steps = {"total": args.total_timesteps, "initial": self.step, "unit": "step"}
-        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
-        self.say = self.progress.write if sys.stderr.isatty() else print  # tqdm's would draw the bar into the file
-        self.metrics, self.reported = {}, (self.step, time.perf_counter())
+        self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
         self.next_eval = next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
     def keep(self, parts: dict, rng: dict) -> None:
         """Names what a checkpoint holds, see save_checkpoint; a resumed run finds its objects as they were saved."""
         self.parts, self.rng = parts, rng
+        pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
+        steps = {"total": self.args.total_timesteps, "initial": self.step, "unit": "step"}
+        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
         if not self.checkpoint:
             return
         for name, part in parts.items():
-            if hasattr(part, "load_state_dict"):
+            if isinstance(part, torch.optim.Optimizer):  # which takes the tensors themselves, and so their file
+                part.load_state_dict(deepcopy(self.checkpoint["parts"][name]))
+            elif hasattr(part, "load_state_dict"):
                 part.load_state_dict(self.checkpoint["parts"][name])
         for name, state in self.checkpoint["rng"].items():
             if not isinstance(rng[name], torch.Generator):
@@ -1057,20 +1126,35 @@ class Run:
                 rng[name].set_state(state)
             else:
                 print(f"random generator {name} starts anew: it was saved on another kind of device")
+        self.checkpoint = None  # whoever keeps it keeps its file on the disk when it has been replaced
+
+    def say(self, line: str) -> None:
+        """Prints a line; where its reader has gone (| head) the run is asked to stop, as by Ctrl-C."""
+        try:
+            self.progress.write(line) if sys.stderr.isatty() else print(line, flush=True)  # not into the bar
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.stop.requested = self.stop.requested or signal.SIGPIPE
 
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
         ending = self.stop.requested or self.step >= self.args.total_timesteps
-        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+        due = ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1))
+        if due and self.saved_step != self.step:
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
             save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+            self.saved_step = self.step
         return not ending
 
-    def eval_due(self) -> bool:
+    def eval_due(self, dones: np.ndarray) -> bool:
+        """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""
         due = self.step >= self.next_eval and not self.stop.requested
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        if due:
+            self.goes_on(dones)
+            self.progress.set_description("evaluating")
         return due
 
     def report(self) -> None:
@@ -1102,9 +1186,9 @@ class Run:
         self.progress.close()
         self.writer.close()
         if self.args.save_model:
-            torch.save(weights, f"{self.folder}/{self.args.exp_name}.pt")
-        script = os.path.basename(__file__)
-        print(f"checkpoint at step {self.step}; continue with: python {script} --resume {self.folder}")
+            write_file(f"{self.folder}/{self.args.exp_name}.pt", weights)
+        command = shlex.join(["python", sys.argv[0], "--resume", self.folder])
+        self.say(f"checkpoint at step {self.step}; continue with: {command}")
         self.stop.exit()
         return self.folder
 
@@ -1138,12 +1222,6 @@ def check_args(args: Args) -> None:
         fail("--initial-alpha must be above 0")
     if not 1 <= args.holdout_ratio * args.learning_starts:
         fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to test on")
-
-
-def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) -> None:
-    """Stops the run before what is not finite gets into the replay."""
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 ROOT = Path(__file__).parent.parent
 
 
-SCRIPTS = [name for name in ("dyna_q", "mbpo", "world_models", "dreamer", "muzero") if (ROOT / f"{name}.py").exists()]
+SCRIPTS = [name for name in ("dyna_q", "mbpo", "dhmbpo", "world_models", "dreamer", "muzero") if (ROOT / f"{name}.py").exists()]
 
 
 # Settings of a tiny run of each script: 12-step episodes, updates from step 24 on or earlier, everything else as small
