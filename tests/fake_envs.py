@@ -135,7 +135,7 @@ POINT_ENDS = {"Point": np.inf, "NanPoint": np.inf, "DeadlyPoint": 1.2}  # how fa
 class Point(gym.Env):
     """A point on a line (position, speed, step / 12) that actions push; reward is minus its distance to 0.
 
-    Beyond `edge` the episode terminates. mbpo.py, which must know such things, is told when a point is made.
+    Beyond `edge` the episode terminates. mbpo.py and dhmbpo.py, which must know such things, are told when a point is made.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
@@ -146,7 +146,7 @@ class Point(gym.Env):
     def __init__(self, render_mode=None, edge=np.inf, nan_after=None):
         self.render_mode, self.edge, self.nan_after = render_mode, edge, nan_after
         self.total_steps = 0
-        for script in map(sys.modules.get, ("__main__", "mbpo")):
+        for script in map(sys.modules.get, ("__main__", "mbpo", "dhmbpo")):
             if hasattr(script, "TERMINATIONS"):
                 script.TERMINATIONS.update({name: beyond(edge) for name, edge in POINT_ENDS.items()})
 

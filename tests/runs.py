@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 ROOT = Path(__file__).parent.parent
 
 
-SCRIPTS = [name for name in ("dyna_q", "mbpo", "dhmbpo", "world_models", "dreamer", "muzero") if (ROOT / f"{name}.py").exists()]
+SCRIPTS = ["dyna_q", "mbpo", "dhmbpo", "world_models", "dreamer", "muzero"]
 
 
 # Settings of a tiny run of each script: 12-step episodes, updates from step 24 on or earlier, everything else as small
@@ -76,6 +76,29 @@ TINY = {
         "model_train_frequency": 12,
         "model_max_epochs": 2,
         "rollout_batch_size": 20,
+    },
+    "dhmbpo": {
+        "env_id": "fake_envs:Point-v0",
+        "cuda": False,
+        "total_timesteps": 48,
+        "eval_frequency": 0,
+        "eval_episodes": 2,
+        "checkpoint_frequency": 24,
+        "buffer_size": 200,
+        "learning_starts": 24,
+        "model_train_frequency": 12,
+        "num_nets": 4,
+        "model_hidden_size": 8,
+        "hidden_size": 8,
+        "model_batch_size": 16,
+        "batch_size": 8,
+        "critic_warmup": 2,
+        "first_block": 2,
+        "rollout_length": 3,
+        "rollout_frequency": 2,
+        "rollout_retain": 2,
+        "model_patience": 1.0,
+        "model_max_epochs": 3.0,
     },
     "muzero": {
         "env_id": "fake_envs:DiscreteCounter-v0",
@@ -147,6 +170,15 @@ TRAITS = {
         "fixed": "planning_steps",
     },
     "mbpo": {
+        "quick": {},
+        "two": TWO_ENVS,
+        "workers": True,
+        "kills": 6,
+        "nan reward": {"env_id": "fake_envs:NanPoint-v0"},
+        "spoiled": "the environment's observation or reward",
+        "fixed": "batch_size",
+    },
+    "dhmbpo": {
         "quick": {},
         "two": TWO_ENVS,
         "workers": True,

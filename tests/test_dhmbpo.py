@@ -30,12 +30,6 @@ SMALL |= {"rollout_frequency": 2, "rollout_retain": 2, "model_patience": 1.0, "m
 SMALL |= {"target_entropy": -2.0}
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Where runs, and MuJoCo with its warnings, may write."""
-    monkeypatch.chdir(tmp_path)
-
-
 class Even(gym.Env):
     """A point that the action moves, for episodes of 4 steps; the reward is its nearness to 0."""
 

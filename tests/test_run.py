@@ -120,6 +120,7 @@ RESUMED["mbpo"] = {
 }
 
 
+RESUMED["dhmbpo"] = {"plain": {}, "two": TWO_ENVS}
 RESUMED["muzero"] = {
     "gumbel": {},
     "puct": {"search": "puct", "priority_alpha": 0.5},
@@ -557,7 +558,14 @@ BAD_WORLDS = {
 }
 
 
-BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES, "mbpo": BAD_MODELS}
+BAD_HORIZONS = {
+    "gamma": ({"gamma": 1.5}, "--gamma"),
+    "unknown termination": ({"env_id": "fake_envs:Counter-v0"}, "TERMINATIONS"),
+    "discrete actions": ({"env_id": "CartPole-v1"}, "actions"),
+    "no batch": ({"batch_size": 0}, "--batch-size"),
+    "learning rate": ({"learning_rate": -1e-3}, "--learning-rate"),
+}
+BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES, "mbpo": BAD_MODELS, "dhmbpo": BAD_HORIZONS}
 
 
 BAD |= {"muzero": BAD_GAMES, "world_models": BAD_WORLDS}
