@@ -5,13 +5,14 @@
 #     "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
 # ]
 # ///
-"""DHMBPO: a learned model used over two horizons, a long one for where to learn and a short one for how.
+"""DHMBPO: SAC in a learned model, over two horizons: long rollouts find the states, short ones carry the gradient.
 
   act                     play 1,000 steps with a policy that does not change (the first 5,000 at random), then learn:
     fit_statistics        mean and standard deviation of observations, rewards, changes of the observation
     train_model           the ensemble on all real transitions, until a paired test sees no progress
     distribution_rollout  every 20 updates: 20 model steps from real states, no gradient; their states are kept
-    rollout               every update: 3 model steps from kept states, differentiable
+    update                first of the critics alone (critic_warmup), then of all, 1 per step played (at first 5):
+      rollout             3 model steps from kept states, differentiable, for both losses
       critic_loss         the first action's value towards the return of these steps, then the target critics' value
       actor_loss          the return of these steps, then the critics' value, uphill through model, states and actions
 
@@ -86,36 +87,36 @@ class Args:
     total_timesteps: int | None = None  # environment steps of the run, the random ones included; default by task
     num_envs: int = 1  # environments played side by side, each in its own process if more than one
     buffer_size: int = 1_000_000  # capacity of the replay buffer of real transitions
-    learning_starts: int | None = None  # environment steps of random actions before the first block; default by task
+    learning_starts: int | None = None  # environment steps of random actions before learning begins; default by task
     model_train_frequency: int | None = None  # environment steps between blocks of learning; default by task
     first_block: int = 5  # the first block's updates and its training's epochs are multiplied by this
-    updates_per_step: int = 1  # updates of a block for each environment step between two of them
+    updates_per_step: int = 1  # updates per environment step, made in blocks of learning
     critic_warmup: int | None = None  # updates of the critics alone, at the beginning of a block; default by task
     batch_size: int = 256  # rows of an update, and of a distribution rollout
     gamma: float = 0.995  # discount per step
     tau: float = 0.005  # step of the target critics towards the critics, after every update
     learning_rate: float = 3e-4  # learning rate of actor, critics and alpha, and rate of the bounds of values
     hidden_size: int = 256  # units of the three hidden layers of actor and critics
-    num_critics: int = 5  # critics
-    num_targets: int = 2  # of their targets, drawn for each update: the smallest value of these is learned from
+    num_critics: int = 5  # number of critics (M)
+    num_targets: int = 2  # target critics drawn for each update: the smallest of their values is learned from
     critic_dropout: float = 1e-3  # share of the critics' hidden units that is zero in their own loss
-    initial_alpha: float = 0.1  # temperature at the start
-    target_entropy: float | None = None  # entropy that alpha is tuned to, nats; default -actions
-    value_quantile: float = 0.01  # quantile of rewards (and 1 - it) whose value over 1 - gamma bounds the values
-    train_horizon: int = 3  # steps of the differentiable rollouts (T), deviation 1
-    rollout_length: int = 20  # steps of the distribution rollouts (H)
+    initial_alpha: float = 0.1  # weight of the entropy (alpha) at the start
+    target_entropy: float | None = None  # entropy that alpha is tuned to, nats; default minus the size of an action
+    value_quantile: float = 0.01  # quantiles (it and 1 - it) of r - alpha log pi; over 1 - gamma they bound the values
+    train_horizon: int = 3  # model steps of the differentiable rollouts (T) (deviation 1: not 5)
+    rollout_length: int = 20  # model steps of the distribution rollouts (H)
     rollout_frequency: int = 20  # updates between distribution rollouts
     rollout_retain: int = 10  # distribution rollouts whose states are kept
     num_nets: int = 8  # networks of the ensemble (E)
-    model_hidden_size: int = 256  # units of the three hidden layers of each
+    model_hidden_size: int = 256  # units of the three hidden layers of each network of the ensemble
     model_lr: float = 1e-3  # learning rate of the ensemble
     model_batch_size: int = 2_048  # transitions in a batch, the same for all networks
-    model_batches: int = 6  # batches of an epoch at most
-    model_patience: float = 50.0  # a training ends after this times ln(D + 1) epochs without progress
-    model_max_epochs: float = 250.0  # epochs of a training at most, times ln(D + 1)
+    model_batches: int = 6  # batches of an epoch of the ensemble's training, at most
+    model_patience: float = 50.0  # a training ends after this times ln(observations + 1) epochs without progress
+    model_max_epochs: float = 250.0  # epochs of a training at most, times ln(observations + 1)
     model_rows: int = 100_000  # transitions of a training at most, drawn anew for each
     holdout_ratio: float = 0.2  # share of transitions that is never trained on
-    holdout_rows: int = 12_288  # of these, the most that a training is judged by
+    holdout_rows: int = 12_288  # transitions never trained on that a training is judged by, at most
 
 
 # === Networks ===
@@ -138,7 +139,7 @@ class StackedLinear(nn.Module):
         if generator is None or not self.dropout:
             return torch.baddbmm(bias, x, weight)
         scale = 1 / (1 - self.dropout)
-        x = torch.baddbmm(bias, x, weight, beta=scale, alpha=scale)
+        x = torch.baddbmm(bias, x, weight, beta=scale, alpha=scale)  # (x W + b) / (1 - dropout)
         count = round(self.dropout * x.numel())  # deviation 7: cheaper than a random number for each
         zeroed = torch.randint(x.numel(), (count,), generator=generator, device=x.device)
         return x.put_(zeroed, x.new_zeros(count))
@@ -147,6 +148,7 @@ class StackedLinear(nn.Module):
 class DynamicsEnsemble(nn.Module):
     """E networks that each predict the standardised mean of (reward, next_obs - obs), with a noise of its own."""
 
+    # the reference code's, as are the eps of layer norm and the dropout below
     decays = (2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-2)  # weight decay, layer by layer, biases too; then of log_std
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
@@ -202,7 +204,7 @@ class Critics(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, obs, actions, bounds: torch.Tensor, nets=None, generator=None) -> torch.Tensor:
-        """Values (M, B) of obs (B, D) and actions (B, A), or of those nets; 0 is the middle of the bounds (2,)."""
+        """Values (M, B), or of those nets: middle of the bounds (2,) + half their distance * output; obs (B, D)."""
         count = len(self.layers[-1].bias) if nets is None else len(nets)
         x = torch.cat([obs, actions], -1).expand(count, -1, -1)
         for layer in self.layers[:-1]:
@@ -234,7 +236,7 @@ class Agent(nn.Module):
 
     def fit_statistics(self, rows: torch.Tensor) -> None:
         """Mean and population standard deviation of what the networks see and predict, over all rows of the replay."""
-        obs, _, outputs, _, _ = self.unpack(rows)  # deviation 3
+        obs, _, outputs, _, _ = self.unpack(rows)  # deviation 3: the true change at an episode's end
         for name, values in (("obs", obs), ("out", outputs)):
             variance, mean = torch.var_mean(values, 0, correction=0)
             getattr(self, f"{name}_mean").copy_(mean)
@@ -248,8 +250,11 @@ class Agent(nn.Module):
 
 
 def model_loss(mean: torch.Tensor, log_std: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of targets (E, B, 1 + D), weighted by (E, B), summed over networks and outputs."""
-    nll = 0.5 * (mean - targets) ** 2 * torch.exp(-2 * log_std) + log_std.clamp(min=math.log(1e-3))  # no gain below
+    """Negative log-likelihood of targets y (E, B, 1 + D), weighted by (E, B), summed over networks and outputs.
+
+    1/2 (mean - y)^2 / std^2 + log std, where log std counts at least log 0.001.
+    """
+    nll = 0.5 * (mean - targets) ** 2 * torch.exp(-2 * log_std) + log_std.clamp(min=math.log(1e-3))
     return (weights * nll.sum(-1)).sum(0).mean()
 
 
@@ -284,16 +289,19 @@ def soft_return(path: Rollout, values: torch.Tensor, alpha: torch.Tensor, gamma:
 
 @torch.no_grad()
 def track_bounds(agent: Agent, path: Rollout, args: Args) -> None:
-    """Moves the bounds of values towards the outer quantiles of r - alpha log pi, as of an endless return."""
+    """Moves the bounds of values towards the outer quantiles of r - alpha log pi, over 1 - gamma: endless returns."""
     soft_rewards = path.rewards - agent.log_alpha.exp() * path.log_probs[:-1]
     low, like = args.value_quantile, {"dtype": soft_rewards.dtype, "device": soft_rewards.device}
-    quantiles = torch.linspace(low, 1 - low, 2, **like)
+    quantiles = torch.linspace(low, 1 - low, 2, **like)  # the two, without a copy from the host
     new = torch.quantile(soft_rewards.flatten(), quantiles) / (1 - args.gamma)
     agent.bounds.copy_(torch.where(agent.bounds.isnan(), new, agent.bounds.lerp(new, args.learning_rate)))
 
 
 def critic_loss(agent: Agent, path: Rollout, pair: torch.Tensor, gamma: float, dropout: torch.Generator | None):
-    """Squared errors (M,) towards the return that ends in the smaller of a pair of target critics; values (M, B)."""
+    """Squared errors (M,) towards the return that ends in the smaller of a pair of target critics; values (M, B).
+
+    The return is soft_return without the entropy of the first action, which is no part of Q(s_0, a_0).
+    """
     with torch.no_grad():
         alpha = agent.log_alpha.exp()
         last = agent.target_critics(path.obs[-1], path.actions[-1], agent.bounds, pair).amin(0)
@@ -305,14 +313,15 @@ def critic_loss(agent: Agent, path: Rollout, pair: torch.Tensor, gamma: float, d
 
 
 def actor_loss(agent: Agent, path: Rollout, gamma: float) -> torch.Tensor:
-    """Minus the mean return that ends in the mean of the critics, which are frozen; the gradient follows the path."""
+    """Minus the mean soft_return that ends in the mean of the frozen critics; the gradient follows the path."""
     frozen = {name: parameter.detach() for name, parameter in agent.critics.named_parameters()}
-    last = (path.obs[-1], path.actions[-1], agent.bounds)  # and no dropout: deviation 7
-    last = torch.func.functional_call(agent.critics, frozen, last)
+    inputs = path.obs[-1], path.actions[-1], agent.bounds
+    last = torch.func.functional_call(agent.critics, frozen, inputs)  # deviation 7: no dropout here
     return -soft_return(path, last.mean(0), agent.log_alpha.exp().detach(), gamma).mean()
 
 
 def alpha_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> torch.Tensor:
+    """alpha (entropy - target_entropy), scalars: alpha falls while the policy is more random than asked."""
     return log_alpha.exp() * (entropy.detach() - target_entropy)
 
 
@@ -338,9 +347,9 @@ def model_step(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, order: to
     inputs = torch.cat([obs, actions], -1).unflatten(0, (nets, -1))
     dealt = order.argsort()  # the network of each block
     outputs = ensemble(inputs[order])[dealt]
-    spread = ensemble.log_std[dealt, :, 1:].exp() * noise.unflatten(0, (nets, -1))  # deviation 4
+    spread = ensemble.log_std[dealt, :, 1:].exp() * noise.unflatten(0, (nets, -1))  # deviation 4: its own
     outputs = torch.cat([outputs[..., :1], outputs[..., 1:] + spread], -1).flatten(0, 1)
-    outputs = agent.out_mean + agent.out_std * outputs
+    outputs = agent.out_mean + agent.out_std * outputs  # in raw units, as the reward stays
     return obs + outputs[:, 1:] / agent.obs_std, outputs[:, 0]
 
 
@@ -363,13 +372,13 @@ def rollout(agent: Agent, obs: torch.Tensor, steps: int, terminated_fn: Callable
 
 @torch.no_grad()
 def distribution_rollout(agent: Agent, rb, states, rows: int, terminated_fn: Callable, rng: dict, args: Args) -> float:
-    """Rollouts of H steps from real states until so many states that are alive came in; the share that was."""
+    """Rollouts of H steps from real states, living ones kept, until there are `rows` of them; share that lived."""
     count = passes = 0
     while count < rows:
         starts = agent.unpack(rb.sample(args.batch_size, generator=rng["replay"]))[0]
         path = rollout(agent, agent.standardize(starts), args.rollout_length, terminated_fn, rng["rollout"])
         visited = torch.stack(path.obs)[path.alive]  # host sync
-        states.add(agent.obs_mean + agent.obs_std * visited)  # deviation 6
+        states.add(agent.obs_mean + agent.obs_std * visited)  # deviation 6: in raw units
         count, passes = count + len(visited), passes + 1
     return count / max(passes * path.alive.numel(), 1)
 
@@ -402,6 +411,7 @@ def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: A
 
     After every epoch the scores of the held out rows are compared with the best ones so far. Lower ones (p < 0.5) are
     progress, surely lower ones (p < 0.1) a new best. The best networks are kept: those from before, if there were none.
+    scale multiplies the epochs; tick is told of each and may leave by an exception.
     """
     ensemble, nets = agent.ensemble.requires_grad_(True), args.num_nets
     parts = [*(list(layer.parameters()) for layer in ensemble.layers), [ensemble.log_std]]
@@ -474,7 +484,7 @@ def learn(agent: Agent, rb, states, terminated_fn: Callable, rng: dict, args: Ar
     optimizers = {"critics": adam(agent.critics.parameters())}
     optimizers["actor"] = adam([*agent.actor.parameters(), agent.log_alpha])
     visit = functools.partial(distribution_rollout, agent, rb, states, terminated_fn=terminated_fn, rng=rng, args=args)
-    visit(rows=args.batch_size * args.critic_warmup // args.rollout_frequency)
+    visit(rows=args.batch_size * args.critic_warmup // args.rollout_frequency)  # fewer, as the reference has it
     for i in range(args.critic_warmup):
         tick(f"critics, update {i}")
         starts = states.sample(args.batch_size, generator=rng["update"])
@@ -528,7 +538,7 @@ class RingBuffer:
 
 
 def labelled(rows: torch.Tensor, generator: torch.Generator, args: Args) -> torch.Tensor:
-    """Transitions (B, 2 D + A + 1) with what stays theirs: held out or not, and a weight Exp(1) for each network."""
+    """Transitions (B, 2 D + A + 1) with what stays theirs: held out or not, a bootstrap weight Exp(1) a network."""
     held_out = rows.new_empty(len(rows), 1).uniform_(generator=generator) < args.holdout_ratio
     weights = rows.new_empty(len(rows), args.num_nets).exponential_(generator=generator)
     return torch.cat([rows, held_out.float(), weights], 1)
@@ -554,10 +564,14 @@ def main(args: Args) -> str:
     run = Run(args, checkpoint)
     device = run.device
 
+    def blocks_due() -> int:
+        return (run.step - args.learning_starts) // args.model_train_frequency + 1
+
     # what a checkpoint holds: networks, buffers, counters, generators (optimizers live no longer than a block)
     agent = Agent(obs_dim, action_dim, args).to(device)
     try:
         rb = RingBuffer(args.buffer_size, sum(agent.sizes), device)
+        # where rollouts start; never emptied, like the reference code's
         states = RingBuffer(args.batch_size * args.rollout_length * args.rollout_retain, obs_dim, device)
     except RuntimeError as error:
         fail(f"--buffer-size {args.buffer_size} and rollouts do not fit into the memory of {device}: {str(error)[:80]}")
@@ -571,6 +585,8 @@ def main(args: Args) -> str:
         counters |= checkpoint["parts"]["counters"]
         checkpoint = None  # what refers to the file keeps it on the disk
         run.reported = run.step - 1, run.reported[1]  # a block that was interrupted is reported, too
+        if blocks_due() > counters["blocks"]:  # and followed by the evaluation of that step
+            run.next_eval = next_multiple(run.step - 1, args.eval_frequency)
     print(f"{run.folder}: {device}, {obs_dim} observations, {action_dim} actions")
 
     def tick(doing: str) -> None:
@@ -581,7 +597,7 @@ def main(args: Args) -> str:
 
     def learn_block() -> None:
         """When it is due. If it is interrupted, all is as before: the resumed run learns it from its beginning."""
-        blocks = (run.step - args.learning_starts) // args.model_train_frequency + 1
+        blocks = blocks_due()
         if rb.end < args.learning_starts or blocks <= counters["blocks"] or run.stop.requested:
             return
         generators = {name: rng[name] for name in ("model", "replay", "rollout", "update")}
@@ -745,7 +761,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             render = {"render_mode": "rgb_array"} if video else {}
             env = make_gymnasium(args.env_id, **render, **ENV_KWARGS.get(args.env_id, {}))
             if task_name(args.env_id) == "Walker2d":
-                env = Unclipped(env)  # deviation 5
+                env = Unclipped(env)  # deviation 5: velocities as they are
             if env.spec.max_episode_steps is None:
                 env = gym.wrappers.TimeLimit(env, 1000)
         env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -759,7 +775,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
 
 
 def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
-    """Refuses what MBPO cannot use; makes observations float32 and rescales the action box to [-1, 1]."""
+    """Refuses what the algorithm cannot use; makes observations float32 and rescales the action box to [-1, 1]."""
     obs, action = env.observation_space, env.action_space
     if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1):
         fail(f"{env_id}: observations must be vectors (D,), not {obs}")

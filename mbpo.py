@@ -742,7 +742,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
 
 
 def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
-    """Refuses what MBPO cannot use; makes observations float32 and rescales the action box to [-1, 1]."""
+    """Refuses what the algorithm cannot use; makes observations float32 and rescales the action box to [-1, 1]."""
     obs, action = env.observation_space, env.action_space
     if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1):
         fail(f"{env_id}: observations must be vectors (D,), not {obs}")

@@ -9,11 +9,11 @@
 """MuZero: tree search in a learned model that predicts reward, policy and value, and nothing else.
 
 At every environment step
-  act            a search from the latent state of the observation: S times select (down the tree), recurrent (a step
-                 of the model), expand_and_backup (a new node, and up again); its action is played
+  act            a search from the latent state of the observation, S (num_simulations) times: select (down the tree),
+                 recurrent (a step of the model), expand_and_backup (a new node, and up again); its action is played
   add            the replay keeps observation, action and reward, and what the search found: its policy and root value
 and for each of the updates that are due
-  sample         sequences of K + n steps, uniformly or by priority
+  sample         sequences of K (unroll_steps) + n (td_steps) steps, uniformly or by priority
   bootstrap_now  the values that their returns end in, by the target network as it is now (reanalyze: also policies)
   update         make_targets: the search's policies, n-step returns, rewards; compute_losses: the model unrolled K
                  steps along the actions that were played, cross-entropies of its policies, values and rewards
@@ -27,8 +27,8 @@ Evaluate:   python muzero.py --evaluate runs/<run folder> [--capture-video]
 Watch:      tensorboard --logdir runs
 Deviations from the paper, each also named at the line it concerns:
   1. A node's visits count its own expansion and its mean includes its own value (mctx); the paper's sums do not.
-  2. Q is rescaled by the minimum and maximum of the tree's present Q, and counts 0 where these are equal up to
-     rounding; the paper's bounds are of all that was ever backed up.
+  2. Q is rescaled by the minimum and maximum of the tree's present Q (Gumbel: of the node's), and counts 0 where these
+     are equal up to rounding; the paper's bounds are of all that was ever backed up.
   3. AdamW at a constant learning rate, gradients clipped, small networks with layer and group norm whose heads begin at
      0; not SGD with a schedule and batch norm. Vectors, of which the paper has none, enter as symlog.
   4. After a truncation nothing is trained on, and the value there is that of the final observation; the paper's
@@ -41,8 +41,11 @@ Deviations from the paper, each also named at the line it concerns:
      their minimal set of actions, not all 18.
   8. With vectors, returns end in the target network's value now (as in Reanalyze), not in that of the search then.
   9. The value loss weighs 0.25, as in Reanalyze; in the paper 1.
- 10. Replay is uniform but for Atari, where 0.001 is added to each priority; the paper's is uniform for boards alone.
+ 10. Replay is uniform but for Atari, where 0.001 is added to each priority and weights are divided by the largest of
+     their batch; the paper's is uniform for boards alone.
  11. Acting and learning take turns in one process, with the newest weights; temperatures fall with environment steps.
+ 12. Settings are by task (TASKS). Atari has EfficientZero's 5 rewards in a return, batches of 256 sequences and
+     dirichlet_alpha 0.3; the paper has 10, 1,024 and 0.25.
 """
 
 from __future__ import annotations
@@ -110,19 +113,19 @@ class Args:
     batch_size: int | None = None  # sequences per update (B); default by task
     unroll_steps: int = 5  # steps that the model is unrolled in an update (K)
     td_steps: int | None = None  # rewards in a return before it is bootstrapped (n); default by task
-    bootstrap: Literal["search", "target"] | None = None  # last value of a return: search then, or target network now
+    bootstrap: Literal["search", "target"] | None = None  # a return's last value: search then, target net now
     reanalyze_ratio: float = 0.0  # share of a batch searched and valued anew with the target network
     target_network_frequency: int = 200  # updates between copies to the target network
     priority_alpha: float | None = None  # exponent of the replay priorities, 0 = uniform replay; default by task
     learning_rate: float | None = None  # learning rate of AdamW; default by task
     weight_decay: float = 1e-4  # weight decay of AdamW
-    max_grad_norm: float = 5.0  # gradient norm that an update is clipped to
+    max_grad_norm: float = 5.0  # gradient norm that an update is clipped to (deviation 3)
     value_scale: float = 0.25  # weight of the value loss (deviation 9: not 1)
 
     # Networks
     hidden_size: int | None = None  # units of latent state and hidden layers, or channels for images; default by task
     num_blocks: int | None = None  # residual blocks of convolutional networks; default by task
-    support_size: int | None = None  # values and rewards are distributions over -M ... M, transformed; default by task
+    support_size: int | None = None  # M: values, rewards are distributions over -M ... M, transformed; default by task
 
     # Search and acting
     search: Literal["gumbel", "puct"] = "gumbel"  # sequential halving, or the paper's search (deviation 6: not puct)
@@ -130,9 +133,9 @@ class Args:
     max_considered_actions: int = 16  # gumbel: actions at the root that sequential halving begins with
     c_scale: float | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
     dirichlet_alpha: float | None = None  # puct: concentration of the noise in the root's prior; default by task
-    temperature_steps: tuple[int, int] | None = None  # puct: steps at which the temperature falls to 0.5, 0.25; by task
-    temperature_moves: int | None = None  # puct: moves of an episode before the temperature is 0; by task
-    opening_moves: int | None = None  # board games: self-play begins after 0 to this many random moves; default by task
+    temperature_steps: tuple[int, int] | None = None  # puct: environment steps where temperature falls to 0.5, 0.25
+    temperature_moves: int | None = None  # puct: moves of an episode before the temperature is 0; by task, or never
+    opening_moves: int | None = None  # board games: self-play begins after 0 to this many random moves (deviation 5)
 
     # Speed
     compile: bool = False  # torch.compile the model's step and the losses
@@ -301,7 +304,7 @@ def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple
 
 
 def decode(outputs):
-    """Reward (B,), policy logits (B, A), value (B,) of outputs (B, A + 2), whose last two columns are h(r) and h(v)."""
+    """Reward (B,), policy logits (B, A), value (B,) of outputs (B, A + 2), whose last two columns are transformed."""
     numbers = inverse_transform(outputs[:, -2:])
     return numbers[:, 0], outputs[:, :-2], numbers[:, 1]
 
@@ -310,7 +313,7 @@ def decode(outputs):
 
 
 def transform(x: torch.Tensor) -> torch.Tensor:
-    """h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x, written so that no digits are lost near 0."""
+    """h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x (not the h of h(o)), written to lose no digits near 0."""
     return x / (torch.sqrt(torch.abs(x) + 1) + 1) + 0.001 * x
 
 
@@ -362,8 +365,9 @@ def n_step_returns(rewards, values, kinds, td_steps: int, discount: float) -> to
 def make_targets(rows: dict[str, torch.Tensor], unroll_steps: int, td_steps: int, discount: float) -> dict:
     """Targets of a sampled sequence for k = 0 ... K: returns, policies, rewards (K, B), and which of them count.
 
-    After a termination the state absorbs: value and reward 0, no policy. After a truncation nothing counts, but the
-    truncated state itself has its value. The reward of the last step counts either way.
+    After a termination the state absorbs: value and reward 0, no policy (deviation 5: in board games, too). After a
+    truncation nothing counts (deviation 4), but the truncated state itself has its value. The reward of the last step
+    counts either way.
     """
     first = slice(0, unroll_steps + 1)
     kinds = rows["kind"][first]
@@ -389,12 +393,13 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targets: dict, weights: torch.Tensor, args):
     """Loss of the model unrolled over actions (K, B) from obs (B, ...); detached metrics, and values (B,) at k = 0.
 
-    Mean over the batch of w times the sum over k of CE(p_k, pi_k) + value_scale CE(v_k, z_k) + CE(r_k, u_k); terms at
-    k = 0 count once, those of the K steps 1/K each; weights w (B,) are the importance weights.
+    Mean over the batch of w times the sum over k of CE(p_k, pi_k) + value_scale CE(v_k, z_k) + CE(r_k, u_k): what the
+    model predicts after k steps against policies pi, returns z and rewards u. Terms at k = 0, where no reward is
+    predicted, count once, those of the K steps 1/K each; weights w (B,) are the importance weights.
     """
     latents, reward_logits = [agent.network.represent(obs)], []
     for action in actions:
-        halved = 0.5 * latents[-1] + 0.5 * latents[-1].detach()  # gradients, at the entrance of the dynamics alone
+        halved = 0.5 * latents[-1] + 0.5 * latents[-1].detach()  # only the gradient out of the dynamics, not the heads'
         latent, logits = agent.network.dynamics(halved, action)
         latents.append(latent)
         reward_logits.append(logits)
@@ -442,7 +447,7 @@ NODE = np.dtype([  # nodes (B, S + 1)
 ])  # fmt: skip
 EDGE = np.dtype([  # edges (B, S + 1, A): the actions of each node
     ("child", "i8"),  # node that the action leads to, 0 = none yet
-    ("logit", "f8"), ("prior", "f8"),  # of the policy, -inf = not allowed; their softmax P(s, a)
+    ("logit", "f8"), ("prior", "f8"),  # of the policy, -inf = not allowed at the root; their softmax P(s, a)
     ("visits", "f8"),  # N(s, a)
     ("q", "f8"),  # Q(s, a) = r + d * value of the child, 0 where unvisited
 ])  # fmt: skip
@@ -480,7 +485,10 @@ def tree_bounds(nodes, n):
 
 @njit
 def puct_choice(node, edges, low, high):
-    """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)); Qn of an unvisited action is 0."""
+    """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)); Qn of an unvisited action is 0.
+
+    N_s is the node's count, 1 + sum over a of N (deviation 1).
+    """
     factor = math.sqrt(node["count"]) * (PB_C_INIT + math.log((node["count"] + PB_C_BASE + 1) / PB_C_BASE))
     choice, best = 0, -np.inf
     for a, edge in enumerate(edges):
@@ -494,10 +502,10 @@ def puct_choice(node, edges, low, high):
 
 @njit
 def improved_logits(node, edges, low, high, c_scale):
-    """Logits of pi', (A,): logits + (c_visit + max N) c_scale Qn.
+    """Logits of Gumbel MuZero's improved policy pi', (A,): logits + (c_visit + max N) c_scale Qn.
 
     Q of an unvisited action is the mixed value (v + sum N * sum P Q / sum P) / (1 + sum N), with P and Q of the visited
-    ones. Bounds of Q that are not known are those at the node.
+    ones. Where the bounds of Q are not known, they are its minimum and maximum at this node (deviation 2).
     """
     weight, weighted_q, most_visits = 0.0, 0.0, 0.0
     for edge in edges:
@@ -517,7 +525,7 @@ def improved_logits(node, edges, low, high, c_scale):
 
 @njit
 def gumbel_choice(node, edges, low, high, c_scale, gumbel, eligible):
-    """Root: argmax of g + logits of pi' over the actions with `eligible` visits. Below: of pi' - N / (1 + sum N)."""
+    """Root: argmax of g + logits of pi' where N is `eligible`, see halving_visits. Below: of pi' - N / (1 + sum N)."""
     scores = improved_logits(node, edges, low, high, c_scale)
     if node["depth"] > 0:
         scores = softmax(scores)
@@ -536,7 +544,7 @@ def select(nodes, edges, n, puct, low, high, c_scale, gumbel, eligible, chosen):
     chosen (2, B) becomes the row of the parent's latent state in (S + 1) * B, and the action.
     """
     for b in range(len(nodes)):
-        tree_low, tree_high = tree_bounds(nodes[b], n) if low > high and puct else (low, high)
+        tree_low, tree_high = tree_bounds(nodes[b], n) if low > high and puct else (low, high)  # low > high: UNKNOWN
         child = 0
         while True:
             s = child
@@ -592,26 +600,29 @@ def host(x) -> np.ndarray:
 def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, puct: bool, bounds: tuple) -> tuple:
     """Nodes and edges of B trees after S simulations, from roots = latent (B, ...), logits (B, A) and value (B,).
 
-    model(latent, action) gives latent state, reward, discount, policy logits and value, all but the first for the host;
-    noise (B, 2, A): Dirichlet, which the paper's search mixes into the root's prior, and Gumbel; None = 0.
+    model(latent, action) gives latent state, reward, discount, policy logits and value, all but the first for the host.
+    legal (B, A) holds at the root: below it the model may take any action, even past the end. noise (B, 2, A):
+    Dirichlet, which the paper's search mixes into the root's prior, and Gumbel; None = 0.
     """
     latent, logits, value = root
     (B, A), N = logits.shape, args.num_simulations + 1
     legal = legal.cpu().numpy()
-    legal = legal | ~legal.any(1, keepdims=True)  # the board of a finished game, searched with the others
+    legal = legal | ~legal.any(1, keepdims=True)  # a finished game, searched with the others, has no legal move
     logits = np.where(legal, host(logits), -np.inf)
     considered = (logits > -np.inf).sum(1).clip(max=args.max_considered_actions).tolist()
     eligible = np.stack([halving_visits(m, args.num_simulations) for m in considered])  # (B, S)
     dirichlet, gumbel = np.zeros((2, B, A)) if noise is None else host(noise.transpose(0, 1))
     nodes, edges = np.zeros((B, N), NODE), np.zeros((B, N, A), EDGE)
-    expand_and_backup(nodes, edges, 0, *np.zeros((2, B)), logits, host(value))
+    expand_and_backup(nodes, edges, 0, np.zeros(B), np.zeros(B), logits, host(value))  # no edge leads to the root
     if puct and noise is not None:
         edges["prior"][:, 0] += DIRICHLET_FRACTION * (dirichlet - edges["prior"][:, 0])
     latents = latent.new_empty(N, *latent.shape)
-    latents[0], rows = latent, latents.flatten(0, 1)
+    latents[0] = latent
+    rows = latents.flatten(0, 1)  # a view (N * B, ...)
     chosen = np.zeros((2, B), np.int64)
     on_host = torch.from_numpy(chosen)  # the same memory
-    parent, action = on_device = on_host.to(latent.device)  # the same again, if the network is there
+    on_device = on_host.to(latent.device)  # on a CPU the same memory again
+    parent, action = on_device
     for n in range(1, N):
         select(nodes, edges, n, puct, *bounds, args.c_scale, gumbel, eligible, chosen)
         on_device.copy_(on_host)
@@ -665,7 +676,7 @@ def halving_visits(num_actions: int, num_simulations: int) -> np.ndarray:
         for _ in range(max(1, num_simulations // (phases * survivors))):
             eligible += [visits] * survivors
             visits += 1
-        survivors = max(min(2, survivors), survivors // 2)
+        survivors = max(min(2, survivors), survivors // 2)  # the better half, never fewer than two
     return np.array(eligible[:num_simulations], np.int64)
 
 
@@ -678,13 +689,13 @@ def act(agent: Agent, obs, legal, noise, temperature, args: Args, step_fn: Calla
 
     temperature (B,) is that of the paper's search; in a game of two players the bounds of Q are known.
     """
+    root, discount = agent.initial(obs), np.full(len(obs), args.discount)
 
     def model(latent: torch.Tensor, action: torch.Tensor) -> tuple:
         latent, outputs = step_fn(agent, latent, action)
         reward, logits, value = decode(outputs.cpu().numpy())
         return latent, reward, discount, logits, value
 
-    root, discount = agent.initial(obs), np.full(len(obs), args.discount)
     value_range = (-1.0, 1.0) if args.two_player else None
     if args.search == "puct":
         return puct_search(model, root, legal, noise, temperature, args, value_range)
@@ -692,7 +703,7 @@ def act(agent: Agent, obs, legal, noise, temperature, args: Args, step_fn: Calla
 
 
 def draw_noise(legal: np.ndarray, args: Args, rng: np.random.Generator) -> np.ndarray:
-    """Noise of a search, (B, 2, A): Dirichlet over the legal actions, and Gumbel."""
+    """Noise of a search, (B, 2, A): Dirichlet (Gamma variables over their sum) over the legal actions, and Gumbel."""
     gamma = rng.standard_gamma(args.dirichlet_alpha, legal.shape) * legal + 1e-30 * legal
     dirichlet = gamma / np.maximum(gamma.sum(1, keepdims=True), 1e-30)
     return np.stack([dirichlet, rng.gumbel(size=legal.shape)], 1).astype(np.float32)
@@ -790,7 +801,8 @@ class ReplayBuffer:
 
     A row is a step: observation, action, its reward, search policy and root value. A closing row follows the last step
     of an episode: the final observation and its value, `kind` TERMINATED or TRUNCATED. Steps are drawn by priority, as
-    soon as the K + n rows after them exist or their episode is closed. Of stacked frames each is stored once.
+    soon as the K + n rows after them exist or their episode is closed. Of stacked frames each is stored once;
+    `age`, steps since the episode began, tells how far back they go.
     """
 
     def __init__(self, envs, args: Args, device: torch.device):
@@ -836,7 +848,7 @@ class ReplayBuffer:
 
     def _make_ready(self, envs: np.ndarray, closing: bool) -> None:
         """The first priorities of the steps whose targets the newest row of their environment has completed."""
-        limit = self.ends[envs] - (1 if closing else self.span - 1)
+        limit = self.ends[envs] - (1 if closing else self.span - 1)  # all before the closing row; or K + n rows ago
         new = [np.arange(*pair) for pair in zip(self.ready[envs], limit, strict=True)]  # empty, unless ready < limit
         of = np.repeat(envs, [len(rows) for rows in new])
         self.ready[envs] = np.maximum(self.ready[envs], self.ends[envs] if closing else limit)
@@ -922,7 +934,7 @@ def main(args: Args) -> str:
     counters = {"num_updates": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act"))}
     rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("replay", "update"))}
-    dones, moves = np.ones(args.num_envs, bool), np.zeros(args.num_envs, np.int64)
+    dones, moves, eval_envs = np.ones(args.num_envs, bool), np.zeros(args.num_envs, np.int64), None
 
     def open_episodes() -> dict:
         """Rows that close the episodes being played as truncated: a simulator cannot be saved."""
@@ -961,7 +973,6 @@ def main(args: Args) -> str:
             if counters["num_updates"] % args.target_network_frequency == 0:
                 target.load_state_dict(agent.state_dict())
 
-    eval_envs = None
     while run.goes_on(dones):
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
@@ -1043,7 +1054,7 @@ TASKS = {
         "num_simulations": 32, "opening_moves": 6, "temperature_moves": 12,
     },
 }  # fmt: skip
-ATARI = {
+ATARI = {  # deviation 12: EfficientZero's
     "total_timesteps": 500_000, "buffer_size": 100_000, "batch_size": 256, "td_steps": 5, "num_simulations": 50,
     "bootstrap": "search", "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000),
     "priority_alpha": 1.0,
@@ -1130,6 +1141,8 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
 
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, without sticky actions."""
+    if not re.search(r"-v\d+$", env_id) and (games := difflib.get_close_matches(env_id, BOARD_GAMES)):
+        fail(f"unknown game {env_id!r}, close: {', '.join(games)}")
     if not env_id.startswith("ALE/"):
         return make_gymnasium(env_id, **settings)
     try:

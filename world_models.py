@@ -13,7 +13,7 @@ The algorithm, with the functions that are its steps, one stage after the other:
   train_vae    V: compress every frame into a vector z (VAE, vae_loss)
   train_model  M: encode every frame as the Gaussian of its z; from z_t, a_t and the past predict z_{t+1}, as a mixture
                of Gaussians (MDNRNN, mdn_nll), and, where dreams need them, the reward and the end (model_loss)
-  evolve       C: a_t = tanh(W [z_t, h_t]), h_t the state of M (controller_action); CMA-ES looks for the best W
+  evolve       C: a_t = tanh(W [z_t, h_t]), h_t M's state before it reads z_t (controller_action); CMA-ES looks for W
     dream      in M's own rollouts: z_{t+1} is sampled from M's mixture at a temperature (dream_step, mixture_sample)
     play       or in the real environment: z_{t+1} is V's code of the next frame
 In TakeCover C is evolved in the dream alone, then scored in the real game. In CarRacing, as published, C is evolved in
@@ -38,12 +38,13 @@ Deviations from the reference code, each also marked at the line it concerns:
   4. M's sequences are pieces of episodes from the zero state, padded (there so for the car; TakeCover's episodes are
      joined end to end and the state is carried on), and z after an episode's last frame is no target.
   5. Only terminations are ends (there also where the time limit cut an episode off).
-  6. Outside TakeCover, M of a dream predicts ends and rewards too.
+  6. Outside TakeCover, M of a dream predicts ends and rewards too, CarRacing's as if all tracks had as many tiles.
   7. All biases of M begin at zero, the forget gate's at one (there Glorot uniform, one added to the forget gate).
   8. The dream's temperature is the paper's 1.15 (there 1.25).
   9. All candidates of a generation share their episodes' seeds or their dreams' noise (there: pairs of candidates).
  10. No reward for large weights in C's fitness (there: by a wrong sign), and weights are not rounded to 1e-4.
- 11. C is the last generation's mean (there: the best mean of all evaluations).
+ 11. C is the last generation's mean (there: the best mean of all evaluations, every 25 generations on 1,024 episodes).
+ 12. Episodes of CarRacing are played to their end while C is evolved, too (there: cut short; see idle_limit).
 """
 
 import contextlib
@@ -103,7 +104,7 @@ class Args:
     env_id: str = "VizdoomTakeCover-v1"  # Gymnasium id with image observations (CarRacing-v3, my_module:MyEnv-v0)
     total_timesteps: int | None = None  # environment steps of random actions, recorded for V and M; default by task
     num_envs: int = 1  # environments played side by side in all stages, each in its own process if more than one
-    from_stage: Literal["collect", "v", "m", "c"] | None = None  # with --resume: repeat it and what follows
+    from_stage: Literal["collect", "v", "m", "c"] | None = None  # with --resume: the stage to repeat, with all after it
     controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
     render_obs: bool = False  # observe the rendered picture, where observations are no images (CartPole-v1)
     max_hold: int | None = None  # a random action is held for 1 to this many steps; default by task, 10 elsewhere
@@ -129,13 +130,13 @@ class Args:
     holdout_ratio: float = 0.05  # M: share of the episodes, the last ones, that M is tested on and not trained with
 
     # C, the controller, and its dream
-    temperature: float = 1.15  # of the dream: divides the mixture's logits, its root scales the noise (deviation 8)
+    temperature: float = 1.15  # dream: divides the mixture's logits, its root scales the noise (deviation 8)
     dream_length: int | None = None  # steps of a dream at most; default: the time limit of the environment
     population: int = 64  # C: candidates per generation (P)
     episodes: int = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
     generations: int = 1_800  # C: generations; may be raised on a resume
     sigma: float = 0.1  # C: standard deviation of the first generation's weights
-    idle_limit: int = 0  # C in the real environment: an episode ends after so many steps without reward, 0 = never
+    idle_limit: int = 0  # real episodes of C end after so many steps without reward, 0 = never (deviation 12)
     eval_generations: int = 10  # C: generations between evaluations, none at all with --eval-frequency 0
 
 
@@ -153,12 +154,12 @@ class Spec(NamedTuple):
 
     @property
     def is_takecover(self) -> bool:
-        """M also receives the restart flag; C sees z, c and h, and has no bias. Elsewhere C sees z, h and a 1."""
+        """M also reads the restart flag (first = 1); C sees z, M's c and h, no bias. Elsewhere C sees z, h and a 1."""
         return self.action_kind == "thirds"
 
     @property
     def warm_up(self) -> int:
-        """Steps of an episode before a dream may begin: CarRacing opens with a zoom of 50 frames."""
+        """Steps that M has read when a dream begins: CarRacing's opening zoom is at most half of them, 50."""
         return 100 if self.action_kind == "car" else 0
 
 
@@ -221,11 +222,11 @@ class MDNRNN(nn.Module):
     termination and the reward in standard deviations. A state is torch's (h, c), (1, B, H) each.
     """
 
-    NUM_STARTS = 1000
+    NUM_STARTS = 1000  # recorded states that dreams begin in, see set_dream_starts
 
     def __init__(self, spec: Spec, args: Args):
         super().__init__()
-        self.spec, self.shape = spec, (3, args.num_mixtures, args.latent_size)
+        self.spec, self.shape = spec, (3, args.num_mixtures, args.latent_size)  # pi, mu and sigma; K; Z
         inputs, units = args.latent_size + spec.action_dim + spec.is_takecover, args.hidden_size
         self.lstm = nn.LSTM(inputs, units)
         self.head = nn.Linear(units, math.prod(self.shape) + spec.end_head + spec.reward_head)
@@ -343,7 +344,7 @@ def controller_action(features: torch.Tensor, weights: torch.Tensor, kind: str) 
 
 
 def linear_policy(weights: torch.Tensor, kind: str) -> Callable:
-    """Policy of P candidates (P, F, A). Jobs are the episodes to play: first all of candidate 0, then all of 1, ..."""
+    """Policy of P candidates (P, F, A). A job is an episode that one plays: first all of candidate 0, then of 1, ..."""
     return lambda features, jobs, num_jobs: controller_action(features, weights[jobs * len(weights) // num_jobs], kind)
 
 
@@ -374,8 +375,9 @@ def dream_step(model: MDNRNN, z, action, first, state, uniform, normal, temperat
 def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, seed: int, args: Args, stop=None, trace=None):
     """Returns and lengths (num_jobs,) of dreams that all step together.
 
-    Job j dreams dream j % num_dreams: jobs of one dream begin in the same place and share their noise, as real episodes
-    share a seed. Dreams that have ended are taken out every 50 steps. A list `trace` gets z of the first one.
+    Job j dreams dream j % num_dreams: jobs of one dream begin in the same place and share their noise (deviation 9), as
+    real episodes share a seed; so in evolve each of P candidates plays E dreams, P * E jobs. Dreams that have ended are
+    taken out every 50 steps. A list `trace` gets z of the first one.
     """
     model, device = agent.model, agent.controller.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -385,7 +387,7 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, seed: 
     which = jobs % num_dreams
     z = (model.start_mu[start] + torch.exp(0.5 * model.start_logvar[start]) * normal())[which]
     h, c = model.start_h[start][which], model.start_c[start][which]
-    first, state = (c == 0).all(1).float(), (h[None], c[None])
+    first, state = (c == 0).all(1).float(), (h[None], c[None])  # a zero state is that of an episode's first step
     returns, lengths = torch.zeros(num_jobs, device=device), torch.zeros(num_jobs, device=device)
     alive = torch.ones(num_jobs, device=device)
     for t in range(args.dream_length):
@@ -414,7 +416,8 @@ def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, sto
     """Returns and lengths (J,) of real episodes with these seeds (J,); an environment takes the next as it ends one.
 
     Each step: z_t from frame t, action from [z_t, h_t], step, then (z_t, action) to M for h_{t+1}. With idle_limit an
-    episode ends after so many steps without a positive reward, and the rest of its time is paid like its last step.
+    episode ends after so many steps without a positive reward, and the rest of its time is paid like its last step
+    (deviation 12: not by default).
     """
     device, num_envs, model = agent.controller.device, envs.num_envs, agent.model
     kind, limit = model.spec.action_kind, model.spec.time_limit
@@ -432,7 +435,8 @@ def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, sto
         state = tuple(x * (1 - first[:, None]) for x in state)
         mu, logvar = agent.vae.encode(preprocess(torch.as_tensor(obs, device=device)))
         z = mu + torch.exp(0.5 * logvar) * torch.randn(mu.shape, generator=generator, device=device)
-        action = policy(agent.features(z, state), torch.as_tensor(jobs % len(seeds), device=device), len(seeds))
+        played = torch.as_tensor(jobs % len(seeds), device=device)  # -1, uncounted, acts for the last job
+        action = policy(agent.features(z, state), played, len(seeds))
         obs, rewards, terminations, truncations, _ = envs.step(env_action(action.cpu().numpy(), kind))  # host sync
         _, state = model(z[None], action[None], first[None], state)
         if not np.isfinite(rewards).all():  # or its episode would never count as over
@@ -553,9 +557,9 @@ class ReplayBuffer:
 
 
 def learnable_rewards(rewards: np.ndarray, spec: Spec) -> np.ndarray:
-    """Rewards (T,) of an episode without what no picture shows: CarRacing pays 1000 / (tiles of the track) for a tile.
+    """Rewards (T,) of an episode as M learns them (deviation 6): CarRacing pays 1000 / (tiles of the track) for a tile.
 
-    Here a tile is worth 3.4 on every track, the mean. It may be passed together with others; a step costs 0.1.
+    How many tiles a track has is in no picture, so here each pays the mean, 3.4. A step may pass several; it costs 0.1.
     """
     if spec.action_kind != "car" or not (rewards > 0).any():
         return rewards
@@ -568,7 +572,7 @@ class Latents:
 
     def __init__(self, rb: ReplayBuffer, rows: np.ndarray, spec: Spec, holdout_ratio: float, device: torch.device):
         rows, spans = torch.from_numpy(np.array(rows)).to(device), rb.spans  # (N, 2, Z), (episodes, 2)
-        first, last, terminated = (np.zeros(len(rb), np.float32) for _ in range(3))  # of its episode; an end
+        first, last, terminated = (np.zeros(len(rb), np.float32) for _ in range(3))  # of an episode; terminated?
         first[spans[:, 0]], last[spans[:, 1] - 1] = 1, 1
         terminated[spans[:, 1] - 1] = rb.terminated  # deviation 5: not where an episode was cut off
         action = np.concatenate([actions for actions, _ in rb.episodes])
@@ -599,6 +603,10 @@ class Latents:
 
 
 # === Training ===
+
+# A stage is given the run (class Stages): agent, envs, rb, latents (a file of V's codes), rng, and how far it has come,
+# `step` in environment steps and `units_done` of the stage: environment steps, frames, updates or generations.
+# run.updates makes the updates that are left, pass after pass over the batches. Interrupted stages return False.
 
 
 def collect(run: "Stages") -> bool:
@@ -661,7 +669,7 @@ def train_vae(run: "Stages") -> bool:
     run.keep_optimizer(optimizer)
 
     def one_pass(number: int) -> np.ndarray:
-        order = np.random.default_rng([args.seed, 2, number]).permutation(len(frames))
+        order = np.random.default_rng([args.seed, 2, number]).permutation(len(frames))  # 2 ... 6: one for each purpose
         return order[: per_pass * batch_size].reshape(per_pass, batch_size)
 
     def update(rows: np.ndarray) -> dict:
@@ -720,7 +728,7 @@ def train_model(run: "Stages") -> bool:
     if not run.updates(args.model_updates, args.model_batch_size, one_pass, update):
         return False
     set_dream_starts(model, latents, np.random.default_rng([args.seed, 4]))
-    if not calibrate(run, latents):
+    if not calibrate(run, latents):  # random play in the dream beside recorded play
         run.save()
         return False
     log_open_dream(run, latents)
@@ -731,7 +739,7 @@ def train_model(run: "Stages") -> bool:
 def set_dream_starts(model: MDNRNN, latents: Latents, rng: np.random.Generator) -> None:
     """Draws where dreams begin: at first frames of recorded episodes with the zero state, or anywhere after a warm-up.
 
-    Then M's state is what the steps of the warm-up before have led to.
+    With a warm-up (CarRacing) M's state is what the warm_up steps before that frame have led to, from zero.
     """
     warm_up = model.spec.warm_up
     spans = latents.spans[latents.spans[:, 1] - latents.spans[:, 0] > warm_up]
@@ -755,6 +763,7 @@ def evolve(run: "Stages") -> bool:
 
     args, controller, kind = run.args, run.agent.controller, run.spec.action_kind
     normal = np.random.default_rng([args.seed, 5]).standard_normal
+    # seed nan: the global generator of NumPy is left alone, random numbers come from `normal`
     options = {"popsize": args.population, "verbose": -9, "randn": lambda *size: normal(size), "seed": np.nan}
     es = cma.CMAEvolutionStrategy(np.zeros(controller.numel()), args.sigma, options)
     for fitness in run.fitness:  # random numbers and fitness are all that CMA-ES depends on: a resume repeats its steps

@@ -135,7 +135,7 @@ POINT_ENDS = {"Point": np.inf, "NanPoint": np.inf, "DeadlyPoint": 1.2}  # how fa
 class Point(gym.Env):
     """A point on a line (position, speed, step / 12) that actions push; reward is minus its distance to 0.
 
-    Beyond `edge` the episode terminates. mbpo.py and dhmbpo.py, which must know such things, are told when a point is made.
+    Beyond `edge` the episode terminates. mbpo.py and dhmbpo.py, which must know it, are told when a point is made.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}

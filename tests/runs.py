@@ -99,6 +99,7 @@ TINY = {
         "rollout_retain": 2,
         "model_patience": 1.0,
         "model_max_epochs": 3.0,
+        "holdout_ratio": 0.5,
     },
     "muzero": {
         "env_id": "fake_envs:DiscreteCounter-v0",
