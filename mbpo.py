@@ -367,12 +367,13 @@ def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Adam]:
     return {"model": adam(groups, args.model_lr), "policy": adam(policy, args.learning_rate)}
 
 
-def train_model(agent: Agent, rows: torch.Tensor, generator: torch.Generator, args: Args, update_fn: Callable) -> dict:
+def train_model(agent: Agent, rows: torch.Tensor, generator, args: Args, update_fn: Callable, tick: Callable):
     """Trains the ensemble on all real rows (N, 2 D + A + 2) until no network improves on the held-out ones.
 
     Each network learns from a bootstrap of its own (as many of the other rows, with replacement), drawn once, and ends
-    as its own best snapshot. update_fn: `update_model` as a function of inputs and targets. Returns the errors on the
-    held-out rows, the mean loss of the last epoch and the number of epochs.
+    as its own best snapshot. update_fn: `update_model` as a function of inputs and targets; tick: asked before each
+    batch whether to stop. Returns the errors on the held-out rows, the mean loss of the last epoch and the number of
+    epochs, or None if it was stopped.
     """
     ensemble, draws = agent.ensemble, {"generator": generator, "device": rows.device}
     rows = rows[torch.randperm(len(rows), **draws)]
@@ -389,7 +390,11 @@ def train_model(agent: Agent, rows: torch.Tensor, generator: torch.Generator, ar
     while without_improvement <= PATIENCE and epochs != args.model_max_epochs:
         order = bootstrap.gather(1, torch.rand(bootstrap.shape, **draws).argsort(1))  # each network's own shuffle
         batches = order.split(args.model_batch_size, 1)  # (E, B)
-        loss = sum(update_fn(inputs[batch], targets[batch]) for batch in batches) / len(batches)
+        loss = 0
+        for batch in batches:
+            if tick(f"ensemble, epoch {epochs + 1}"):
+                return None
+            loss = loss + update_fn(inputs[batch], targets[batch]) / len(batches)
         mse = holdout_errors(ensemble, *holdout)["mse"]
         improved = (best - mse) / best > MIN_GAIN
         best = torch.where(improved, mse, best)
@@ -403,6 +408,17 @@ def train_model(agent: Agent, rows: torch.Tensor, generator: torch.Generator, ar
     errors = holdout_errors(ensemble, *holdout)
     ensemble.elites.copy_(errors["mse"].argsort()[: args.num_elites])
     return errors | {"loss": loss, "epochs": epochs}
+
+
+def train_model_or_undo(agent: Agent, optimizer, rows: torch.Tensor, generator, args: Args, update_fn, tick):
+    """Like train_model; stopped, it leaves all as it was, so that a resumed run trains from the beginning."""
+    before = deepcopy((agent.ensemble.state_dict(), optimizer.state_dict())), generator.get_state()
+    errors = train_model(agent, rows, generator, args, update_fn, tick)
+    if errors is None:
+        agent.ensemble.load_state_dict(before[0][0])
+        optimizer.load_state_dict(before[0][1])
+        generator.set_state(before[1])
+    return errors
 
 
 def update_model(agent: Agent, optimizer, inputs: torch.Tensor, targets: torch.Tensor, loss_fn) -> torch.Tensor:
@@ -546,8 +562,10 @@ def main(args: Args) -> str:
         due = trainings > counters["num_trainings"] or not len(model_rb)  # empty: the buffers were not saved
         if args.real_ratio == 1 or not due:
             return {}
+        training = agent, optimizers["model"], rb.newest(len(rb)), rng["model"], args, update_model_fn
+        if (errors := train_model_or_undo(*training, run.tick)) is None:
+            return {}
         counters["num_trainings"] = trainings
-        errors = train_model(agent, rb.newest(len(rb)), rng["model"], args, update_model_fn)
         length, num_rows = rollout_length(run.step, args), 0
         model_rb.resize(model_buffer_size(length, args))
         starts = agent.unpack(rb.sample(args.rollout_batch_size, generator=rng["rollout"]))[0]
@@ -573,6 +591,8 @@ def main(args: Args) -> str:
     while run.goes_on(dones):
         learning = rb.end >= args.learning_starts  # deviation 3: right after the random steps
         model_metrics = learn_model() if learning else {}
+        if run.stop.requested:
+            continue
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
@@ -596,17 +616,7 @@ def main(args: Args) -> str:
         if learning:
             learn_policy(args.updates_per_step * args.num_envs)
         if run.eval_due(dones):
-            if eval_envs is None:
-                video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
-                eval_envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
-            returns, trajectories = evaluate(agent, eval_envs, args, device, run.stop)
-            if args.capture_video:  # the film is written when its environment closes
-                eval_envs.close()
-                eval_envs = None
-            if not run.stop.requested:
-                run.log_evaluation(returns)
-                if counters["num_trainings"]:
-                    warn_of_failure(log_open_loop, agent, trajectories, run)
+            eval_envs = evaluate_and_log(agent, eval_envs, run, counters["num_trainings"] > 0)
 
     envs.close()
     if eval_envs is not None:
@@ -868,6 +878,23 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
                 trajectories.append((np.concatenate([past, next_obs[i][None]]), acted, earned.astype(np.float32)))
             tracks[i] = {name: [] for name in tracks[i]}
     return np.array(returns), trajectories
+
+
+def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, run: "Run", has_model: bool):
+    """Evaluates and logs at a run's present step. Returns the environments for the next time; None: to be made anew."""
+    args = run.args
+    if envs is None:
+        video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
+        envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+    returns, trajectories = evaluate(agent, envs, args, run.device, run.stop)
+    if not run.stop.requested:
+        run.log_evaluation(returns)
+        if has_model:
+            warn_of_failure(log_open_loop, agent, trajectories, run)
+    if args.capture_video:  # the film is written when its environment closes
+        envs.close()
+        return None
+    return envs
 
 
 def evaluate_run(args: Args) -> str:
@@ -1161,6 +1188,12 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.stop.requested = self.stop.requested or signal.SIGPIPE
 
+    def tick(self, doing: str) -> bool:
+        """Shows what takes its time now; says whether the run is asked to stop."""
+        self.progress.set_description(doing, refresh=False)
+        self.progress.update(0)
+        return bool(self.stop.requested)
+
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
         ending = self.stop.requested or self.step >= self.args.total_timesteps
@@ -1179,7 +1212,7 @@ class Run:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         if due:
             self.goes_on(dones)
-            self.progress.set_description("evaluating")
+            self.tick("evaluating")
         return due
 
     def report(self) -> None:

@@ -1594,6 +1594,12 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.stop.requested = self.stop.requested or signal.SIGPIPE
 
+    def tick(self, doing: str) -> bool:
+        """Shows what takes its time now; says whether the run is asked to stop."""
+        self.progress.set_description(doing, refresh=False)
+        self.progress.update(0)
+        return bool(self.stop.requested)
+
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
         ending = self.stop.requested or self.step >= self.args.total_timesteps
@@ -1612,7 +1618,7 @@ class Run:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         if due:
             self.goes_on(dones)
-            self.progress.set_description("evaluating")
+            self.tick("evaluating")
         return due
 
     def report(self) -> None:

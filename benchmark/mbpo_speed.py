@@ -77,7 +77,7 @@ def main() -> None:
     measured = {  # name: (function, calls, FLOPs of a call)
         "sac_updates_of_a_step": (lambda: update_policy(rows, noise), 3, count * 0.56e9),
         "ensemble_epoch": (
-            lambda: mbpo.train_model(agent, transitions, generator, args, update_model), 1,
+            lambda: mbpo.train_model(agent, transitions, generator, args, update_model, lambda doing: False), 1,
             1.36e9 * 4_000 / 256 + 2 * 1.8e6 * 1_000,
         ),
         "rollout_100k": (

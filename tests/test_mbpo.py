@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 from collections import deque
 from fractions import Fraction
 from pathlib import Path
@@ -269,7 +270,7 @@ def test_normalizer():
 def train(agent, rows, rng, args, loss_fn=mbpo.model_loss, optimizer=None) -> dict:
     optimizer = optimizer or mbpo.make_optimizers(agent, args)["model"]
     step = functools.partial(mbpo.update_model, agent, optimizer, loss_fn=loss_fn)
-    return mbpo.train_model(agent, rows, rng, args, step)
+    return mbpo.train_model(agent, rows, rng, args, step, lambda doing: False)
 
 
 class Recorder:
@@ -1499,3 +1500,26 @@ def test_mbpo_stops_where_a_loss_is_not_finite(kind):
         resume(mbpo, run_dir, total_timesteps=96)
     assert re.search(r"not finite at step \d+: ", str(stopped.value.code))
     assert path.read_bytes() == poisoned
+
+
+def test_a_stopped_training_of_the_ensemble_is_made_again(monkeypatch):
+    """SIGTERM between its batches: at once, the checkpoint from before it; resumed, all is as if never stopped."""
+    whole = run(mbpo, total_timesteps=48)
+    step = mbpo.update_model
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:  # in the second epoch of the second training
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mbpo, "update_model", stopping)
+        with pytest.raises(SystemExit) as stopped:
+            run(mbpo, total_timesteps=48)
+    assert stopped.value.code == 128 + signal.SIGTERM and len(calls) == 5
+    folder = str(next(Path.cwd().glob("run_1/runs/*")))
+    assert load(folder)["global_step"] in (24, 36)
+    resume(mbpo, folder, total_timesteps=48)
+    assert differences(load(whole), load(folder)) == []
