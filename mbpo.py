@@ -556,15 +556,15 @@ def main(args: Args) -> str:
     update_model_fn, update_policy_fn = make_updates(agent, optimizers, args)
     print(f"{run.folder}: {device}, {obs_dim} observations, {action_dim} actions, target entropy {args.target_entropy}")
 
-    def learn_model() -> dict[str, float]:
-        """When it is due: trains the ensemble, fills the model buffer with rollouts. Returns what there is to log."""
+    def learn_model() -> dict[str, float] | None:
+        """When it is due: trains the ensemble, fills the model buffer. Returns what there is to log; None: stopped."""
         trainings = 1 + (run.step - args.learning_starts) // args.model_train_frequency
         due = trainings > counters["num_trainings"] or not len(model_rb)  # empty: the buffers were not saved
         if args.real_ratio == 1 or not due:
             return {}
         training = agent, optimizers["model"], rb.newest(len(rb)), rng["model"], args, update_model_fn
         if (errors := train_model_or_undo(*training, run.tick)) is None:
-            return {}
+            return None
         counters["num_trainings"] = trainings
         length, num_rows = rollout_length(run.step, args), 0
         model_rb.resize(model_buffer_size(length, args))
@@ -591,7 +591,7 @@ def main(args: Args) -> str:
     while run.goes_on(dones):
         learning = rb.end >= args.learning_starts  # deviation 3: right after the random steps
         model_metrics = learn_model() if learning else {}
-        if run.stop.requested:
+        if model_metrics is None:
             continue
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
@@ -1040,6 +1040,7 @@ def load_checkpoint(run_dir: str, args: Args, verify: bool = True) -> dict:
     """Reads a run folder's checkpoint (tensors stay on disk until they are used); says in one line if it cannot."""
     path = os.path.join(run_dir, "checkpoint.pt")
     try:
+        inode = os.stat(path).st_ino
         damaged = verify and zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # many types, for a missing, damaged or foreign file
@@ -1047,7 +1048,7 @@ def load_checkpoint(run_dir: str, args: Args, verify: bool = True) -> dict:
     ours = isinstance(state, dict) and state.get("version") == 2
     if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
         fail(f"{path} is damaged or was written by another script or version")
-    return state
+    return state | {"inode": inode}
 
 
 def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
@@ -1077,7 +1078,8 @@ def warn_of_failure(function: Callable, *args) -> None:
     try:
         function(*args)
     except Exception as error:
-        print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
 
 
 def new_folder(args: Args) -> str:
@@ -1107,12 +1109,29 @@ class StopRequest:
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
 
+    def lost(self, stream) -> None:
+        """The reader of standard output or error has gone: asks for the end, as Ctrl-C does, and writes to nobody."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        self.requested = self.requested or signal.SIGPIPE
+
     def exit(self) -> None:
         """Hands the signals back; ends the process with the usual code if one has come."""
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
         if self.requested:
             raise SystemExit(128 + self.requested)
+
+
+class Bar(tqdm):
+    """A progress bar that outlives its reader."""
+
+    stop: StopRequest | None = None
+
+    def display(self, *args, **kwargs):
+        try:
+            return super().display(*args, **kwargs)
+        except OSError:
+            self.stop.lost(sys.stderr)
 
 
 # Settings that touch nothing that is learned: a resume may change them.
@@ -1136,8 +1155,10 @@ class Run:
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
-            self.lock = open(f"{self.folder}/.lock", "a")  # for as long as the process lives
+            self.lock = open(f"{self.folder}/.lock", "a")  # held until close
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if checkpoint and os.stat(f"{self.folder}/checkpoint.pt").st_ino != checkpoint["inode"]:
+                fail(f"{self.folder} has gone on meanwhile: resume it again")
             if args.track:  # before the writer is made, which it listens to
                 name = os.path.basename(self.folder)
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
@@ -1163,7 +1184,8 @@ class Run:
         self.parts, self.rng = parts, rng
         pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
         steps = {"total": self.args.total_timesteps, "initial": self.step, "unit": "step"}
-        self.progress = tqdm(**steps, **pace, dynamic_ncols=True)
+        Bar.stop = self.stop
+        self.progress = Bar(**steps, **pace, dynamic_ncols=True)
         if not self.checkpoint:
             return
         for name, part in parts.items():
@@ -1183,10 +1205,10 @@ class Run:
     def say(self, line: str) -> None:
         """Prints a line; where its reader has gone (| head) the run is asked to stop, as by Ctrl-C."""
         try:
-            self.progress.write(line) if sys.stderr.isatty() else print(line, flush=True)  # not into the bar
+            self.progress.write(line) if sys.stderr.isatty() else print(line)  # not into the bar
+            sys.stdout.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.stop.requested = self.stop.requested or signal.SIGPIPE
+            self.stop.lost(sys.stdout)
 
     def tick(self, doing: str) -> bool:
         """Shows what takes its time now; says whether the run is asked to stop."""
@@ -1247,6 +1269,7 @@ class Run:
             write_file(f"{self.folder}/{self.args.exp_name}.pt", weights)
         command = shlex.join(["python", sys.argv[0], "--resume", self.folder])
         self.say(f"checkpoint at step {self.step}; continue with: {command}")
+        self.lock.close()
         self.stop.exit()
         return self.folder
 

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -346,13 +347,19 @@ def flags_of(args) -> list[str]:
     return flags
 
 
+def hear_signals() -> None:
+    """Signals that the tests themselves were started to ignore (nohup) are not ignored by what they start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(script, *flags: str) -> subprocess.Popen:
     """The script in a process, and a session, of its own."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
         [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, preexec_fn=hear_signals,
     )  # fmt: skip
 
 

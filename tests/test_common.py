@@ -29,8 +29,8 @@ BANNERS = ALGORITHM_PART + APPENDIX
 ALGORITHM = "    # Algorithm specific arguments"
 COMMON = ["fail", "parse_args", "choose_device", "next_multiple", "write_file", "save_checkpoint", "load_checkpoint"]
 COMMON += ["refuse_changes", "require_finite", "require_finite_arrays", "warn_of_failure", "new_folder", "StopRequest"]
-COMMON += ["Run", "GraphedFunction", "log_gif"]
-SOMEWHERE = {"GraphedFunction", "log_gif"}  # where they are needed
+COMMON += ["Bar", "Run", "GraphedFunction", "log_gif"]
+SOMEWHERE = {"GraphedFunction", "log_gif", "warn_of_failure", "require_finite_arrays"}  # where they are needed
 # What each script has in a form of its own under the name of its role; all else that two files define is one text.
 OWN = "Args main Agent Actor ReplayBuffer act update evaluate evaluate_and_log evaluate_run check_args".split()
 OWN += "with_task_defaults make_env make_vector_env make_frames fit_spaces model_loss actor_loss compute_losses".split()
