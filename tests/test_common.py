@@ -186,9 +186,13 @@ def test_the_guard_is_one_statement(path):
 
 @each_script
 def test_the_algorithm_does_without_the_appendix(path):
-    """What stands before the training loop names nothing of environments, evaluation and run: it is read by itself."""
+    """What stands before the training loop names nothing that is defined in it or after it, functions or constants."""
     parts = sections(path.read_text())
-    below = {name for banner in APPENDIX for name in definitions(parts[banner])}
+    below = set()
+    for banner in ["Training", *APPENDIX]:
+        for node in ast.parse(parts[banner]).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            below |= {target.id for target in targets if isinstance(target, ast.Name)} | {getattr(node, "name", "main")}
     for banner in set(ALGORITHM_PART[:-1]) & set(parts):
         names = {node.id for node in ast.walk(ast.parse(parts[banner])) if isinstance(node, ast.Name)}
         assert not names & below, banner
