@@ -749,7 +749,8 @@ def main(args: Args) -> str:
         checkpoint = episode = None  # what refers to the file keeps it on the disk
     update_fn = make_update(agent, optimizers, args)
     print(f"{run.folder}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
-    warn_if_slow(device, obs_space)
+    if device.type == "cpu" and run.step == 0:
+        warn_if_slow(agent, obs_space, args)
 
     def filled() -> bool:
         """Is the random prefill there? After a resume without the saved replay it is played again."""
@@ -1670,10 +1671,29 @@ class GraphedFunction:
         return self.result
 
 
-def warn_if_slow(device: torch.device, obs_space: gym.Space) -> None:
-    """Without a GPU a run from pictures takes weeks: says where one stands that a CPU can do."""
-    if device.type == "cpu" and obs_space.dtype == np.uint8:
-        print("no GPU: with pictures and the default sizes an update takes 20 CPU-seconds; CPU-sized: docs/dreamer.md")
+CPU_SIZED = (  # benchmark/dreamer.sh cpu
+    "python dreamer.py --env-id cartpole-swingup --obs-mode state --action-repeat 4 --total-timesteps 150000 "
+    "--batch-size 16 --batch-length 16 --deter-size 100 --dense-size 100 --model-lr 1e-3 --actor-lr 1e-4 "
+    "--value-lr 1e-4 --buffer-size 60000"
+)
+
+
+def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args) -> None:
+    """Without a GPU: times forward and backward passes on zeros and says if the run would take longer than a night."""
+    shape = args.batch_length, args.batch_size
+    dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
+    batch = {name: torch.zeros(shape) for name in ("reward", "cont", "is_first")}
+    batch["obs"] = torch.zeros(*shape, *obs_space.shape, dtype=dtype)
+    batch["action"] = torch.zeros(*shape, agent.action_dim)
+    start = time.perf_counter()
+    losses, _ = compute_losses(agent, batch, draw_noise(agent, args, torch.Generator()), args)
+    sum(losses.values()).backward()
+    agent.zero_grad()
+    seconds = time.perf_counter() - start
+    hours = seconds * updates_due(args.total_timesteps, args) / 3600
+    if hours > 12:
+        days = f"an update takes {seconds:.1f} s, the whole run about {hours / 24:.1f} days"
+        print(f"no GPU: {days}. CPU-sized: {CPU_SIZED}")
 
 
 def check_args(args: Args) -> None:

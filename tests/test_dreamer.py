@@ -1569,3 +1569,17 @@ def test_dreamer_learns_a_tiny_pixel_task():
     mean = scalars(run_dir)["eval/episodic_return"][-1][1]
     print(f"evaluation return {mean:.1f}")
     assert mean > -20
+
+
+@pytest.mark.parametrize(("seconds", "days"), [(1.0, None), (10.0, "11.5")])
+def test_a_run_of_days_is_said_at_its_start(capsys, monkeypatch, seconds, days):
+    """The time of one update, measured, times those that are due: 99,600 here. What was measured leaves no trace."""
+    schedule = {"learning_starts": 5_000, "train_frequency": 1_000, "train_steps": 100, "pretrain_steps": 100}
+    args = tiny_args(total_timesteps=1_000_000 if days else 400_000, **schedule)
+    agent = make_agent(args, VECTOR)
+    clock = iter([0.0, seconds])
+    monkeypatch.setattr(dreamer.time, "perf_counter", lambda: next(clock))
+    dreamer.warn_if_slow(agent, VECTOR, args)
+    said = capsys.readouterr().out
+    assert all(parameter.grad is None for parameter in agent.parameters())
+    assert (f"about {days} days. CPU-sized: python dreamer.py" in said) if days else said == ""
