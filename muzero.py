@@ -54,6 +54,7 @@ import contextlib
 import difflib
 import fcntl
 import functools
+import itertools
 import math
 import os
 import random
@@ -100,10 +101,11 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments (None = by task, see DEFAULTS and TASKS)
-    env_id: str = "CartPole-v1"  # Gymnasium id with Discrete actions (ALE/Pong-v5), tictactoe or connect_four
+    env_id: str = "CartPole-v1"  # Gymnasium id (ALE/Pong-v5), dm_control task (cartpole-swingup) or tictactoe
     total_timesteps: int | None = None  # environment steps of the run; default by task
     num_envs: int | None = None  # environments or games played side by side, one search for all; default by task
-    gamma: float | None = None  # discount per step; default by task
+    action_repeat: int | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
+    gamma: float | None = None  # discount per action; default by task
     two_player: bool | None = None  # players alternate, values are the mover's and within -1 ... 1; default by task
 
     # Replay and updates
@@ -114,13 +116,15 @@ class Args:
     unroll_steps: int = 5  # steps that the model is unrolled in an update (K)
     td_steps: int | None = None  # rewards in a return before it is bootstrapped (n); default by task
     bootstrap: Literal["search", "target"] | None = None  # a return's last value: search then, target net now
-    reanalyze_ratio: float = 0.0  # share of a batch searched and valued anew with the target network
+    reanalyze_ratio: float | None = None  # share of a batch searched and valued anew with the target network; by task
     target_network_frequency: int = 200  # updates between copies to the target network
     priority_alpha: float | None = None  # exponent of the replay priorities, 0 = uniform replay; default by task
     learning_rate: float | None = None  # learning rate of AdamW; default by task
     weight_decay: float = 1e-4  # weight decay of AdamW
     max_grad_norm: float = 5.0  # gradient norm that an update is clipped to (deviation 3)
     value_scale: float = 0.25  # weight of the value loss (deviation 9: not 1)
+    consistency_scale: float | None = None  # weight of the loss between predicted and seen latent states; by task
+    entropy_scale: float | None = None  # continuous actions: weight of the policy's entropy; default by task
 
     # Networks
     hidden_size: int | None = None  # units of latent state and hidden layers, or channels for images; default by task
@@ -130,8 +134,11 @@ class Args:
     # Search and acting
     search: Literal["gumbel", "puct"] = "gumbel"  # sequential halving, or the paper's search (deviation 6: not puct)
     num_simulations: int | None = None  # simulations per search (S); default by task
+    num_candidates: int = 8  # continuous actions: drawn at the root of a search (K)
+    inner_candidates: int = 2  # continuous actions: drawn at each node below the root
     max_considered_actions: int = 16  # gumbel: actions at the root that sequential halving begins with
     c_scale: float | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
+    q_floor: float | None = None  # least spread of Q that is rescaled to [0, 1], as a share of its size; by task
     dirichlet_alpha: float | None = None  # puct: concentration of the noise in the root's prior; default by task
     temperature_steps: tuple[int, int] | None = None  # puct: environment steps where temperature falls to 0.5, 0.25
     temperature_moves: int | None = None  # puct: moves of an episode before the temperature is 0; by task, or never
@@ -150,6 +157,7 @@ class Args:
 PB_C_INIT, PB_C_BASE = 1.25, 19652.0  # pUCT: weight of the prior (c1), visits over which it grows (c2)
 DIRICHLET_FRACTION = 0.25  # pUCT: share of the noise in the root's prior
 C_VISIT = 50.0  # Gumbel: visits added to the largest visit count in the scale of Q
+WIDE, WIDE_SHARE = 3.0, 0.5  # continuous actions: share of the root's candidates that are drawn with WIDE sigma
 PRIORITY_BETA = 1.0  # exponent of the importance weights
 REANALYZED_AT_ONCE = 256  # reanalysis: roots of one search, whose trees fit into the processor's cache
 
@@ -171,19 +179,20 @@ class VectorNetwork(nn.Module):
     which is a fifth of the time of a step with one root, a sixth with 64.
     """
 
-    def __init__(self, obs_dim: int, num_actions: int, num_bins: int, units: int):
+    def __init__(self, obs_dim: int, num_actions: int, action_dim: int, num_bins: int, units: int):
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Linear(obs_dim, units), nn.LayerNorm(units), nn.SiLU(), nn.Linear(units, units)
         )  # fmt: skip
-        self.action = nn.Embedding(num_actions, units)  # = a linear layer on the one-hot action
+        # an Embedding is a linear layer on the one-hot action
+        self.action = nn.Linear(action_dim, units) if action_dim else nn.Embedding(num_actions, units)
         self.dynamics_in = nn.Linear(units, units)
         self.dynamics_norm = nn.LayerNorm(units)
         self.dynamics_out = nn.Linear(units, units)
         self.reward = nn.Linear(units, num_bins)
         self.head = nn.Sequential(nn.Linear(units, units), nn.LayerNorm(units), nn.SiLU())
-        self.policy_value = nn.Linear(units, num_actions + num_bins)
-        self.outputs = num_actions, num_bins
+        self.latent_size, self.outputs = units, (2 * action_dim or num_actions, num_bins)
+        self.policy_value = nn.Linear(units, sum(self.outputs))
 
     def represent(self, obs: torch.Tensor) -> torch.Tensor:
         """Observations (B, D) -> latent state; symlog tames large numbers (deviation 3: vectors)."""
@@ -195,7 +204,7 @@ class VectorNetwork(nn.Module):
         return scale_latent(latent + self.dynamics_out.forward(h)), self.reward.forward(h)
 
     def predict(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Policy logits (B, A) and value logits (B, bins)."""
+        """Policy, logits (B, A) or what gaussian takes (B, 2 D), and value logits (B, bins)."""
         for layer in self.head:
             latent = layer.forward(latent)
         return self.policy_value.forward(latent).split(self.outputs, -1)
@@ -246,7 +255,7 @@ class ConvNetwork(nn.Module):
         self.dynamics_blocks = nn.Sequential(*blocks())
         self.reward_head, self.head = head(), head()
         self.reward, self.policy_value = nn.Linear(64, num_bins), nn.Linear(64, num_actions + num_bins)
-        self.outputs = num_actions, num_bins
+        self.latent_size, self.outputs = channels * height * width, (num_actions, num_bins)
 
     def represent(self, obs: torch.Tensor) -> torch.Tensor:
         """Frames (B, 4, H, W, 3) of uint8, or boards (B, C, h, w) -> latent state."""
@@ -270,10 +279,10 @@ class Agent(nn.Module):
 
     def __init__(self, envs, args: Args):
         super().__init__()
-        shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
-        num_bins = 2 * args.support_size + 1
+        shape, num_bins = envs.single_observation_space.shape, 2 * args.support_size + 1
+        num_actions, self.action_dim = action_sizes(envs, args)
         if len(shape) == 1:
-            self.network = VectorNetwork(shape[0], num_actions, num_bins, args.hidden_size)
+            self.network = VectorNetwork(shape[0], num_actions, self.action_dim, num_bins, args.hidden_size)
         else:
             one_hot = torch.eye(num_actions)[:, :, None, None].expand(-1, -1, 6, 6)  # a plane for each action
             planes = envs.action_planes if args.two_player else one_hot  # on a board: where the move is made
@@ -284,29 +293,105 @@ class Agent(nn.Module):
         bins = torch.arange(-args.support_size, args.support_size + 1.0)
         self.register_buffer("bins", bins, persistent=False)  # of distributions, see transform
         self.num_actions = num_actions
+        nodes, weights = np.polynomial.hermite_e.hermegauss(32)
+        quadrature = torch.tensor(np.stack([nodes, weights / weights.sum()]), dtype=torch.float32)
+        self.register_buffer("quadrature", quadrature, persistent=False)  # see entropy
+        if args.consistency_scale:
+            sizes = (self.network.latent_size, 256), (256, 256)
+            layers = (
+                (nn.Flatten(), nn.Linear(n, 256), nn.LayerNorm(256), nn.SiLU(), nn.Linear(256, m)) for n, m in sizes
+            )
+            self.projector, self.predictor = (nn.Sequential(*those) for those in layers)
 
     def initial(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latent state, policy logits (B, A) and value (B,) of observations (B, ...): s = h(o); p, v = f(s)."""
+        """Latent state, policy (B, A) and value (B,) of observations (B, ...): s = h(o); p, v = f(s)."""
         latent = self.network.represent(obs)
-        logits, value_logits = self.network.predict(latent)
-        return latent, logits, from_distribution(value_logits, self.bins)
+        policy, value_logits = self.network.predict(latent)
+        return latent, policy, from_distribution(value_logits, self.bins)
 
 
-def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor, noise: torch.Tensor | None = None):
     """One step of the model, r, s' = g(s, a); p, v = f(s'): s', and outputs (B, A + 2), see decode.
 
-    In one tensor, because on a GPU each copy to the host costs as much as the network.
+    In one tensor, because on a GPU each copy to the host costs as much as the network. With continuous actions the
+    latent state comes and goes with candidates: `action` is the number of one, noise (B, K, D) draws those of s'.
     """
+    if agent.action_dim:
+        latent, candidates = split_candidates(agent, latent)
+        action = candidates[torch.arange(len(action), device=action.device), action].tanh()
     latent, reward_logits = agent.network.dynamics(latent, action)
-    logits, value_logits = agent.network.predict(latent)
+    policy, value_logits = agent.network.predict(latent)
     expected = torch.stack([reward_logits, value_logits], 1).softmax(-1) @ agent.bins
-    return latent, torch.cat([logits, expected], 1)
+    if agent.action_dim:
+        latent, policy = with_candidates(latent, policy, noise), policy[:, :0]
+    return latent, torch.cat([policy, expected], 1)
 
 
 def decode(outputs):
-    """Reward (B,), policy logits (B, A), value (B,) of outputs (B, A + 2), whose last two columns are transformed."""
+    """Reward (B,), policy (B, A), value (B,) of outputs (B, A + 2), whose last two columns are transformed."""
     numbers = inverse_transform(outputs[:, -2:])
     return numbers[:, 0], outputs[:, :-2], numbers[:, 1]
+
+
+# Continuous actions (Sampled MuZero): an action is a = tanh(u), u normal. A search knows K candidates at each node, by
+# number; they stand behind the node's latent state, and their prior is log pi - log beta, if they were drawn from beta.
+
+
+def action_sizes(envs, args: Args) -> tuple[int, int]:
+    """Actions that a search chooses from (A, or K candidates), and numbers that a continuous one consists of (or 0)."""
+    space = envs.single_action_space
+    return (int(space.n), 0) if isinstance(space, gym.spaces.Discrete) else (args.num_candidates, space.shape[0])
+
+
+def gaussian(policy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation (..., D) of u from the network's (..., 2 D): |mu| < 5, sigma > 0.1, 0 and 1.4 at first."""
+    mu, sigma = policy.chunk(2, -1)
+    return 5 * torch.tanh(mu / 5), F.softplus(sigma + 1) + 0.1
+
+
+def with_candidates(latent: torch.Tensor, policy: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Latent states (B, D') with candidates behind them: u = mu + sigma noise, noise (B, K, D); |tanh u| < 0.999."""
+    mu, sigma = gaussian(policy)
+    candidates = (mu[:, None] + sigma[:, None] * noise).clamp(-3.8, 3.8)
+    return torch.cat([latent, candidates.flatten(1)], 1)
+
+
+def split_candidates(agent: Agent, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What with_candidates has joined: latent states (B, D') and candidates u (B, K, D)."""
+    size = agent.num_actions * agent.action_dim
+    return latent[:, :-size], latent[:, -size:].unflatten(1, (agent.num_actions, agent.action_dim))
+
+
+def candidate_logits(noise: torch.Tensor, share: float) -> torch.Tensor:
+    """log pi - log beta (...) of candidates u = mu + sigma noise, noise (..., D), but for a constant.
+
+    beta is pi, a `share` of it with WIDE sigma; mu, sigma and the slope of tanh cancel.
+    """
+    log_pi = -0.5 * (noise**2).sum(-1)
+    log_wide = -0.5 * ((noise / WIDE) ** 2).sum(-1) - noise.shape[-1] * math.log(WIDE)
+    return log_pi - torch.logaddexp(log_pi + math.log(1 - share), log_wide + math.log(share))
+
+
+def log_slope(u: torch.Tensor) -> torch.Tensor:
+    """ln(1 - tanh(u)^2), the logarithm of the slope of tanh."""
+    return 2 * (math.log(2) - u - F.softplus(-2 * u))
+
+
+def log_density(policy: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """log pi (..., K) of actions tanh(u), u (..., K, D): sum over d of log N(u; mu, sigma) - ln(1 - tanh(u)^2)."""
+    mu, sigma = (x.unsqueeze(-2) for x in gaussian(policy))
+    normal = -0.5 * ((u - mu) / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
+    return (normal - log_slope(u)).sum(-1)
+
+
+def entropy(policy: torch.Tensor, quadrature: torch.Tensor) -> torch.Tensor:
+    """Entropy (...) of actions tanh(u): sum over d of ln(2 pi e sigma^2) / 2 + E ln(1 - tanh(u)^2).
+
+    quadrature: numbers and weights of a standard normal variable, (2, n).
+    """
+    mu, sigma = gaussian(policy)
+    slopes = log_slope(mu[..., None] + sigma[..., None] * quadrature[0]) @ quadrature[1]
+    return (0.5 + 0.5 * math.log(2 * math.pi) + sigma.log() + slopes).sum(-1)
 
 
 # === Targets and losses ===
@@ -378,8 +463,10 @@ def make_targets(rows: dict[str, torch.Tensor], unroll_steps: int, td_steps: int
     return {
         "returns": n_step_returns(rows["reward"], rows["value"], rows["kind"], td_steps, discount),
         "policies": rows["policy"][first],
+        "candidates": rows["candidates"][first],
         "rewards": torch.where(ended[:-1], 0, rows["reward"][:unroll_steps]),
         "policy_mask": ~ended,
+        "obs_mask": num_closed - (kinds != STEP).long() == 0,
         "value_mask": ~after_truncation,
         "reward_mask": ~after_truncation[1:],
     }
@@ -390,12 +477,19 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return -(target * logits.log_softmax(-1)).sum(-1)
 
 
+def policy_cross_entropy(policy: torch.Tensor, target: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """- sum over a of target(a) log pi(a), nats (...): over all A actions (D = 0), or over candidates u (..., K, D)."""
+    log_pi = log_density(policy, candidates) if candidates.shape[-1] else policy.log_softmax(-1)
+    return -(target * log_pi).sum(-1)
+
+
 def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targets: dict, weights: torch.Tensor, args):
     """Loss of the model unrolled over actions (K, B) from obs (B, ...); detached metrics, and values (B,) at k = 0.
 
     Mean over the batch of w times the sum over k of CE(p_k, pi_k) + value_scale CE(v_k, z_k) + CE(r_k, u_k): what the
     model predicts after k steps against policies pi, returns z and rewards u. Terms at k = 0, where no reward is
     predicted, count once, those of the K steps 1/K each; weights w (B,) are the importance weights.
+    Continuous actions: - entropy_scale H(p_k). Consistency: - consistency_scale cos(q(p(s_k)), p(h(o_k))), k >= 1.
     """
     latents, reward_logits = [agent.network.represent(obs)], []
     for action in actions:
@@ -407,7 +501,8 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     shape = len(latents), len(weights)
     logits, value_logits = logits.unflatten(0, shape), value_logits.unflatten(0, shape)
     returns, rewards = two_hot(targets["returns"], args.support_size), two_hot(targets["rewards"], args.support_size)
-    policy_terms = cross_entropy(logits, targets["policies"]) * targets["policy_mask"]  # (K + 1, B)
+    policy_terms = policy_cross_entropy(logits, targets["policies"], targets["candidates"])
+    policy_terms = policy_terms * targets["policy_mask"]  # (K + 1, B)
     value_terms = cross_entropy(value_logits, returns) * targets["value_mask"]  # (K + 1, B)
     reward_terms = cross_entropy(torch.stack(reward_logits), rewards) * targets["reward_mask"]  # (K, B)
     scale = torch.full((len(latents), 1), 1 / len(actions), device=weights.device)
@@ -417,7 +512,20 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     reward_loss = ((reward_terms * scale[1:]).sum(0) * weights).mean()
     loss = policy_loss + args.value_scale * value_loss + reward_loss
     values = from_distribution(value_logits[0].detach(), agent.bins)
-    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "reward_loss": reward_loss, "loss": loss}
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "reward_loss": reward_loss}
+    if agent.action_dim:
+        entropies = entropy(logits, agent.quadrature) * targets["policy_mask"]  # (K + 1, B)
+        loss = loss - args.entropy_scale * ((entropies * scale).sum(0) * weights).mean()
+        sigma, wide = gaussian(logits[0])[1], targets["policies"][0, :, num_narrow(agent.num_actions) :]
+        metrics |= {"entropy": entropies[0].mean(), "sigma": sigma.mean(), "wide_share": wide.sum(-1).mean()}
+    if args.consistency_scale:
+        with torch.no_grad():
+            seen = agent.projector(agent.network.represent(targets["obs"].flatten(0, 1)))
+        similarity = F.cosine_similarity(agent.predictor(agent.projector(torch.cat(latents[1:]))), seen)
+        terms = -similarity.view(actions.shape[:2]) * targets["obs_mask"][1:]  # (K, B)
+        metrics["consistency_loss"] = ((terms * scale[1:]).sum(0) * weights).mean()
+        loss = loss + args.consistency_scale * metrics["consistency_loss"]
+    metrics["loss"] = loss
     limit = inverse_transform(torch.full_like(weights[0], args.support_size + 1e-4))
     metrics["clipped_targets"] = (torch.cat([targets["returns"], targets["rewards"]]).abs() > limit).float().mean()
     return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}, values
@@ -467,10 +575,13 @@ def softmax(x):
 
 
 @njit
-def rescale(q, low, high):
-    """Qn = (Q - low) / (high - low); 0 where these are equal up to rounding (deviation 2: the prior decides)."""
-    rounding = 1e-5 * max(abs(low), abs(high), 1.0)
-    return (q - low) / (high - low) if high - low > rounding else 0.0
+def rescale(q, low, high, floor):
+    """Qn = (Q - low) / (high - low); 0 where these are equal up to rounding (deviation 2: the prior decides).
+
+    The denominator is at least `floor` times the size of Q: actions that are worth nearly the same are not torn apart.
+    """
+    size = max(abs(low), abs(high))
+    return (q - low) / max(high - low, floor * size) if high - low > 1e-5 * max(size, 1.0) else 0.0
 
 
 @njit
@@ -484,7 +595,7 @@ def tree_bounds(nodes, n):
 
 
 @njit
-def puct_choice(node, edges, low, high):
+def puct_choice(node, edges, low, high, floor):
     """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)); Qn of an unvisited action is 0.
 
     N_s is the node's count, 1 + sum over a of N (deviation 1).
@@ -494,14 +605,14 @@ def puct_choice(node, edges, low, high):
     for a, edge in enumerate(edges):
         score = edge["prior"] * factor / (1 + edge["visits"])
         if edge["visits"] > 0:
-            score += rescale(edge["q"], low, high)
+            score += rescale(edge["q"], low, high, floor)
         if score > best and edge["logit"] > -np.inf:
             choice, best = a, score
     return choice
 
 
 @njit
-def improved_logits(node, edges, low, high, c_scale):
+def improved_logits(node, edges, low, high, floor, c_scale):
     """Logits of Gumbel MuZero's improved policy pi', (A,): logits + (c_visit + max N) c_scale Qn.
 
     Q of an unvisited action is the mixed value (v + sum N * sum P Q / sum P) / (1 + sum N), with P and Q of the visited
@@ -519,14 +630,14 @@ def improved_logits(node, edges, low, high, c_scale):
     if low > high:
         low, high = logits.min(), logits.max()
     for a, edge in enumerate(edges):
-        logits[a] = edge["logit"] + (C_VISIT + most_visits) * c_scale * rescale(logits[a], low, high)
+        logits[a] = edge["logit"] + (C_VISIT + most_visits) * c_scale * rescale(logits[a], low, high, floor)
     return logits
 
 
 @njit
-def gumbel_choice(node, edges, low, high, c_scale, gumbel, eligible):
+def gumbel_choice(node, edges, low, high, floor, c_scale, gumbel, eligible):
     """Root: argmax of g + logits of pi' where N is `eligible`, see halving_visits. Below: of pi' - N / (1 + sum N)."""
-    scores = improved_logits(node, edges, low, high, c_scale)
+    scores = improved_logits(node, edges, low, high, floor, c_scale)
     if node["depth"] > 0:
         scores = softmax(scores)
     for a, edge in enumerate(edges):
@@ -538,7 +649,7 @@ def gumbel_choice(node, edges, low, high, c_scale, gumbel, eligible):
 
 
 @njit
-def select(nodes, edges, n, puct, low, high, c_scale, gumbel, eligible, chosen):
+def select(nodes, edges, n, puct, low, high, floor, c_scale, gumbel, eligible, chosen):
     """Down each tree by the choices of the search to the first edge without a child, where node n hangs from now on.
 
     chosen (2, B) becomes the row of the parent's latent state in (S + 1) * B, and the action.
@@ -549,9 +660,9 @@ def select(nodes, edges, n, puct, low, high, c_scale, gumbel, eligible, chosen):
         while True:
             s = child
             if puct:
-                a = puct_choice(nodes[b, s], edges[b, s], tree_low, tree_high)
+                a = puct_choice(nodes[b, s], edges[b, s], tree_low, tree_high, floor)
             else:
-                a = gumbel_choice(nodes[b, s], edges[b, s], low, high, c_scale, gumbel[b], eligible[b, n - 1])
+                a = gumbel_choice(nodes[b, s], edges[b, s], low, high, floor, c_scale, gumbel[b], eligible[b, n - 1])
             child = edges[b, s, a]["child"]
             if child == 0:
                 break
@@ -584,12 +695,13 @@ def expand_and_backup(nodes, edges, n, reward, discount, logits, value):
 
 
 class SearchResult(NamedTuple):
-    action: torch.Tensor  # (B,) to be played
+    action: torch.Tensor  # (B,) to be played, or (B, D)
     policy: torch.Tensor  # (B, A) the training target: visit distribution, or Gumbel's improved policy pi'
     value: torch.Tensor  # (B,) mean of the root, its own value included
     visit_counts: torch.Tensor  # (B, A) of the root's actions
     qvalues: torch.Tensor  # (B, A) of the root's actions, 0 where unvisited
     depth: torch.Tensor  # (B,) mean depth of the nodes
+    candidates: torch.Tensor  # (B, A, D) the root's actions as u, where continuous; otherwise D = 0
 
 
 def host(x) -> np.ndarray:
@@ -624,7 +736,7 @@ def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, p
     on_device = on_host.to(latent.device)  # on a CPU the same memory again
     parent, action = on_device
     for n in range(1, N):
-        select(nodes, edges, n, puct, *bounds, args.c_scale, gumbel, eligible, chosen)
+        select(nodes, edges, n, puct, *bounds, args.q_floor, args.c_scale, gumbel, eligible, chosen)
         on_device.copy_(on_host)
         latents[n], *outputs = model(rows.index_select(0, parent), action)
         expand_and_backup(nodes, edges, n, *map(host, outputs))
@@ -635,7 +747,8 @@ def summarize(nodes: np.ndarray, edges: np.ndarray, action, policy, like: torch.
     """What is left of a search once its action (B,) and policy (B, A) are known."""
     roots = edges[:, 0]
     numbers = policy, nodes["value"][:, 0], roots["visits"], roots["q"], nodes["depth"][:, 1:].mean(1)
-    return SearchResult(torch.from_numpy(action).to(like.device), *(torch.from_numpy(x).to(like) for x in numbers))
+    numbers = (torch.from_numpy(x).to(like) for x in numbers)
+    return SearchResult(torch.from_numpy(action).to(like.device), *numbers, like.new_empty(*policy.shape, 0))
 
 
 def puct_search(model, root, legal, noise, temperature, args: Args, value_range=None) -> SearchResult:
@@ -659,7 +772,7 @@ def gumbel_search(model, root, legal, noise, args: Args, value_range=None) -> Se
     bounds = value_range or UNKNOWN
     nodes, edges = grow(model, root, legal, noise, args, False, bounds)
     roots = zip(nodes[:, 0], edges[:, 0], strict=True)
-    logits = np.stack([improved_logits(node, actions, *bounds, args.c_scale) for node, actions in roots])
+    logits = np.stack([improved_logits(node, actions, *bounds, args.q_floor, args.c_scale) for node, actions in roots])
     scores = logits if noise is None else logits + host(noise[:, 1])
     visits = edges["visits"][:, 0]
     action = np.where(visits == visits.max(1, keepdims=True), scores, -np.inf).argmax(1)
@@ -684,22 +797,64 @@ def halving_visits(num_actions: int, num_simulations: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def act(agent: Agent, obs, legal, noise, temperature, args: Args, step_fn: Callable = recurrent) -> SearchResult:
+def act(agent: Agent, obs, legal, noise, temperature, args, step_fn=recurrent, draws: tuple = ()) -> SearchResult:
     """Searches from observations (B, ...) with legal actions (B, A); without noise (B, 2, A) greedily.
 
-    temperature (B,) is that of the paper's search; in a game of two players the bounds of Q are known.
+    temperature (B,) is that of the paper's search; in a game of two players the bounds of Q are known. Continuous
+    actions: `draws` of draw_candidates.
     """
-    root, discount = agent.initial(obs), np.full(len(obs), args.discount)
+    (latent, logits, value), discount = agent.initial(obs), np.full(len(obs), args.discount)
+    next_noise = itertools.repeat(())
+    if draws:
+        inner = np.where(np.arange(agent.num_actions) < args.inner_candidates, 0, -np.inf)
+        latent, next_noise = with_candidates(latent, logits, draws[0][0]), zip(draws[0][1:])
+        logits, inner = draws[1], np.tile(inner, (len(obs), 1))
+    root = latent, logits, value
 
     def model(latent: torch.Tensor, action: torch.Tensor) -> tuple:
-        latent, outputs = step_fn(agent, latent, action)
+        latent, outputs = step_fn(agent, latent, action, *next(next_noise))
         reward, logits, value = decode(outputs.cpu().numpy())
-        return latent, reward, discount, logits, value
+        return latent, reward, discount, inner if draws else logits, value
 
     value_range = (-1.0, 1.0) if args.two_player else None
     if args.search == "puct":
-        return puct_search(model, root, legal, noise, temperature, args, value_range)
-    return gumbel_search(model, root, legal, noise, args, value_range)
+        result = puct_search(model, root, legal, noise, temperature, args, value_range)
+    else:
+        result = gumbel_search(model, root, legal, noise, args, value_range)
+    if not draws:
+        return result
+    _, candidates = split_candidates(agent, latent)
+    rows = torch.arange(len(obs), device=candidates.device)
+    return result._replace(action=candidates[rows, result.action].tanh(), candidates=candidates)
+
+
+def num_narrow(num_candidates: int) -> int:
+    """How many of a root's K candidates, the first of them, are drawn from the policy itself, not WIDE."""
+    return num_candidates - int(num_candidates * WIDE_SHARE)
+
+
+def draw_candidates(agent: Agent, batch: int, args: Args, generator: torch.Generator, greedy=False) -> tuple:
+    """What candidates of a search are made of, (S + 1, B, K, D), and logits of the root's prior (B, K).
+
+    The last of a root's candidates have WIDE sigma. Greedily none has, and the first is the mode of the policy.
+    Discrete actions: nothing.
+    """
+    if not agent.action_dim:
+        return ()
+    shape = args.num_simulations + 1, batch, agent.num_actions, agent.action_dim
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    if greedy:
+        noise[0, :, 0] = 0
+        return noise, torch.zeros(shape[1:3], device=noise.device)
+    noise[0, :, num_narrow(agent.num_actions) :] *= WIDE
+    return noise, candidate_logits(noise[0], WIDE_SHARE)
+
+
+def random_actions(agent: Agent, shape: tuple, generator: torch.Generator) -> torch.Tensor:
+    """Actions (*shape) or (*shape, D), uniformly."""
+    if agent.action_dim:
+        return 2 * torch.rand(*shape, agent.action_dim, generator=generator, device=generator.device) - 1
+    return torch.randint(agent.num_actions, shape, generator=generator, device=generator.device)
 
 
 def draw_noise(legal: np.ndarray, args: Args, rng: np.random.Generator) -> np.ndarray:
@@ -754,20 +909,23 @@ def bootstrap_now(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_st
     return rows | {"value": value}
 
 
-def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, step_fn: Callable) -> dict:
+def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, step_fn: Callable, rng) -> dict:
     """Sampled rows whose first `count` columns have policies of a search with the target network, without noise.
 
-    It starts from the observations at k = 0 ... K.
+    It starts from the observations at k = 0 ... K; continuous actions have new candidates, by the generator rng.
     """
     slots, envs, length = rows["slots"][:count], rows["envs"][:count], args.unroll_steps + 1
     index = (slots + torch.arange(length, device=slots.device)[:, None]) % rb.capacity
     obs = rb.observations(index, envs.expand_as(index)).flatten(0, 1)
     legal = rows["legal"][:length, :count].flatten(0, 1)
-    policy = rows["policy"].clone()
-    slices = zip(obs.split(REANALYZED_AT_ONCE), legal.split(REANALYZED_AT_ONCE), strict=True)
-    found = [act(target, *inputs, None, None, args, step_fn).policy for inputs in slices]
-    policy[:length, :count] = torch.cat(found).unflatten(0, (length, count))
-    return rows | {"policy": policy}
+    found = [
+        act(target, *inputs, None, None, args, step_fn, draw_candidates(target, len(inputs[0]), args, rng))
+        for inputs in zip(obs.split(REANALYZED_AT_ONCE), legal.split(REANALYZED_AT_ONCE), strict=True)
+    ]
+    new = {name: rows[name].clone() for name in ("policy", "candidates")}
+    for name, column in new.items():
+        column[:length, :count] = torch.cat([getattr(x, name) for x in found]).unflatten(0, (length, count))
+    return rows | new
 
 
 def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions, args: Args, losses_fn) -> dict:
@@ -776,8 +934,12 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
     Past the end of an episode the actions are random_actions (K, B). Returns detached scalars.
     """
     targets = make_targets(rows, args.unroll_steps, args.td_steps, args.discount)
-    actions = torch.where(targets["policy_mask"][:-1], rows["action"][: args.unroll_steps], random_actions)
+    goes_on = targets["policy_mask"][:-1][(...,) + (None,) * (random_actions.dim() - 2)]  # (K, B) or (K, B, 1)
+    actions = torch.where(goes_on, rows["action"][: args.unroll_steps], random_actions)
     obs = rb.observations(rows["slots"], rows["envs"])
+    if args.consistency_scale:
+        steps = torch.arange(1, len(actions) + 1, device=actions.device)[:, None]
+        targets["obs"] = rb.observations((rows["slots"] + steps) % rb.capacity, rows["envs"].expand(len(steps), -1))
     optimizer.zero_grad(set_to_none=True)
     loss, metrics, values = losses_fn(agent, obs, actions, targets, rows["weights"], args)
     loss.backward()
@@ -806,9 +968,10 @@ class ReplayBuffer:
     """
 
     def __init__(self, envs, args: Args, device: torch.device):
-        space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
+        space, (num_actions, action_dim) = envs.single_observation_space, action_sizes(envs, args)
         self.num_envs, self.stack = envs.num_envs, space.shape[0] if space.dtype == np.uint8 else 1
-        self.capacity, self.span = args.buffer_size // self.num_envs, args.unroll_steps + args.td_steps + 1
+        self.capacity = args.buffer_size // args.action_repeat // self.num_envs
+        self.span = args.unroll_steps + args.td_steps + 1
         self.td_steps, self.discount, self.alpha = args.td_steps, args.discount, args.priority_alpha
         frame = space.shape[1:] if self.stack > 1 else space.shape
         dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
@@ -816,7 +979,10 @@ class ReplayBuffer:
             "obs": (frame, dtype), "action": ((), torch.long), "reward": ((), torch.float32),
             "policy": ((num_actions,), torch.float32), "value": ((), torch.float32),
             "legal": ((num_actions,), torch.bool), "kind": ((), torch.uint8), "age": ((), torch.long),
+            "candidates": ((num_actions, action_dim), torch.float32),
         }  # fmt: skip
+        if action_dim:
+            columns["action"] = (action_dim,), torch.float32
         self.data = {
             name: torch.zeros(self.capacity, self.num_envs, *shape, dtype=dtype, device=device)
             for name, (shape, dtype) in columns.items()
@@ -933,7 +1099,9 @@ def main(args: Args) -> str:
     optimizer = make_optimizer(agent, args)
     counters = {"num_updates": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act"))}
-    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(("replay", "update"))}
+    names = "replay", "update", "candidates"
+    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(names)}
+    steps = args.num_envs * args.action_repeat  # of environments in one turn of the loop
     dones, moves, eval_envs = np.ones(args.num_envs, bool), np.zeros(args.num_envs, np.int64), None
 
     def open_episodes() -> dict:
@@ -963,11 +1131,10 @@ def main(args: Args) -> str:
         for _ in range(count):
             rows = rb.sample(args.batch_size, PRIORITY_BETA, rng["replay"])
             if num_reanalyzed:
-                rows = reanalyze(target, rb, rows, num_reanalyzed, args, step_fn)
+                rows = reanalyze(target, rb, rows, num_reanalyzed, args, step_fn, rng["candidates"])
             if num_revalued:
                 rows = bootstrap_now(target, rb, rows, num_revalued, args.td_steps)
-            shape = args.unroll_steps, args.batch_size
-            actions = torch.randint(agent.num_actions, shape, generator=rng["update"], device=device)
+            actions = random_actions(agent, (args.unroll_steps, args.batch_size), rng["update"])
             run.metrics = update(agent, optimizer, rb, rows, actions, args, losses_fn)
             counters["num_updates"] += 1
             if counters["num_updates"] % args.target_network_frequency == 0:
@@ -979,27 +1146,28 @@ def main(args: Args) -> str:
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
             require_finite_arrays(run.step, "the environment's observation", obs)
             moves[dones] = 0
-        legal = legal_actions(envs)
+        legal = legal_actions(envs, agent.num_actions)
         noise, temperature = draw_noise(legal, args, rng["act"]), temperature_of(moves, run.step, args)
         obs, legal, noise, temperature = (torch.as_tensor(x, device=device) for x in (obs, legal, noise, temperature))
-        result = act(agent, obs, legal, noise, temperature, args, step_fn)
+        draws = draw_candidates(agent, args.num_envs, args, rng["candidates"])
+        result = act(agent, obs, legal, noise, temperature, args, step_fn, draws)
         next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())  # host sync
         require_finite_arrays(run.step, "the environment's observation or reward", next_obs, rewards)
         step_rows = {
             "obs": obs, "legal": legal, "action": result.action, "policy": result.policy, "value": result.value,
-            "reward": torch.as_tensor(rewards, device=device, dtype=torch.float32),
+            "reward": torch.as_tensor(rewards, device=device, dtype=torch.float32), "candidates": result.candidates,
         }  # fmt: skip
         rb.add(step_rows, np.arange(args.num_envs))
         obs, dones = next_obs, terminations | truncations
         moves += 1
-        run.step += args.num_envs
-        run.progress.update(args.num_envs)
+        run.step += steps
+        run.progress.update(steps)
         if dones.any():
             rb.add(closing_rows(agent, obs, dones, terminations, device), np.flatnonzero(dones), closing=True)
             run.log_episodes(infos, dones)
-        if rb.ready.any() and len(rb) >= args.learning_starts:  # deviation 11: acting waits for the updates
+        if rb.ready.any() and len(rb) * args.action_repeat >= args.learning_starts:  # deviation 11: acting waits
             before = counters["num_updates"]
-            learn(updates_due(run.step, args) - updates_due(run.step - args.num_envs, args))
+            learn(updates_due(run.step, args) - updates_due(run.step - steps, args))
             if counters["num_updates"] // 100 > before // 100:
                 run.report()
                 if (clipped := run.metrics["losses/clipped_targets"]) > 0:
@@ -1033,33 +1201,41 @@ DEFAULTS = {
     "learning_rate": 1e-3, "gamma": 0.997, "td_steps": 20, "bootstrap": "target", "support_size": 300,
     "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
     "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,  # deviation 10: uniform
-    "two_player": False,
+    "two_player": False, "q_floor": 0.0, "action_repeat": 1, "reanalyze_ratio": 0.0, "consistency_scale": 0.0,
+    "entropy_scale": 0.05,
 }  # fmt: skip
 BOARD = {
     "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
-    "dirichlet_alpha": 1.0, "temperature_steps": (10**9, 10**9), "two_player": True,
+    "dirichlet_alpha": 1.0, "temperature_steps": (10**9, 10**9), "two_player": True, "td_steps": 42,
+    "buffer_size": 100_000, "hidden_size": 32, "num_simulations": 32, "opening_moves": 4, "temperature_moves": 12,
 }  # fmt: skip
 TASKS = {
     "CartPole": {
         "total_timesteps": 40_000, "buffer_size": 40_000, "support_size": 20, "c_scale": 0.03,
         "temperature_steps": (10_000, 20_000),
     },
+    "Pendulum": {
+        "total_timesteps": 20_000, "num_envs": 8, "gamma": 0.99, "td_steps": 5, "support_size": 41, "replay_ratio": 0.5,
+        "consistency_scale": 2.0,
+    },
     "LunarLander": {"total_timesteps": 500_000, "support_size": 30, "num_simulations": 25},
-    "tictactoe": BOARD | {
-        "total_timesteps": 200_000, "buffer_size": 20_000, "td_steps": 9, "hidden_size": 16, "num_simulations": 25,
-        "opening_moves": 4, "temperature_moves": 6,
+    "tictactoe": {
+        "buffer_size": 20_000, "td_steps": 9, "hidden_size": 16, "num_simulations": 25, "temperature_moves": 6,
     },
-    "connect_four": BOARD | {
-        "total_timesteps": 200_000, "buffer_size": 100_000, "replay_ratio": 0.1, "td_steps": 42, "hidden_size": 32,
-        "num_simulations": 32, "opening_moves": 6, "temperature_moves": 12,
-    },
+    "connect_four": {"replay_ratio": 0.1, "opening_moves": 6},
 }  # fmt: skip
 ATARI = {  # deviation 12: EfficientZero's
     "total_timesteps": 500_000, "buffer_size": 100_000, "batch_size": 256, "td_steps": 5, "num_simulations": 50,
-    "bootstrap": "search", "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000),
+    "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000),
     "priority_alpha": 1.0,
 }  # fmt: skip
-MAX_REWARD = {"CartPole": 1.0, "Acrobot": 1.0, "MountainCar": 1.0}  # largest |reward| of a step, where it is known
+DM_CONTROL = {
+    "total_timesteps": 100_000, "num_envs": 8, "buffer_size": 100_000, "action_repeat": 2, "gamma": 0.994,
+    "td_steps": 5, "support_size": 18, "replay_ratio": 0.5, "hidden_size": 128, "reanalyze_ratio": 0.25,
+    "consistency_scale": 2.0,
+}  # fmt: skip
+# Largest |reward| of a step, where it is known.
+MAX_REWARD = {"CartPole": 1.0, "Acrobot": 1.0, "MountainCar": 1.0, "Pendulum": 16.28}
 BOARD_GAMES = {"tictactoe": (3, 3, 3, False), "connect_four": (6, 7, 4, True)}  # rows, columns, in a row, gravity
 
 
@@ -1068,9 +1244,16 @@ def task_name(env_id: str) -> str:
     return re.sub(r"-v\d+$", "", re.split("[:/]", env_id)[-1])
 
 
+def is_dm_control(env_id: str) -> bool:
+    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
+    return re.search(r"-v\d+$", env_id) is None
+
+
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given is filled in from TASKS."""
-    task = DEFAULTS | (ATARI if args.env_id.startswith("ALE/") else TASKS.get(task_name(args.env_id), {}))
+    board, atari = args.env_id in BOARD_GAMES, args.env_id.startswith("ALE/")
+    kind = BOARD if board else ATARI if atari else DM_CONTROL if is_dm_control(args.env_id) else {}
+    task = DEFAULTS | kind | TASKS.get(task_name(args.env_id), {})
     return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
 
 
@@ -1078,10 +1261,18 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
     """Thunk of one environment: observations (D,) float32, or the last four frames (4, 96, 96, 3) uint8."""
 
     def thunk() -> gym.Env:
-        env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
-        if env.spec.max_episode_steps is None:  # 27,000 decisions are the 30 minutes of an Atari game
-            env = gym.wrappers.TimeLimit(env, 27_000)
-        env = gym.wrappers.RecordEpisodeStatistics(env)
+        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+        if is_dm_control(args.env_id):
+            try:
+                env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
+            except ImportError as error:
+                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
+                fail(f"{args.env_id} needs {package} ({error})")
+        else:
+            env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
+            if env.spec.max_episode_steps is None:  # 27,000 decisions are the 30 minutes of an Atari game
+                env = gym.wrappers.TimeLimit(env, 27_000)
+        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), args.action_repeat)
         if video is not None:  # folder/prefix of the MP4
             folder, prefix = os.path.split(video)
             first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
@@ -1092,11 +1283,15 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
 
 
 def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
-    """Refuses what MuZero cannot use; images become stacks of four 96x96 frames, vectors float32."""
+    """Refuses what MuZero cannot use; images become stacks of four 96x96 frames, vectors float32, boxes [-1, 1]."""
     obs, action = env.observation_space, env.action_space
-    if not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
-        fail(f"{env_id}: actions must be Discrete starting at 0, not {action} (continuous ones: mbpo.py, dreamer.py)")
-    is_box = isinstance(obs, gym.spaces.Box)
+    is_box, vector = (isinstance(space, gym.spaces.Box) for space in (obs, action))
+    if vector and len(action.shape) == 1 and action.is_bounded("both") and len(obs.shape) == 1:
+        low, scale = action.low, (action.high - action.low) / 2
+        space = gym.spaces.Box(-1, 1, action.shape, np.float32)
+        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
+    elif not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
+        fail(f"{env_id}: actions must be Discrete starting at 0, or with vectors a bounded vector Box, not {action}")
     if is_box and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3:
         if obs.shape[:2] != (96, 96):
             env = gym.wrappers.ResizeObservation(env, (96, 96))
@@ -1154,11 +1349,72 @@ def make_frames(env_id: str, **settings) -> gym.Env:
     return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=96, grayscale_obs=False)
 
 
-def legal_actions(envs: gym.vector.VectorEnv | BoardGame) -> np.ndarray:
+def legal_actions(envs: gym.vector.VectorEnv | BoardGame, num_actions: int) -> np.ndarray:
     """Actions allowed now, (N, A) bool; outside board games all of them."""
     if isinstance(envs, BoardGame):
         return envs.legal
-    return np.ones((envs.num_envs, envs.single_action_space.n), bool)
+    return np.ones((envs.num_envs, num_actions), bool)
+
+
+class DMControl(gym.Env):
+    """A task of the dm_control suite with its flattened state as observation.
+
+    An episode of 1000 steps ends by truncation; only a task that says discount 0 terminates.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
+    render_mode = "rgb_array"
+
+    def __init__(self, env_id: str):
+        from dm_control import suite
+
+        names = {f"{domain}-{task}".replace("_", "-"): (domain, task) for domain, task in suite.ALL_TASKS}
+        name = re.sub("^cup-", "ball-in-cup-", env_id.replace("_", "-"))
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            fail(f"unknown dm_control task {env_id!r}; close: {', '.join(close) or 'none'} (Gymnasium ids end in -v0)")
+        self.env = suite.load(*names[name], task_kwargs={"random": 0})  # lqr draws its springs here: always the same
+        self.camera = 2 if name.startswith("quadruped") else 0 if self.env.physics.model.ncam else -1
+        spec = self.env.action_spec()
+        low, high = spec.minimum.astype(np.float32), spec.maximum.astype(np.float32)
+        low, high = np.where(low > -1e10, low, -np.inf), np.where(high < 1e10, high, np.inf)  # 1e10 means no bound
+        self.action_space = gym.spaces.Box(low, high)
+        dim = sum(int(np.prod(part.shape)) for part in self.env.observation_spec().values())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
+
+    def flatten(self, time_step) -> np.ndarray:
+        return np.concatenate([np.ravel(part) for part in time_step.observation.values()]).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env.task._random = np.random.RandomState(seed)  # what suite.load(task_kwargs={"random": seed}) sets
+        return self.flatten(self.env.reset()), {}
+
+    def step(self, action: np.ndarray):
+        time_step = self.env.step(action)
+        terminated = time_step.last() and time_step.discount == 0.0
+        return self.flatten(time_step), time_step.reward, terminated, time_step.last() and not terminated, {}
+
+    def render(self) -> np.ndarray:
+        return self.env.physics.render(240, 240, camera_id=self.camera)
+
+
+class ActionRepeat(gym.Wrapper):
+    """Repeats each action, sums the rewards, stops at the end of the episode."""
+
+    def __init__(self, env: gym.Env, repeat: int):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
 
 
 class BoardGame:
@@ -1259,17 +1515,20 @@ def evaluate(agent, envs, args: Args, device, stop: StopRequest, step_fn=recurre
     (T, ...) of the first 500 steps at most.
     """
     rng, N = np.random.default_rng([args.seed, 99]), envs.num_envs
+    generator = torch.Generator(device).manual_seed(args.seed)
     quota = args.eval_episodes // N + (np.arange(N) < args.eval_episodes % N)  # by environment: short ones do not win
     returns, trajectories = [], {}
-    columns = "obs action reward policy value depth".split()
+    searched = ["action", "policy", "candidates", "value", "depth"]
+    columns = ["obs", "reward", *searched]
     tracks = {i: {name: [] for name in columns} for i in range(min(N, 10))}  # of the first episodes, while they last
     dones, seat = np.ones(N, bool), np.arange(N) % 2
     while quota.any() and not stop.requested:
         if dones.any():
             obs, _ = envs.reset(seed=rng.integers(2**31, size=N).tolist(), options={"reset_mask": dones})
-        legal = torch.as_tensor(legal_actions(envs), device=device)
-        result = act(agent, torch.as_tensor(obs, device=device), legal, None, None, args, step_fn)
-        row = {name: getattr(result, name).cpu().numpy() for name in ("action", "policy", "value", "depth")}
+        legal = torch.as_tensor(legal_actions(envs, agent.num_actions), device=device)
+        draws = draw_candidates(agent, N, args, generator, greedy=True)
+        result = act(agent, torch.as_tensor(obs, device=device), legal, None, None, args, step_fn, draws)
+        row = {name: getattr(result, name).cpu().numpy() for name in searched}
         if args.two_player:
             theirs = np.flatnonzero(envs.moves.numpy() % 2 != seat)
             row["action"][theirs] = opponent(envs, theirs, rng)
@@ -1333,8 +1592,9 @@ def discounted_sums(rewards: np.ndarray, last: float, d: float) -> np.ndarray:
 def open_loop_errors(agent: Agent, trajectories: list[dict], length: int) -> dict[str, np.ndarray]:
     """Errors of the model k = 0 ... length steps after the last observation, mean over all starts that last so long.
 
-    value: |value head - realized return|; policy: KL from the search's policy there, nats; reward: |reward head -
-    reward| of the step that led there (k >= 1).
+    value: |value head - realized return|; policy: KL from the search's policy there, nats (continuous actions: from its
+    weights to the density at its candidates, which may be negative); reward: |reward head - reward| of the step that
+    led there (k >= 1).
     """
     device = next(agent.parameters()).device
     sums = {name: np.zeros(length + 1) for name in ("value", "policy", "reward")}
@@ -1346,11 +1606,12 @@ def open_loop_errors(agent: Agent, trajectories: list[dict], length: int) -> dic
             starts = min(len(track["obs"]), T - k)
             if k > 0:
                 actions = torch.as_tensor(track["action"][k - 1 : k - 1 + starts], device=device)
-                latent, outputs = recurrent(agent, latent[:starts], actions)
-                reward, logits, value = decode(outputs)
+                latent, reward_logits = agent.network.dynamics(latent[:starts], actions)
+                logits, value_logits = agent.network.predict(latent)
+                reward, value = (from_distribution(x, agent.bins) for x in (reward_logits, value_logits))
                 sums["reward"][k] += np.abs(reward.cpu().numpy() - track["reward"][k - 1 : k - 1 + starts]).sum()
-            policy = torch.as_tensor(track["policy"][k : k + starts], device=device)
-            divergence = torch.xlogy(policy, policy) - policy * logits.log_softmax(-1)
+            policy, u = (torch.as_tensor(track[x][k : k + starts], device=device) for x in ("policy", "candidates"))
+            divergence = torch.xlogy(policy, policy).sum(-1) + policy_cross_entropy(logits, policy, u)
             sums["policy"][k] += divergence.sum().item()
             sums["value"][k] += np.abs(value.cpu().numpy() - track["realized"][k : k + starts]).sum()
             counts[k] += starts
@@ -1684,9 +1945,11 @@ def check_args(args: Args) -> None:
     """Refuses impossible numbers in one line."""
     at_least = {
         1: "total_timesteps num_envs eval_episodes batch_size td_steps unroll_steps support_size hidden_size "
-        "num_blocks num_simulations max_considered_actions target_network_frequency",
+        "num_blocks num_simulations max_considered_actions target_network_frequency action_repeat num_candidates "
+        "inner_candidates",
         0: "seed eval_frequency checkpoint_frequency learning_starts replay_ratio learning_rate weight_decay "
-        "max_grad_norm gamma value_scale c_scale opening_moves temperature_moves priority_alpha reanalyze_ratio",
+        "max_grad_norm gamma value_scale consistency_scale entropy_scale c_scale q_floor opening_moves "
+        "temperature_moves priority_alpha reanalyze_ratio",
     }
     for bound, names in at_least.items():
         for name in names.split():
@@ -1698,7 +1961,7 @@ def check_args(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
     if not args.dirichlet_alpha > 0:
         fail(f"--dirichlet-alpha must be above 0, not {args.dirichlet_alpha}")
-    rows = 2 * (args.unroll_steps + args.td_steps + 1) * args.num_envs
+    rows = 2 * (args.unroll_steps + args.td_steps + 1) * args.num_envs * args.action_repeat
     if args.buffer_size < rows:
         fail(f"--buffer-size {args.buffer_size} is too small: {args.num_envs} environments with --unroll-steps and "
              f"--td-steps need {rows}")  # fmt: skip
@@ -1741,7 +2004,7 @@ def compile_search(patience: float = 2.0) -> None:
     note.daemon = True
     note.start()
     zero, one = torch.zeros(1), torch.ones(1, 1)
-    args, root = Args(num_simulations=1, c_scale=0.1), (one, one, zero)
+    args, root = Args(num_simulations=1, c_scale=0.1, q_floor=0.0), (one, one, zero)
     gumbel_search(lambda latent, action: (latent, zero, zero, one, zero), root, one.bool(), None, args)
     note.cancel()
 
@@ -1752,10 +2015,10 @@ class GraphedModel:
     def __init__(self, step_fn: Callable):
         self.step_fn, self.graphs = step_fn, {}
 
-    def __call__(self, agent: Agent, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        key = agent, len(action)
+    def __call__(self, agent: Agent, latent: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = agent, len(latent)
         if key not in self.graphs:
-            inputs, stream = (latent.clone(), action.clone()), torch.cuda.Stream()
+            inputs, stream = tuple(x.clone() for x in (latent, *others)), torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
@@ -1766,7 +2029,7 @@ class GraphedModel:
                 outputs = self.step_fn(agent, *inputs)
             self.graphs[key] = graph, inputs, outputs
         graph, inputs, outputs = self.graphs[key]
-        for static, new in zip(inputs, (latent, action), strict=True):
+        for static, new in zip(inputs, (latent, *others), strict=True):
             static.copy_(new)
         graph.replay()
         return outputs

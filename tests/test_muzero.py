@@ -968,6 +968,7 @@ def sequence_batch(agent, args, B=6, obs=None):
     targets = {
         "returns": torch.from_numpy(20 * rng.normal(size=(K + 1, B)).astype(np.float32)),
         "policies": torch.from_numpy(rng.dirichlet(np.ones(A), size=(K + 1, B)).astype(np.float32)),
+        "candidates": torch.zeros(K + 1, B, A, 0),
         "rewards": torch.from_numpy(rng.normal(size=(K, B)).astype(np.float32)),
         "policy_mask": torch.from_numpy(rng.random((K + 1, B)) < 0.7),
         "value_mask": torch.from_numpy(rng.random((K + 1, B)) < 0.7),
@@ -1169,7 +1170,7 @@ def test_reanalyze_searches_again_with_the_target_network(search, monkeypatch):
     assert all(torch.equal(kept[name], tensor) for name, tensor in rows.items())
     assert torch.equal(fresh["policy"][:, 5:], rows["policy"][:, 5:])
     assert torch.equal(fresh["policy"][3:], rows["policy"][3:])
-    assert all(fresh[name] is rows[name] for name in set(rows) - {"policy"})
+    assert all(fresh[name] is rows[name] for name in set(rows) - {"policy", "candidates"})
     for b in range(5):
         for k in range(3):
             slot, env = (rows["slots"][b] + k) % rb.capacity, rows["envs"][b]
@@ -1393,6 +1394,7 @@ def test_open_loop_errors_against_a_loop():
         tracks.append({
             "obs": rng.normal(size=(min(T, 6), 2)).astype(np.float32), "action": rng.integers(3, size=T),
             "reward": rng.normal(size=T), "policy": rng.dirichlet(np.ones(3), size=T).astype(np.float32),
+            "candidates": np.zeros((T, 3, 0), np.float32),
             "realized": rng.normal(size=T).astype(np.float32),
         })  # fmt: skip
     found = muzero.open_loop_errors(agent, tracks, 5)
