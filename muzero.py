@@ -226,7 +226,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvNetwork(nn.Module):
-    """The same for images and boards; the latent state is (B, C, h, w): 6 x 6 for images, the board itself."""
+    """The same for images and grids; the latent state is (B, C, h, w): 6 x 6 for images, the grid or board itself."""
 
     def __init__(self, obs_shape: tuple, action_planes: torch.Tensor, num_bins: int, channels: int, num_blocks: int):
         super().__init__()
@@ -258,7 +258,7 @@ class ConvNetwork(nn.Module):
         self.latent_size, self.outputs = channels * height * width, (num_actions, num_bins)
 
     def represent(self, obs: torch.Tensor) -> torch.Tensor:
-        """Frames (B, 4, H, W, 3) of uint8, or boards (B, C, h, w) -> latent state."""
+        """Frames (B, 4, H, W, 3) of uint8, or grids (B, C, h, w) -> latent state."""
         if self.image:
             obs = obs.movedim(-1, 2).flatten(1, 2).float() / 255
         return scale_latent(self.encoder(obs))
@@ -284,8 +284,9 @@ class Agent(nn.Module):
         if len(shape) == 1:
             self.network = VectorNetwork(shape[0], num_actions, self.action_dim, num_bins, args.hidden_size)
         else:
-            one_hot = torch.eye(num_actions)[:, :, None, None].expand(-1, -1, 6, 6)  # a plane for each action
-            planes = envs.action_planes if args.two_player else one_hot  # on a board: where the move is made
+            size = (6, 6) if len(shape) == 4 else shape[1:]  # of the latent state: images, grids
+            one_hot = torch.eye(num_actions)[:, :, None, None].expand(-1, -1, *size)  # a plane for each action
+            planes = getattr(envs, "action_planes", one_hot)  # on a board: where the move is made
             self.network = ConvNetwork(shape, planes, num_bins, args.hidden_size, args.num_blocks)
         for layer in (self.network.reward, self.network.policy_value):  # deviation 3: policy uniform, value 0 at first
             nn.init.zeros_(layer.weight)
@@ -1103,6 +1104,7 @@ def main(args: Args) -> str:
     rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(names)}
     steps = args.num_envs * args.action_repeat  # of environments in one turn of the loop
     dones, moves, eval_envs = np.ones(args.num_envs, bool), np.zeros(args.num_envs, np.int64), None
+    allowed = np.ones((args.num_envs, agent.num_actions), bool)
 
     def open_episodes() -> dict:
         """Rows that close the episodes being played as truncated: a simulator cannot be saved."""
@@ -1117,11 +1119,7 @@ def main(args: Args) -> str:
             rows = {name: tensor.to(device) for name, tensor in rows.items()}
             rb.add(rows, rows["kind"].nonzero()[:, 0].cpu().numpy(), closing=True)
         checkpoint = rows = None  # what refers to the file keeps it on the disk
-    step_fn, losses_fn = recurrent, compute_losses
-    if args.compile:
-        step_fn, losses_fn = torch.compile(recurrent), torch.compile(compute_losses)
-    if args.cudagraphs:
-        step_fn = GraphedModel(step_fn)
+    step_fn, losses_fn = executables(args)
     size = f"{agent.num_actions} actions, {sum(p.numel() for p in agent.parameters()):,} parameters"
     print(f"{run.folder}: {device}, {size}, {args.search} search")
     num_reanalyzed = math.ceil(args.reanalyze_ratio * args.batch_size)
@@ -1143,12 +1141,12 @@ def main(args: Args) -> str:
     while run.goes_on(dones):
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
-            obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
+            obs, infos = envs.reset(seed=seeds, options={"reset_mask": dones})
+            allowed = legal_actions(infos, allowed)
             require_finite_arrays(run.step, "the environment's observation", obs)
             moves[dones] = 0
-        legal = legal_actions(envs, agent.num_actions)
-        noise, temperature = draw_noise(legal, args, rng["act"]), temperature_of(moves, run.step, args)
-        obs, legal, noise, temperature = (torch.as_tensor(x, device=device) for x in (obs, legal, noise, temperature))
+        noise, temperature = draw_noise(allowed, args, rng["act"]), temperature_of(moves, run.step, args)
+        obs, legal, noise, temperature = (torch.as_tensor(x, device=device) for x in (obs, allowed, noise, temperature))
         draws = draw_candidates(agent, args.num_envs, args, rng["candidates"])
         result = act(agent, obs, legal, noise, temperature, args, step_fn, draws)
         next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())  # host sync
@@ -1158,7 +1156,7 @@ def main(args: Args) -> str:
             "reward": torch.as_tensor(rewards, device=device, dtype=torch.float32), "candidates": result.candidates,
         }  # fmt: skip
         rb.add(step_rows, np.arange(args.num_envs))
-        obs, dones = next_obs, terminations | truncations
+        obs, dones, allowed = next_obs, terminations | truncations, legal_actions(infos, allowed)
         moves += 1
         run.step += steps
         run.progress.update(steps)
@@ -1176,7 +1174,10 @@ def main(args: Args) -> str:
             if eval_envs is None:
                 video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
                 eval_envs = make_vector_env(args, min(args.eval_episodes, 100), video)
-            returns, trajectories = evaluate(agent, eval_envs, args, device, run.stop, step_fn)
+            opponent = random_player if args.two_player else None
+            returns, trajectories = evaluate(agent, eval_envs, args, device, run.tick, step_fn, opponent)
+            if opponent:  # what the values of self-play are about
+                _, trajectories = evaluate(agent, eval_envs, args, device, run.tick, step_fn)
             if args.capture_video:  # the film is written when its environment closes
                 eval_envs.close()
                 eval_envs = None
@@ -1283,21 +1284,29 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
 
 
 def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
-    """Refuses what MuZero cannot use; images become stacks of four 96x96 frames, vectors float32, boxes [-1, 1]."""
+    """Observations as stacks of four 96x96 frames, grids (C, h, w) or float32 vectors, continuous actions in [-1, 1].
+
+    What MuZero cannot use is refused.
+    """
     obs, action = env.observation_space, env.action_space
     is_box, vector = (isinstance(space, gym.spaces.Box) for space in (obs, action))
-    if vector and len(action.shape) == 1 and action.is_bounded("both") and len(obs.shape) == 1:
+    if vector and len(action.shape) == 1 and action.is_bounded("both") and len(obs.shape or (1,)) == 1:
         low, scale = action.low, (action.high - action.low) / 2
         space = gym.spaces.Box(-1, 1, action.shape, np.float32)
         env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
     elif not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
         fail(f"{env_id}: actions must be Discrete starting at 0, or with vectors a bounded vector Box, not {action}")
+    if is_box and len(obs.shape) == 3 and max(obs.shape[:2]) <= 24:  # a grid
+        space = gym.spaces.Box(-np.inf, np.inf, (obs.shape[2], *obs.shape[:2]), np.float32)
+        return gym.wrappers.TransformObservation(env, lambda o: np.moveaxis(o, -1, 0).astype(np.float32), space)
     if is_box and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3:
         if obs.shape[:2] != (96, 96):
             env = gym.wrappers.ResizeObservation(env, (96, 96))
         return gym.wrappers.FrameStackObservation(env, 4, padding_type="reset")
+    if not obs.is_np_flattenable or is_box and len(obs.shape) > 2:
+        fail(f"{env_id}: observations must be images (H, W, 3) of uint8, grids or what can be flattened, not {obs}")
     if not (is_box and len(obs.shape) == 1):
-        fail(f"{env_id}: observations must be images (H, W, 3) of uint8 or vectors (D,), not {obs}")
+        env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.DtypeObservation(env, np.float32)
 
 
@@ -1349,11 +1358,11 @@ def make_frames(env_id: str, **settings) -> gym.Env:
     return gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=96, grayscale_obs=False)
 
 
-def legal_actions(envs: gym.vector.VectorEnv | BoardGame, num_actions: int) -> np.ndarray:
-    """Actions allowed now, (N, A) bool; outside board games all of them."""
-    if isinstance(envs, BoardGame):
-        return envs.legal
-    return np.ones((envs.num_envs, num_actions), bool)
+def legal_actions(infos: dict, legal: np.ndarray) -> np.ndarray:
+    """Actions allowed now, (N, A) bool: masks that a reset or step hands out, for the other environments `legal`."""
+    if "action_mask" not in infos:
+        return legal
+    return np.where(infos["_action_mask"][:, None], infos["action_mask"] != 0, legal)
 
 
 class DMControl(gym.Env):
@@ -1455,6 +1464,10 @@ class BoardGame:
         empty = self.stones.sum(1) == 0
         return (empty[:, : self.shape[1]] if self.gravity else empty).numpy()
 
+    def _masks(self) -> dict:
+        """Legal moves as a vector environment of Gymnasium's hands them out."""
+        return {"action_mask": self.legal, "_action_mask": np.ones(self.num_envs, bool)}
+
     def observe(self) -> np.ndarray:
         """The stones as the network sees them, (N, 2, R, C); a copy."""
         return self.stones.view(self.num_envs, 2, *self.shape).numpy().copy()
@@ -1469,7 +1482,7 @@ class BoardGame:
             for i in range(self.opening_moves):
                 games = np.flatnonzero(counts > i)
                 self._place(games, random_player(self, games, rng))
-        return self.observe(), {}
+        return self.observe(), self._masks()
 
     def step(self, actions: np.ndarray):
         """Places a stone on each board and turns it to the other player; actions (N,) must be legal."""
@@ -1477,7 +1490,7 @@ class BoardGame:
         terminations = wins | (self.moves == self.stones.shape[2])
         results = torch.where(wins, self.moves % 2 * 2.0 - 1, 0.0)  # the first player makes the odd moves
         # deviation 5, a reward on a board: the mover's, with the winning move
-        infos = {"episode": {"r": results.numpy(), "l": self.moves.numpy().copy()}}
+        infos = self._masks() | {"episode": {"r": results.numpy(), "l": self.moves.numpy().copy()}}
         never = np.zeros(self.num_envs, bool)
         return self.observe(), wins.float().numpy(), terminations.numpy(), never, infos
 
@@ -1506,13 +1519,14 @@ def random_player(envs: BoardGame, games: np.ndarray, rng: np.random.Generator) 
 # === Evaluation ===
 
 
-def evaluate(agent, envs, args: Args, device, stop: StopRequest, step_fn=recurrent, opponent=random_player):
+def evaluate(agent, envs, args: Args, device, tick: Callable, step_fn=recurrent, opponent=None, longest=3_000):
     """Plays args.eval_episodes greedily, without noise, on seeds of its own: training does not notice.
 
-    Board games are played against `opponent(envs, games, rng)`, from either seat in turn. Returns the agent's returns
-    (episodes,) and the first episodes of the first ten environments, in a game with the moves of both: action, reward,
-    value, depth (T,) and policy (T, A) of the search, realized (T,), the discounted return from there on, and obs
-    (T, ...) of the first 500 steps at most.
+    Board games are played against `opponent(envs, games, rng)`, from either seat in turn, or by the agent alone.
+    Episodes end after `longest` decisions. tick(text) says whether to stop. Returns the agent's returns (episodes,) and
+    the first episodes of the first ten environments, in a game with the moves of both: action, reward, value,
+    depth (T,), policy (T, A) and candidates of the search, realized (T,), the discounted return from there on, and obs
+    (T, ...) of the first 500 steps at most, of images of fewer.
     """
     rng, N = np.random.default_rng([args.seed, 99]), envs.num_envs
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -1521,23 +1535,28 @@ def evaluate(agent, envs, args: Args, device, stop: StopRequest, step_fn=recurre
     searched = ["action", "policy", "candidates", "value", "depth"]
     columns = ["obs", "reward", *searched]
     tracks = {i: {name: [] for name in columns} for i in range(min(N, 10))}  # of the first episodes, while they last
-    dones, seat = np.ones(N, bool), np.arange(N) % 2
-    while quota.any() and not stop.requested:
+    dones, seat, legal = np.ones(N, bool), np.arange(N) % 2, np.ones((N, agent.num_actions), bool)
+    lengths, sums = np.zeros((2, N))
+    while quota.any() and not tick(f"evaluating, {len(returns)} of {args.eval_episodes}"):
         if dones.any():
-            obs, _ = envs.reset(seed=rng.integers(2**31, size=N).tolist(), options={"reset_mask": dones})
-        legal = torch.as_tensor(legal_actions(envs, agent.num_actions), device=device)
-        draws = draw_candidates(agent, N, args, generator, greedy=True)
-        result = act(agent, torch.as_tensor(obs, device=device), legal, None, None, args, step_fn, draws)
+            obs, infos = envs.reset(seed=rng.integers(2**31, size=N).tolist(), options={"reset_mask": dones})
+            legal, lengths[dones], sums[dones] = legal_actions(infos, legal), 0, 0
+        draws, inputs = (
+            draw_candidates(agent, N, args, generator, greedy=True),
+            (torch.as_tensor(x) for x in (obs, legal)),
+        )
+        result = act(agent, *(x.to(device) for x in inputs), None, None, args, step_fn, draws)
         row = {name: getattr(result, name).cpu().numpy() for name in searched}
-        if args.two_player:
+        if opponent:
             theirs = np.flatnonzero(envs.moves.numpy() % 2 != seat)
             row["action"][theirs] = opponent(envs, theirs, rng)
         row["obs"] = obs
         obs, row["reward"], terminations, truncations, infos = envs.step(row["action"])
-        dones = terminations | truncations
+        lengths, sums, legal = lengths + 1, sums + row["reward"], legal_actions(infos, legal)
+        dones = terminations | truncations | (lengths >= longest)
         for i, track in tracks.items():
             for name, column in track.items():
-                if name != "obs" or len(column) < 500:
+                if name != "obs" or len(column) < np.clip(5e6 / obs[0].nbytes, 50, 500):
                     column.append(row[name][i].copy())
         for i in np.flatnonzero(dones).tolist():
             if i in tracks:
@@ -1548,7 +1567,8 @@ def evaluate(agent, envs, args: Args, device, stop: StopRequest, step_fn=recurre
             if quota[i] > 0:
                 quota[i] -= 1
                 sign = 1 - 2 * seat[i] if args.two_player else 1
-                returns.append(float(infos["episode"]["r"][i]) * sign)
+                over = terminations[i] or truncations[i]
+                returns.append(float(infos["episode"]["r"][i] if over else sums[i]) * sign)
                 seat[i] = 1 - seat[i]
     return np.array(returns), [trajectories[i] for i in sorted(trajectories)]
 
@@ -1556,16 +1576,28 @@ def evaluate(agent, envs, args: Args, device, stop: StopRequest, step_fn=recurre
 def evaluate_run(args: Args) -> str:
     """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
     checkpoint = load_checkpoint(args.evaluate, args)
-    refuse_changes(
-        args, checkpoint, "evaluate eval_episodes num_envs num_simulations capture_video cuda seed compile cudagraphs"
-    )
+    free = "evaluate eval_episodes search num_simulations capture_video cuda seed compile cudagraphs"
+    refuse_changes(args, checkpoint, free)
     device, stop = choose_device(args), StopRequest()
     video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
     envs = make_vector_env(args, min(args.eval_episodes, 100), video)
     agent = Agent(envs, args).to(device)
     agent.load_state_dict(checkpoint["parts"]["agent"])
     compile_search()
-    returns, _ = evaluate(agent, envs, args, device, stop)
+    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
+    opponent, bar = (
+        random_player if args.two_player else None,
+        Bar(bar_format="{desc} [{elapsed}]", leave=False, **pace),
+    )
+    Bar.stop = stop
+
+    def tick(doing: str) -> bool:
+        bar.set_description_str(doing, refresh=False)
+        bar.update(0)
+        return bool(stop.requested)
+
+    returns, _ = evaluate(agent, envs, args, device, tick, executables(args)[0], opponent, longest=math.inf)
+    bar.close()
     envs.close()
     print_returns(args, checkpoint, returns)
     stop.exit()
@@ -2007,6 +2039,14 @@ def compile_search(patience: float = 2.0) -> None:
     args, root = Args(num_simulations=1, c_scale=0.1, q_floor=0.0), (one, one, zero)
     gumbel_search(lambda latent, action: (latent, zero, zero, one, zero), root, one.bool(), None, args)
     note.cancel()
+
+
+def executables(args: Args) -> tuple[Callable, Callable]:
+    """`recurrent` and `compute_losses`, compiled or captured if asked for."""
+    step_fn, losses_fn = recurrent, compute_losses
+    if args.compile:
+        step_fn, losses_fn = torch.compile(recurrent), torch.compile(compute_losses)
+    return GraphedModel(step_fn) if args.cudagraphs and choose_device(args).type == "cuda" else step_fn, losses_fn
 
 
 class GraphedModel:

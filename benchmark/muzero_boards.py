@@ -8,7 +8,6 @@ MCTS players need OpenSpiel (pip install open_spiel), the solver of connect four
 import functools
 import json
 import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,7 +151,7 @@ def main(flags: Args) -> None:
     args = replace(muzero.Args(**checkpoint["args"]), cuda=False, eval_episodes=flags.games)
     if flags.num_simulations:
         args = replace(args, num_simulations=flags.num_simulations)
-    device, stop = torch.device("cpu"), types.SimpleNamespace(requested=0)
+    device = torch.device("cpu")
     agent = muzero.Agent(muzero.BoardGame(args.env_id, 1), args)
     agent.load_state_dict(checkpoint["parts"]["agent"])
     muzero.compile_search()
@@ -167,7 +166,7 @@ def main(flags: Args) -> None:
         print("no MCTS players: pip install open_spiel", file=sys.stderr)
     for name, player in players.items():
         envs = muzero.BoardGame(args.env_id, min(flags.games, 100))
-        returns, tracks = muzero.evaluate(agent, envs, args, device, stop, opponent=player)
+        returns, tracks = muzero.evaluate(agent, envs, args, device, lambda doing: False, opponent=player)
         result[name] = {"won": int((returns > 0).sum()), "drawn": int((returns == 0).sum()),
                         "lost": int((returns < 0).sum())}  # fmt: skip
         if args.env_id == "connect_four":

@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from runs import TWO_ENVS, assert_healthy, image_tags, load, resume, run, scalars, tiny
+from runs import TWO_ENVS, assert_healthy, differences, image_tags, load, resume, run, scalars, tiny
 
 import muzero
 
@@ -28,6 +27,11 @@ CPU = torch.device("cpu")
 def compiled():
     """The loops of the search, from the disk if they are there."""
     muzero.compile_search()
+
+
+def never(doing: str) -> bool:
+    """Nobody asks an evaluation to stop."""
+    return False
 
 
 def make_args(**changes) -> muzero.Args:
@@ -100,11 +104,11 @@ def test_puct_scores_by_hand(num_simulations):
     nodes, edges = muzero.grow(model, root, legal, None, args, True, muzero.UNKNOWN)
     low, high = muzero.tree_bounds(nodes[0], num_simulations + 1)
     visits, q, count = edges[0, 0]["visits"], edges[0, 0]["q"], nodes[0, 0]["count"]
-    qn = [muzero.rescale(q[a], low, high) if visits[a] > 0 else 0.0 for a in range(3)]
+    qn = [muzero.rescale(q[a], low, high, 0.0) if visits[a] > 0 else 0.0 for a in range(3)]
     u = edges[0, 0]["prior"] * math.sqrt(count) * (1.25 + math.log((count + 19653) / 19652)) / (1 + visits)
     assert qn == pytest.approx(SCORES[num_simulations][0], abs=5e-7)
     assert u.tolist() == pytest.approx(SCORES[num_simulations][1], abs=5e-7)
-    assert muzero.puct_choice(nodes[0, 0], edges[0, 0], low, high) == np.argmax(qn + u)
+    assert muzero.puct_choice(nodes[0, 0], edges[0, 0], low, high, 0.0) == np.argmax(qn + u)
 
 
 TWO_PLAYERS = ((0, 0, 0), (0.4, -0.5, 0.1), -1.0)
@@ -690,6 +694,7 @@ def test_targets_against_a_loop(n, K, d):
     rows = {
         "reward": torch.from_numpy(rng.normal(size=(L, B))), "value": torch.from_numpy(rng.normal(size=(L, B))),
         "kind": torch.from_numpy(ends), "policy": torch.from_numpy(rng.dirichlet(np.ones(A), size=(L, B))),
+        "candidates": torch.from_numpy(rng.normal(size=(L, B, A, 2))),
     }  # fmt: skip
     targets = muzero.make_targets(rows, K, n, d)
     for b in range(B):
@@ -699,11 +704,13 @@ def test_targets_against_a_loop(n, K, d):
         for k in range(K + 1):
             known = not (kind == muzero.TRUNCATED and k > end)
             assert targets["value_mask"][k, b] == known and targets["policy_mask"][k, b] == (k < end)
+            assert targets["obs_mask"][k, b] == (k <= end)
             if known:
                 expected = loop_return(rows["reward"][:, b].tolist(), rows["value"][:, b].tolist(), column, k, n, d)
                 assert targets["returns"][k, b].item() == pytest.approx(expected)
             if k < end:
                 assert torch.equal(targets["policies"][k, b], rows["policy"][k, b])
+                assert torch.equal(targets["candidates"][k, b], rows["candidates"][k, b])
             if k > 0:
                 assert targets["reward_mask"][k - 1, b] == known
                 wanted = rows["reward"][k - 1, b].item() if k <= end else 0.0
@@ -714,18 +721,19 @@ def test_targets_against_a_loop(n, K, d):
 
 
 class TinyVector:
-    """The spaces of a vector environment, as far as replay and networks ask for them."""
+    """The spaces of a vector environment, as far as replay and networks ask for them; D continuous actions or three."""
 
-    def __init__(self, num_envs: int, shape: tuple = (2,), num_actions: int = 3, dtype=np.float32):
+    def __init__(self, num_envs: int, shape: tuple = (2,), dtype=np.float32, action_dim: int = 0):
         self.num_envs = num_envs
         self.single_observation_space = gym.spaces.Box(0, 255, shape, dtype)
-        self.single_action_space = gym.spaces.Discrete(num_actions)
+        box = gym.spaces.Box(-1, 1, (action_dim,), np.float32)
+        self.single_action_space = box if action_dim else gym.spaces.Discrete(3)
 
 
 def fill(rb: muzero.ReplayBuffer, num_steps: int, seed: int = 0, mean_length: int = 7) -> list[list[list[dict]]]:
     """Plays random episodes into the replay; returns what each environment has written, episode by episode."""
     rng, N = np.random.default_rng(seed), rb.num_envs
-    A, frame = rb.data["policy"].shape[2], rb.data["obs"].shape[2:]
+    (A, D), frame = rb.data["candidates"].shape[2:], rb.data["obs"].shape[2:]
     shape = (N, rb.stack, *frame) if rb.stack > 1 else (N, *frame)
 
     def newest(rows: dict, i: int) -> dict:
@@ -736,7 +744,8 @@ def fill(rb: muzero.ReplayBuffer, num_steps: int, seed: int = 0, mean_length: in
     for _ in range(num_steps):
         rows = {
             "obs": torch.from_numpy(rng.integers(0, 255, size=shape)).to(rb.data["obs"].dtype),
-            "action": torch.from_numpy(rng.integers(A, size=N)),
+            "action": torch.from_numpy(rng.normal(size=(N, D)).astype(np.float32) if D else rng.integers(A, size=N)),
+            "candidates": torch.from_numpy(rng.normal(size=(N, A, D)).astype(np.float32)),
             "reward": torch.from_numpy(rng.normal(size=N).astype(np.float32)),
             "policy": torch.from_numpy(rng.dirichlet(np.ones(A), size=N).astype(np.float32)),
             "value": torch.from_numpy(rng.normal(size=N).astype(np.float32)),
@@ -759,17 +768,17 @@ def fill(rb: muzero.ReplayBuffer, num_steps: int, seed: int = 0, mean_length: in
     return written
 
 
-def make_rb(num_envs=3, capacity=300, shape=(2,), dtype=np.float32, **changes) -> muzero.ReplayBuffer:
+def make_rb(num_envs=3, capacity=300, shape=(2,), dtype=np.float32, action_dim=0, **changes) -> muzero.ReplayBuffer:
     args = {"buffer_size": capacity, "unroll_steps": 2, "td_steps": 3, "priority_alpha": 1.0} | changes
     args = make_args(**args)
-    return muzero.ReplayBuffer(TinyVector(num_envs, shape, dtype=dtype), args, CPU)
+    return muzero.ReplayBuffer(TinyVector(num_envs, shape, dtype, action_dim), args, CPU)
 
 
-@pytest.mark.parametrize("capacity", [300, 90])
+@pytest.mark.parametrize(("capacity", "action_dim"), [(300, 0), (90, 0), (90, 2)])
 @pytest.mark.parametrize("priority_alpha", [0.0, 1.0])
-def test_replay_holds_what_was_played(capacity, priority_alpha):
+def test_replay_holds_what_was_played(capacity, action_dim, priority_alpha):
     """Rows in their order; exactly the steps whose targets are known can be drawn; priorities are |nu - z|."""
-    rb = make_rb(capacity=capacity, priority_alpha=priority_alpha)
+    rb = make_rb(capacity=capacity, action_dim=action_dim, priority_alpha=priority_alpha)
     written = fill(rb, 80)
     for i, episodes in enumerate(written):
         flat = [(row, t, len(episode)) for episode in episodes for t, row in enumerate(episode)]
@@ -805,7 +814,7 @@ def test_sampled_sequences_are_those_that_were_played():
     for b in range(0, 500, 17):
         slot, env = rows["slots"][b].item(), rows["envs"][b].item()
         index = [(slot + t) % rb.capacity for t in range(rb.span)]
-        for name in ("action", "reward", "policy", "value", "legal", "kind"):
+        for name in ("action", "reward", "policy", "candidates", "value", "legal", "kind"):
             assert torch.equal(rows[name][:, b], rb.data[name][index, env])
         obs = rb.observations(rows["slots"][b : b + 1], rows["envs"][b : b + 1])
         assert torch.equal(obs[0], rb.data["obs"][slot, env])
@@ -865,10 +874,10 @@ def test_replay_state_round_trip():
 # === Networks and losses ===
 
 
-def vector_agent(**changes) -> tuple[muzero.Agent, muzero.Args]:
+def vector_agent(action_dim=0, **changes) -> tuple[muzero.Agent, muzero.Args]:
     args = make_args(**{"hidden_size": 16, "support_size": 10} | changes)
     torch.manual_seed(0)
-    agent = muzero.Agent(TinyVector(4), args)
+    agent = muzero.Agent(TinyVector(4, action_dim=action_dim), args)
     for parameter in agent.parameters():  # the last layers begin at 0
         torch.nn.init.normal_(parameter, std=0.3)
     return agent, args
@@ -1057,6 +1066,336 @@ def test_each_loss_reaches_what_it_should():
     assert reached("value_mask", 2) == {"encoder", "head", "policy_value"} | dynamics
 
 
+# === Continuous actions ===
+
+
+ACTIONS = torch.tensor([-0.5, 0, 0.2, 0.5, 0.9, 0.999], dtype=F64)
+DENSITIES = {
+    1: (-1.380751, -0.405791, -0.203891, -0.062416, -1.313257, -18.513500),
+    3: (-1.197015, -1.344404, -1.285684, -1.050533, 0.030972, 2.168169),
+}
+
+
+def policy_of(mu, sigma) -> torch.Tensor:
+    """What the network must say for this mean and deviation (..., D)."""
+    mu, sigma = (torch.as_tensor(x, dtype=F64) for x in (mu, sigma))
+    return torch.cat([5 * torch.atanh(mu / 5), torch.log(torch.expm1(sigma - 0.1)) - 1], -1)
+
+
+@pytest.mark.parametrize("times", DENSITIES)
+def test_density_by_hand(times):
+    """mu 0.3, sigma 0.5 or three times that; the policy begins with mean 0 and deviation 1.413."""
+    found = muzero.log_density(policy_of([0.3], [0.5 * times]), torch.atanh(ACTIONS)[:, None])
+    np.testing.assert_allclose(found, DENSITIES[times], atol=6e-7)
+    mu, sigma = muzero.gaussian(torch.zeros(1, 2))
+    assert mu.item() == 0 and sigma.item() == pytest.approx(1.413262)
+
+
+def test_density_of_two_numbers_against_torch():
+    """The sum over the numbers of the logarithms, not the logarithm of the sum."""
+    mu, sigma, u = torch.tensor([0.3, -1.0], dtype=F64), torch.tensor([0.5, 2.0], dtype=F64), torch.randn(7, 2).double()
+    tanh = torch.distributions.TanhTransform(cache_size=1)
+    theirs = torch.distributions.TransformedDistribution(torch.distributions.Normal(mu, sigma), tanh)
+    expected = theirs.log_prob(tanh(u)).sum(-1)
+    torch.testing.assert_close(muzero.log_density(policy_of(mu, sigma), u), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_entropy_by_hand_and_by_sampling():
+    """mu 0.3, sigma 0.5: 0.426249, not the 0.725791 of u; a wide one of two numbers against 200,000 draws."""
+    quadrature = vector_agent()[0].quadrature.double()
+    torch.testing.assert_close(quadrature[1].sum(), torch.tensor(1.0, dtype=F64))
+    assert muzero.entropy(policy_of([0.3], [0.5]), quadrature).item() == pytest.approx(0.426249, abs=1e-6)
+    policy, generator = policy_of([2.0, -0.5], [3.0, 0.2]), torch.Generator().manual_seed(0)
+    mu, sigma = muzero.gaussian(policy)
+    u = mu + sigma * torch.randn(200_000, 2, generator=generator, dtype=F64)
+    sampled = -muzero.log_density(policy, u).mean().item()
+    assert muzero.entropy(policy, quadrature).item() == pytest.approx(sampled, abs=0.03)
+
+
+def test_prior_of_candidates_by_hand():
+    """log pi - log beta of four candidates, a quarter of beta pi and the rest three times as wide; 0, if none is."""
+    u = torch.atanh(torch.tensor([0.2, -0.5, 0.5, 0.9], dtype=F64))
+    noise = ((u - 0.3) / 0.5)[:, None]
+    logits = muzero.candidate_logits(noise, 0.75)
+    np.testing.assert_allclose(logits - logits[0], np.array([0, -0.825571, -0.048328, -1.824592]), atol=2e-6)
+    np.testing.assert_allclose(logits.softmax(0), (0.391836, 0.171618, 0.373349, 0.063197), atol=1e-6)
+    np.testing.assert_allclose(muzero.candidate_logits(noise, 1e-9), 0, atol=1e-8)
+
+
+def test_prior_of_candidates_corrects_what_they_were_drawn_from():
+    """Means over many candidates, weighted by it, are those of the policy itself: E a and E a^2 of two numbers."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200_000, 2, generator=generator, dtype=F64)
+    mu, sigma = torch.tensor([0.3, -1.0]), torch.tensor([0.5, 0.7])
+    direct = torch.tanh(mu + sigma * noise)
+    noise[100_000:] *= muzero.WIDE
+    drawn, prior = torch.tanh(mu + sigma * noise), muzero.candidate_logits(noise, 0.5).softmax(0)[:, None]
+    for power in (1, 2):
+        np.testing.assert_allclose((prior * drawn**power).sum(0), (direct**power).mean(0), atol=0.01)
+        assert (((drawn**power).mean(0) - (direct**power).mean(0)).abs() > 0.02).any()
+
+
+def test_policy_loss_by_hand():
+    """w = (.1 .2 .6 .1): value and gradients; it is least at the weighted mean and deviation of u."""
+    u, w = torch.atanh(torch.tensor([0.2, -0.5, 0.5, 0.9], dtype=F64))[:, None], torch.tensor([0.1, 0.2, 0.6, 0.1])
+    mu, sigma = (torch.tensor([x], dtype=F64, requires_grad=True) for x in (0.3, 0.5))
+    loss = muzero.policy_cross_entropy(policy_of(mu, sigma), w, u)
+    assert loss.item() == pytest.approx(0.465315, abs=1e-6)
+    gradients = torch.autograd.grad(loss, (mu, sigma))
+    assert [x.item() for x in gradients] == pytest.approx([-0.348871, -0.559298], abs=1e-5)
+    mean = (w[:, None] * u).sum(0)
+    deviation = (w[:, None] * (u - mean) ** 2).sum(0).sqrt()
+    assert (mean.item(), deviation.item()) == pytest.approx((0.387218, 0.558843), abs=1e-6)
+    mu, sigma = mean.clone().requires_grad_(), deviation.clone().requires_grad_()
+    gradients = torch.autograd.grad(muzero.policy_cross_entropy(policy_of(mu, sigma), w, u), (mu, sigma))
+    assert [x.item() for x in gradients] == pytest.approx([0, 0], abs=1e-6)
+
+
+SAMPLED = {  # (search, simulations): visits and mean of the root with the uniform prior of candidates drawn from pi
+    ("puct", 1): ((1, 0, 0), 0.445), ("puct", 2): ((1, 1, 0), 0.356667), ("puct", 3): ((2, 1, 0), 0.525250),
+    ("puct", 4): ((3, 1, 0), 0.705780), ("puct", 8): ((6, 1, 1), 1.170728), ("puct", 50): ((44, 3, 3), 1.606112),
+    ("gumbel", 2): ((1, 1, 0), 0.356667), ("gumbel", 4): ((1, 1, 2), 0.464200), ("gumbel", 8): ((4, 1, 3), 0.747446),
+    ("gumbel", 16): ((7, 2, 7), 1.184261), ("gumbel", 32): ((14, 13, 5), 1.988312),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("search", "num_simulations"), SAMPLED)
+def test_search_over_candidates_by_hand(search, num_simulations):
+    """Candidates drawn from the policy itself have the uniform prior, at the root and below it."""
+    table, logits = hand_model((0.5, 0, 0), (0.1, 0.2, 0.8), 0.9)
+
+    def model(latent, action):
+        latent, reward, discount, prior, value = table(latent, action)
+        return latent, reward, discount, torch.zeros_like(prior), value
+
+    root = torch.zeros(1, 1, dtype=F64), torch.zeros_like(logits), torch.tensor([0.3], dtype=F64)
+    args, legal = make_args(num_simulations=num_simulations, c_scale=0.1), torch.ones(1, 3, dtype=torch.bool)
+    if search == "puct":
+        result = muzero.puct_search(model, root, legal, None, None, args)
+    else:
+        result = muzero.gumbel_search(model, root, legal, None, args)
+    visits, mean = SAMPLED[search, num_simulations]
+    assert result.visit_counts[0].tolist() == list(visits)
+    assert result.value.item() == pytest.approx(mean, abs=1e-6)
+
+
+def sampled_agent(**changes) -> tuple[muzero.Agent, muzero.Args]:
+    return vector_agent(2, **{"num_candidates": 6, "num_simulations": 12} | changes)
+
+
+@pytest.mark.parametrize("search", ["gumbel", "puct"])
+def test_a_search_over_candidates_is_a_function_of_their_noise(search):
+    """The same noise gives the same result, alone or in a batch; the action played is the candidate that was chosen.
+
+    Below the root only the first two candidates of a node are tried.
+    """
+    (agent, args), generator = sampled_agent(search=search), torch.Generator().manual_seed(0)
+    obs, legal = observations("vectors", 5), torch.ones(5, 6, dtype=torch.bool)
+    noise, logits = muzero.draw_candidates(agent, 5, args, generator)
+    assert noise.shape == (13, 5, 6, 2) and torch.equal(logits, muzero.candidate_logits(noise[0], 0.5))
+    assert 1.5 < noise[0, :, 3:].std() / noise[1:].std() < 4.5
+    chosen = []
+
+    def step_fn(agent, latent, action, noise):
+        chosen.append(action.clone())
+        return muzero.recurrent(agent, latent, action, noise)
+
+    result = muzero.act(agent, obs, legal, None, None, args, step_fn, (noise, logits))
+    for row in range(5):
+        some = slice(row, row + 1)
+        draws = noise[:, some], logits[some]
+        alone = muzero.act(agent, obs[some], legal[some], None, None, args, muzero.recurrent, draws)
+        for name in ("action", "policy", "candidates", "visit_counts"):
+            torch.testing.assert_close(getattr(alone, name)[0], getattr(result, name)[row], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        mu, sigma = muzero.gaussian(agent.network.predict(agent.network.represent(obs))[0])
+    expected = (mu[:, None] + sigma[:, None] * noise[0]).clamp(-3.8, 3.8)
+    torch.testing.assert_close(result.candidates, expected, rtol=1e-4, atol=1e-5)
+    assert all((result.action[b] == expected[b].tanh()).all(-1).any() for b in range(5))
+    assert not torch.equal(result.candidates[0] - mu[0], result.candidates[1] - mu[1])
+    tried = result.visit_counts[:, 2:] > 0  # each of them is one edge of the root
+    assert sum((actions >= 2).sum() for actions in chosen[:12]) == tried.sum() > 5
+
+
+def test_the_model_steps_along_the_candidate_that_was_chosen():
+    """Its number stands for tanh(u); the latent state of the next node has candidates of its own behind it."""
+    (agent, args), generator = sampled_agent(), torch.Generator().manual_seed(0)
+    (noise, _), number = muzero.draw_candidates(agent, 3, args, generator), torch.tensor([0, 5, 2])
+    with torch.no_grad():
+        latent, policy, _ = agent.initial(observations("vectors", 3))
+        joined = muzero.with_candidates(latent, policy, noise[0])
+        apart, u = muzero.split_candidates(agent, joined)
+        assert torch.equal(apart, latent) and u.shape == (3, 6, 2)
+        found, outputs = muzero.recurrent(agent, joined, number, noise[1])
+        expected, reward_logits = agent.network.dynamics(latent, u[torch.arange(3), number].tanh())
+        policy, value_logits = agent.network.predict(expected)
+    assert torch.equal(found, muzero.with_candidates(expected, policy, noise[1]))
+    reward, logits, value = muzero.decode(outputs)
+    assert logits.shape == (3, 0)
+    torch.testing.assert_close(reward, muzero.from_distribution(reward_logits, agent.bins), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(value, muzero.from_distribution(value_logits, agent.bins), rtol=1e-4, atol=1e-5)
+
+
+def test_greedy_candidates_hold_the_mode():
+    """Without noise and without wide ones, all with the same prior."""
+    (agent, args), generator = sampled_agent(), torch.Generator().manual_seed(0)
+    noise, logits = muzero.draw_candidates(agent, 50, args, generator, greedy=True)
+    assert not noise[0, :, 0].any() and not logits.any()
+    assert noise[0, :, 1:].std().item() == pytest.approx(1, abs=0.1)
+    assert muzero.draw_candidates(vector_agent()[0], 50, args, generator) == ()
+
+
+def test_search_and_loss_find_the_best_action_of_a_bandit():
+    """One state, reward -(a - 0.3)^2, the true model: after 300 improvements the policy's mode is 0.3."""
+    policy = torch.zeros(1, 2, requires_grad=True)
+    optimizer, generator = torch.optim.Adam([policy], 0.03), torch.Generator().manual_seed(0)
+    args, rng, B, K = make_args(num_simulations=8), np.random.default_rng(0), 8, 6
+    for _ in range(300):
+        noise = torch.randn(B, K, 1, generator=generator)
+        noise[:, 3:] *= muzero.WIDE
+        u = muzero.with_candidates(torch.zeros(B, 0), policy.detach().expand(B, -1), noise).unflatten(1, (K, 1))
+        zero, none = torch.zeros(B), torch.zeros(B, K)
+
+        def model(latent, action, u=u, zero=zero, none=none):
+            return latent, -((u[torch.arange(B), action, 0].tanh() - 0.3) ** 2), zero, none, zero
+
+        root = torch.zeros(B, 1), muzero.candidate_logits(noise, 0.5), zero
+        gumbel = torch.from_numpy(muzero.draw_noise(np.ones((B, K), bool), args, rng))
+        result = muzero.gumbel_search(model, root, torch.ones(B, K, dtype=torch.bool), gumbel, args)
+        loss = muzero.policy_cross_entropy(policy.expand(B, -1), result.policy, u).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    mu, sigma = muzero.gaussian(policy)
+    assert mu.tanh().item() == pytest.approx(0.3, abs=0.05) and sigma.item() < 0.6
+
+
+def test_losses_of_continuous_actions_against_a_loop():
+    """Policy over its candidates, entropy, and the cosine of predicted and seen latent states; metrics with them."""
+    agent, args = sampled_agent(unroll_steps=2, entropy_scale=0.07, consistency_scale=1.5)
+    obs, _, targets, weights = sequence_batch(agent, args)
+    generator = torch.Generator().manual_seed(0)
+    actions = muzero.random_actions(agent, (2, 6), generator)
+    assert actions.shape == (2, 6, 2) and actions.abs().max() < 1 and actions.min() < 0
+    targets["candidates"] = torch.randn(3, 6, 6, 2, generator=generator)
+    targets["obs"], targets["obs_mask"] = torch.randn(2, 6, 2, generator=generator), torch.rand(3, 6) < 0.7
+    loss, metrics, _ = muzero.compute_losses(agent, obs, actions, targets, weights, args)
+    sums = dict.fromkeys(("policy", "entropy", "consistency"), 0.0)
+    for b in range(6):
+        latent = agent.network.represent(obs[b : b + 1])
+        for k in range(3):
+            if k:
+                latent, _ = agent.network.dynamics(latent, actions[k - 1, b : b + 1])
+                seen = agent.projector(agent.network.represent(targets["obs"][k - 1, b : b + 1]))[0]
+                said = agent.predictor(agent.projector(latent))[0]
+                cosine = (said @ seen / said.norm() / seen.norm()).item()
+                sums["consistency"] -= cosine * weights[b].item() / 2 / 6 * targets["obs_mask"][k, b].item()
+            if targets["policy_mask"][k, b]:
+                policy, scale = agent.network.predict(latent)[0][0], weights[b].item() * (1 if k == 0 else 1 / 2) / 6
+                for a in range(6):
+                    density = muzero.log_density(policy, targets["candidates"][k, b, a : a + 1])
+                    sums["policy"] -= scale * targets["policies"][k, b, a].item() * density.item()
+                sums["entropy"] += scale * muzero.entropy(policy, agent.quadrature).item()
+    parts = {name: metrics[f"losses/{name}_loss"].item() for name in ("policy", "value", "reward", "consistency")}
+    assert parts["policy"] == pytest.approx(sums["policy"], rel=1e-4)
+    assert parts["consistency"] == pytest.approx(sums["consistency"], rel=1e-4)
+    expected = parts["policy"] + 0.25 * parts["value"] + parts["reward"] - 0.07 * sums["entropy"]
+    assert loss.item() == pytest.approx(expected + 1.5 * parts["consistency"], rel=1e-4)
+    assert metrics["losses/wide_share"].item() == pytest.approx(targets["policies"][0, :, 3:].sum(-1).mean().item())
+    with torch.no_grad():
+        sigma = muzero.gaussian(agent.initial(obs)[1])[1]
+    assert metrics["losses/sigma"].item() == pytest.approx(sigma.mean().item(), rel=1e-4)
+
+
+def test_the_seen_latent_state_has_no_gradient():
+    """Consistency alone: gradients of the unrolled branch, none through the observations that it is compared to."""
+    agent, args = sampled_agent(unroll_steps=1, consistency_scale=1.0)
+    seen = torch.randn(1, 6, 2, requires_grad=True)
+    obs, _, targets, weights = sequence_batch(agent, args)
+    targets |= {name: torch.zeros_like(targets[name]) for name in ("policy_mask", "value_mask", "reward_mask")}
+    targets |= {"candidates": torch.zeros(2, 6, 6, 2), "obs": seen, "obs_mask": torch.ones(2, 6, dtype=torch.bool)}
+    loss = muzero.compute_losses(agent, obs, torch.zeros(1, 6, 2), targets, weights, args)[0]
+    loss.backward()
+    assert seen.grad is None
+    reached = {
+        ".".join(name.split(".")[:2]) for name, p in agent.named_parameters() if p.grad is not None and p.grad.any()
+    }
+    assert {"network.encoder", "network.action", "network.dynamics_out"} <= reached
+    assert {name.split(".")[0] for name in reached} == {"network", "projector", "predictor"}
+    assert not reached & {"network.head", "network.policy_value", "network.reward"}
+
+
+def test_reanalysis_renews_candidates_with_their_weights():
+    """Policies of a search over new candidates, which are stored with them; both of the other columns stay."""
+    agent, args = sampled_agent(unroll_steps=2, td_steps=3)
+    rb = make_rb(action_dim=2, num_candidates=6)
+    fill(rb, 60)
+    rows, generator = rb.sample(8, 1.0, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(5)
+    fresh = muzero.reanalyze(agent, rb, rows, 5, args, muzero.recurrent, generator)
+    draws = muzero.draw_candidates(agent, 15, args, generator.manual_seed(5))
+    obs = rb.observations((rows["slots"][:5] + torch.arange(3)[:, None]) % rb.capacity, rows["envs"][:5].expand(3, 5))
+    legal = rows["legal"][:3, :5].flatten(0, 1)
+    result = muzero.act(agent, obs.flatten(0, 1), legal, None, None, args, muzero.recurrent, draws)
+    for name in ("policy", "candidates"):
+        torch.testing.assert_close(fresh[name][:3, :5].flatten(0, 1), getattr(result, name))
+        assert torch.equal(fresh[name][:, 5:], rows[name][:, 5:]) and torch.equal(fresh[name][3:], rows[name][3:])
+        assert not torch.equal(fresh[name][:3, :5], rows[name][:3, :5])
+
+
+def test_update_of_continuous_actions():
+    """Past the end of an episode actions are random; the latent states are compared with what was seen k steps on."""
+    agent, args = sampled_agent(unroll_steps=2, td_steps=3, consistency_scale=1.0)
+    rb = make_rb(action_dim=2, num_candidates=6, priority_alpha=0.0)
+    fill(rb, 60)
+    rows, found = rb.sample(64, 1.0, torch.Generator().manual_seed(0)), {}
+
+    def losses_fn(agent, obs, actions, targets, weights, args):
+        found.update(actions=actions, **targets)
+        return muzero.compute_losses(agent, obs, actions, targets, weights, args)
+
+    random = muzero.random_actions(agent, (2, 64), torch.Generator().manual_seed(1))
+    muzero.update(agent, muzero.make_optimizer(agent, args), rb, rows, random, args, losses_fn)
+    over = (rows["kind"][:2].cumsum(0) > 0)[..., None]
+    assert over.any() and torch.equal(found["actions"], torch.where(over, random, rows["action"][:2]))
+    for b in range(64):
+        for k in (1, 2):
+            slot = (rows["slots"][b] + k) % rb.capacity
+            assert torch.equal(found["obs"][k - 1, b], rb.data["obs"][slot, rows["envs"][b]])
+
+
+def test_box_actions_are_rescaled_to_the_environment():
+    """-1 and 1 of the agent are the bounds of the box, each number's its own; a repeated action earns the sum."""
+    box, taken = gym.spaces.Box(np.array([-2, 0], np.float32), np.array([2, 1], np.float32)), []
+
+    class Recorder(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-1, 1, (3,)), box
+
+        def step(self, action):
+            taken.append(action)
+            return np.zeros(3), 1.5, False, len(taken) == 3, {}
+
+    env = muzero.fit_spaces(muzero.ActionRepeat(Recorder(), 2), "recorder")
+    assert env.action_space == gym.spaces.Box(-1, 1, (2,), np.float32)
+    assert env.step(np.array([-1, 1], np.float32))[1:4] == (3.0, False, False)
+    obs, reward, _, truncated, _ = env.step(np.array([0, 0], np.float32))
+    assert (reward, truncated, obs.dtype) == (1.5, True, np.float32)
+    np.testing.assert_allclose(taken, [[-2, 1], [-2, 1], [0, 0.5]])
+
+
+def test_dm_control_tasks_run():
+    """From state, each action twice: steps and returns are the environment's own."""
+    pytest.importorskip("dm_control")
+    args = make_args(env_id="cartpole-balance")
+    assert (args.action_repeat, args.gamma, args.two_player) == (2, 0.994, False)
+    envs = muzero.make_vector_env(args, 2)
+    obs, _ = envs.reset(seed=[1, 2])
+    assert obs.shape == (2, 5) and envs.single_action_space.shape == (1,)
+    for _ in range(500):
+        _, rewards, terminations, truncations, infos = envs.step(np.zeros((2, 1), np.float32))
+        assert (rewards <= 2).all() and not terminations.any()
+    assert truncations.all() and infos["episode"]["l"].tolist() == [1000, 1000]
+
+
 # === Updates ===
 
 
@@ -1166,7 +1505,7 @@ def test_reanalyze_searches_again_with_the_target_network(search, monkeypatch):
     fill(rb, 60)
     rows = rb.sample(8, 1.0, torch.Generator().manual_seed(0))
     kept = {name: tensor.clone() for name, tensor in rows.items()}
-    fresh = muzero.reanalyze(agent, rb, rows, 5, args, muzero.recurrent)
+    fresh = muzero.reanalyze(agent, rb, rows, 5, args, muzero.recurrent, None)
     assert all(torch.equal(kept[name], tensor) for name, tensor in rows.items())
     assert torch.equal(fresh["policy"][:, 5:], rows["policy"][:, 5:])
     assert torch.equal(fresh["policy"][3:], rows["policy"][3:])
@@ -1360,9 +1699,8 @@ def test_evaluation_of_a_board_game_takes_both_seats():
         return muzero.random_player(envs, games, rng)
 
     game = muzero.BoardGame("tictactoe", 4)
-    stop = types.SimpleNamespace(requested=0)
-    returns, tracks = muzero.evaluate(agent, game, args, CPU, stop, opponent=opponent)
-    again, _ = muzero.evaluate(agent, muzero.BoardGame("tictactoe", 4), args, CPU, stop)
+    returns, tracks = muzero.evaluate(agent, game, args, CPU, never, opponent=opponent)
+    again, _ = muzero.evaluate(agent, muzero.BoardGame("tictactoe", 4), args, CPU, never, opponent=muzero.random_player)
     assert returns.tolist() == again.tolist() and len(returns) == len(tracks) == 4 and seen
     results = []
     for seat, track in zip((0, 1, 0, 1), tracks, strict=True):
@@ -1564,9 +1902,8 @@ def test_perfect_player_never_loses(boards):
     """Against random play, from both seats: an agent that knows nothing wins no game."""
     _, args, _ = board_agent(eval_episodes=40, num_simulations=2)
     agent = muzero.Agent(muzero.BoardGame("tictactoe", 1), args)
-    stop = types.SimpleNamespace(requested=0)
     game = muzero.BoardGame("tictactoe", 40)
-    returns, _ = muzero.evaluate(agent, game, args, CPU, stop, opponent=boards.perfect_player)
+    returns, _ = muzero.evaluate(agent, game, args, CPU, never, opponent=boards.perfect_player)
     assert returns.max() <= 0 and returns.mean() < -0.5
 
 
@@ -1575,9 +1912,9 @@ def test_mcts_player_beats_an_agent_that_knows_nothing(boards, name):
     pytest.importorskip("pyspiel", reason="OpenSpiel is not installed")
     args = make_args(env_id=name, eval_episodes=6, num_simulations=2, hidden_size=8, num_blocks=1)
     agent = muzero.Agent(muzero.BoardGame(name, 1), args)
-    game, stop = muzero.BoardGame(name, 3), types.SimpleNamespace(requested=0)
+    game = muzero.BoardGame(name, 3)
     player = boards.MCTSPlayer(name, 100)
-    returns, _ = muzero.evaluate(agent, game, args, CPU, stop, opponent=player)
+    returns, _ = muzero.evaluate(agent, game, args, CPU, never, opponent=player)
     assert returns.mean() < 0
 
 
@@ -1602,7 +1939,9 @@ GAMES = {
     "puct": {"search": "puct", "priority_alpha": 0.6},
     "reanalyzed": {"reanalyze_ratio": 0.5, "bootstrap": "search"},
     "deadly": {"env_id": "fake_envs:DeadlyDiscreteCounter-v0"},
-    "pixels": {"env_id": "fake_envs:CalmPixelsDiscrete-v0", "total_timesteps": 36},
+    "pixels": {"env_id": "fake_envs:CalmPixelsDiscrete-v0", "total_timesteps": 36, "consistency_scale": 1.0},
+    "sampled": {"env_id": "fake_envs:Point-v0", "reanalyze_ratio": 0.5, "consistency_scale": 2.0},
+    "sampled puct": {"env_id": "fake_envs:DeadlyPoint-v0", "search": "puct", "action_repeat": 2, "inner_candidates": 1},
     "CartPole": {"env_id": "CartPole-v1", **FOUR_ENVS},
     "tictactoe": {"env_id": "tictactoe", **FOUR_ENVS},
     "connect_four": {"env_id": "connect_four", "search": "puct", **FOUR_ENVS},
@@ -1620,6 +1959,8 @@ def test_muzero_logs_everything_and_moves_all_parameters(kind):
     expected |= {"search/depth", "search/root_value_error", "search/root_value_bias"}
     expected |= {"open_loop/value_error_0", "open_loop/policy_error_0"}
     expected |= {f"open_loop/{name}_error_1" for name in ("value", "policy", "reward")}
+    expected |= {f"losses/{name}" for name in ("entropy", "sigma", "wide_share") if kind.startswith("sampled")}
+    expected |= {"losses/consistency_loss"} if args.consistency_scale else set()
     tags = scalars(run_dir)
     assert expected <= set(tags), expected - set(tags)
     beyond = {f"open_loop/{name}_error_{k}" for name in ("value", "policy", "reward") for k in (2, 4)}
@@ -1714,6 +2055,19 @@ def test_muzero_bootstraps_from_the_target_network(monkeypatch, settings, fresh)
     run_dir = run(muzero, **settings)
     num_updates = load(run_dir)["parts"]["counters"]["num_updates"]
     assert counts == [fresh] * (num_updates if fresh else 0)
+
+
+def test_muzero_resumes_continuous_actions_to_the_bit():
+    """Stopped at the end of an episode and continued: every weight, generator and row is as without a stop."""
+    settings = {"env_id": "fake_envs:Point-v0", "reanalyze_ratio": 0.5, "consistency_scale": 1.0, "exp_name": "x"}
+    whole, half = run(muzero, **settings, total_timesteps=96), run(muzero, **settings, total_timesteps=48)
+    resume(muzero, half, **settings, total_timesteps=96)
+    states = [{name: load(folder)[name] for name in ("parts", "rng", "global_step")} for folder in (whole, half)]
+    assert differences(*states) == []
+    data = states[0]["parts"]["replay"]["data"]
+    assert data["action"].abs().max() <= 1 and data["candidates"].abs().max() > 1
+    played = (data["candidates"].tanh() == data["action"][:, :, None]).all(-1).any(-1)
+    assert played[data["kind"] == muzero.STEP].all()
 
 
 def test_muzero_keeps_open_episodes_as_truncated():
