@@ -298,9 +298,9 @@ class Agent(nn.Module):
         quadrature = torch.tensor(np.stack([nodes, weights / weights.sum()]), dtype=torch.float32)
         self.register_buffer("quadrature", quadrature, persistent=False)  # see entropy
         if args.consistency_scale:
-            sizes = (self.network.latent_size, 256), (256, 256)
+            n, units = self.network.latent_size, args.hidden_size
             layers = (
-                (nn.Flatten(), nn.Linear(n, 256), nn.LayerNorm(256), nn.SiLU(), nn.Linear(256, m)) for n, m in sizes
+                (nn.Flatten(), nn.Linear(n, units), nn.LayerNorm(units), nn.SiLU(), nn.Linear(units, n)) for _ in "pq"
             )
             self.projector, self.predictor = (nn.Sequential(*those) for those in layers)
 
@@ -1232,7 +1232,7 @@ ATARI = {  # deviation 12: EfficientZero's
 }  # fmt: skip
 DM_CONTROL = {
     "total_timesteps": 100_000, "num_envs": 8, "buffer_size": 100_000, "action_repeat": 2, "gamma": 0.994,
-    "td_steps": 5, "support_size": 18, "replay_ratio": 0.5, "hidden_size": 128, "reanalyze_ratio": 0.25,
+    "td_steps": 5, "support_size": 18, "replay_ratio": 0.5, "hidden_size": 128, "reanalyze_ratio": 0.1,
     "consistency_scale": 2.0,
 }  # fmt: skip
 # Largest |reward| of a step, where it is known.

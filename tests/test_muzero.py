@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from runs import TWO_ENVS, assert_healthy, differences, image_tags, load, resume, run, scalars, tiny
+from runs import TWO_ENVS, assert_healthy, differences, error_of, image_tags, load, resume, run, scalars, tiny
 
 import muzero
 
@@ -1755,6 +1755,153 @@ def test_open_loop_errors_against_a_loop():
     for name, steps in expected.items():
         for k in range(int(name == "reward"), 6):
             assert found[name][k] == pytest.approx(np.mean(steps[k]), rel=1e-4), (name, k)
+
+
+# === Environments ===
+
+
+def spaces_env(observation_space, action_space=None):
+    """An environment with these spaces, whose first observation is a sample."""
+
+    class Odd(gym.Env):
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return observation_space.sample(), {}
+
+        def step(self, action):
+            return observation_space.sample(), 1.0, False, False, {}
+
+    env = Odd()
+    env.observation_space, env.action_space = observation_space, action_space or gym.spaces.Discrete(3)
+    observation_space.seed(0)
+    return env
+
+
+MATRIX = gym.spaces.Box(-1, 1, (2, 3), np.float64)
+FLAT = {
+    "Discrete": (gym.spaces.Discrete(16), 16),
+    "Tuple": (gym.spaces.Tuple((gym.spaces.Discrete(32), gym.spaces.Discrete(11), gym.spaces.Discrete(2))), 45),
+    "Box": (MATRIX, 6),
+    "Dict": (gym.spaces.Dict(a=MATRIX, b=gym.spaces.Discrete(2)), 8),
+    "vector": (gym.spaces.Box(0, 255, (5,), np.uint8), 5),
+}
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_observations_are_flattened(kind):
+    """Whatever Gymnasium can flatten arrives as a float32 vector; numbers of a Discrete as one of so many."""
+    space, size = FLAT[kind]
+    env = muzero.fit_spaces(spaces_env(space), kind)
+    obs, _ = env.reset()
+    assert env.observation_space.shape == obs.shape == (size,) and obs.dtype == np.float32
+    if kind == "Discrete":
+        assert sorted(obs.tolist()) == [0.0] * 15 + [1.0]
+
+
+def test_grids_are_seen_by_the_board_network():
+    """Small grids (H, W, C) come as planes, their latent state has their size."""
+    env = muzero.fit_spaces(spaces_env(gym.spaces.Box(0, 1, (10, 8, 4), bool)), "grid")
+    obs, _ = env.reset()
+    assert obs.shape == env.observation_space.shape == (4, 10, 8) and obs.dtype == np.float32
+    envs = TinyVector(1, (4, 10, 8))
+    agent = muzero.Agent(envs, make_args(hidden_size=8, consistency_scale=1.0))
+    latent, logits, _ = agent.initial(torch.from_numpy(obs)[None])
+    assert latent.shape == (1, 8, 10, 8) and logits.shape == (1, 3)
+    assert agent.network.action_planes.shape == (3, 3, 10, 8) and agent.projector(latent).shape == (1, 640)
+    assert torch.equal(agent.network.action_planes[1].sum((1, 2)), torch.tensor([0.0, 80.0, 0.0]))
+
+
+@pytest.mark.parametrize("space", [gym.spaces.Box(0, 1, (84, 84, 1)), gym.spaces.Sequence(gym.spaces.Discrete(2))])
+def test_other_observations_are_refused(space, capsys):
+    error_of(capsys, muzero.fit_spaces, spaces_env(space), "odd")
+    line = error_of(capsys, muzero.fit_spaces, spaces_env(MATRIX, gym.spaces.Box(-1, np.inf, (1,))), "endless")
+    assert "actions must be" in line
+
+
+class Masked(gym.Env):
+    """Each step forbids two of three actions, another one each time; what is forbidden is an error."""
+
+    observation_space, action_space = gym.spaces.Box(0, 9, (1,), np.float32), gym.spaces.Discrete(3)
+
+    def _show(self):
+        self.allowed = (self.count + self.first) % 3
+        return np.array([self.count], np.float32), {"action_mask": (np.arange(3) == self.allowed).astype(np.int8)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.first, self.count = int(self.np_random.integers(3)), 0
+        return self._show()
+
+    def step(self, action):
+        assert action == self.allowed
+        self.count += 1
+        obs, infos = self._show()
+        return obs, 1.0, self.count == 6 + self.first, False, infos
+
+
+def test_action_masks_are_obeyed():
+    """In training, whose replay keeps them, and in evaluation, where episodes end at different times."""
+    gym.register("Masked-v0", Masked, max_episode_steps=7, disable_env_checker=True)
+    run_dir = run(muzero, env_id="Masked-v0", num_envs=2, total_timesteps=60, eval_frequency=30)
+    data = load(run_dir)["parts"]["replay"]["data"]
+    steps = data["kind"] == muzero.STEP
+    legal = data["legal"][:30][steps[:30]]
+    assert (legal.sum(-1) == 1)[data["legal"][:30].any(-1)[steps[:30]]].all()
+    assert len(torch.unique(legal.long().argmax(-1))) == 3
+    del gym.registry["Masked-v0"]
+
+
+def test_legal_actions_of_some_environments():
+    """What has not been told stays as it was."""
+    before = np.array([[True, False], [True, True]])
+    infos = {"action_mask": np.array([[0, 0], [0, 1]], np.int8), "_action_mask": np.array([False, True])}
+    assert muzero.legal_actions(infos, before).tolist() == [[True, False], [False, True]]
+    assert muzero.legal_actions({}, before) is before
+
+
+def test_evaluation_is_bounded_and_says_how_far_it_is():
+    """An environment without an end: episodes of `longest` decisions, with the rewards until then."""
+    agent, args = vector_agent(eval_episodes=3)
+    said = []
+
+    class Endless(TinyVector):
+        def reset(self, seed=None, options=None):
+            return np.zeros((2, 2), np.float32), {}
+
+        def step(self, actions):
+            no = np.zeros(2, bool)
+            return np.zeros((2, 2), np.float32), np.array([1.0, 2.0]), no, no, {}
+
+    returns, tracks = muzero.evaluate(agent, Endless(2), args, CPU, said.append, longest=5)
+    assert returns.tolist() == [5.0, 10.0, 5.0] and said[-1] == "evaluating, 2 of 3" and len(said) == 10
+    assert [len(track["action"]) for track in tracks] == [5, 5]
+    assert tracks[0]["realized"][-1] == pytest.approx(1 + 0.997 * agent.initial(torch.zeros(1, 2))[2].item(), rel=1e-5)
+
+
+def test_evaluation_keeps_few_images():
+    """Of images 50 steps a track, of vectors 500: pictures of the model need no more."""
+    agent, args = image_agent()
+
+    class Still(TinyVector):
+        def reset(self, seed=None, options=None):
+            return np.zeros((1, 4, 96, 96, 3), np.uint8), {}
+
+        def step(self, actions):
+            no = np.zeros(1, bool)
+            return np.zeros((1, 4, 96, 96, 3), np.uint8), np.ones(1), no, no, {}
+
+    args = muzero.replace(args, eval_episodes=1, num_simulations=1)
+    _, (track,) = muzero.evaluate(agent, Still(1, (4, 96, 96, 3), np.uint8), args, CPU, never, longest=52)
+    assert len(track["obs"]) == 50 and len(track["action"]) == 52
+
+
+def test_any_game_in_a_row_has_the_settings_of_a_board(monkeypatch):
+    """An entry in BOARD_GAMES is enough: discount -1, values within -1 ... 1, the outcome as return."""
+    monkeypatch.setitem(muzero.BOARD_GAMES, "five", (5, 5, 4, False))
+    args = make_args(env_id="five")
+    assert (args.two_player, args.discount, args.support_size, args.bootstrap) == (True, -1.0, 1, "search")
+    muzero.check_args(args)
+    assert muzero.Agent(muzero.make_vector_env(args, 2), args).num_actions == 25
 
 
 # === Settings and speed flags ===
