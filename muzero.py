@@ -24,6 +24,7 @@ Paper:      Schrittwieser et al. 2020, Mastering Atari, Go, Chess and Shogi by P
 Run:        python muzero.py --env-id CartPole-v1          (or: uv run muzero.py; tictactoe, connect_four, ALE/Pong-v5)
 Resume:     python muzero.py --resume runs/<run folder>
 Evaluate:   python muzero.py --evaluate runs/<run folder> [--capture-video]
+Play:       python muzero.py --play runs/<run folder of a board game>
 Watch:      tensorboard --logdir runs
 Deviations from the paper, each also named at the line it concerns:
   1. A node's visits count its own expansion and its mean includes its own value (mctx); the paper's sums do not.
@@ -143,6 +144,8 @@ class Args:
     temperature_steps: tuple[int, int] | None = None  # puct: environment steps where temperature falls to 0.5, 0.25
     temperature_moves: int | None = None  # puct: moves of an episode before the temperature is 0; by task, or never
     opening_moves: int | None = None  # board games: self-play begins after 0 to this many random moves (deviation 5)
+
+    play: str | None = None  # run folder of a board game: plays against it in the terminal, trains nothing
 
     # Speed
     compile: bool = False  # torch.compile the model's step and the losses
@@ -1078,6 +1081,8 @@ class ReplayBuffer:
 
 
 def main(args: Args) -> str:
+    if args.play is not None:
+        return play(args)
     args = with_task_defaults(args)
     check_args(args)
     device = choose_device(args)
@@ -1264,6 +1269,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
     def thunk() -> gym.Env:
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
         if is_dm_control(args.env_id):
+            if games := difflib.get_close_matches(args.env_id, BOARD_GAMES):
+                fail(f"unknown game {args.env_id!r}, close: {', '.join(games)}")
             try:
                 env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
             except ImportError as error:
@@ -1313,7 +1320,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
 def make_vector_env(args: Args, num_envs: int, video: str | None = None, opening_moves: int = 0):
     """The task's environments, too quick for processes of their own; the caller resets them, each with a seed."""
     if args.env_id in BOARD_GAMES:
-        return BoardGame(args.env_id, num_envs, opening_moves)
+        game = BOARD_GAMES[args.env_id]
+        return game(num_envs, opening_moves) if callable(game) else BoardGame(args.env_id, num_envs, opening_moves)
     if video:
         require_film(args, make_env(args, video))
     thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
@@ -1345,8 +1353,6 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
 
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, without sticky actions."""
-    if not re.search(r"-v\d+$", env_id) and (games := difflib.get_close_matches(env_id, BOARD_GAMES)):
-        fail(f"unknown game {env_id!r}, close: {', '.join(games)}")
     if not env_id.startswith("ALE/"):
         return make_gymnasium(env_id, **settings)
     try:
@@ -1472,6 +1478,16 @@ class BoardGame:
         """The stones as the network sees them, (N, 2, R, C); a copy."""
         return self.stones.view(self.num_envs, 2, *self.shape).numpy().copy()
 
+    def __str__(self) -> str:
+        """The first of the games, X begins; with the numbers of the moves that are left."""
+        marks = "XO" if self.moves[0] % 2 == 0 else "OX"  # of the mover and of the other
+        numbers = list(map(str, range(self.single_action_space.n)))
+        cells = [marks[0] if mine else marks[1] if other else "." for mine, other in self.stones[0].T.tolist()]
+        if not self.gravity:
+            cells = [number if cell == "." else cell for cell, number in zip(cells, numbers, strict=True)]
+        rows = np.reshape(cells, self.shape).tolist() + [numbers] * self.gravity
+        return "\n".join(" ".join(f"{cell:>2}" for cell in row) for row in rows)
+
     def reset(self, seed: list[int] | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Begins the games of options["reset_mask"] (N,) anew, all of them without."""
         mask = options["reset_mask"] if options else np.ones(self.num_envs, bool)
@@ -1548,7 +1564,7 @@ def evaluate(agent, envs, args: Args, device, tick: Callable, step_fn=recurrent,
         result = act(agent, *(x.to(device) for x in inputs), None, None, args, step_fn, draws)
         row = {name: getattr(result, name).cpu().numpy() for name in searched}
         if opponent:
-            theirs = np.flatnonzero(envs.moves.numpy() % 2 != seat)
+            theirs = np.flatnonzero(np.asarray(envs.moves) % 2 != seat)
             row["action"][theirs] = opponent(envs, theirs, rng)
         row["obs"] = obs
         obs, row["reward"], terminations, truncations, infos = envs.step(row["action"])
@@ -1602,6 +1618,43 @@ def evaluate_run(args: Args) -> str:
     print_returns(args, checkpoint, returns)
     stop.exit()
     return args.evaluate
+
+
+def play(args: Args) -> str:
+    """A board game in the terminal against the agent of a run folder, whose searches show their visits."""
+    checkpoint = load_checkpoint(args.play, args)
+    args = replace(
+        Args(**checkpoint["args"]), play=args.play,
+        num_simulations=args.num_simulations or checkpoint["args"]["num_simulations"],
+    )  # fmt: skip
+    if not args.two_player:
+        fail(f"{args.env_id} is no game of two players")
+    game = make_vector_env(args, 1)
+    agent = Agent(game, args)
+    agent.load_state_dict(checkpoint["parts"]["agent"])
+    compile_search()
+    obs, infos = game.reset()
+    legal, over = legal_actions(infos, np.ones((1, agent.num_actions), bool)), False
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        yours, move = int(input("Do you begin (y/n)? ").strip().lower() != "y"), 0
+        while not over:
+            print(game)
+            if move % 2 == yours:
+                answer = input("your move: ").strip()
+                if not (answer.isdecimal() and int(answer) < agent.num_actions and legal[0, int(answer)]):
+                    print("one of", *np.flatnonzero(legal[0]))
+                    continue
+                action = int(answer)
+            else:
+                result = act(agent, torch.as_tensor(obs), torch.as_tensor(legal), None, None, args)
+                action, visits = result.action.item(), result.visit_counts[0].long().tolist()
+                counts = ", ".join(f"{a}: {n}" for a, n in enumerate(visits) if n)
+                print(f"I play {action} (visits {counts}; my value {result.value.item():+.2f})")
+            obs, rewards, terminations, _, infos = game.step(np.array([action]))
+            legal, over = legal_actions(infos, legal), terminations[0]
+            winner, move = "you win" if move % 2 == yours else "I win", move + 1
+        print(game, winner if rewards[0] else "a draw", sep="\n")
+    return args.play
 
 
 def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
@@ -1997,7 +2050,8 @@ def check_args(args: Args) -> None:
     if args.buffer_size < rows:
         fail(f"--buffer-size {args.buffer_size} is too small: {args.num_envs} environments with --unroll-steps and "
              f"--td-steps need {rows}")  # fmt: skip
-    most = 2 * BOARD_GAMES[args.env_id][2] - 2 if args.env_id in BOARD_GAMES else 0  # one more could win
+    game = BOARD_GAMES.get(args.env_id, (0, 0, 1))
+    most = math.inf if callable(game) else 2 * game[2] - 2  # one more could win
     if args.opening_moves > most:
         fail(f"--opening-moves of {args.env_id} must be at most {most}, not {args.opening_moves}")
     if args.capture_video and args.env_id in BOARD_GAMES:

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,19 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from runs import TWO_ENVS, assert_healthy, differences, error_of, image_tags, load, resume, run, scalars, tiny
+from runs import (
+    TWO_ENVS,
+    assert_healthy,
+    command_line,
+    differences,
+    error_of,
+    image_tags,
+    load,
+    resume,
+    run,
+    scalars,
+    tiny,
+)
 
 import muzero
 
@@ -1960,17 +1973,19 @@ def test_compiled_equals_eager():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("search", ["gumbel", "puct"])
-def test_captured_model_equals_eager(search):
+@pytest.mark.parametrize(("search", "action_dim"), [("gumbel", 0), ("puct", 0), ("gumbel", 2)])
+def test_captured_model_equals_eager(search, action_dim):
     """Searches of two sizes in turn, with new inputs and with weights that have changed since the capture."""
     args = make_args(cuda=True, hidden_size=16, search=search, num_simulations=20)
-    agent, rng = muzero.Agent(TinyVector(4), args).cuda(), np.random.default_rng(0)
-    graphed = muzero.GraphedModel(muzero.recurrent)
+    agent, rng = muzero.Agent(TinyVector(4, action_dim=action_dim), args).cuda(), np.random.default_rng(0)
+    graphed, generator = muzero.GraphedModel(muzero.recurrent), torch.Generator("cuda").manual_seed(0)
     for B in (4, 2, 4, 2, 4):
-        legal, obs = np.ones((B, 3), bool), rng.normal(size=(B, 2)).astype(np.float32)
+        legal, obs = np.ones((B, agent.num_actions), bool), rng.normal(size=(B, 2)).astype(np.float32)
         inputs = obs, legal, muzero.draw_noise(legal, args, rng), np.ones(B, np.float32)
         inputs = [torch.from_numpy(x).cuda() for x in inputs]
-        for a, b in zip(*(muzero.act(agent, *inputs, args, fn) for fn in (graphed, muzero.recurrent)), strict=True):
+        draws = muzero.draw_candidates(agent, B, args, generator)
+        both = (muzero.act(agent, *inputs, args, step_fn, draws) for step_fn in (graphed, muzero.recurrent))
+        for a, b in zip(*both, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         with torch.no_grad():
             for parameter in agent.parameters():
@@ -2242,6 +2257,66 @@ def test_muzero_stops_where_a_loss_is_not_finite(key):
     with pytest.raises(SystemExit, match=r"not finite at step \d+: losses/"):
         resume(muzero, run_dir, total_timesteps=96)
     assert path.read_bytes() == poisoned
+
+
+# === Playing against it ===
+
+
+def test_play_against_a_run_by_piped_moves(monkeypatch, capsys):
+    """Whoever begins; a wrong answer is asked again; its visits are shown; the last line says who has won."""
+    run_dir = run(muzero, env_id="tictactoe", num_simulations=16, **FOUR_ENVS | {"total_timesteps": 40})
+    for begins in "yn":
+        answers = iter([begins, "nine", "9", *"012345678012345678"])
+        monkeypatch.setattr("builtins.input", lambda text, answers=answers: next(answers))
+        capsys.readouterr()
+        command_line(monkeypatch, muzero, "--play", run_dir, "--num-simulations", "5")
+        lines = capsys.readouterr().out.splitlines()
+        boards = [line for line in lines if re.fullmatch("( [.XO012345678] ?)+", line)]
+        moves = [re.search(r"I play (\d) \(visits (.*); my value [+-][01]\.\d\d\)", line) for line in lines]
+        moves = [move for move in moves if move]
+        assert len(boards) % 3 == 0 and boards[:3] != boards[-3:] and "one of 0 1 2" in lines[3 if begins == "y" else 7]
+        for move in moves:
+            visits = dict(pair.split(": ") for pair in move[2].split(", "))
+            assert sum(map(int, visits.values())) == 5 and move[1] in visits
+        assert lines[-1] in ("you win", "I win", "a draw")
+        last = "".join(boards[-3:])
+        assert last.count("X") - last.count("O") in (0, 1) and "X" in boards[0] + boards[1] + boards[2] + last
+        assert last.count("O" if begins == "y" else "X") == len(moves)
+
+
+COMPILING = "compiling the search: about ten seconds, again only when this file has changed"
+
+
+def test_play_ends_with_the_input_and_wants_a_game(monkeypatch, capsys):
+    run_dir = run(muzero, env_id="connect_four", num_simulations=4, **FOUR_ENVS | {"total_timesteps": 40})
+    command = [sys.executable, muzero.__file__, "--play", run_dir]
+    done = subprocess.run(command, input="y\n3\n", capture_output=True, text=True, check=False)
+    out = done.stdout
+    assert done.returncode == 0 and not done.stderr.replace(COMPILING, "").strip(), done.stderr
+    assert " 0  1  2  3  4  5  6" in out and " .  .  .  X  .  .  ." in out and out.count("I play") == 1
+    line = error_of(capsys, command_line, monkeypatch, muzero, "--play", run(muzero))
+    assert "fake_envs:DiscreteCounter-v0 is no game of two players" in line
+
+
+def test_a_game_of_ones_own(monkeypatch):
+    """The example of the docs: it runs as it stands there, and what it plays are games of Nim."""
+    text = Path(muzero.__file__).parent.joinpath("docs", "muzero.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Nim" in block]
+    assert len(code.splitlines()) <= 40
+    monkeypatch.setattr(
+        sys, "argv", ["nim.py", *"--env-id nim --no-cuda --total-timesteps 1280 --eval-frequency 640".split()]
+    )
+    monkeypatch.setattr(muzero, "BOARD_GAMES", dict(muzero.BOARD_GAMES))
+    names = {"__name__": "__main__"}
+    exec(compile(code, "nim.py", "exec"), names)
+    (folder,) = Path("runs").iterdir()
+    args = muzero.Args(**load(str(folder))["args"])
+    assert (args.two_player, args.discount) == (True, -1.0)
+    data = load(str(folder))["parts"]["replay"]["data"]
+    steps, left = (data["kind"] == muzero.STEP)[:10], data["obs"][:11].argmax(-1)
+    assert (data["reward"][:10] == (left[:10] == data["action"][:10] + 1) * steps).all()
+    assert (left[1:] == left[:10] - data["action"][:10] - 1)[steps].all() and data["obs"][:10].sum(-1).all()
+    assert {"eval/episodic_return", "losses/loss", "search/root_value_bias"} <= set(scalars(str(folder)))
 
 
 @pytest.mark.slow
