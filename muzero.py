@@ -1,9 +1,9 @@
 # /// script
 # requires-python = ">=3.11,<3.13"
 # dependencies = [
-#     "ale-py>=0.12", "box2d>=2.3.10", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2", "numba>=0.68",
-#     "numpy>=2.1", "opencv-python-headless>=4.10", "pygame-ce>=2.5", "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67",
-#     "tyro>=1.0",
+#     "ale-py>=0.12", "box2d>=2.3.10", "dm_control==1.0.50", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2",
+#     "mujoco>=3.17,<4", "numba>=0.68", "numpy>=2.1", "opencv-python-headless>=4.10", "pygame-ce>=2.5",
+#     "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
 # ]
 # ///
 """MuZero: tree search in a learned model that predicts reward, policy and value, and nothing else.
@@ -1082,7 +1082,7 @@ class ReplayBuffer:
 
 def main(args: Args) -> str:
     if args.play is not None:
-        return play(args)
+        return play_against(args)
     args = with_task_defaults(args)
     check_args(args)
     device = choose_device(args)
@@ -1620,7 +1620,7 @@ def evaluate_run(args: Args) -> str:
     return args.evaluate
 
 
-def play(args: Args) -> str:
+def play_against(args: Args) -> str:
     """A board game in the terminal against the agent of a run folder, whose searches show their visits."""
     checkpoint = load_checkpoint(args.play, args)
     args = replace(
