@@ -55,22 +55,28 @@ import contextlib
 import difflib
 import fcntl
 import functools
+import glob
+import importlib.util
 import itertools
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from types import SimpleNamespace
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -82,11 +88,21 @@ from numba import njit
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+# What a setting may be: its least and its greatest value.
+Count = Annotated[int, 1, 10**9]
+Natural = Annotated[int, 0, 10**9]
+Seed = Annotated[int, 0, 2**53]
+Few = Annotated[int, 1, 1024]
+Share = Annotated[float, 0.0, 1.0]
+Positive = Annotated[float, 1e-12, 1e9]
+Amount = Annotated[float, 0.0, 1e9]
+Real = Annotated[float, -1e9, 1e9]
+
 
 @dataclass
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
-    seed: int = 1  # seed of every random generator of the run
+    seed: Seed = 1  # seed of every random generator of the run
     torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
     cuda: bool = True  # train on the GPU if there is one
     track: bool = False  # also log to Weights and Biases
@@ -94,56 +110,62 @@ class Args:
     wandb_entity: str | None = None  # the team at Weights and Biases
     capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
     save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
-    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
-    eval_episodes: int = 10  # episodes of one evaluation
-    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
+    eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: Count = 10  # episodes of one evaluation
+    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
-    resume: str | None = None  # run folder to continue
+    resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments (None = by task, see DEFAULTS and TASKS)
     env_id: str = "CartPole-v1"  # Gymnasium id (ALE/Pong-v5), dm_control task (cartpole-swingup) or tictactoe
-    total_timesteps: int | None = None  # environment steps of the run; default by task
-    num_envs: int | None = None  # environments or games played side by side, one search for all; default by task
-    action_repeat: int | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
-    gamma: float | None = None  # discount per action; default by task
+    total_timesteps: Count | None = None  # environment steps of the run; default by task
+    num_envs: Few | None = None  # environments or games played side by side, one search for all; default by task
+    action_repeat: Few | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
+    gamma: Share | None = None  # discount per action; default by task
     two_player: bool | None = None  # players alternate, values are the mover's and within -1 ... 1; default by task
 
     # Replay and updates
-    buffer_size: int | None = None  # environment steps that the replay buffer holds; default by task
-    learning_starts: int = 1_000  # environment steps before the first update
-    replay_ratio: float | None = None  # updates per environment step; default by task
-    batch_size: int | None = None  # sequences per update (B); default by task
-    unroll_steps: int = 5  # steps that the model is unrolled in an update (K)
-    td_steps: int | None = None  # rewards in a return before it is bootstrapped (n); default by task
+    buffer_size: Count | None = None  # environment steps that the replay buffer holds; default by task
+    learning_starts: Natural = 1_000  # environment steps before the first update
+    replay_ratio: Amount | None = None  # updates per environment step; default by task
+    batch_size: Count | None = None  # sequences per update (B); default by task
+    unroll_steps: Few = 5  # steps that the model is unrolled in an update (K)
+    td_steps: Count | None = None  # rewards in a return before it is bootstrapped (n); default by task
     bootstrap: Literal["search", "target"] | None = None  # a return's last value: search then, target net now
-    reanalyze_ratio: float | None = None  # share of a batch searched and valued anew with the target network; by task
-    target_network_frequency: int = 200  # updates between copies to the target network
-    priority_alpha: float | None = None  # exponent of the replay priorities, 0 = uniform replay; default by task
-    learning_rate: float | None = None  # learning rate of AdamW; default by task
-    weight_decay: float = 1e-4  # weight decay of AdamW
-    max_grad_norm: float = 5.0  # gradient norm that an update is clipped to (deviation 3)
-    value_scale: float = 0.25  # weight of the value loss (deviation 9: not 1)
-    consistency_scale: float | None = None  # weight of the loss between predicted and seen latent states; by task
-    entropy_scale: float | None = None  # continuous actions: weight of the policy's entropy; default by task
+    reanalyze_ratio: Share | None = None  # share of a batch searched and valued anew with the target network; by task
+    target_network_frequency: Count = 200  # updates between copies to the target network
+    priority_alpha: Amount | None = None  # exponent of the replay priorities, 0 = uniform replay; default by task
+    learning_rate: Positive | None = None  # learning rate of AdamW; default by task
+    weight_decay: Amount = 1e-4  # weight decay of AdamW
+    max_grad_norm: Positive = 5.0  # gradient norm that an update is clipped to (deviation 3)
+    value_scale: Amount = 0.25  # weight of the value loss (deviation 9: not 1)
+    consistency_scale: Amount | None = None  # weight of the loss between predicted and seen latent states; by task
+    entropy_scale: Amount | None = None  # continuous actions: weight of the policy's entropy; default by task
 
     # Networks
-    hidden_size: int | None = None  # units of latent state and hidden layers, or channels for images; default by task
-    num_blocks: int | None = None  # residual blocks of convolutional networks; default by task
-    support_size: int | None = None  # M: values, rewards are distributions over -M ... M, transformed; default by task
+    hidden_size: Count | None = None  # units of latent state and hidden layers, or channels for images; default by task
+    num_blocks: Few | None = None  # residual blocks of convolutional networks; default by task
+    support_size: Count | None = (
+        None  # M: values, rewards are distributions over -M ... M, transformed; default by task
+    )
 
     # Search and acting
     search: Literal["gumbel", "puct"] = "gumbel"  # sequential halving, or the paper's search (deviation 6: not puct)
-    num_simulations: int | None = None  # simulations per search (S); default by task
-    num_candidates: int = 8  # continuous actions: drawn at the root of a search (K)
-    inner_candidates: int = 2  # continuous actions: drawn at each node below the root
-    max_considered_actions: int = 16  # gumbel: actions at the root that sequential halving begins with
-    c_scale: float | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
-    q_floor: float | None = None  # least spread of Q that is rescaled to [0, 1], as a share of its size; by task
-    dirichlet_alpha: float | None = None  # puct: concentration of the noise in the root's prior; default by task
-    temperature_steps: tuple[int, int] | None = None  # puct: environment steps where temperature falls to 0.5, 0.25
-    temperature_moves: int | None = None  # puct: moves of an episode before the temperature is 0; by task, or never
-    opening_moves: int | None = None  # board games: self-play begins after 0 to this many random moves (deviation 5)
+    num_simulations: Count | None = None  # simulations per search (S); default by task
+    num_candidates: Few = 8  # continuous actions: drawn at the root of a search (K)
+    inner_candidates: Few = 2  # continuous actions: drawn at each node below the root
+    max_considered_actions: Count = 16  # gumbel: actions at the root that sequential halving begins with
+    c_scale: Amount | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
+    dirichlet_alpha: Positive | None = None  # puct: concentration of the noise in the root's prior; default by task
+    temperature_steps: tuple[Natural, Natural] | None = (
+        None  # puct: environment steps where temperature falls to 0.5, 0.25
+    )
+    temperature_moves: Natural | None = None  # puct: moves of an episode before the temperature is 0; by task, or never
+    opening_moves: Natural | None = (
+        None  # board games: self-play begins after 0 to this many random moves (deviation 5)
+    )
 
     play: str | None = None  # run folder of a board game: plays against it in the terminal, trains nothing
 
@@ -171,7 +193,7 @@ REANALYZED_AT_ONCE = 256  # reanalysis: roots of one search, whose trees fit int
 def scale_latent(latent: torch.Tensor) -> torch.Tensor:
     """Each latent state (B, ...) to [0, 1] by its own minimum and maximum."""
     flat = latent.flatten(1)
-    low, high = flat.aminmax(dim=1, keepdim=True)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     return ((flat - low) / (high - low).clamp_min(1e-5)).view_as(latent)
 
 
@@ -579,13 +601,9 @@ def softmax(x):
 
 
 @njit
-def rescale(q, low, high, floor):
-    """Qn = (Q - low) / (high - low); 0 where these are equal up to rounding (deviation 2: the prior decides).
-
-    The denominator is at least `floor` times the size of Q: actions that are worth nearly the same are not torn apart.
-    """
-    size = max(abs(low), abs(high))
-    return (q - low) / max(high - low, floor * size) if high - low > 1e-5 * max(size, 1.0) else 0.0
+def rescale(q, low, high):
+    """Qn = (Q - low) / (high - low); 0 where these are equal up to rounding (deviation 2: the prior decides)."""
+    return (q - low) / (high - low) if high - low > 1e-5 * max(abs(low), abs(high), 1.0) else 0.0
 
 
 @njit
@@ -599,7 +617,7 @@ def tree_bounds(nodes, n):
 
 
 @njit
-def puct_choice(node, edges, low, high, floor):
+def puct_choice(node, edges, low, high):
     """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)); Qn of an unvisited action is 0.
 
     N_s is the node's count, 1 + sum over a of N (deviation 1).
@@ -609,14 +627,14 @@ def puct_choice(node, edges, low, high, floor):
     for a, edge in enumerate(edges):
         score = edge["prior"] * factor / (1 + edge["visits"])
         if edge["visits"] > 0:
-            score += rescale(edge["q"], low, high, floor)
+            score += rescale(edge["q"], low, high)
         if score > best and edge["logit"] > -np.inf:
             choice, best = a, score
     return choice
 
 
 @njit
-def improved_logits(node, edges, low, high, floor, c_scale):
+def improved_logits(node, edges, low, high, c_scale):
     """Logits of Gumbel MuZero's improved policy pi', (A,): logits + (c_visit + max N) c_scale Qn.
 
     Q of an unvisited action is the mixed value (v + sum N * sum P Q / sum P) / (1 + sum N), with P and Q of the visited
@@ -634,14 +652,14 @@ def improved_logits(node, edges, low, high, floor, c_scale):
     if low > high:
         low, high = logits.min(), logits.max()
     for a, edge in enumerate(edges):
-        logits[a] = edge["logit"] + (C_VISIT + most_visits) * c_scale * rescale(logits[a], low, high, floor)
+        logits[a] = edge["logit"] + (C_VISIT + most_visits) * c_scale * rescale(logits[a], low, high)
     return logits
 
 
 @njit
-def gumbel_choice(node, edges, low, high, floor, c_scale, gumbel, eligible):
+def gumbel_choice(node, edges, low, high, c_scale, gumbel, eligible):
     """Root: argmax of g + logits of pi' where N is `eligible`, see halving_visits. Below: of pi' - N / (1 + sum N)."""
-    scores = improved_logits(node, edges, low, high, floor, c_scale)
+    scores = improved_logits(node, edges, low, high, c_scale)
     if node["depth"] > 0:
         scores = softmax(scores)
     for a, edge in enumerate(edges):
@@ -653,7 +671,7 @@ def gumbel_choice(node, edges, low, high, floor, c_scale, gumbel, eligible):
 
 
 @njit
-def select(nodes, edges, n, puct, low, high, floor, c_scale, gumbel, eligible, chosen):
+def select(nodes, edges, n, puct, low, high, c_scale, gumbel, eligible, chosen):
     """Down each tree by the choices of the search to the first edge without a child, where node n hangs from now on.
 
     chosen (2, B) becomes the row of the parent's latent state in (S + 1) * B, and the action.
@@ -664,9 +682,9 @@ def select(nodes, edges, n, puct, low, high, floor, c_scale, gumbel, eligible, c
         while True:
             s = child
             if puct:
-                a = puct_choice(nodes[b, s], edges[b, s], tree_low, tree_high, floor)
+                a = puct_choice(nodes[b, s], edges[b, s], tree_low, tree_high)
             else:
-                a = gumbel_choice(nodes[b, s], edges[b, s], low, high, floor, c_scale, gumbel[b], eligible[b, n - 1])
+                a = gumbel_choice(nodes[b, s], edges[b, s], low, high, c_scale, gumbel[b], eligible[b, n - 1])
             child = edges[b, s, a]["child"]
             if child == 0:
                 break
@@ -740,7 +758,7 @@ def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, p
     on_device = on_host.to(latent.device)  # on a CPU the same memory again
     parent, action = on_device
     for n in range(1, N):
-        select(nodes, edges, n, puct, *bounds, args.q_floor, args.c_scale, gumbel, eligible, chosen)
+        select(nodes, edges, n, puct, *bounds, args.c_scale, gumbel, eligible, chosen)
         on_device.copy_(on_host)
         latents[n], *outputs = model(rows.index_select(0, parent), action)
         expand_and_backup(nodes, edges, n, *map(host, outputs))
@@ -776,7 +794,7 @@ def gumbel_search(model, root, legal, noise, args: Args, value_range=None) -> Se
     bounds = value_range or UNKNOWN
     nodes, edges = grow(model, root, legal, noise, args, False, bounds)
     roots = zip(nodes[:, 0], edges[:, 0], strict=True)
-    logits = np.stack([improved_logits(node, actions, *bounds, args.q_floor, args.c_scale) for node, actions in roots])
+    logits = np.stack([improved_logits(node, actions, *bounds, args.c_scale) for node, actions in roots])
     scores = logits if noise is None else logits + host(noise[:, 1])
     visits = edges["visits"][:, 0]
     action = np.where(visits == visits.max(1, keepdims=True), scores, -np.inf).argmax(1)
@@ -1091,12 +1109,12 @@ def main(args: Args) -> str:
     if args.evaluate is not None:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
+    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
     envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves)
     check_support(args, envs)
-    try:
-        rb = ReplayBuffer(envs, args, device)
-    except RuntimeError as error:
-        fail(f"--buffer-size {args.buffer_size} does not fit into the memory of {device}: {str(error)[:80]}")
+    needed = sum(column.nbytes for column in ReplayBuffer(envs, args, torch.device("meta")).data.values())
+    require_memory(needed, "--buffer-size", device)
+    rb = ReplayBuffer(envs, args, device)
     compile_search()
     run = Run(args, checkpoint)
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
@@ -1118,6 +1136,7 @@ def main(args: Args) -> str:
     parts = {"agent": agent, "target": target, "optimizer": optimizer}
     parts |= {"replay": rb, "open_episodes": SimpleNamespace(state_dict=open_episodes)} if args.save_buffer else {}
     run.keep(parts | {"counters": counters}, rng)
+    envs.on_fault = run.abort
     if checkpoint:
         counters |= checkpoint["parts"]["counters"]
         if rows := checkpoint["parts"].get("open_episodes"):
@@ -1148,14 +1167,12 @@ def main(args: Args) -> str:
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, infos = envs.reset(seed=seeds, options={"reset_mask": dones})
             allowed = legal_actions(infos, allowed)
-            require_finite_arrays(run.step, "the environment's observation", obs)
             moves[dones] = 0
         noise, temperature = draw_noise(allowed, args, rng["act"]), temperature_of(moves, run.step, args)
         obs, legal, noise, temperature = (torch.as_tensor(x, device=device) for x in (obs, allowed, noise, temperature))
         draws = draw_candidates(agent, args.num_envs, args, rng["candidates"])
         result = act(agent, obs, legal, noise, temperature, args, step_fn, draws)
         next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())  # host sync
-        require_finite_arrays(run.step, "the environment's observation or reward", next_obs, rewards)
         step_rows = {
             "obs": obs, "legal": legal, "action": result.action, "policy": result.policy, "value": result.value,
             "reward": torch.as_tensor(rewards, device=device, dtype=torch.float32), "candidates": result.candidates,
@@ -1177,8 +1194,9 @@ def main(args: Args) -> str:
                     run.say(f"{clipped:.1%} of the targets lie beyond --support-size {args.support_size}")
         if run.eval_due(dones):
             if eval_envs is None:
-                video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
+                video = run.picture("videos/evaluation.mp4") if args.capture_video else None
                 eval_envs = make_vector_env(args, min(args.eval_episodes, 100), video)
+                eval_envs.on_fault = run.abort
             opponent = random_player if args.two_player else None
             returns, trajectories = evaluate(agent, eval_envs, args, device, run.tick, step_fn, opponent)
             if opponent:  # what the values of self-play are about
@@ -1199,6 +1217,8 @@ def main(args: Args) -> str:
 # === Environment ===
 
 
+LATE_IMPORTS = ["matplotlib"]  # packages that are imported where they are used
+
 # Settings by task (name of the environment without its version). A flag on the command line wins.
 # Deviation 6, small c_scale: with two actions the rescaled Q are 0 and 1 however near they are (CartPole); on a board
 # Q is mapped from [-1, 1] to [0, 1], so 0.25 means 0.125 for Q itself.
@@ -1207,7 +1227,7 @@ DEFAULTS = {
     "learning_rate": 1e-3, "gamma": 0.997, "td_steps": 20, "bootstrap": "target", "support_size": 300,
     "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
     "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,  # deviation 10: uniform
-    "two_player": False, "q_floor": 0.0, "action_repeat": 1, "reanalyze_ratio": 0.0, "consistency_scale": 0.0,
+    "two_player": False, "action_repeat": 1, "reanalyze_ratio": 0.0, "consistency_scale": 0.0,
     "entropy_scale": 0.05,
 }  # fmt: skip
 BOARD = {
@@ -1280,12 +1300,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
             if env.spec.max_episode_steps is None:  # 27,000 decisions are the 30 minutes of an Atari game
                 env = gym.wrappers.TimeLimit(env, 27_000)
-        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), args.action_repeat)
-        if video is not None:  # folder/prefix of the MP4
-            folder, prefix = os.path.split(video)
-            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
-        return fit_spaces(env, args.env_id)
+        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
+        return fit_spaces(Film(env, video) if video else env, args.env_id)
 
     return thunk
 
@@ -1322,20 +1338,120 @@ def make_vector_env(args: Args, num_envs: int, video: str | None = None, opening
     if args.env_id in BOARD_GAMES:
         game = BOARD_GAMES[args.env_id]
         return game(num_envs, opening_moves) if callable(game) else BoardGame(args.env_id, num_envs, opening_moves)
-    if video:
-        require_film(args, make_env(args, video))
     thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
-    return gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    return side_by_side(args.env_id, thunks, workers=False)
 
 
-def require_film(args: Args, make: Callable[[], gym.Env]) -> None:
-    """Tries the first picture of a film, whose failures have many types, by environment and OpenGL library."""
-    try:
-        film = make()
-        film.reset()
-        film.close()
-    except Exception as error:
-        fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool = True) -> gym.vector.VectorEnv:
+    """Environments, with workers several in a process each. The caller resets them, each episode with a seed.
+
+    A fault of theirs is told to `on_fault` in one line: `fail`, until there is a run that can be saved (Run.abort).
+    """
+    mode = gym.vector.AutoresetMode.DISABLED
+    if len(thunks) == 1 or not workers:
+        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    else:
+        multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # once for all
+        envs = gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+        warnings.filterwarnings("ignore", ".*ERROR: ")  # Gymnasium's own account of a worker's fault
+
+    def call(method: Callable, *args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # an environment may raise anything, and its process may die
+            envs.closed = True  # they cannot be: what is left of them ends with this process
+            envs.on_fault(f"{env_id}: {str(error) or 'the process of an environment has died'}")
+
+    envs.on_fault = fail
+    for name in {"reset", "step", "step_async", "step_wait"} & set(dir(envs)):
+        setattr(envs, name, functools.partial(call, getattr(envs, name)))
+    return envs
+
+
+def be_a_worker() -> None:
+    """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
+    os.setsid()  # signals to the process group are for the main process, which closes the workers
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+
+
+def rehearse(make_envs: Callable, film: bool) -> None:
+    """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
+
+    make_envs(video=path or None): one environment.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        envs = make_envs(video=f"{folder}/film.mp4" if film else None)
+        envs.on_fault = lambda line: fail(line + " (filmed: is OpenGL there? apt-get install -y libegl1 libgl1)" * film)
+        _, infos = envs.reset(seed=[0], options={"reset_mask": np.ones(1, bool)})
+        if "action_mask" not in infos:  # any action is legal
+            envs.action_space.seed(0)
+            envs.step(envs.action_space.sample())
+        envs.close()
+        if film and not os.listdir(folder):
+            fail("a film could not be written")
+
+
+class CheckedEnv(gym.Wrapper):
+    """An environment that raises one line, with its step, where it fails or returns what it may not.
+
+    Observations must have the form of their space, rewards be numbers, both finite. Of info only KEPT is passed on.
+    """
+
+    KEPT = "action_mask", "x_velocity"
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        return self.checked("reset", (), lambda: self.env.reset(seed=seed))
+
+    def step(self, action):
+        self.steps += 1
+        return self.checked("step", ("reward", "terminated", "truncated"), lambda: self.env.step(action))
+
+    def close(self) -> None:
+        warn_of_failure(super().close)
+
+    def checked(self, method: str, names: tuple, play: Callable) -> tuple:
+        """What play() returned: observation, numbers of these names, info."""
+        space = self.observation_space
+        try:
+            obs, *numbers, info = play()
+            if isinstance(space, gym.spaces.Box):
+                obs = finite("observation", obs, space.shape)
+            elif not space.contains(obs):
+                raise ValueError(f"observation {obs} is not in {space}")
+            numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
+            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+        except Exception as error:  # an environment may raise anything
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            returned = ", ".join(["observation", *names, "info"])
+            raise gym.error.Error(f"step {self.steps}: {reason} ({method} must return {returned})") from error
+
+
+def finite(name: str, value, shape: tuple) -> np.ndarray:
+    """The value as an array of that shape; raises ValueError if it is another one, or not finite (1e10 is absurd)."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub" or array.size != np.prod(shape, dtype=int) or (shape and array.shape != shape):
+        raise ValueError(f"{name} must be numbers of shape {shape}, not {array.dtype} of shape {array.shape}")
+    if not (np.abs(array) < 1e10).all():
+        raise ValueError(f"{name} is not finite, or absurd: {array}")
+    return array.reshape(shape)
+
+
+class Film(gym.wrappers.RecordVideo):
+    """MP4 of an environment's first episode; what cannot be written is a line, not the end of the run."""
+
+    def __init__(self, env: gym.Env, path: str):
+        folder, name = os.path.split(path.removesuffix(".mp4"))
+        super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
+
+    def stop_recording(self) -> None:
+        warn_of_failure(super().stop_recording)
+        self.recording, self.recorded_frames = False, []
 
 
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
@@ -1595,7 +1711,7 @@ def evaluate_run(args: Args) -> str:
     free = "evaluate eval_episodes search num_simulations capture_video cuda seed compile cudagraphs"
     refuse_changes(args, checkpoint, free)
     device, stop = choose_device(args), StopRequest()
-    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
     envs = make_vector_env(args, min(args.eval_episodes, 100), video)
     agent = Agent(envs, args).to(device)
     agent.load_state_dict(checkpoint["parts"]["agent"])
@@ -1725,8 +1841,7 @@ def log_diagnostics(agent, trajectories: list[dict], run: Run) -> None:
         axis.plot(np.arange(first, len(error)), error[first:])
         axis.axvline(args.unroll_steps, color="0.8")  # trained up to here
         axis.set(xlabel="steps since the last observation", ylabel=f"{name} error", ylim=(0, None))
-    figure.savefig(f"{run.folder}/open_loop_error_{run.step}.png")
-    run.writer.add_figure("open_loop/error", figure, run.step)
+    figure.savefig(run.picture("open_loop_error.png"))
 
 
 # === Run: folder, log, checkpoints, signals (same text in every script) ===
@@ -1738,9 +1853,53 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def warn_of_failure(function: Callable, *args) -> None:
+    """Makes what no run depends on, such as a picture: a failure is one line."""
+    try:
+        function(*args)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+
+
+def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
+    """What ends the program or a thread: a failure of files and disks, or Ctrl-C, in one line; all else as usual."""
+    if issubclass(kind, OSError | KeyboardInterrupt):
+        print(f"error: {error or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def check_bounds(args: Args) -> None:
+    """Refuses in one line what is not within the bounds that stand beside each setting; nan never is."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
+        if type(None) in get_args(hint):  # Count | None
+            hint = get_args(hint)[0]
+        pairs = zip(get_args(hint), value, strict=False) if isinstance(value, tuple) else [(hint, value)]
+        for kind, number in pairs:
+            for low, high in [kind.__metadata__] if hasattr(kind, "__metadata__") and number is not None else []:
+                if not low <= number <= high:
+                    fail(f"--{name.replace('_', '-')} must be at least {low} and at most {high}, not {value}")
+
+
+def require_memory(num_bytes: float, setting: str, device: torch.device) -> None:
+    """Refuses in one line what the device has no room for, before it is made."""
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[1]
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > room:
+        fail(f"{setting}: {num_bytes / 1e9:.1f} GB do not fit into the {room / 1e9:.1f} GB of {device}")
+
+
 def parse_args() -> Args:
     """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    sys.excepthook, threading.excepthook = print_exception, lambda hook: print_exception(*hook)
     args = tyro.cli(Args)
+    if args.resume == "auto":
+        found = glob.glob(f"{glob.escape(folder_name(args))}__*/checkpoint.pt")
+        args = replace(args, resume=max(found, key=os.path.getmtime, default=None))
     given = {name: getattr(args, name) for name in ("resume", "evaluate") if getattr(args, name) is not None}
     if len(given) == 2:
         fail("--resume or --evaluate, not both")
@@ -1819,24 +1978,13 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     return values
 
 
-def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) -> None:
-    """Stops the run before what is not finite, or absurd, gets into the replay."""
-    if not all((np.abs(array) < 1e10).all() for array in arrays):
-        raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
-
-
-def warn_of_failure(function: Callable, *args) -> None:
-    """Makes what no run depends on, such as a picture: a failure is one line."""
-    try:
-        function(*args)
-    except Exception as error:
-        with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+def folder_name(args: Args) -> str:
+    """runs/<task>__<script>__<seed>, in letters that every file system takes; a run's folder ends in its time."""
+    return "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
 
 
 def new_folder(args: Args) -> str:
-    """Makes runs/<task>__<script>__<seed>__<time>, in letters that every file system takes."""
-    name = "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = f"{folder_name(args)}__{int(time.time())}"
     while True:
         try:
             os.makedirs(name)
@@ -1846,13 +1994,17 @@ def new_folder(args: Args) -> str:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once."""
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once.
+
+    An environment that keeps the loop from getting there is given up after five seconds.
+    """
 
     def __init__(self):
         self.requested = 0
         signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
         heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]  # nohup has SIGHUP ignored
         self.previous = {s: signal.signal(s, self) for s in heard}
+        self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
 
     def __call__(self, signum: int, frame) -> None:
         if self.requested:
@@ -1860,6 +2012,14 @@ class StopRequest:
         self.requested = signum
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+        signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
+
+    def give_up(self, signum: int, frame) -> None:
+        """An alarm: if the program is in a call of its environments, this call is left."""
+        while frame is not None:
+            if "vector_env" in frame.f_code.co_filename:
+                raise TimeoutError("the environment does not return")
+            frame = frame.f_back
 
     def lost(self, stream) -> None:
         """The reader of standard output or error has gone: asks for the end, as Ctrl-C does, and writes to nobody."""
@@ -1868,6 +2028,7 @@ class StopRequest:
 
     def exit(self) -> None:
         """Hands the signals back; ends the process with the usual code if one has come."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
         if self.requested:
@@ -1888,7 +2049,7 @@ class Bar(tqdm):
 
 # Settings that touch nothing that is learned: a resume may change them.
 FREE = "resume total_timesteps cuda track wandb_project_name wandb_entity exp_name capture_video save_model "
-FREE += "eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
+FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
 
 
 class Run:
@@ -1899,11 +2060,9 @@ class Run:
             refuse_changes(args, checkpoint, FREE)
         if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
             fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
-        if args.track:
-            try:
-                import wandb
-            except ImportError:
-                fail("--track needs Weights and Biases: pip install wandb")
+        for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
+            if importlib.util.find_spec(name) is None:
+                fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1912,6 +2071,8 @@ class Run:
             if checkpoint and os.stat(f"{self.folder}/checkpoint.pt").st_ino != checkpoint["inode"]:
                 fail(f"{self.folder} has gone on meanwhile: resume it again")
             if args.track:  # before the writer is made, which it listens to
+                import wandb
+
                 name = os.path.basename(self.folder)
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
                            resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
@@ -1928,7 +2089,8 @@ class Run:
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
-        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        owed = checkpoint and checkpoint["parts"]["eval_owed"]  # the run was stopped before it
+        self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
     def keep(self, parts: dict, rng: dict) -> None:
@@ -1971,19 +2133,23 @@ class Run:
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
         ending = self.stop.requested or self.step >= self.args.total_timesteps
-        due = ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1))
-        if due and self.saved_step != self.step:
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.save()
+        return not ending
+
+    def save(self) -> None:
+        """Writes the checkpoint of this step, if it is not there yet."""
+        if self.saved_step != self.step:
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
-            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+            owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+            save_checkpoint(self.folder, self.args, self.step, self.parts | owed, self.rng)
             self.saved_step = self.step
-        return not ending
 
     def eval_due(self, dones: np.ndarray) -> bool:
         """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""
         due = self.step >= self.next_eval and not self.stop.requested
-        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         if due:
             self.goes_on(dones)
             self.tick("evaluating")
@@ -2010,8 +2176,25 @@ class Run:
         self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
 
     def log_evaluation(self, returns: np.ndarray) -> None:
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def picture(self, kind: str) -> str:
+        """Path of a new picture, kind = name.suffix; of each kind the newest keep_pictures stay."""
+        name, suffix = os.path.splitext(f"{self.folder}/{kind}")
+        old = sorted(glob.glob(f"{glob.escape(name)}_*{suffix}"), key=os.path.getmtime)
+        for path in old[: max(0, len(old) + 1 - self.args.keep_pictures)]:
+            os.remove(path)
+        return f"{name}_{self.step}{suffix}"
+
+    def abort(self, fault: str) -> NoReturn:
+        """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
+        self.save()
+        self.progress.close()
+        print(f"error: {fault}; checkpoint at step {self.step}", file=sys.stderr)
+        self.stop.exit()
+        raise SystemExit(1)
 
     def close(self, weights: dict) -> str:
         """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
@@ -2027,25 +2210,10 @@ class Run:
 
 
 def check_args(args: Args) -> None:
-    """Refuses impossible numbers in one line."""
-    at_least = {
-        1: "total_timesteps num_envs eval_episodes batch_size td_steps unroll_steps support_size hidden_size "
-        "num_blocks num_simulations max_considered_actions target_network_frequency action_repeat num_candidates "
-        "inner_candidates",
-        0: "seed eval_frequency checkpoint_frequency learning_starts replay_ratio learning_rate weight_decay "
-        "max_grad_norm gamma value_scale consistency_scale entropy_scale c_scale q_floor opening_moves "
-        "temperature_moves priority_alpha reanalyze_ratio",
-    }
-    for bound, names in at_least.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not value >= bound:
-                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
-    for name in ("gamma", "reanalyze_ratio"):
-        if getattr(args, name) > 1:
-            fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
-    if not args.dirichlet_alpha > 0:
-        fail(f"--dirichlet-alpha must be above 0, not {args.dirichlet_alpha}")
+    """Refuses what cannot work, in one line."""
+    check_bounds(args)
+    if args.learning_starts > (most := min(args.total_timesteps, args.buffer_size)):
+        fail(f"--learning-starts {args.learning_starts} must be within --total-timesteps and --buffer-size, {most}")
     rows = 2 * (args.unroll_steps + args.td_steps + 1) * args.num_envs * args.action_repeat
     if args.buffer_size < rows:
         fail(f"--buffer-size {args.buffer_size} is too small: {args.num_envs} environments with --unroll-steps and "
@@ -2090,7 +2258,7 @@ def compile_search(patience: float = 2.0) -> None:
     note.daemon = True
     note.start()
     zero, one = torch.zeros(1), torch.ones(1, 1)
-    args, root = Args(num_simulations=1, c_scale=0.1, q_floor=0.0), (one, one, zero)
+    args, root = Args(num_simulations=1, c_scale=0.1), (one, one, zero)
     gumbel_search(lambda latent, action: (latent, zero, zero, one, zero), root, one.bool(), None, args)
     note.cancel()
 
