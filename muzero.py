@@ -145,11 +145,9 @@ class Args:
     entropy_scale: Amount | None = None  # continuous actions: weight of the policy's entropy; default by task
 
     # Networks
-    hidden_size: Count | None = None  # units of latent state and hidden layers, or channels for images; default by task
+    hidden_size: Count | None = None  # units of latent state and hidden layers, channels for images and grids; by task
     num_blocks: Few | None = None  # residual blocks of convolutional networks; default by task
-    support_size: Count | None = (
-        None  # M: values, rewards are distributions over -M ... M, transformed; default by task
-    )
+    support_size: Count | None = None  # M: values and rewards are distributions over -M ... M, transformed; by task
 
     # Search and acting
     search: Literal["gumbel", "puct"] = "gumbel"  # sequential halving, or the paper's search (deviation 6: not puct)
@@ -159,9 +157,7 @@ class Args:
     max_considered_actions: Count = 16  # gumbel: actions at the root that sequential halving begins with
     c_scale: Amount | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
     dirichlet_alpha: Positive | None = None  # puct: concentration of the noise in the root's prior; default by task
-    temperature_steps: tuple[Natural, Natural] | None = (
-        None  # puct: environment steps where temperature falls to 0.5, 0.25
-    )
+    temperature_steps: tuple[Natural, Natural] | None = None  # puct: steps where temperature falls to 0.5, 0.25
     temperature_moves: Natural | None = None  # puct: moves of an episode before the temperature is 0; by task, or never
     opening_moves: Natural | None = (
         None  # board games: self-play begins after 0 to this many random moves (deviation 5)
@@ -453,6 +449,12 @@ def from_distribution(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
 STEP, TERMINATED, TRUNCATED = 0, 1, 2  # kinds of replay rows: a step, or what closes an episode after its last step
 
 
+def episode_end(kinds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows (L, B): is it over, at the first closing row and after it? And is this row where it was truncated?"""
+    num_closed = (kinds != STEP).cumsum(0)
+    return num_closed > 0, (kinds == TRUNCATED) & (num_closed == 1)
+
+
 def n_step_returns(rewards, values, kinds, td_steps: int, discount: float) -> torch.Tensor:
     """z_k = r_k + d r_{k+1} + ... + d^n nu_{k+n} for k = 0 ... L - n - 1, from rows (L, B); result (L - n, B).
 
@@ -460,10 +462,7 @@ def n_step_returns(rewards, values, kinds, td_steps: int, discount: float) -> to
     TERMINATED, with its own value where it is TRUNCATED (deviation 4: not with 0). Rows after it belong to the next
     episode, their returns are 0. For two players d is -gamma.
     """
-    is_closing_row = kinds != STEP
-    num_closed = is_closing_row.cumsum(0)
-    ended = num_closed > 0  # at the first closing row and after it
-    truncated = (kinds == TRUNCATED) & (num_closed == 1)
+    ended, truncated = episode_end(kinds)
     bootstrap = torch.where(ended & ~truncated, 0, values)
     count = len(rewards) - td_steps
     returns = bootstrap[td_steps:]
@@ -481,10 +480,7 @@ def make_targets(rows: dict[str, torch.Tensor], unroll_steps: int, td_steps: int
     counts either way.
     """
     first = slice(0, unroll_steps + 1)
-    kinds = rows["kind"][first]
-    num_closed = (kinds != STEP).cumsum(0)
-    ended = num_closed > 0
-    truncated = (kinds == TRUNCATED) & (num_closed == 1)
+    ended, truncated = episode_end(rows["kind"][first])
     after_truncation = truncated.cumsum(0) - truncated.long() > 0  # the truncated state itself is not
     return {
         "returns": n_step_returns(rows["reward"], rows["value"], rows["kind"], td_steps, discount),
@@ -492,7 +488,7 @@ def make_targets(rows: dict[str, torch.Tensor], unroll_steps: int, td_steps: int
         "candidates": rows["candidates"][first],
         "rewards": torch.where(ended[:-1], 0, rows["reward"][:unroll_steps]),
         "policy_mask": ~ended,
-        "obs_mask": num_closed - (kinds != STEP).long() == 0,
+        "obs_mask": ended.cumsum(0) <= 1,  # the final observation is seen, too
         "value_mask": ~after_truncation,
         "reward_mask": ~after_truncation[1:],
     }
@@ -527,21 +523,22 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     shape = len(latents), len(weights)
     logits, value_logits = logits.unflatten(0, shape), value_logits.unflatten(0, shape)
     returns, rewards = two_hot(targets["returns"], args.support_size), two_hot(targets["rewards"], args.support_size)
-    policy_terms = policy_cross_entropy(logits, targets["policies"], targets["candidates"])
-    policy_terms = policy_terms * targets["policy_mask"]  # (K + 1, B)
+    policy_terms = policy_cross_entropy(logits, targets["policies"], targets["candidates"]) * targets["policy_mask"]
     value_terms = cross_entropy(value_logits, returns) * targets["value_mask"]  # (K + 1, B)
     reward_terms = cross_entropy(torch.stack(reward_logits), rewards) * targets["reward_mask"]  # (K, B)
     scale = torch.full((len(latents), 1), 1 / len(actions), device=weights.device)
     scale[0] = 1.0
-    policy_loss = ((policy_terms * scale).sum(0) * weights).mean()
-    value_loss = ((value_terms * scale).sum(0) * weights).mean()
-    reward_loss = ((reward_terms * scale[1:]).sum(0) * weights).mean()
+
+    def total(terms: torch.Tensor) -> torch.Tensor:
+        return ((terms * scale[-len(terms) :]).sum(0) * weights).mean()
+
+    policy_loss, value_loss, reward_loss = total(policy_terms), total(value_terms), total(reward_terms)
     loss = policy_loss + args.value_scale * value_loss + reward_loss
     values = from_distribution(value_logits[0].detach(), agent.bins)
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "reward_loss": reward_loss}
     if agent.action_dim:
         entropies = entropy(logits, agent.quadrature) * targets["policy_mask"]  # (K + 1, B)
-        loss = loss - args.entropy_scale * ((entropies * scale).sum(0) * weights).mean()
+        loss = loss - args.entropy_scale * total(entropies)
         sigma, wide = gaussian(logits[0])[1], targets["policies"][0, :, num_narrow(agent.num_actions) :]
         metrics |= {"entropy": entropies[0].mean(), "sigma": sigma.mean(), "wide_share": wide.sum(-1).mean()}
     if args.consistency_scale:
@@ -549,7 +546,7 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
             seen = agent.projector(agent.network.represent(targets["obs"].flatten(0, 1)))
         similarity = F.cosine_similarity(agent.predictor(agent.projector(torch.cat(latents[1:]))), seen)
         terms = -similarity.view(actions.shape[:2]) * targets["obs_mask"][1:]  # (K, B)
-        metrics["consistency_loss"] = ((terms * scale[1:]).sum(0) * weights).mean()
+        metrics["consistency_loss"] = total(terms)
         loss = loss + args.consistency_scale * metrics["consistency_loss"]
     metrics["loss"] = loss
     limit = inverse_transform(torch.full_like(weights[0], args.support_size + 1e-4))
@@ -731,7 +728,7 @@ def host(x) -> np.ndarray:
     return np.ascontiguousarray(x.cpu() if isinstance(x, torch.Tensor) else x, np.float64)
 
 
-def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, puct: bool, bounds: tuple) -> tuple:
+def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, bounds: tuple) -> tuple:
     """Nodes and edges of B trees after S simulations, from roots = latent (B, ...), logits (B, A) and value (B,).
 
     model(latent, action) gives latent state, reward, discount, policy logits and value, all but the first for the host.
@@ -739,7 +736,7 @@ def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, p
     Dirichlet, which the paper's search mixes into the root's prior, and Gumbel; None = 0.
     """
     latent, logits, value = root
-    (B, A), N = logits.shape, args.num_simulations + 1
+    (B, A), N, puct = logits.shape, args.num_simulations + 1, args.search == "puct"
     legal = legal.cpu().numpy()
     legal = legal | ~legal.any(1, keepdims=True)  # a finished game, searched with the others, has no legal move
     logits = np.where(legal, host(logits), -np.inf)
@@ -765,41 +762,30 @@ def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, p
     return nodes, edges
 
 
-def summarize(nodes: np.ndarray, edges: np.ndarray, action, policy, like: torch.Tensor) -> SearchResult:
-    """What is left of a search once its action (B,) and policy (B, A) are known."""
-    roots = edges[:, 0]
-    numbers = policy, nodes["value"][:, 0], roots["visits"], roots["q"], nodes["depth"][:, 1:].mean(1)
-    numbers = (torch.from_numpy(x).to(like) for x in numbers)
-    return SearchResult(torch.from_numpy(action).to(like.device), *numbers, like.new_empty(*policy.shape, 0))
+def search(model, root, legal, noise, temperature, args: Args, bounds: tuple = UNKNOWN) -> SearchResult:
+    """What the trees that have grown say at their roots, see grow; without noise the best action is played.
 
-
-def puct_search(model, root, legal, noise, temperature, args: Args, value_range=None) -> SearchResult:
-    """The paper's search: policy N / S; action drawn in proportion to N^(1 / temperature), temperature (B,).
-
-    By the Gumbel noise, argmax over a of ln N / temperature + g; without it the most visited action is played.
+    puct: policy N / S; action drawn in proportion to N^(1 / temperature), temperature (B,), by argmax over a of
+    ln N / temperature + g. gumbel: policy pi'; action the best by g + logits of pi' of the most visited ones.
     """
-    nodes, edges = grow(model, root, legal, noise, args, True, value_range or UNKNOWN)
-    visits = edges["visits"][:, 0]
-    action = visits.argmax(1)
-    if noise is not None:
-        temperature = host(temperature)
-        with np.errstate(divide="ignore"):
-            scores = np.log(visits) / np.maximum(temperature, 1e-3)[:, None] + host(noise[:, 1])
-        action = np.where(temperature > 0, scores.argmax(1), action)
-    return summarize(nodes, edges, action, visits / args.num_simulations, root[2])
-
-
-def gumbel_search(model, root, legal, noise, args: Args, value_range=None) -> SearchResult:
-    """The search of Gumbel MuZero: policy pi'; action the best by g + logits of pi' of the most visited ones."""
-    bounds = value_range or UNKNOWN
-    nodes, edges = grow(model, root, legal, noise, args, False, bounds)
-    roots = zip(nodes[:, 0], edges[:, 0], strict=True)
-    logits = np.stack([improved_logits(node, actions, *bounds, args.c_scale) for node, actions in roots])
-    scores = logits if noise is None else logits + host(noise[:, 1])
-    visits = edges["visits"][:, 0]
-    action = np.where(visits == visits.max(1, keepdims=True), scores, -np.inf).argmax(1)
-    policy = np.exp(logits - logits.max(1, keepdims=True))
-    return summarize(nodes, edges, action, policy / policy.sum(1, keepdims=True), root[2])
+    nodes, edges = grow(model, root, legal, noise, args, bounds)
+    visits, gumbel = edges["visits"][:, 0], 0.0 if noise is None else host(noise[:, 1])
+    if args.search == "puct":
+        policy, action = visits / args.num_simulations, visits.argmax(1)
+        if noise is not None:
+            temperature = host(temperature)
+            with np.errstate(divide="ignore"):
+                scores = np.log(visits) / np.maximum(temperature, 1e-3)[:, None] + gumbel
+            action = np.where(temperature > 0, scores.argmax(1), action)
+    else:
+        roots = zip(nodes[:, 0], edges[:, 0], strict=True)
+        logits = np.stack([improved_logits(node, actions, *bounds, args.c_scale) for node, actions in roots])
+        action = np.where(visits == visits.max(1, keepdims=True), logits + gumbel, -np.inf).argmax(1)
+        policy = np.exp(logits - logits.max(1, keepdims=True))
+        policy /= policy.sum(1, keepdims=True)
+    numbers = policy, nodes["value"][:, 0], visits, edges["q"][:, 0], nodes["depth"][:, 1:].mean(1)
+    action, *numbers = (torch.from_numpy(x).to(root[2].device) for x in (action, *numbers))
+    return SearchResult(action, *(x.to(root[2]) for x in numbers), root[2].new_empty(*policy.shape, 0))
 
 
 @functools.cache
@@ -838,11 +824,7 @@ def act(agent: Agent, obs, legal, noise, temperature, args, step_fn=recurrent, d
         reward, logits, value = decode(outputs.cpu().numpy())
         return latent, reward, discount, inner if draws else logits, value
 
-    value_range = (-1.0, 1.0) if args.two_player else None
-    if args.search == "puct":
-        result = puct_search(model, root, legal, noise, temperature, args, value_range)
-    else:
-        result = gumbel_search(model, root, legal, noise, args, value_range)
+    result = search(model, root, legal, noise, temperature, args, (-1.0, 1.0) if args.two_player else UNKNOWN)
     if not draws:
         return result
     _, candidates = split_candidates(agent, latent)
@@ -923,7 +905,7 @@ def bootstrap_now(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_st
     steps = torch.arange(len(kinds), device=kinds.device)[:, None]
     closing_row = torch.where(kinds != STEP, steps, len(kinds)).amin(0)
     index = torch.minimum(steps[td_steps:], closing_row)  # (K + 1, count)
-    obs = rb.observations((slots + index) % rb.capacity, envs.expand_as(index))
+    obs = rb.observations(slots + index, envs)
     with torch.no_grad():
         _, _, values_now = target.initial(obs.flatten(0, 1))
     value = rows["value"].clone()
@@ -937,8 +919,7 @@ def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Arg
     It starts from the observations at k = 0 ... K; continuous actions have new candidates, by the generator rng.
     """
     slots, envs, length = rows["slots"][:count], rows["envs"][:count], args.unroll_steps + 1
-    index = (slots + torch.arange(length, device=slots.device)[:, None]) % rb.capacity
-    obs = rb.observations(index, envs.expand_as(index)).flatten(0, 1)
+    obs = rb.observations(slots + torch.arange(length, device=slots.device)[:, None], envs).flatten(0, 1)
     legal = rows["legal"][:length, :count].flatten(0, 1)
     found = [
         act(target, *inputs, None, None, args, step_fn, draw_candidates(target, len(inputs[0]), args, rng))
@@ -961,7 +942,7 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
     obs = rb.observations(rows["slots"], rows["envs"])
     if args.consistency_scale:
         steps = torch.arange(1, len(actions) + 1, device=actions.device)[:, None]
-        targets["obs"] = rb.observations((rows["slots"] + steps) % rb.capacity, rows["envs"].expand(len(steps), -1))
+        targets["obs"] = rb.observations(rows["slots"] + steps, rows["envs"])
     optimizer.zero_grad(set_to_none=True)
     loss, metrics, values = losses_fn(agent, obs, actions, targets, rows["weights"], args)
     loss.backward()
@@ -970,6 +951,19 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
     if rb.alpha > 0:
         rb.set_priority(rows["slots"], rows["envs"], values - targets["returns"][0])
     return metrics
+
+
+def learn(agent: Agent, target: Agent, optimizer, rb: ReplayBuffer, args: Args, rng: dict, step_fn, losses_fn) -> dict:
+    """An update on a sampled batch, the first sequences of which are searched and valued anew."""
+    num_reanalyzed = math.ceil(args.reanalyze_ratio * args.batch_size)
+    num_revalued = args.batch_size if args.bootstrap == "target" else num_reanalyzed  # deviation 8: target network now
+    rows = rb.sample(args.batch_size, PRIORITY_BETA, rng["replay"])
+    if num_reanalyzed:
+        rows = reanalyze(target, rb, rows, num_reanalyzed, args, step_fn, rng["candidates"])
+    if num_revalued:
+        rows = bootstrap_now(target, rb, rows, num_revalued, args.td_steps)
+    actions = random_actions(agent, (args.unroll_steps, args.batch_size), rng["update"])
+    return update(agent, optimizer, rb, rows, actions, args, losses_fn)
 
 
 def updates_due(global_step: int, args: Args) -> int:
@@ -1035,23 +1029,20 @@ class ReplayBuffer:
         self._make_ready(envs, closing)
 
     def _make_ready(self, envs: np.ndarray, closing: bool) -> None:
-        """The first priorities of the steps whose targets the newest row of their environment has completed."""
+        """First priorities, p = |nu - z|: search value minus return, of the steps whose targets are now complete."""
         limit = self.ends[envs] - (1 if closing else self.span - 1)  # all before the closing row; or K + n rows ago
         new = [np.arange(*pair) for pair in zip(self.ready[envs], limit, strict=True)]  # empty, unless ready < limit
         of = np.repeat(envs, [len(rows) for rows in new])
         self.ready[envs] = np.maximum(self.ready[envs], self.ends[envs] if closing else limit)
         if len(of):
             slots, index = (torch.from_numpy(x).to(self.priority.device) for x in (np.concatenate(new), of))
-            self._set_first_priority(slots % self.capacity, index)
-
-    def _set_first_priority(self, slots: torch.Tensor, envs: torch.Tensor) -> None:
-        """p = |nu - z| of steps (M,): root value of the search minus n-step return; 1 where replay is uniform."""
-        if self.alpha == 0:
-            self.priority[slots, envs] = 1.0
-            return
-        rows = self.window(slots, envs, self.td_steps + 1)
-        returns = n_step_returns(rows["reward"], rows["value"], rows["kind"], self.td_steps, self.discount)
-        self.set_priority(slots, envs, rows["value"][0] - returns[0])
+            slots = slots % self.capacity
+            if self.alpha == 0:  # uniform replay
+                self.priority[slots, index] = 1.0
+                return
+            rows = self.window(slots, index, self.td_steps + 1)
+            returns = n_step_returns(rows["reward"], rows["value"], rows["kind"], self.td_steps, self.discount)
+            self.set_priority(slots, index, rows["value"][0] - returns[0])
 
     def set_priority(self, slots: torch.Tensor, envs: torch.Tensor, errors: torch.Tensor) -> None:
         """p = |error| + 0.001 of steps (M,) (deviation 10: the 0.001, and only for Atari)."""
@@ -1063,7 +1054,8 @@ class ReplayBuffer:
         return {name: column[index, envs] for name, column in self.data.items() if name not in ("obs", "age")}
 
     def observations(self, slots: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
-        """Copies (*slots.shape, ...); frames are stacked, the first of an episode repeated."""
+        """Copies (*slots.shape, ...), of any slots modulo the capacity; frames are stacked, an episode's first repeated."""
+        slots, envs = slots % self.capacity, envs.expand_as(slots)
         if self.stack == 1:
             return self.data["obs"][slots, envs]
         back = torch.arange(self.stack - 1, -1, -1, device=slots.device)
@@ -1146,21 +1138,6 @@ def main(args: Args) -> str:
     step_fn, losses_fn = executables(args)
     size = f"{agent.num_actions} actions, {sum(p.numel() for p in agent.parameters()):,} parameters"
     print(f"{run.folder}: {device}, {size}, {args.search} search")
-    num_reanalyzed = math.ceil(args.reanalyze_ratio * args.batch_size)
-    num_revalued = args.batch_size if args.bootstrap == "target" else num_reanalyzed  # deviation 8: target network now
-
-    def learn(count: int) -> None:
-        for _ in range(count):
-            rows = rb.sample(args.batch_size, PRIORITY_BETA, rng["replay"])
-            if num_reanalyzed:
-                rows = reanalyze(target, rb, rows, num_reanalyzed, args, step_fn, rng["candidates"])
-            if num_revalued:
-                rows = bootstrap_now(target, rb, rows, num_revalued, args.td_steps)
-            actions = random_actions(agent, (args.unroll_steps, args.batch_size), rng["update"])
-            run.metrics = update(agent, optimizer, rb, rows, actions, args, losses_fn)
-            counters["num_updates"] += 1
-            if counters["num_updates"] % args.target_network_frequency == 0:
-                target.load_state_dict(agent.state_dict())
 
     while run.goes_on(dones):
         if dones.any():
@@ -1187,26 +1164,17 @@ def main(args: Args) -> str:
             run.log_episodes(infos, dones)
         if rb.ready.any() and len(rb) * args.action_repeat >= args.learning_starts:  # deviation 11: acting waits
             before = counters["num_updates"]
-            learn(updates_due(run.step, args) - updates_due(run.step - steps, args))
+            for _ in range(updates_due(run.step, args) - updates_due(run.step - steps, args)):
+                run.metrics = learn(agent, target, optimizer, rb, args, rng, step_fn, losses_fn)
+                counters["num_updates"] += 1
+                if counters["num_updates"] % args.target_network_frequency == 0:
+                    target.load_state_dict(agent.state_dict())
             if counters["num_updates"] // 100 > before // 100:
                 run.report()
                 if (clipped := run.metrics["losses/clipped_targets"]) > 0:
                     run.say(f"{clipped:.1%} of the targets lie beyond --support-size {args.support_size}")
         if run.eval_due(dones):
-            if eval_envs is None:
-                video = run.picture("videos/evaluation.mp4") if args.capture_video else None
-                eval_envs = make_vector_env(args, min(args.eval_episodes, 100), video)
-                eval_envs.on_fault = run.abort
-            opponent = random_player if args.two_player else None
-            returns, trajectories = evaluate(agent, eval_envs, args, device, run.tick, step_fn, opponent)
-            if opponent:  # what the values of self-play are about
-                _, trajectories = evaluate(agent, eval_envs, args, device, run.tick, step_fn)
-            if args.capture_video:  # the film is written when its environment closes
-                eval_envs.close()
-                eval_envs = None
-            if not run.stop.requested:
-                run.log_evaluation(returns)
-                warn_of_failure(log_diagnostics, agent, trajectories, run)
+            eval_envs = evaluate_and_log(agent, eval_envs, run, step_fn)
 
     envs.close()
     if eval_envs is not None:
@@ -1705,6 +1673,26 @@ def evaluate(agent, envs, args: Args, device, tick: Callable, step_fn=recurrent,
     return np.array(returns), [trajectories[i] for i in sorted(trajectories)]
 
 
+def evaluate_and_log(agent: Agent, envs, run: Run, step_fn: Callable):
+    """An evaluation between updates; its environments, made for the first one, are returned for the next."""
+    args = run.args
+    if envs is None:
+        video = run.picture("videos/evaluation.mp4") if args.capture_video else None
+        envs = make_vector_env(args, min(args.eval_episodes, 100), video)
+        envs.on_fault = run.abort
+    opponent = random_player if args.two_player else None
+    returns, trajectories = evaluate(agent, envs, args, run.device, run.tick, step_fn, opponent)
+    if opponent:  # what the values of self-play are about
+        _, trajectories = evaluate(agent, envs, args, run.device, run.tick, step_fn)
+    if not run.stop.requested:
+        run.log_evaluation(returns)
+        warn_of_failure(log_diagnostics, agent, trajectories, run)
+    if not args.capture_video:
+        return envs
+    envs.close()  # which writes the film
+    return None
+
+
 def evaluate_run(args: Args) -> str:
     """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
     checkpoint = load_checkpoint(args.evaluate, args)
@@ -1750,26 +1738,25 @@ def play_against(args: Args) -> str:
     agent.load_state_dict(checkpoint["parts"]["agent"])
     compile_search()
     obs, infos = game.reset()
-    legal, over = legal_actions(infos, np.ones((1, agent.num_actions), bool)), False
     with contextlib.suppress(EOFError, KeyboardInterrupt):
-        yours, move = int(input("Do you begin (y/n)? ").strip().lower() != "y"), 0
-        while not over:
+        begins = input("Do you begin (y/n)? ").strip().lower() == "y"
+        for your_move in itertools.cycle([begins, not begins]):
+            legal = legal_actions(infos, np.ones((1, agent.num_actions), bool))
             print(game)
-            if move % 2 == yours:
-                answer = input("your move: ").strip()
-                if not (answer.isdecimal() and int(answer) < agent.num_actions and legal[0, int(answer)]):
-                    print("one of", *np.flatnonzero(legal[0]))
-                    continue
-                action = int(answer)
+            if your_move:
+                moves = [str(a) for a in np.flatnonzero(legal[0])]
+                while (move := input("your move: ").strip()) not in moves:
+                    print("one of", *moves)
+                action = int(move)
             else:
                 result = act(agent, torch.as_tensor(obs), torch.as_tensor(legal), None, None, args)
                 action, visits = result.action.item(), result.visit_counts[0].long().tolist()
                 counts = ", ".join(f"{a}: {n}" for a, n in enumerate(visits) if n)
                 print(f"I play {action} (visits {counts}; my value {result.value.item():+.2f})")
             obs, rewards, terminations, _, infos = game.step(np.array([action]))
-            legal, over = legal_actions(infos, legal), terminations[0]
-            winner, move = "you win" if move % 2 == yours else "I win", move + 1
-        print(game, winner if rewards[0] else "a draw", sep="\n")
+            if terminations[0]:
+                print(game, ("you win" if your_move else "I win") if rewards[0] else "a draw", sep="\n")
+                break
     return args.play
 
 
@@ -2259,7 +2246,7 @@ def compile_search(patience: float = 2.0) -> None:
     note.start()
     zero, one = torch.zeros(1), torch.ones(1, 1)
     args, root = Args(num_simulations=1, c_scale=0.1), (one, one, zero)
-    gumbel_search(lambda latent, action: (latent, zero, zero, one, zero), root, one.bool(), None, args)
+    search(lambda latent, action: (latent, zero, zero, one, zero), root, one.bool(), None, None, args)
     note.cancel()
 
 

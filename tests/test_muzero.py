@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -65,6 +66,14 @@ def hand_model(rewards, values, discount, dtype=F64):
     return model, prior.log()[None]
 
 
+def puct_search(model, root, legal, noise, temperature, args, bounds=muzero.UNKNOWN):
+    return muzero.search(model, root, legal, noise, temperature, replace(args, search="puct"), bounds)
+
+
+def gumbel_search(model, root, legal, noise, args, bounds=muzero.UNKNOWN):
+    return muzero.search(model, root, legal, noise, None, replace(args, search="gumbel"), bounds)
+
+
 def hand_search(
     search, num_simulations, root_value=0.3, problem=((0.5, 0, 0), (0.1, 0.2, 0.8), 0.9), dtype=F64, **kwargs
 ):
@@ -72,7 +81,7 @@ def hand_search(
     root = torch.zeros(1, 1, dtype=dtype), logits, torch.tensor([root_value], dtype=dtype)
     args = make_args(num_simulations=num_simulations, c_scale=kwargs.pop("c_scale", 0.1))
     legal = torch.ones(1, 3, dtype=torch.bool)
-    if search is muzero.puct_search:
+    if search is puct_search:
         return search(model, root, legal, None, None, args, **kwargs)
     return search(model, root, legal, kwargs.pop("noise", None), args, **kwargs)
 
@@ -94,7 +103,7 @@ PUCT = {  # simulations: (visits, Q, mean of the root)
 def test_puct_by_hand(num_simulations):
     """One player; the bounds of Q are those of the whole tree."""
     visits, qvalues, mean = PUCT[num_simulations]
-    result = hand_search(muzero.puct_search, num_simulations)
+    result = hand_search(puct_search, num_simulations)
     assert result.visit_counts[0].tolist() == list(visits)
     assert result.qvalues[0].tolist() == pytest.approx(qvalues, abs=5e-7)
     assert result.value.item() == pytest.approx(mean, abs=5e-7)
@@ -114,10 +123,10 @@ def test_puct_scores_by_hand(num_simulations):
     (model, logits), args = hand_model((0.5, 0, 0), (0.1, 0.2, 0.8), 0.9), make_args(num_simulations=num_simulations)
     root = torch.zeros(1, 1, dtype=F64), logits, torch.tensor([0.3], dtype=F64)
     legal = torch.ones(1, 3, dtype=torch.bool)
-    nodes, edges = muzero.grow(model, root, legal, None, args, True, muzero.UNKNOWN)
+    nodes, edges = muzero.grow(model, root, legal, None, replace(args, search="puct"), muzero.UNKNOWN)
     low, high = muzero.tree_bounds(nodes[0], num_simulations + 1)
     visits, q, count = edges[0, 0]["visits"], edges[0, 0]["q"], nodes[0, 0]["count"]
-    qn = [muzero.rescale(q[a], low, high, 0.0) if visits[a] > 0 else 0.0 for a in range(3)]
+    qn = [muzero.rescale(q[a], low, high) if visits[a] > 0 else 0.0 for a in range(3)]
     u = edges[0, 0]["prior"] * math.sqrt(count) * (1.25 + math.log((count + 19653) / 19652)) / (1 + visits)
     assert qn == pytest.approx(SCORES[num_simulations][0], abs=5e-7)
     assert u.tolist() == pytest.approx(SCORES[num_simulations][1], abs=5e-7)
@@ -132,12 +141,12 @@ def test_two_players_by_hand():
     visits = {1: (0, 1, 0), 2: (0, 2, 0), 3: (0, 3, 0), 4: (0, 4, 0), 5: (0, 4, 1), 8: (0, 6, 2), 50: (8, 26, 16)}
     means = {1: 0.25, 2: 0, 3: 0.125, 4: 0, 5: -0.016667, 8: 0, 50: 0.019608}
     for num_simulations, expected in visits.items():
-        result = hand_search(muzero.puct_search, num_simulations, 0.0, TWO_PLAYERS, value_range=(-1.0, 1.0))
+        result = hand_search(puct_search, num_simulations, 0.0, TWO_PLAYERS, bounds=(-1.0, 1.0))
         assert result.visit_counts[0].tolist() == list(expected)
         assert result.value.item() == pytest.approx(means[num_simulations], abs=5e-7)
     assert result.qvalues[0].tolist() == pytest.approx((-0.0375, 0.015385, 0.05625), abs=5e-7)
     for num_simulations, expected, mean in ((8, [1, 4, 3], -0.211111), (50, [11, 24, 15], -0.272549)):
-        result = hand_search(muzero.puct_search, num_simulations, 0.0, (*TWO_PLAYERS[:2], 1.0), value_range=(-1.0, 1.0))
+        result = hand_search(puct_search, num_simulations, 0.0, (*TWO_PLAYERS[:2], 1.0), bounds=(-1.0, 1.0))
         assert result.visit_counts[0].tolist() == expected
         assert result.value.item() == pytest.approx(mean, abs=5e-7)
 
@@ -153,7 +162,7 @@ GUMBEL = {  # simulations: (visits, improved policy, action)
 @pytest.mark.parametrize("num_simulations", GUMBEL)
 def test_gumbel_by_hand(num_simulations):
     visits, policy, action = GUMBEL[num_simulations]
-    result = hand_search(muzero.gumbel_search, num_simulations)
+    result = hand_search(gumbel_search, num_simulations)
     assert result.visit_counts[0].tolist() == list(visits)
     assert result.policy[0].tolist() == pytest.approx(policy, abs=5e-7)
     assert result.action.item() == action
@@ -161,7 +170,7 @@ def test_gumbel_by_hand(num_simulations):
 
 def test_gumbel_noise_by_hand():
     noise = torch.tensor([[[0, 0, 0], [1, -0.5, 0.2]]], dtype=F64)
-    result = hand_search(muzero.gumbel_search, 2, noise=noise)
+    result = hand_search(gumbel_search, 2, noise=noise)
     assert result.visit_counts[0].tolist() == [1, 0, 1] and result.action.item() == 2
     assert result.policy[0].tolist() == pytest.approx((0.014609, 0.009912, 0.975479), abs=5e-7)
 
@@ -204,17 +213,17 @@ def test_eligible_counts_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_equal_values_leave_the_choice_to_the_prior(problem, dtype):
     """Rounding must not become a preference: visits as if Q were not there, in float32 too."""
-    result = hand_search(muzero.puct_search, 50, 0.7, problem, dtype)
+    result = hand_search(puct_search, 50, 0.7, problem, dtype)
     counts = np.zeros(3)
     for _ in range(50):
         counts[np.argmax(np.array([0.2, 0.5, 0.3]) / (1 + counts))] += 1
     assert result.visit_counts[0].tolist() == counts.tolist()
-    improved = hand_search(muzero.gumbel_search, 50, 0.7, problem, dtype).policy[0].tolist()
+    improved = hand_search(gumbel_search, 50, 0.7, problem, dtype).policy[0].tolist()
     assert improved == pytest.approx((0.2, 0.5, 0.3), abs=1e-6)
 
 
 @pytest.mark.parametrize("num_simulations", [1, 2, 3, 10, 50])
-@pytest.mark.parametrize("search", [muzero.puct_search, muzero.gumbel_search])
+@pytest.mark.parametrize("search", [puct_search, gumbel_search])
 def test_a_constant_model_has_its_value(search, num_simulations):
     """Value 1, reward 0, gamma 1: the root's mean is exactly 1, it does not shrink with few simulations."""
     result = hand_search(search, num_simulations, 1.0, ((0, 0, 0), (1, 1, 1), 1.0), torch.float32)
@@ -223,7 +232,7 @@ def test_a_constant_model_has_its_value(search, num_simulations):
 
 def test_values_of_a_terminal_edge_do_not_come_back():
     """Discount 0 on an edge: only its reward counts above it, whatever the states below are worth."""
-    result = hand_search(muzero.puct_search, 20, 0.0, ((0.25, 0.25, 0.25), (9.0, -9.0, 5.0), 0.0))
+    result = hand_search(puct_search, 20, 0.0, ((0.25, 0.25, 0.25), (9.0, -9.0, 5.0), 0.0))
     assert result.qvalues[0].tolist() == pytest.approx([0.25] * 3)
 
 
@@ -374,8 +383,14 @@ def test_puct_equals_a_plain_recursion(num_actions, num_simulations, two_players
     problem = Problem(num_actions * 1000 + num_simulations, num_actions, two_players, 6, mask)
     args, rows = make_args(num_simulations=num_simulations, c_scale=0.1), torch.arange(6)
     temperature = torch.zeros(6, dtype=F64)
-    result = muzero.puct_search(
-        problem, problem.roots(rows), problem.legal, problem.noise, temperature, args, problem.value_range
+    result = puct_search(
+        problem,
+        problem.roots(rows),
+        problem.legal,
+        problem.noise,
+        temperature,
+        args,
+        problem.value_range or muzero.UNKNOWN,
     )
     for row in range(6):
         root = plain_puct(problem, row, num_simulations)
@@ -391,7 +406,9 @@ def test_gumbel_equals_a_plain_recursion(num_actions, num_simulations, two_playe
     """Visits, Q, improved policy and action of every root of a batch."""
     problem = Problem(num_actions * 1000 + num_simulations, num_actions, two_players, 6, mask)
     args, rows = make_args(num_simulations=num_simulations, c_scale=0.1), torch.arange(6)
-    result = muzero.gumbel_search(problem, problem.roots(rows), problem.legal, problem.noise, args, problem.value_range)
+    result = gumbel_search(
+        problem, problem.roots(rows), problem.legal, problem.noise, args, problem.value_range or muzero.UNKNOWN
+    )
     for row in range(6):
         root, policy, action = plain_gumbel(problem, row, num_simulations)
         assert result.visit_counts[row].tolist() == root.N.tolist()
@@ -410,8 +427,8 @@ def test_a_row_of_a_batch_equals_the_same_row_alone(search):
     def run(rows):
         noise = (problem.legal[rows], problem.noise[rows])
         if search == "puct":
-            return muzero.puct_search(problem, problem.roots(rows), *noise, torch.ones(len(rows), dtype=F64), args)
-        return muzero.gumbel_search(problem, problem.roots(rows), *noise, args)
+            return puct_search(problem, problem.roots(rows), *noise, torch.ones(len(rows), dtype=F64), args)
+        return gumbel_search(problem, problem.roots(rows), *noise, args)
 
     together = run(torch.arange(9))
     for row in range(9):
@@ -423,10 +440,10 @@ def test_a_row_of_a_batch_equals_the_same_row_alone(search):
 @pytest.mark.parametrize("search", ["puct", "gumbel"])
 def test_actions_without_a_chance_are_never_tried(search):
     """A logit of -inf closes an action at any node, not at the root alone."""
-    problem, args = Problem(7, 5, False, 6, True), make_args(num_simulations=60)
+    problem, args = Problem(7, 5, False, 6, True), make_args(num_simulations=60, search=search)
     problem.logits[torch.arange(40) % 2 == 0, 1:3] = -torch.inf
     roots, legal = problem.roots(torch.arange(6)), problem.legal
-    nodes, edges = muzero.grow(problem, roots, legal, problem.noise, args, search == "puct", muzero.UNKNOWN)
+    nodes, edges = muzero.grow(problem, roots, legal, problem.noise, args, muzero.UNKNOWN)
     closed = edges["logit"] == -np.inf
     assert closed[:, 1:].any() and not edges["visits"][closed].any() and not edges["child"][closed].any()
     assert (edges["visits"][:, 0].sum(1) == 60).all() and (nodes["depth"] > 1).any()
@@ -434,10 +451,11 @@ def test_actions_without_a_chance_are_never_tried(search):
 
 def test_trees_are_consistent():
     """Every node hangs where its parent says; counts are sums of visits; means are those of the returns below."""
-    problem, args = Problem(8, 4, True, 5, True), make_args(num_simulations=40)
-    for puct in (True, False):
+    problem = Problem(8, 4, True, 5, True)
+    for search in ("puct", "gumbel"):
+        args = make_args(num_simulations=40, search=search)
         roots, legal = problem.roots(torch.arange(5)), problem.legal
-        nodes, edges = muzero.grow(problem, roots, legal, problem.noise, args, puct, (-3.0, 3.0))
+        nodes, edges = muzero.grow(problem, roots, legal, problem.noise, args, (-3.0, 3.0))
         assert (nodes["count"] == 1 + edges["visits"].sum(2)).all()
         for b, n in itertools.product(range(5), range(1, 41)):
             parent, action = nodes["parent"][b, n], nodes["action"][b, n]
@@ -452,13 +470,13 @@ def test_the_search_runs_as_python_too():
     """NUMBA_DISABLE_JIT=1: the same trees, to step through them."""
     code = """
 import muzero, torch
-from test_muzero import Problem, make_args
+from test_muzero import Problem, gumbel_search, make_args, puct_search
 problem, args, rows = Problem(5, 6, False, 3, True), make_args(num_simulations=20), torch.arange(3)
 noise = problem.legal, problem.noise
 muzero.compile_search()
 print(type(muzero.select))
-print(muzero.puct_search(problem, problem.roots(rows), *noise, torch.ones(3), args).visit_counts.tolist())
-print(muzero.gumbel_search(problem, problem.roots(rows), *noise, args).visit_counts.tolist())
+print(puct_search(problem, problem.roots(rows), *noise, torch.ones(3), args).visit_counts.tolist())
+print(gumbel_search(problem, problem.roots(rows), *noise, args).visit_counts.tolist())
 """
     paths = os.pathsep.join([str(Path(muzero.__file__).parent), str(Path(__file__).parent)])
     env = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -466,8 +484,8 @@ print(muzero.gumbel_search(problem, problem.roots(rows), *noise, args).visit_cou
     problem, args, rows = Problem(5, 6, False, 3, True), make_args(num_simulations=20), torch.arange(3)
     noise = problem.legal, problem.noise
     results = [
-        muzero.puct_search(problem, problem.roots(rows), *noise, torch.ones(3), args),
-        muzero.gumbel_search(problem, problem.roots(rows), *noise, args),
+        puct_search(problem, problem.roots(rows), *noise, torch.ones(3), args),
+        gumbel_search(problem, problem.roots(rows), *noise, args),
     ]
     plain, *counts = done.stdout.strip().splitlines()
     assert plain == "<class 'function'>" and counts == [str(result.visit_counts.tolist()) for result in results]
@@ -488,13 +506,13 @@ def test_compiling_is_said_and_survives_a_disk_that_cannot_be_written(monkeypatc
 
     def slow(*inputs):
         time.sleep(0.5)
-        return gumbel_search(*inputs)
+        return search(*inputs)
 
-    gumbel_search = muzero.gumbel_search
+    search = muzero.search
     monkeypatch.setattr(type(muzero.select), "enable_caching", unwritable)
     muzero.compile_search(60.0)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(muzero, "gumbel_search", slow)
+    monkeypatch.setattr(muzero, "search", slow)
     muzero.compile_search(0.1)
     assert "compiling the search" in capsys.readouterr().err
 
@@ -502,7 +520,7 @@ def test_compiling_is_said_and_survives_a_disk_that_cannot_be_written(monkeypatc
 def test_depth_is_that_of_the_nodes():
     """One action: a chain of depths 1 ... S."""
     problem = Problem(0, 1, False, 2, False)
-    result = muzero.puct_search(
+    result = puct_search(
         problem, problem.roots(torch.arange(2)), problem.legal, None, None, make_args(num_simulations=9)
     )
     assert result.depth.tolist() == [5.0, 5.0]
@@ -516,9 +534,9 @@ def test_a_root_without_a_legal_action_stays_finite(search):
     args = make_args(num_simulations=10)
     roots = problem.roots(torch.arange(2))
     if search == "puct":
-        result = muzero.puct_search(problem, roots, legal, problem.noise, torch.ones(2, dtype=F64), args)
+        result = puct_search(problem, roots, legal, problem.noise, torch.ones(2, dtype=F64), args)
     else:
-        result = muzero.gumbel_search(problem, roots, legal, problem.noise, args)
+        result = gumbel_search(problem, roots, legal, problem.noise, args)
     assert all(x.isfinite().all() for x in result)
 
 
@@ -528,8 +546,8 @@ def test_illegal_actions_are_not_chosen_however_bad_the_others():
     root, legal = (torch.zeros(1, 1, dtype=F64), logits, torch.zeros(1, dtype=F64)), torch.tensor([[True, True, False]])
     args = make_args(num_simulations=20)
     for result in (
-        muzero.puct_search(model, root, legal, None, None, args, (0.0, 1.0)),
-        muzero.gumbel_search(model, root, legal, None, args, (0.0, 1.0)),
+        puct_search(model, root, legal, None, None, args, (0.0, 1.0)),
+        gumbel_search(model, root, legal, None, args, (0.0, 1.0)),
     ):
         assert result.visit_counts[0, 2] == 0 and result.policy[0, 2] == 0 and result.action < 2
 
@@ -543,12 +561,12 @@ def test_acting_temperature_and_noise():
     noise = torch.stack([dirichlet, torch.from_numpy(rng.gumbel(size=(20_000, 4)))], 1)
     for temperature in (1.0, 0.5):
         t = torch.full((20_000,), temperature, dtype=F64)
-        result = muzero.puct_search(problem, problem.roots(rows), problem.legal[rows], noise, t, args)
+        result = puct_search(problem, problem.roots(rows), problem.legal[rows], noise, t, args)
         wanted = result.visit_counts[0] ** (1 / temperature)
         share = torch.bincount(result.action, minlength=4) / 20_000
         np.testing.assert_allclose(share, wanted / wanted.sum(), atol=0.015)
     t = torch.zeros(20_000, dtype=F64)
-    greedy = muzero.puct_search(problem, problem.roots(rows), problem.legal[rows], noise, t, args)
+    greedy = puct_search(problem, problem.roots(rows), problem.legal[rows], noise, t, args)
     assert (greedy.action == greedy.visit_counts[0].argmax()).all()
 
 
@@ -556,7 +574,7 @@ def test_gumbel_considers_the_best_by_noise_and_prior():
     """With more actions than are considered, those with the largest g + logits are visited, and no others."""
     problem = Problem(2, 18, False, 8, True)
     args = make_args(num_simulations=12, max_considered_actions=4)
-    result = muzero.gumbel_search(problem, problem.roots(torch.arange(8)), problem.legal, problem.noise, args)
+    result = gumbel_search(problem, problem.roots(torch.arange(8)), problem.legal, problem.noise, args)
     for row in range(8):
         order = problem.noise[row, 1] + torch.where(problem.legal[row], problem.logits[problem.start[row]], -torch.inf)
         top = set(order.argsort(descending=True)[: min(4, int(problem.legal[row].sum()))].tolist())
@@ -1184,9 +1202,9 @@ def test_search_over_candidates_by_hand(search, num_simulations):
     root = torch.zeros(1, 1, dtype=F64), torch.zeros_like(logits), torch.tensor([0.3], dtype=F64)
     args, legal = make_args(num_simulations=num_simulations, c_scale=0.1), torch.ones(1, 3, dtype=torch.bool)
     if search == "puct":
-        result = muzero.puct_search(model, root, legal, None, None, args)
+        result = puct_search(model, root, legal, None, None, args)
     else:
-        result = muzero.gumbel_search(model, root, legal, None, args)
+        result = gumbel_search(model, root, legal, None, args)
     visits, mean = SAMPLED[search, num_simulations]
     assert result.visit_counts[0].tolist() == list(visits)
     assert result.value.item() == pytest.approx(mean, abs=1e-6)
@@ -1274,7 +1292,7 @@ def test_search_and_loss_find_the_best_action_of_a_bandit():
 
         root = torch.zeros(B, 1), muzero.candidate_logits(noise, 0.5), zero
         gumbel = torch.from_numpy(muzero.draw_noise(np.ones((B, K), bool), args, rng))
-        result = muzero.gumbel_search(model, root, torch.ones(B, K, dtype=torch.bool), gumbel, args)
+        result = gumbel_search(model, root, torch.ones(B, K, dtype=torch.bool), gumbel, args)
         loss = muzero.policy_cross_entropy(policy.expand(B, -1), result.policy, u).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -1693,8 +1711,8 @@ def test_a_search_with_the_true_rules_finds_the_win():
         root = game.stones.clone(), torch.zeros(1, 9), torch.zeros(1)
         legal = torch.from_numpy(game.legal)
         for result in (
-            muzero.puct_search(rules, root, legal, None, None, args, (-1.0, 1.0)),
-            muzero.gumbel_search(rules, root, legal, None, args, (-1.0, 1.0)),
+            puct_search(rules, root, legal, None, None, args, (-1.0, 1.0)),
+            gumbel_search(rules, root, legal, None, args, (-1.0, 1.0)),
         ):
             assert result.action.item() == (win if win is not None else lose)
 
