@@ -934,7 +934,8 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
     except Exception as error:  # many types, by environment and settings
         where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        fail(f"cannot make {env_id!r} with {settings}: {reason}{where}")
 
 
 class Unclipped(gym.ObservationWrapper):

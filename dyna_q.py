@@ -104,7 +104,7 @@ class Args:
     # Algorithm specific arguments
     env_id: str = "FrozenLake-v1"  # discrete Gymnasium id, or DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0
     total_timesteps: Count = 20_000  # environment steps of the run, summed over all learners: each gets its share
-    num_envs: Count = 1  # learners side by side, each with an environment of its own: num_envs independent runs
+    num_envs: Annotated[int, 1, 10_000] = 1  # learners side by side, independent runs, each with its own environment
     env_kwargs: tuple[str, ...] | None = None  # settings of the environment (map_name=8x8), added to the task's own
     max_episode_steps: Count = 10_000  # environment steps after which an episode is truncated at the latest
     # learning
@@ -386,11 +386,12 @@ def main(args: Args) -> str:
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
     rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
     envs = make_vector_env(args, args.num_envs)
+    num_states, num_actions = int(envs.single_observation_space.n), int(envs.single_action_space.n)
+    num_bytes = args.num_envs * (100 * num_states * num_actions + 16 * args.planning_steps)
+    require_memory(num_bytes, "tables and --planning-steps", torch.device("cpu"))
     run = Run(args, checkpoint)
 
     # what a checkpoint holds: tables, what is known of the worlds, sums since the last report, generators
-    num_states, num_actions = int(envs.single_observation_space.n), int(envs.single_action_space.n)
-    require_memory(100 * args.num_envs * num_states * num_actions, "the tables", torch.device("cpu"))
     q = np.zeros((args.num_envs, num_states, num_actions))
     model, settings = make_model(*q.shape), make_settings(args)
     sums = np.zeros((args.num_envs, 3))  # absolute TD errors of real steps, those of planning, updates of planning
@@ -759,7 +760,8 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
     except Exception as error:  # many types, by environment and settings
         where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        fail(f"cannot make {env_id!r} with {settings}: {reason}{where}")
 
 
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
@@ -767,7 +769,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
 
     def thunk() -> gym.Env:
         film = {"render_mode": "rgb_array"} if video else {}
-        env = CheckedEnv(make_gymnasium(args.env_id, **film, **parse_kwargs(args)))
+        env = make_gymnasium(args.env_id, **film, **parse_kwargs(args))
+        env = env if args.env_id in MAZES else CheckedEnv(env)  # which a maze, with its options, does not need
         obs, action = env.observation_space, env.action_space
         if isinstance(obs, gym.spaces.Discrete) and obs.start:
             env = gym.wrappers.TransformObservation(env, lambda o: o - obs.start, gym.spaces.Discrete(obs.n))
@@ -798,7 +801,7 @@ def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.
     """The task's environments side by side; the first episode of the first is filmed into `video`, path of an MP4."""
     register_mazes()
     if args.env_id in MAZES and not video:
-        envs = MazeVector(num_envs, **gym.spec(args.env_id).kwargs | parse_kwargs(args))
+        envs = MazeVector(num_envs, **make_gymnasium(args.env_id, **parse_kwargs(args)).spec.kwargs)
     else:
         thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
         envs = side_by_side(args.env_id, thunks, workers=False)

@@ -460,7 +460,7 @@ BAD_TABLES = {
     "unknown setting": ({"env_kwargs": ("slippery=True",), **LAKE}, "slippery"),
     "unknown setting of a maze": ({"env_kwargs": ("slippery=True",), "env_id": "DynaMaze-v0"}, "slippery"),
     "unknown map": ({"env_kwargs": ("map_name=9x9",), **LAKE}, "9x9"),
-    "a maze of nothing": ({"env_kwargs": ("refine=0",), "env_id": "DynaMaze-v0"}, "refine=0"),
+    "a maze of nothing": ({"env_kwargs": ("refine=0",), "env_id": "DynaMaze-v0"}, "{'refine': 0}"),
     "two settings in one": ({"env_kwargs": ("is_slippery=true map_name=8x8",), **LAKE}, "unquoted"),
     "a setting that is the script's": ({"env_kwargs": ("num_envs=2",), "env_id": "DynaMaze-v0"}, "num_envs"),
 }
