@@ -76,7 +76,9 @@ Count = Annotated[int, 1, 10**9]
 Natural = Annotated[int, 0, 10**9]
 Seed = Annotated[int, 0, 2**53]
 Few = Annotated[int, 1, 1024]
+Size = Annotated[int, 1, 2**16]
 Share = Annotated[float, 0.0, 1.0]
+Part = Annotated[float, 1e-9, 1.0]
 Positive = Annotated[float, 1e-12, 1e9]
 Amount = Annotated[float, 0.0, 1e9]
 Real = Annotated[float, -1e9, 1e9]
@@ -95,7 +97,7 @@ class Args:
     save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
     keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
     eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
-    eval_episodes: Count = 10  # episodes of one evaluation
+    eval_episodes: Size = 10  # episodes of one evaluation
     checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
     resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
@@ -109,7 +111,7 @@ class Args:
     max_episode_steps: Count = 10_000  # environment steps after which an episode is truncated at the latest
     # learning
     gamma: Share | None = None  # discount per step; default by task, 0.99 elsewhere
-    learning_rate: Share | None = None  # step size of an update (alpha); default by task, 0.1 elsewhere
+    learning_rate: Part | None = None  # step size of an update (alpha); default by task, 0.1 elsewhere
     epsilon: Share = 0.1  # share of random actions
     # planning
     planning_steps: Natural = 10  # updates from the model after each real step (n); 0 = Q-learning
@@ -422,7 +424,21 @@ def main(args: Args) -> str:
         run.report()
         run.metrics, sums[:] = {}, 0
 
-    while run.goes_on(dones):
+    while True:
+        if run.eval_due(dones):
+            players = min(args.num_envs, args.eval_episodes)
+            if eval_envs is None:
+                video = run.picture("videos/evaluation.mp4") if args.capture_video else None
+                eval_envs = make_vector_env(args, players, video)
+                eval_envs.unwrapped.on_fault = run.abort
+            returns = evaluate(values_to_play(q[:players], model, args), eval_envs, args, step, run.stop)
+            if args.capture_video:  # the film is written when its environment closes
+                eval_envs.close()
+                eval_envs = None
+            if not run.stop.requested:
+                run.log_evaluation(returns)
+        if not run.goes_on(dones):
+            break
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones, "time": step})
@@ -439,18 +455,6 @@ def main(args: Args) -> str:
             run.log_episodes(infos, dones)
         if step % args.report_frequency == 0:
             report()
-        if run.eval_due(dones):
-            players = min(args.num_envs, args.eval_episodes)
-            if eval_envs is None:
-                video = run.picture("videos/evaluation.mp4") if args.capture_video else None
-                eval_envs = make_vector_env(args, players, video)
-                eval_envs.unwrapped.on_fault = run.abort
-            returns = evaluate(values_to_play(q[:players], model, args), eval_envs, args, step, run.stop)
-            if args.capture_video:  # the film is written when its environment closes
-                eval_envs.close()
-                eval_envs = None
-            if not run.stop.requested:
-                run.log_evaluation(returns)
 
     if step % args.report_frequency and run.step > run.reported[0]:
         report()  # the rest; what was saved has the sums that a resumed run goes on with
@@ -971,13 +975,14 @@ def warn_of_failure(function: Callable, *args) -> None:
         function(*args)
     except Exception as error:
         with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+            print(f"warning: {function.__name__} failed: {str(error) or type(error).__name__}", file=sys.stderr)
 
 
 def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
-    """What ends the program or a thread: a failure of files and disks, or Ctrl-C, in one line; all else as usual."""
-    if issubclass(kind, OSError | KeyboardInterrupt):
-        print(f"error: {error or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
+    """What ends the program or a thread: a failure of disk or memory, or Ctrl-C, in one line; all else as usual."""
+    if issubclass(kind, OSError | KeyboardInterrupt) or " allocate " in str(error):  # words of NumPy and PyTorch
+        if thread is None:  # TensorBoard's threads fail for the main thread, too
+            print(f"\nerror: {str(error) or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -1200,7 +1205,7 @@ class Run:
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
-        self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
+        self.metrics, self.reported, self.saved = {}, (self.step, time.perf_counter()), None
         owed = checkpoint and checkpoint["parts"]["eval_owed"]  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
@@ -1250,14 +1255,14 @@ class Run:
         return not ending
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, if it is not there yet."""
-        if self.saved_step != self.step:
+        """Writes the checkpoint of this step, if it is not there yet; a stop may leave an evaluation to the resume."""
+        owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+        if self.saved != (self.step, owed):
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
-            owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
             save_checkpoint(self.folder, self.args, self.step, self.parts | owed, self.rng)
-            self.saved_step = self.step
+            self.saved = self.step, owed
 
     def eval_due(self, dones: np.ndarray) -> bool:
         """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""

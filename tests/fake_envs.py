@@ -237,6 +237,11 @@ def faulty(of: str, fault: str, early: bool, render_mode=None) -> gym.Env:
     return Faulty(gym.make(f"fake_envs:{of}", render_mode=render_mode).unwrapped, fault, early)
 
 
+def slow(**kwargs):
+    open("making", "w").close()
+    time.sleep(3600)
+
+
 # What a fault says; nothing, where it is none.
 FAULTS = {
     "raise": "the road has ended",
@@ -286,6 +291,7 @@ register("MissingPackage-v0", missing_package, 12)
 
 POINTS = {"Point"}
 for name in ("TinyPixels-v0", "DiscreteCounter-v0", "Ladder-v0", "Point-v0"):
+    register("Slow" + name, slow, 12)
     for fault in FAULTS:
         for early in (False, True):
             prefix = "Faulty" + "Early" * early + fault.title().replace(" ", "")

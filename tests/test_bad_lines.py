@@ -78,7 +78,8 @@ def bad_lines(script) -> list[list[str]]:
         if kind is bool:
             lines += [[flag, "7"], [f"{flag}=maybe"]]
             continue
-        lines.append([flag])  # without its value
+        if ... not in typing.get_args(kind):
+            lines.append([flag])  # without its value
         if name in texts:
             lines += [[f"{flag}={text}"] for text in texts[name]]
         elif typing.get_origin(kind) is typing.Literal:
@@ -112,7 +113,7 @@ def outcome(script, flags: list[str], monkeypatch) -> tuple[str, float]:
     names = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags[:1]]
     given = {name: getattr(script.Args, name, dataclasses.MISSING) for name in names if name in TINY[script.__name__]}
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags_of(tiny(script, **given)), *flags])
-    monkeypatch.setattr(script, "Run", begin)
+    monkeypatch.setattr(script, "new_folder", begin)
     monkeypatch.setattr(
         gym.vector, "AsyncVectorEnv", lambda envs, context, **mode: gym.vector.SyncVectorEnv(envs, **mode)
     )

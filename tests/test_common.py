@@ -34,7 +34,7 @@ SOMEWHERE = {"GraphedFunction", "log_gif", "warn_of_failure", "require_finite_ar
 # What each script has in a form of its own under the name of its role; all else that two files define is one text.
 OWN = "Args main Agent Actor ReplayBuffer act update evaluate evaluate_and_log evaluate_run check_args".split()
 OWN += "with_task_defaults make_env make_vector_env make_frames fit_spaces model_loss actor_loss compute_losses".split()
-OWN += "make_optimizers train_model".split()
+OWN += "make_optimizers train_model check_memory".split()
 OWN += "DynamicsEnsemble Critics critic_loss alpha_loss rollout model_step holdout_scores".split()
 OWN += "update_model open_loop open_loop_errors log_open_loop preprocess env_action draw_noise updates_due grow".split()
 FLAGS = "exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity capture_video save_model".split()
