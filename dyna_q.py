@@ -747,7 +747,8 @@ class Film(gym.wrappers.RecordVideo):
 
     def __init__(self, env: gym.Env, path: str):
         folder, name = os.path.split(path.removesuffix(".mp4"))
-        super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
+        with warnings.catch_warnings(action="ignore"):  # that there are films in the folder
+            super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
 
     def stop_recording(self) -> None:
         warn_of_failure(super().stop_recording)
@@ -758,7 +759,7 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
     try:
-        return gym.make(env_id, **settings)
+        return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")

@@ -84,6 +84,7 @@ Part = Annotated[float, 1e-9, 1.0]
 Positive = Annotated[float, 1e-12, 1e9]
 Amount = Annotated[float, 0.0, 1e9]
 Real = Annotated[float, -1e9, 1e9]
+Schedule = tuple[Natural, Natural, Count, Count]
 
 
 @dataclass
@@ -136,9 +137,7 @@ class Args:
 
     # rollouts
     rollout_batch_size: Count = 100_000  # start states of the rollouts after each training of the ensemble (R)
-    rollout_schedule: tuple[Natural, Natural, Count, Count] | None = (
-        None  # e0 e1 k0 k1: k0 steps at epoch e0 to k1 at e1
-    )
+    rollout_schedule: Schedule | None = None  # e0 e1 k0 k1: from k0 steps at epoch e0 to k1 at e1; default by task
     model_retain_epochs: Count | None = None  # epochs whose rollouts the model buffer holds; default by task, else 1
 
     # Speed
@@ -892,7 +891,8 @@ class Film(gym.wrappers.RecordVideo):
 
     def __init__(self, env: gym.Env, path: str):
         folder, name = os.path.split(path.removesuffix(".mp4"))
-        super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
+        with warnings.catch_warnings(action="ignore"):  # that there are films in the folder
+            super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
 
     def stop_recording(self) -> None:
         warn_of_failure(super().stop_recording)
@@ -903,7 +903,7 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
     try:
-        return gym.make(env_id, **settings)
+        return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")

@@ -150,8 +150,8 @@ class Point(gym.Env):
         self.total_steps = 0
         for script in map(sys.modules.get, ("__main__", "mbpo", "dhmbpo")):
             if hasattr(script, "TERMINATIONS"):
-                script.TERMINATIONS.update({name: beyond(edge) for name, edge in POINT_ENDS.items()})
-                script.TERMINATIONS.update({name: beyond(np.inf) for name in POINTS})
+                ends = dict.fromkeys(POINTS, np.inf) | POINT_ENDS
+                script.TERMINATIONS.update({name: beyond(edge) for name, edge in ends.items()})
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

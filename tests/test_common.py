@@ -28,9 +28,10 @@ APPENDIX = ["Environment", "Evaluation", PLUMBING]
 BANNERS = ALGORITHM_PART + APPENDIX
 ALGORITHM = "    # Algorithm specific arguments"
 COMMON = ["fail", "parse_args", "choose_device", "next_multiple", "write_file", "save_checkpoint", "load_checkpoint"]
-COMMON += ["refuse_changes", "require_finite", "require_finite_arrays", "warn_of_failure", "new_folder", "StopRequest"]
+COMMON += ["refuse_changes", "require_finite", "warn_of_failure", "folder_name", "new_folder", "StopRequest"]
+COMMON += ["print_exception", "check_bounds", "require_memory"]
 COMMON += ["Bar", "Run", "GraphedFunction", "log_gif"]
-SOMEWHERE = {"GraphedFunction", "log_gif", "warn_of_failure", "require_finite_arrays"}  # where they are needed
+SOMEWHERE = {"GraphedFunction", "log_gif"}  # where they are needed
 # What each script has in a form of its own under the name of its role; all else that two files define is one text.
 OWN = "Args main Agent Actor ReplayBuffer act update evaluate evaluate_and_log evaluate_run check_args".split()
 OWN += "with_task_defaults make_env make_vector_env make_frames fit_spaces model_loss actor_loss compute_losses".split()
@@ -38,7 +39,7 @@ OWN += "make_optimizers train_model check_memory".split()
 OWN += "DynamicsEnsemble Critics critic_loss alpha_loss rollout model_step holdout_scores".split()
 OWN += "update_model open_loop open_loop_errors log_open_loop preprocess env_action draw_noise updates_due grow".split()
 FLAGS = "exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity capture_video save_model".split()
-FLAGS += "eval_frequency eval_episodes checkpoint_frequency save_buffer resume evaluate".split()
+FLAGS += "keep_pictures eval_frequency eval_episodes checkpoint_frequency save_buffer resume evaluate".split()
 FLAGS += "env_id total_timesteps num_envs".split()
 SPEED = {"bfloat16", "compile", "cudagraphs"}  # in a block of their own, which a script without them does without
 LAZY = {"dm_control", "mujoco", "ale_py", "wandb", "moviepy", "cv2", "matplotlib", "PIL", "pygame"}
@@ -154,7 +155,7 @@ def test_drift_is_noticed():
     assert planted(head, head) == []
     assert planted(text, "The multiple of a frequency after") == ["next_multiple"]
     assert planted("self.requested = signum\n", "self.requested = True\n") == ["StopRequest"]
-    assert planted("    seed: int = 1  #", "    seed: int = 2  #") == ["Args"]
+    assert planted("    seed: Seed = 1  #", "    seed: Seed = 2  #") == ["Args"]
     assert planted("def main(", "def extra():\n    pass\n\n\ndef main(") == []
     function = definitions(source)["next_multiple"]
     without = source.replace(function, "")
