@@ -668,14 +668,6 @@ def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool
     return envs
 
 
-def be_a_worker() -> None:
-    """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
-    os.setsid()  # signals to the process group are for the main process, which closes the workers
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
-
-
 def rehearse(make_envs: Callable, film: bool) -> None:
     """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
 
@@ -764,7 +756,7 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
     except Exception as error:  # many types, by environment and settings
-        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if isinstance(error, ImportError) else ""
         reason = (str(error) or type(error).__name__).splitlines()[0]
         fail(f"cannot make {env_id!r} with {settings}: {reason}{where}")
 

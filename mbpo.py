@@ -908,7 +908,7 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
     except Exception as error:  # many types, by environment and settings
-        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if isinstance(error, ImportError) else ""
         reason = (str(error) or type(error).__name__).splitlines()[0]
         fail(f"cannot make {env_id!r} with {settings}: {reason}{where}")
 

@@ -44,6 +44,7 @@ FLAGS += "env_id total_timesteps num_envs".split()
 SPEED = {"bfloat16", "compile", "cudagraphs"}  # in a block of their own, which a script without them does without
 LAZY = {"dm_control", "mujoco", "ale_py", "wandb", "moviepy", "cv2", "matplotlib", "PIL", "pygame"}
 LAZY |= {"cma", "envpool", "vizdoom"}
+BY_TASK = {"dm_control", "mujoco", "ale_py", "pygame", "envpool", "vizdoom"}  # asked for by env_id
 OPTIONAL = {"wandb", "envpool"}  # asked for by a flag; its absence is one line with the pip command
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless"}  # where import and distribution have other names
 
@@ -357,3 +358,13 @@ def test_lazy_packages_are_imported_where_they_are_used(path):
     top = "\n".join(ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom))
     assert not imports(top) & LAZY
     assert importlib.import_module(path.stem).__name__ == path.stem
+
+
+@each_script
+def test_what_a_run_imports_late_is_looked_for_at_its_start(path):
+    """LATE_IMPORTS names the packages that functions import, but for those of a flag or of a task."""
+    source = path.read_text()
+    top = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    late = imports(source) - imports("\n".join(map(ast.unparse, top)))
+    listed = importlib.import_module(path.stem).LATE_IMPORTS
+    assert sorted(listed) == sorted(late & LAZY - OPTIONAL - BY_TASK)
