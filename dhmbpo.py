@@ -125,16 +125,16 @@ class Args:
     rollout_length: Few = 20  # model steps of the distribution rollouts (H)
     rollout_frequency: Count = 20  # updates between distribution rollouts
     rollout_retain: Count = 10  # distribution rollouts whose states are kept
-    num_nets: Few = 8  # networks of the ensemble (E)
+    num_nets: Annotated[int, 2, 1024] = 8  # networks of the ensemble (E)
     model_hidden_size: Size = 256  # units of the three hidden layers of each network of the ensemble
     model_lr: Positive = 1e-3  # learning rate of the ensemble
     model_batch_size: Size = 2_048  # transitions in a batch, the same for all networks
     model_batches: Count = 6  # batches of an epoch of the ensemble's training, at most
     model_patience: Amount = 50.0  # a training ends after this times ln(observations + 1) epochs without progress
     model_max_epochs: Amount = 250.0  # epochs of a training at most, times ln(observations + 1)
-    model_rows: Count = 100_000  # transitions of a training at most, drawn anew for each
+    model_rows: Annotated[int, 2, 10**9] = 100_000  # transitions of a training at most, drawn anew for each
     holdout_ratio: Share = 0.2  # share of transitions that is never trained on
-    holdout_rows: Count = 12_288  # transitions never trained on that a training is judged by, at most
+    holdout_rows: Annotated[int, 2, 10**9] = 12_288  # transitions never trained on that a training is judged by, at most
 
     # Speed
     cudagraphs: bool = False  # replay updates, and batches of the ensemble, as one CUDA graph each (GPU only)
