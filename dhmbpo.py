@@ -134,7 +134,7 @@ class Args:
     model_max_epochs: Amount = 250.0  # epochs of a training at most, times ln(observations + 1)
     model_rows: Annotated[int, 2, 10**9] = 100_000  # transitions of a training at most, drawn anew for each
     holdout_ratio: Share = 0.2  # share of transitions that is never trained on
-    holdout_rows: Annotated[int, 2, 10**9] = 12_288  # transitions never trained on that a training is judged by, at most
+    holdout_rows: Annotated[int, 2, 10**9] = 12_288  # transitions never trained on that judge a training, at most
 
     # Speed
     cudagraphs: bool = False  # replay updates, and batches of the ensemble, as one CUDA graph each (GPU only)
