@@ -114,7 +114,7 @@ class Args:
     learning_rate: Part | None = None  # step size of an update (alpha); default by task, 0.1 elsewhere
     epsilon: Share = 0.1  # share of random actions
     # planning
-    planning_steps: Natural = 10  # updates from the model after each real step (n); 0 = Q-learning
+    planning_steps: Annotated[int, 0, 10**6] = 10  # updates from the model after each real step (n); 0 = Q-learning
     model: Literal["counts", "last"] | None = None  # what is kept of a pair: all outcomes or the last; default by task
     kappa: Amount = 0.0  # Dyna-Q+ if > 0: planning adds kappa * sqrt(steps since an action was tried) to its reward
     prioritized: bool = False  # prioritized sweeping: pairs of largest error first, no direct update
