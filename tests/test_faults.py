@@ -212,8 +212,8 @@ def test_the_checkpoint_names_its_folder(script, monkeypatch):
 def test_a_replaced_checkpoint_leaves_the_disk(script, monkeypatch):
     """A resumed run holds no file that has been deleted."""
     folder, seen = run(script, total_timesteps=24), []
-    save = script.save_checkpoint
-    looks = lambda *a: (save(*a), seen.append("checkpoint.pt (deleted)" in Path("/proc/self/maps").read_text()))  # noqa: E731
+    save, name = script.save_checkpoint, f"{folder}/checkpoint.pt (deleted)"
+    looks = lambda *args: (save(*args), seen.append(name in Path("/proc/self/maps").read_text()))  # noqa: E731
     monkeypatch.setattr(script, "save_checkpoint", looks)
     resume(script, folder, total_timesteps=72)
     assert len(seen) >= 2 and not seen[-1]
@@ -376,7 +376,7 @@ def test_a_signal_before_there_is_a_run_leaves_nothing(script, number):
     wait_for(Path("making").exists)
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode in (-number, 128 + number, 1) and "Traceback" not in err, err
+    assert process.returncode in (-number, 128 + number) and "Traceback" not in err, err
     assert os.listdir() == ["making"]
 
 
