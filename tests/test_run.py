@@ -462,6 +462,11 @@ BAD_TABLES = {
     "unknown map": ({"env_kwargs": ("map_name=9x9",), **LAKE}, "9x9"),
     "a maze of nothing": ({"env_kwargs": ("refine=0",), "env_id": "DynaMaze-v0"}, "{'refine': 0}"),
     "two settings in one": ({"env_kwargs": ("is_slippery=true map_name=8x8",), **LAKE}, "unquoted"),
+    "many large tables": (
+        {"env_id": "DynaMaze-v0", "env_kwargs": ("refine=100",), "num_envs": 10_000},
+        "tables and --planning-steps: ",
+    ),
+    "no learning": ({"learning_rate": 0.0}, "--learning-rate"),
     "a setting that is the script's": ({"env_kwargs": ("num_envs=2",), "env_id": "DynaMaze-v0"}, "num_envs"),
 }
 
@@ -497,6 +502,9 @@ BAD_MODELS = {
     "small buffer": ({"buffer_size": 11}, "--buffer-size 11 does not hold the 24 steps"),
     "no length": ({"rollout_schedule": (0, 1, 0, 1)}, "--rollout-schedule"),
     "negative updates": ({"updates_per_step": -1}, "--updates-per-step"),
+    "no step to the critics": ({"tau": 0.0}, "--tau"),
+    "large networks": ({"num_nets": 1024, "model_hidden_size": 2**16}, "do not fit"),
+    "large rollouts": ({"rollout_batch_size": 10**9, "model_retain_epochs": 10**6}, "do not fit"),
     "cudagraphs": ({"cudagraphs": True}, "GPU"),
 }
 
@@ -558,6 +566,8 @@ BAD_WORLDS = {
 
 
 BAD_HORIZONS = {
+    "large networks": ({"num_nets": 1024, "batch_size": 1024, "model_hidden_size": 2**16}, "do not fit"),
+    "many rollouts": ({"rollout_retain": 10**9}, "do not fit"),
     "gamma": ({"gamma": 1.5}, "--gamma"),
     "unknown termination": ({"env_id": "fake_envs:Counter-v0"}, "TERMINATIONS"),
     "discrete actions": ({"env_id": "CartPole-v1"}, "actions"),
