@@ -5,29 +5,105 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
-from runs import ROOT, TINY, TRAITS, error_of, flags_of, load, not_finite, resume, run, start, tiny, wait_for
+import torch
+from fake_envs import FAULTS
+from runs import (
+    ROOT,
+    TINY,
+    TRAITS,
+    differences,
+    error_of,
+    flags_of,
+    load,
+    not_finite,
+    processes_in,
+    resume,
+    run,
+    scalars,
+    start,
+    tiny,
+    wait_for,
+)
 
-# === Bad numbers ===
+UNKNOWN = ["/agent/bounds"]  # what may be not finite: dhmbpo.py's bounds of values, before the first block
+
+# === Environments that misbehave ===
 
 
-@pytest.mark.parametrize("prefill", [True, False], ids=["first steps", "later"])
-def test_what_is_not_finite_is_never_stored(script, prefill, monkeypatch):
-    """A reward that is no number, or absurd: exit code 1, the checkpoint before it is finite and goes on from there."""
-    changes = TRAITS[script.__name__]["nan reward"] | {"checkpoint_frequency": 12, "total_timesteps": 240}
-    if prefill:
-        changes |= {"learning_starts": 120} if "learning_starts" in TINY[script.__name__] else {}
-    with pytest.raises(SystemExit, match="not finite at step 3[0-2]"):
-        run(script, **changes)
+def faulty(script, fault: str) -> str:
+    """The id of the tiny environment of a script with a fault."""
+    return TINY[script.__name__]["env_id"].replace(":", f":Faulty{fault.title().replace(' ', '')}")
+
+
+def fault_of(capsys, script, folder: str) -> str:
+    """The one line in which a run ended, whose checkpoint resumes and is finite."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "Traceback" not in lines[0], lines
+    assert set(not_finite(load(folder)["parts"])) <= set(UNKNOWN)
+    return lines[0]
+
+
+@pytest.mark.parametrize("fault", [name for name, said in FAULTS.items() if said and name not in ("die", "old reset")])
+def test_a_fault_of_an_environment_is_a_line_and_the_run_is_saved(script, fault, capsys):
+    """At step 31: what was before it is in the checkpoint, exit code 1."""
+    env_id = faulty(script, fault)
+    with pytest.raises(SystemExit) as stopped:
+        run(script, env_id=env_id, total_timesteps=240)
     folder = str(next(Path.cwd().glob("run_0/runs/*")))
-    state = load(folder)
-    unknown = ["/agent/bounds"]  # dhmbpo.py: of values, before the first block
-    assert state["global_step"] == 24 and set(not_finite(state["parts"])) <= set(unknown)
-    with pytest.raises(SystemExit, match="not finite"):  # 30 healthy steps of the new environment, then again
-        resume(script, folder, **changes)
-    assert load(folder)["global_step"] == 48 and set(not_finite(load(folder)["parts"])) <= set(unknown)
+    line = fault_of(capsys, script, folder)
+    assert stopped.value.code == 1 and FAULTS[fault] in line and f"{env_id}: step 31: " in line and "\n" not in line
+    assert load(folder)["global_step"] >= 30 and f"checkpoint at step {load(folder)['global_step']}" in line
+    with pytest.raises(SystemExit):  # 30 healthy steps of the new environment, then again
+        resume(script, folder, env_id=env_id, total_timesteps=240)
+    assert load(folder)["global_step"] >= 60
+
+
+@pytest.mark.parametrize("fault", [name for name, said in FAULTS.items() if said and name != "die"])
+def test_a_fault_at_the_first_step_is_refused_before_there_is_a_folder(script, fault, capsys):
+    """Exit code 2, one line."""
+    line = error_of(capsys, run, script, env_id=faulty(script, "early " + fault))
+    assert FAULTS[fault] in line and not list(Path.cwd().glob("run_0/runs/*"))
+
+
+@pytest.mark.parametrize("fault", ["array", "options"])
+def test_what_is_no_fault(script, fault):
+    """Rewards of one element, an `episode` of the environment's own in info; options are None where there are none."""
+    folder, plain = run(script, env_id=faulty(script, fault)), run(script)
+    assert differences(load(folder)["parts"], load(plain)["parts"]) == []
+
+
+@pytest.mark.parametrize("fault", ["die", "nan"])
+def test_a_fault_in_a_worker_process(script, fault):
+    """One line, exit code 1, saved, and no process is left."""
+    if not TRAITS[script.__name__]["workers"]:
+        pytest.skip("plays all environments in its own process")
+    flags = flags_of(tiny(script, env_id=faulty(script, fault), num_envs=4, total_timesteps=10**6))
+    process = start(script, *flags)
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if line.startswith("error")]
+    assert process.returncode == 1 and len(lines) == 1 and FAULTS[fault] in lines[0] and "Traceback" not in err, err
+    assert load(str(next(Path("runs").iterdir())))["global_step"] > 0
+    wait_for(lambda: not processes_in(str(Path.cwd())))
+
+
+@pytest.mark.parametrize(("num_envs", "number"), [(1, signal.SIGTERM), (4, signal.SIGTERM), (4, signal.SIGKILL)])
+def test_an_environment_that_hangs_holds_nothing(script, num_envs, number):
+    """Five seconds after a request the run is saved and ends; no process is left, after a kill neither."""
+    workers = TRAITS[script.__name__]["workers"]
+    if num_envs > 1 and not workers:
+        pytest.skip("plays all environments in its own process")
+    settings = {"env_id": faulty(script, "hang"), "num_envs": num_envs, "total_timesteps": 10**6}
+    process = start(script, *flags_of(tiny(script, **settings)))
+    wait_for(Path("hanging").exists)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == (128 + number if number == signal.SIGTERM else -number), err
+    assert "Traceback" not in err and (number == signal.SIGKILL or "does not return" in err)
+    wait_for(lambda: not processes_in(str(Path.cwd())))
 
 
 # === One process for each run folder ===
@@ -136,8 +212,8 @@ def test_the_checkpoint_names_its_folder(script, monkeypatch):
 def test_a_replaced_checkpoint_leaves_the_disk(script, monkeypatch):
     """A resumed run holds no file that has been deleted."""
     folder, seen = run(script, total_timesteps=24), []
-    save = script.save_checkpoint
-    looks = lambda *a: (save(*a), seen.append("checkpoint.pt (deleted)" in Path("/proc/self/maps").read_text()))  # noqa: E731
+    save, name = script.save_checkpoint, f"{folder}/checkpoint.pt (deleted)"
+    looks = lambda *args: (save(*args), seen.append(name in Path("/proc/self/maps").read_text()))  # noqa: E731
     monkeypatch.setattr(script, "save_checkpoint", looks)
     resume(script, folder, total_timesteps=72)
     assert len(seen) >= 2 and not seen[-1]
@@ -215,3 +291,133 @@ def test_a_checkpoint_that_was_replaced_meanwhile_is_not_continued(script, monke
 
     monkeypatch.setattr(script, "load_checkpoint", load_and_replace)
     assert "has gone on meanwhile" in error_of(capsys, resume, script, folder, total_timesteps=48)
+
+
+# === Continuing what there is ===
+
+
+def test_resume_auto_continues_the_newest_run_of_its_kind(script, monkeypatch):
+    """The same script, task and seed; where there is none, a run begins."""
+    flags = flags_of(tiny(script, total_timesteps=24))
+    first = command_line_of(script, monkeypatch, *flags, "--resume", "auto")
+    again = command_line_of(script, monkeypatch, *flags, "--resume", "auto", "--total-timesteps", "36")
+    assert again == first and load(first)["global_step"] == 36
+    other = command_line_of(script, monkeypatch, *flags, "--resume", "auto", "--seed", "2")
+    assert other != first and load(other)["global_step"] == 24
+    newest = command_line_of(script, monkeypatch, *flags)
+    os.utime(f"{newest}/checkpoint.pt", (2e9, 2e9))
+    assert command_line_of(script, monkeypatch, *flags, "--resume", "auto", "--total-timesteps", "36") == newest
+    assert len(os.listdir("runs")) == 3 and load(other)["global_step"] == 24
+
+
+def command_line_of(script, monkeypatch, *flags: str) -> str:
+    """The run folder of `python script.py flags`."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
+    return script.main(script.parse_args())
+
+
+@pytest.mark.parametrize("eval_frequency", [12, 24])
+def test_an_evaluation_that_was_due_is_made_after_the_resume(script, monkeypatch, eval_frequency):
+    """Asked to stop at the step of an evaluation, the run leaves it to the one that continues it; and only then."""
+    if script.__name__ == "world_models":
+        pytest.skip("evaluates by generations")
+    evaluate, stopped = script.evaluate, []
+
+    def interrupted(*args):
+        if not stopped:
+            stopped.append(os.kill(os.getpid(), signal.SIGUSR1))
+        return evaluate(*args)
+
+    monkeypatch.setattr(script, "evaluate", interrupted)
+    with pytest.raises(SystemExit):
+        run(script, eval_frequency=eval_frequency, total_timesteps=48)
+    folder = str(next(Path.cwd().glob("run_0/runs/*")))
+    assert load(folder)["global_step"] == eval_frequency and load(folder)["parts"]["eval_owed"]
+    resume(script, folder, eval_frequency=eval_frequency, total_timesteps=48)
+    wanted = list(range(eval_frequency, 49, eval_frequency))
+    assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == wanted
+    assert not load(folder)["parts"]["eval_owed"]
+
+
+# === What is said in one line ===
+
+
+def test_files_that_fail_are_one_line(script, capsys):
+    """In the main thread and in others; a mistake in the code keeps its traceback."""
+
+    def raised(error) -> str:
+        try:
+            raise error
+        except BaseException as caught:
+            script.print_exception(type(caught), caught, caught.__traceback__)
+        return capsys.readouterr().err
+
+    disk = raised(OSError(28, "No space left on device"))
+    assert disk == "\nerror: [Errno 28] No space left on device; the last checkpoint stays as it is\n"
+    assert raised(KeyboardInterrupt()) == "\nerror: KeyboardInterrupt; the last checkpoint stays as it is\n"
+    assert "DefaultCPUAllocator" in raised(RuntimeError("DefaultCPUAllocator: can't allocate memory")).splitlines()[1]
+    assert raised(ValueError("a mistake")).startswith("Traceback")
+
+
+def test_a_folder_that_is_removed_is_one_line(script):
+    """While the run writes into it, threads of TensorBoard too."""
+    process = start(script, *flags_of(tiny(script, total_timesteps=10**6, checkpoint_frequency=12)))
+    wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")))
+    Path("runs").rename("gone")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert err.count("error: ") == 1, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_there_is_a_run_leaves_nothing(script, number):
+    """While packages are imported and environments made: no traceback, no folder."""
+    process = start(script, *flags_of(tiny(script, env_id=slow_of(script))))
+    wait_for(Path("making").exists)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (-number, 128 + number) and "Traceback" not in err, err
+    assert os.listdir() == ["making"]
+
+
+def slow_of(script) -> str:
+    """The tiny environment of a script, which takes an hour to be made."""
+    return TINY[script.__name__]["env_id"].replace(":", ":Slow")
+
+
+def test_a_package_that_is_missing_is_named_before_there_is_a_folder(script, monkeypatch, capsys):
+    """Those that are imported where they are used, and those of a flag."""
+    find_spec = script.importlib.util.find_spec
+    for name in [*script.LATE_IMPORTS, "moviepy"]:
+        missing = lambda wanted, name=name: None if wanted == name else find_spec(wanted)  # noqa: E731
+        monkeypatch.setattr(script.importlib.util, "find_spec", missing)
+        monkeypatch.setattr(script, "rehearse", lambda *args: None)  # which needs it, too
+        line = error_of(capsys, script.main, tiny(script, capture_video=name == "moviepy"))
+        assert f"pip install {'pillow' if name == 'PIL' else name}" in line and os.listdir() == []
+
+
+def test_what_fits_no_memory_is_refused(script, capsys):
+    """In one line with what it needs and what there is."""
+    cpu = torch.device("cpu")
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    script.require_memory(room, "--buffer-size", cpu)
+    line = error_of(capsys, script.require_memory, room + 1, "--buffer-size", cpu)
+    assert line == f"error: --buffer-size: {room / 1e9:.1f} GB do not fit into the {room / 1e9:.1f} GB of cpu"
+
+
+# === Pictures ===
+
+
+def test_the_newest_pictures_stay(script):
+    """Of each kind keep_pictures; those of another kind, and other files, are not touched."""
+    Path("videos").mkdir()
+    Path("policy_1.txt").touch()
+    for step in range(1, 6):
+        state = types.SimpleNamespace(folder=os.getcwd(), step=step, args=types.SimpleNamespace(keep_pictures=2))
+        for kind in ("policy.png", "videos/evaluation.mp4"):
+            path = Path(script.Run.picture(state, kind))
+            path.touch()
+            os.utime(path, (step, step))
+    names = {str(path.relative_to(Path.cwd())) for path in Path.cwd().rglob("*.*")}
+    kept = {f"policy_{step}.png" for step in (4, 5)} | {f"videos/evaluation_{step}.mp4" for step in (4, 5)}
+    assert names == kept | {"policy_1.txt"}
