@@ -76,6 +76,7 @@ def test_what_is_no_fault(script, fault):
     assert differences(load(folder)["parts"], load(plain)["parts"]) == []
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 @pytest.mark.parametrize("fault", ["die", "nan"])
 def test_a_fault_in_a_worker_process(script, fault):
     """One line, exit code 1, saved, and no process is left."""
@@ -90,6 +91,7 @@ def test_a_fault_in_a_worker_process(script, fault):
     wait_for(lambda: not processes_in(str(Path.cwd())))
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 @pytest.mark.parametrize(("num_envs", "number"), [(1, signal.SIGTERM), (4, signal.SIGTERM), (4, signal.SIGKILL)])
 def test_an_environment_that_hangs_holds_nothing(script, num_envs, number):
     """Five seconds after a request the run is saved and ends; no process is left, after a kill neither."""
@@ -109,6 +111,7 @@ def test_an_environment_that_hangs_holds_nothing(script, num_envs, number):
 # === One process for each run folder ===
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 def test_a_second_process_is_turned_away(script, capsys):
     """One line, exit code 2, and the first run notices nothing."""
     first = start(script, *flags_of(tiny(script, total_timesteps=10**6, checkpoint_frequency=12)))
@@ -143,6 +146,7 @@ def test_names_of_run_folders_suit_every_file_system(script):
 # === Requests to stop ===
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_hangups_and_warnings_of_schedulers_save(script, number):
     """Like SIGTERM."""
@@ -156,6 +160,7 @@ def test_hangups_and_warnings_of_schedulers_save(script, number):
     assert load(str(next(Path("runs").iterdir())))["global_step"] >= 12
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 @pytest.mark.parametrize("streams", ["2>err", "2>&1"])
 def test_a_closed_pipe_saves(script, streams):
     """`python script.py | head -2`, with and without the progress bar in the pipe."""
@@ -359,6 +364,7 @@ def test_files_that_fail_are_one_line(script, capsys):
     assert raised(ValueError("a mistake")).startswith("Traceback")
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 def test_a_folder_that_is_removed_is_one_line(script):
     """While the run writes into it, threads of TensorBoard too."""
     process = start(script, *flags_of(tiny(script, total_timesteps=10**6, checkpoint_frequency=12)))
@@ -369,6 +375,7 @@ def test_a_folder_that_is_removed_is_one_line(script):
     assert err.count("error: ") == 1, err
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_there_is_a_run_leaves_nothing(script, number):
     """While packages are imported and environments made: no traceback, no folder."""

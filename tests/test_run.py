@@ -235,6 +235,7 @@ def test_command_line_resume_takes_the_runs_own_settings(script, monkeypatch, ca
 # === Interruptions ===
 
 
+@pytest.mark.processes("dyna_q", "mbpo", "world_models")
 def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script):
     """Again and again kill -9: what is there always loads, its step never goes back, and a resume goes on from it."""
     traits = TRAITS[script.__name__]
@@ -294,6 +295,7 @@ SIGNALS = [(1, signal.SIGINT), (2, signal.SIGTERM), (1, signal.SIGTERM), (2, sig
 SIGNALS = [(name, *case) for name in SCRIPTS for case in SIGNALS[: 4 if TRAITS[name]["workers"] else 2]]
 
 
+@pytest.mark.processes("dyna_q", "dreamer", "world_models")
 @pytest.mark.parametrize(("name", "num_envs", "number"), SIGNALS)
 def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, number):
     """Signals to the whole process group: a checkpoint, the usual exit code, no traceback, no worker left."""
@@ -625,6 +627,7 @@ def test_run_folder_that_cannot_be_written(script, capsys):
     assert "run folder" in error_of(capsys, script.main, tiny(script))
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 def test_bad_input_as_a_command(script):
     """The same as processes: exit code 2, no traceback, also for a flag that does not exist."""
     bad_id = start(script, *flags_of(tiny(script, env_id="CartPoole-v1", num_envs=2)))
