@@ -820,18 +820,20 @@ def be_a_worker() -> None:
     threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
 
 
-def rehearse(make_envs: Callable, film: bool) -> None:
+def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
     """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
 
-    make_envs(video=path or None): one environment.
+    make_envs(video=path or None): one environment; masks: whether the script obeys action masks in info.
     """
     with tempfile.TemporaryDirectory() as folder:
         envs = make_envs(video=f"{folder}/film.mp4" if film else None)
         envs.on_fault = lambda line: fail(line + " (filmed: is OpenGL there? apt-get install -y libegl1 libgl1)" * film)
         _, infos = envs.reset(seed=[0], options={"reset_mask": np.ones(1, bool)})
-        if "action_mask" not in infos:  # any action is legal
+        if "action_mask" not in infos:
             envs.action_space.seed(0)
             envs.step(envs.action_space.sample())
+        elif not masks:
+            print("warning: this environment has action masks, which this script does not obey", file=sys.stderr)
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written")

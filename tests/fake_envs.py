@@ -207,7 +207,8 @@ class Faulty(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         assert self.fault != "options" or options is None or options["level"]
         obs, _ = self.env.reset(seed=seed)
-        return obs if self.fault == "old reset" and not self.last_good else (obs, {"episode": self.total_steps})
+        masks = {"action_mask": np.ones(2, np.int8)} if self.fault == "mask" else {}
+        return obs if self.fault == "old reset" and not self.last_good else (obs, masks | {"episode": self.total_steps})
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
@@ -257,6 +258,7 @@ FAULTS = {
     "hang": "",
     "array": "",
     "options": "",
+    "mask": "",
 }
 BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
 PIXELS = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)

@@ -76,6 +76,14 @@ def test_what_is_no_fault(script, fault):
     assert differences(load(folder)["parts"], load(plain)["parts"]) == []
 
 
+def test_action_masks_that_are_not_obeyed_are_named(script, capsys):
+    """Only muzero.py obeys them."""
+    if script.__name__ == "muzero":
+        pytest.skip("obeys them")
+    run(script, env_id=faulty(script, "mask"))
+    assert capsys.readouterr().err.count("action masks, which this script does not obey") == 1
+
+
 @pytest.mark.processes("dyna_q", "mbpo")
 @pytest.mark.parametrize("fault", ["die", "nan"])
 def test_a_fault_in_a_worker_process(script, fault):
