@@ -1229,6 +1229,7 @@ def folder_name(args: Args) -> str:
 
 
 def new_folder(args: Args) -> str:
+    """Makes the folder of a new run."""
     name = f"{folder_name(args)}__{int(time.time())}"
     while True:
         try:
@@ -1350,6 +1351,8 @@ class Run:
         for name, part in parts.items():
             if isinstance(part, torch.optim.Optimizer):  # which takes the tensors themselves, and so their file
                 part.load_state_dict(deepcopy(self.checkpoint["parts"][name]))
+                for group in part.param_groups:  # of this device, not of the one that saved it
+                    group["capturable"] = self.device.type == "cuda"
             elif hasattr(part, "load_state_dict"):
                 part.load_state_dict(self.checkpoint["parts"][name])
         for name, state in self.checkpoint["rng"].items():

@@ -321,6 +321,21 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, num
     assert_healthy(run_dir)
 
 
+def test_a_run_of_a_gpu_goes_on_without_one(script):
+    """Optimizers remember the kind of device that they were saved on, and must not."""
+    run_dir = run(script, total_timesteps=24)
+    state, found = load(run_dir), 0
+    for part in state["parts"].values():
+        for group in part.get("param_groups", ()) if isinstance(part, dict) else ():
+            group["capturable"], found = True, found + 1
+    if not found:
+        pytest.skip("saves no optimizers")
+    torch.save(state, os.path.join(run_dir, "checkpoint.pt"))
+    parts = load(resume(script, run_dir, total_timesteps=48))["parts"].values()
+    groups = [group for part in parts if isinstance(part, dict) for group in part.get("param_groups", ())]
+    assert len(groups) == found and not any(group["capturable"] for group in groups)
+
+
 # === Damaged and foreign checkpoints ===
 
 
