@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every command behind docs/dhmbpo.md, from the repository root:
-# bash benchmark/dhmbpo.sh pendulum|hopper|halfcheetah|humanoid|published|speed
+# bash benchmark/dhmbpo.sh pendulum|hopper|halfcheetah|humanoid|published|gpu|figure|speed
 set -euo pipefail
 export OMP_NUM_THREADS=1
 small=(--model-batch-size 512 --model-patience 25 --model-max-epochs 125 --holdout-rows 4096)
@@ -16,6 +16,14 @@ case "${1:-}" in
   halfcheetah) run HalfCheetah-v5 1 100000 "${small[@]}" ;;
   humanoid) run Humanoid-v5 1 100000 "${small[@]}" ;;
   published) for task in Hopper-v5 HalfCheetah-v5; do run "$task" 1 20000; done ;; # beside the runs with small batches
+  gpu)
+    for seed in 1 2 3; do
+      for task in Hopper-v5 HalfCheetah-v5 Humanoid-v5; do
+        run "$task" "$seed" 100000 --cudagraphs --eval-frequency 5000 --eval-episodes 5
+      done
+    done
+    ;;
+  figure) python benchmark/dhmbpo_figure.py docs/dhmbpo_returns.png ;;
   speed)
     python benchmark/dhmbpo_speed.py --threads 1 --no-cuda
     python benchmark/dhmbpo_speed.py --threads 1 --no-cuda --model-batch-size 512

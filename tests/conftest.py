@@ -40,3 +40,15 @@ def in_tmp_path(tmp_path, monkeypatch):
 def script(request):
     """Each script as a module."""
     return importlib.import_module(request.param)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that start whole processes to hold a promise of the common text are slow for all scripts but those named.
+
+    The text is the same in every script (test_common.py), so a few of them stand for all where seconds count.
+    """
+    for item in items:
+        named = item.get_closest_marker("processes")
+        params = getattr(item, "callspec", None) and item.callspec.params
+        if named and params.get("script", params.get("name")) not in named.args:
+            item.add_marker(pytest.mark.slow)

@@ -150,8 +150,8 @@ class Point(gym.Env):
         self.total_steps = 0
         for script in map(sys.modules.get, ("__main__", "mbpo", "dhmbpo")):
             if hasattr(script, "TERMINATIONS"):
-                script.TERMINATIONS.update({name: beyond(edge) for name, edge in POINT_ENDS.items()})
-                script.TERMINATIONS.update({name: beyond(np.inf) for name in POINTS})
+                ends = dict.fromkeys(POINTS, np.inf) | POINT_ENDS
+                script.TERMINATIONS.update({name: beyond(edge) for name, edge in ends.items()})
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -207,7 +207,8 @@ class Faulty(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         assert self.fault != "options" or options is None or options["level"]
         obs, _ = self.env.reset(seed=seed)
-        return obs if self.fault == "old reset" and not self.last_good else (obs, {"episode": self.total_steps})
+        masks = {"action_mask": np.ones(2, np.int8)} if self.fault == "mask" else {}
+        return obs if self.fault == "old reset" and not self.last_good else (obs, masks | {"episode": self.total_steps})
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
@@ -237,6 +238,11 @@ def faulty(of: str, fault: str, early: bool, render_mode=None) -> gym.Env:
     return Faulty(gym.make(f"fake_envs:{of}", render_mode=render_mode).unwrapped, fault, early)
 
 
+def slow(**kwargs):
+    open("making", "w").close()
+    time.sleep(3600)
+
+
 # What a fault says; nothing, where it is none.
 FAULTS = {
     "raise": "the road has ended",
@@ -252,6 +258,7 @@ FAULTS = {
     "hang": "",
     "array": "",
     "options": "",
+    "mask": "",
 }
 BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
 PIXELS = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
@@ -286,6 +293,7 @@ register("MissingPackage-v0", missing_package, 12)
 
 POINTS = {"Point"}
 for name in ("TinyPixels-v0", "DiscreteCounter-v0", "Ladder-v0", "Point-v0"):
+    register("Slow" + name, slow, 12)
     for fault in FAULTS:
         for early in (False, True):
             prefix = "Faulty" + "Early" * early + fault.title().replace(" ", "")

@@ -28,21 +28,23 @@ APPENDIX = ["Environment", "Evaluation", PLUMBING]
 BANNERS = ALGORITHM_PART + APPENDIX
 ALGORITHM = "    # Algorithm specific arguments"
 COMMON = ["fail", "parse_args", "choose_device", "next_multiple", "write_file", "save_checkpoint", "load_checkpoint"]
-COMMON += ["refuse_changes", "require_finite", "require_finite_arrays", "warn_of_failure", "new_folder", "StopRequest"]
+COMMON += ["refuse_changes", "require_finite", "warn_of_failure", "folder_name", "new_folder", "StopRequest"]
+COMMON += ["print_exception", "check_bounds", "require_memory"]
 COMMON += ["Bar", "Run", "GraphedFunction", "log_gif"]
-SOMEWHERE = {"GraphedFunction", "log_gif", "warn_of_failure", "require_finite_arrays"}  # where they are needed
+SOMEWHERE = {"GraphedFunction", "log_gif"}  # where they are needed
 # What each script has in a form of its own under the name of its role; all else that two files define is one text.
 OWN = "Args main Agent Actor ReplayBuffer act update evaluate evaluate_and_log evaluate_run check_args".split()
 OWN += "with_task_defaults make_env make_vector_env make_frames fit_spaces model_loss actor_loss compute_losses".split()
-OWN += "make_optimizers train_model".split()
+OWN += "make_optimizers train_model check_memory".split()
 OWN += "DynamicsEnsemble Critics critic_loss alpha_loss rollout model_step holdout_scores".split()
 OWN += "update_model open_loop open_loop_errors log_open_loop preprocess env_action draw_noise updates_due grow".split()
 FLAGS = "exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity capture_video save_model".split()
-FLAGS += "eval_frequency eval_episodes checkpoint_frequency save_buffer resume evaluate".split()
+FLAGS += "keep_pictures eval_frequency eval_episodes checkpoint_frequency save_buffer resume evaluate".split()
 FLAGS += "env_id total_timesteps num_envs".split()
 SPEED = {"bfloat16", "compile", "cudagraphs"}  # in a block of their own, which a script without them does without
 LAZY = {"dm_control", "mujoco", "ale_py", "wandb", "moviepy", "cv2", "matplotlib", "PIL", "pygame"}
 LAZY |= {"cma", "envpool", "vizdoom"}
+BY_TASK = {"dm_control", "mujoco", "ale_py", "pygame", "envpool", "vizdoom"}  # asked for by env_id
 OPTIONAL = {"wandb", "envpool"}  # asked for by a flag; its absence is one line with the pip command
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless"}  # where import and distribution have other names
 
@@ -154,7 +156,7 @@ def test_drift_is_noticed():
     assert planted(head, head) == []
     assert planted(text, "The multiple of a frequency after") == ["next_multiple"]
     assert planted("self.requested = signum\n", "self.requested = True\n") == ["StopRequest"]
-    assert planted("    seed: int = 1  #", "    seed: int = 2  #") == ["Args"]
+    assert planted("    seed: Seed = 1  #", "    seed: Seed = 2  #") == ["Args"]
     assert planted("def main(", "def extra():\n    pass\n\n\ndef main(") == []
     function = definitions(source)["next_multiple"]
     without = source.replace(function, "")
@@ -356,3 +358,13 @@ def test_lazy_packages_are_imported_where_they_are_used(path):
     top = "\n".join(ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom))
     assert not imports(top) & LAZY
     assert importlib.import_module(path.stem).__name__ == path.stem
+
+
+@each_script
+def test_what_a_run_imports_late_is_looked_for_at_its_start(path):
+    """LATE_IMPORTS names the packages that functions import, but for those of a flag or of a task."""
+    source = path.read_text()
+    top = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    late = imports(source) - imports("\n".join(map(ast.unparse, top)))
+    listed = importlib.import_module(path.stem).LATE_IMPORTS
+    assert sorted(listed) == sorted(late & LAZY - OPTIONAL - BY_TASK)

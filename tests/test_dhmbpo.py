@@ -1423,8 +1423,10 @@ def test_dm_control_by_name():
         ({"num_targets": 6}, "--num-targets must be at most 5"),
         ({"buffer_size": 4_000}, "--buffer-size 4000 does not hold"),
         ({"holdout_ratio": 0.0}, "--holdout-ratio 0.0 leaves nothing"),
-        ({"initial_alpha": 0.0}, "--initial-alpha must be above 0"),
+        ({"initial_alpha": 0.0}, "--initial-alpha must be at least"),
         ({"train_horizon": 0}, "--train-horizon must be at least 1"),
+        ({"holdout_rows": 1}, "--holdout-rows must be at least 2"),
+        ({"tau": 0.0}, "--tau must be at least"),
         ({"cudagraphs": True}, "--cudagraphs needs a GPU"),
     ],
 )

@@ -32,6 +32,7 @@ from runs import (
     load,
     losses,
     model_of,
+    not_finite,
     resume,
     run,
     scalars,
@@ -1073,16 +1074,26 @@ def test_an_environment_without_a_render_mode(register):
     assert dyna_q.make_vector_env(args, 1).single_observation_space == gym.spaces.Discrete(3)
 
 
-def test_states_outside_of_the_space_end_the_run():
+@pytest.mark.parametrize("obs", [3, -1, 1.0, np.array([1]), None])
+@pytest.mark.parametrize("at_reset", [True, False])
+def test_states_outside_of_the_space_end_the_run(register, capsys, obs, at_reset):
     """Compiled code would write anywhere: an observation that is too large, negative or no integer is refused."""
-    for obs in (np.array([3]), np.array([-1]), np.array([1.0])):
-        maze = MazeVector(1, "S . G")
-        maze.reset = lambda seed=None, options=None, obs=obs: (obs, {})
-        with pytest.raises(SystemExit, match="not in Discrete"):
-            EpisodeStatistics(maze, 9).reset(options={"reset_mask": np.ones(1, bool)})
-        maze.step = lambda actions, obs=obs: (obs, np.zeros(1), np.zeros(1, bool), np.zeros(1, bool), {})
-        with pytest.raises(SystemExit, match="not in Discrete"):
-            EpisodeStatistics(maze, 9).step(np.zeros(1, int))
+
+    class Escape(Offset):
+        observation_space, action_space = gym.spaces.Discrete(3), gym.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            return obs if at_reset else 0, {}
+
+        def step(self, action):
+            return obs, 0.0, False, False, {}
+
+    register("TestEscape-v0", lambda: Escape())
+    envs = dyna_q.make_vector_env(dyna_q.with_task_defaults(Args(env_id="TestEscape-v0")), 1)
+    play = [lambda: envs.reset(options={"reset_mask": np.ones(1, bool)}), lambda: envs.step(np.zeros(1, int))]
+    if not at_reset:
+        play.pop(0)()
+    assert_refused(play[0], capsys, "TestEscape-v0: step ", "is not in Discrete(3)")
 
 
 def test_an_evaluation_that_goes_in_circles_ends():
@@ -1176,7 +1187,7 @@ def assert_refused(call, capsys, *words):
         ("DynaMaze-v1", (), ("DynaMaze-v1", "DynaMaze-v0")),
         ("FrozenLak-v1", (), ("FrozenLak-v1", "FrozenLake-v1")),
         ("xyz", (), ("'xyz'", "none")),
-        ("no_such_module:Lake-v0", (), ("no_such_module:Lake-v0", "package that is not installed")),
+        ("no_such_module:Lake-v0", (), ("no_such_module:Lake-v0", "modules are looked for in", "PYTHONPATH")),
         ("Taxi-v3", (), ("Taxi-v3", "Taxi-v4")),
         ("CliffWalking-v0", (), ("CliffWalking-v0", "CliffWalking-v1")),
     ],
@@ -1764,6 +1775,7 @@ def played(monkeypatch):
         return result
 
     monkeypatch.setattr(fake_envs.Ladder, "step", recorded)
+    monkeypatch.setattr(dyna_q, "rehearse", lambda *args: None)  # which plays a step of its own
     return logs
 
 
@@ -1955,12 +1967,13 @@ def test_each_environment_has_a_learner_of_its_own(played, capsys, num_envs, env
 
 @pytest.mark.parametrize("checkpoint", [0, 12])
 def test_a_td_error_that_is_not_finite_is_found_at_once(checkpoint):
-    """A reward of step 31 that is no number stops the run there, and the checkpoint from before stays."""
+    """A reward of step 31 that is no number stops the run there: nothing has learned from it, and that is saved."""
     settings = {"env_id": "fake_envs:NanLadder-v0", "checkpoint_frequency": checkpoint}
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         run(dyna_q, **settings, total_timesteps=240)
     run_dir = str(next(Path.cwd().glob("run_0/runs/*")))
-    assert load(run_dir)["global_step"] == (24 if checkpoint else 0)
+    assert stopped.value.code == 1 and load(run_dir)["global_step"] == model_of(dyna_q, run_dir).visits.sum() == 30
+    assert not_finite(load(run_dir)["parts"]) == []
 
 
 def test_spaces_that_do_not_begin_with_0():
@@ -1973,7 +1986,7 @@ def test_spaces_that_do_not_begin_with_0():
 def test_dyna_q_begins_new_episodes_after_a_stop_in_the_middle():
     """Nothing of an open episode is stored; what was played of it has been learned."""
     run_dir = run(dyna_q, total_timesteps=30)
-    assert list(load(run_dir)["parts"]) == ["agent", "sums", "replay"]
+    assert list(load(run_dir)["parts"]) == ["agent", "sums", "replay", "eval_owed"]
     assert model_of(dyna_q, run_dir).visits.sum() == 30
     resume(dyna_q, run_dir, total_timesteps=60)
     assert scalars(run_dir)["charts/episodic_length"] == [(step, 12) for step in (12, 24, 42, 54)]
@@ -2108,7 +2121,7 @@ def test_the_clock_of_the_walls_is_that_of_the_run(monkeypatch):
     times, step = [], dyna_q.MazeVector.step
 
     def recorded(self, actions):
-        times.extend([self.time] if not self.frozen else [])
+        times.extend([self.time] if not self.frozen and self.num_envs == 2 else [])  # a rehearsal has one
         return step(self, actions)
 
     monkeypatch.setattr(dyna_q.MazeVector, "step", recorded)

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
 from fake_envs import FAULTS
 from runs import (
     ROOT,
@@ -21,6 +23,7 @@ from runs import (
     processes_in,
     resume,
     run,
+    scalars,
     start,
     tiny,
     wait_for,
@@ -73,6 +76,15 @@ def test_what_is_no_fault(script, fault):
     assert differences(load(folder)["parts"], load(plain)["parts"]) == []
 
 
+def test_action_masks_that_are_not_obeyed_are_named(script, capsys):
+    """Only muzero.py obeys them."""
+    if script.__name__ == "muzero":
+        pytest.skip("obeys them")
+    run(script, env_id=faulty(script, "mask"))
+    assert capsys.readouterr().err.count("action masks, which this script does not obey") == 1
+
+
+@pytest.mark.processes("dyna_q", "mbpo")
 @pytest.mark.parametrize("fault", ["die", "nan"])
 def test_a_fault_in_a_worker_process(script, fault):
     """One line, exit code 1, saved, and no process is left."""
@@ -87,6 +99,7 @@ def test_a_fault_in_a_worker_process(script, fault):
     wait_for(lambda: not processes_in(str(Path.cwd())))
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 @pytest.mark.parametrize(("num_envs", "number"), [(1, signal.SIGTERM), (4, signal.SIGTERM), (4, signal.SIGKILL)])
 def test_an_environment_that_hangs_holds_nothing(script, num_envs, number):
     """Five seconds after a request the run is saved and ends; no process is left, after a kill neither."""
@@ -106,6 +119,7 @@ def test_an_environment_that_hangs_holds_nothing(script, num_envs, number):
 # === One process for each run folder ===
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 def test_a_second_process_is_turned_away(script, capsys):
     """One line, exit code 2, and the first run notices nothing."""
     first = start(script, *flags_of(tiny(script, total_timesteps=10**6, checkpoint_frequency=12)))
@@ -140,6 +154,7 @@ def test_names_of_run_folders_suit_every_file_system(script):
 # === Requests to stop ===
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_hangups_and_warnings_of_schedulers_save(script, number):
     """Like SIGTERM."""
@@ -153,6 +168,7 @@ def test_hangups_and_warnings_of_schedulers_save(script, number):
     assert load(str(next(Path("runs").iterdir())))["global_step"] >= 12
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 @pytest.mark.parametrize("streams", ["2>err", "2>&1"])
 def test_a_closed_pipe_saves(script, streams):
     """`python script.py | head -2`, with and without the progress bar in the pipe."""
@@ -209,8 +225,8 @@ def test_the_checkpoint_names_its_folder(script, monkeypatch):
 def test_a_replaced_checkpoint_leaves_the_disk(script, monkeypatch):
     """A resumed run holds no file that has been deleted."""
     folder, seen = run(script, total_timesteps=24), []
-    save = script.save_checkpoint
-    looks = lambda *a: (save(*a), seen.append("checkpoint.pt (deleted)" in Path("/proc/self/maps").read_text()))  # noqa: E731
+    save, name = script.save_checkpoint, f"{folder}/checkpoint.pt (deleted)"
+    looks = lambda *args: (save(*args), seen.append(name in Path("/proc/self/maps").read_text()))  # noqa: E731
     monkeypatch.setattr(script, "save_checkpoint", looks)
     resume(script, folder, total_timesteps=72)
     assert len(seen) >= 2 and not seen[-1]
@@ -288,3 +304,135 @@ def test_a_checkpoint_that_was_replaced_meanwhile_is_not_continued(script, monke
 
     monkeypatch.setattr(script, "load_checkpoint", load_and_replace)
     assert "has gone on meanwhile" in error_of(capsys, resume, script, folder, total_timesteps=48)
+
+
+# === Continuing what there is ===
+
+
+def test_resume_auto_continues_the_newest_run_of_its_kind(script, monkeypatch):
+    """The same script, task and seed; where there is none, a run begins."""
+    flags = flags_of(tiny(script, total_timesteps=24))
+    first = command_line_of(script, monkeypatch, *flags, "--resume", "auto")
+    again = command_line_of(script, monkeypatch, *flags, "--resume", "auto", "--total-timesteps", "36")
+    assert again == first and load(first)["global_step"] == 36
+    other = command_line_of(script, monkeypatch, *flags, "--resume", "auto", "--seed", "2")
+    assert other != first and load(other)["global_step"] == 24
+    newest = command_line_of(script, monkeypatch, *flags)
+    os.utime(f"{newest}/checkpoint.pt", (2e9, 2e9))
+    assert command_line_of(script, monkeypatch, *flags, "--resume", "auto", "--total-timesteps", "36") == newest
+    assert len(os.listdir("runs")) == 3 and load(other)["global_step"] == 24
+
+
+def command_line_of(script, monkeypatch, *flags: str) -> str:
+    """The run folder of `python script.py flags`."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags])
+    return script.main(script.parse_args())
+
+
+@pytest.mark.parametrize("eval_frequency", [12, 24])
+def test_an_evaluation_that_was_due_is_made_after_the_resume(script, monkeypatch, eval_frequency):
+    """Asked to stop at the step of an evaluation, the run leaves it to the one that continues it; and only then."""
+    if script.__name__ == "world_models":
+        pytest.skip("evaluates by generations")
+    evaluate, stopped = script.evaluate, []
+
+    def interrupted(*args):
+        if not stopped:
+            stopped.append(os.kill(os.getpid(), signal.SIGUSR1))
+        return evaluate(*args)
+
+    monkeypatch.setattr(script, "evaluate", interrupted)
+    with pytest.raises(SystemExit):
+        run(script, eval_frequency=eval_frequency, total_timesteps=48)
+    folder = str(next(Path.cwd().glob("run_0/runs/*")))
+    assert load(folder)["global_step"] == eval_frequency and load(folder)["parts"]["eval_owed"]
+    resume(script, folder, eval_frequency=eval_frequency, total_timesteps=48)
+    wanted = list(range(eval_frequency, 49, eval_frequency))
+    assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == wanted
+    assert not load(folder)["parts"]["eval_owed"]
+
+
+# === What is said in one line ===
+
+
+def test_files_that_fail_are_one_line(script, capsys):
+    """In the main thread and in others; a mistake in the code keeps its traceback."""
+
+    def raised(error) -> str:
+        try:
+            raise error
+        except BaseException as caught:
+            script.print_exception(type(caught), caught, caught.__traceback__)
+        return capsys.readouterr().err
+
+    disk = raised(OSError(28, "No space left on device"))
+    assert disk == "\nerror: [Errno 28] No space left on device; the last checkpoint stays as it is\n"
+    assert raised(KeyboardInterrupt()) == "\nerror: KeyboardInterrupt; the last checkpoint stays as it is\n"
+    assert "DefaultCPUAllocator" in raised(RuntimeError("DefaultCPUAllocator: can't allocate memory")).splitlines()[1]
+    assert raised(ValueError("a mistake")).startswith("Traceback")
+
+
+@pytest.mark.processes("dyna_q", "mbpo")
+def test_a_folder_that_is_removed_is_one_line(script):
+    """While the run writes into it, threads of TensorBoard too."""
+    process = start(script, *flags_of(tiny(script, total_timesteps=10**6, checkpoint_frequency=12)))
+    wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")))
+    Path("runs").rename("gone")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert err.count("error: ") == 1, err
+
+
+@pytest.mark.processes("dyna_q", "mbpo")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_there_is_a_run_leaves_nothing(script, number):
+    """While packages are imported and environments made: no traceback, no folder."""
+    process = start(script, *flags_of(tiny(script, env_id=slow_of(script))))
+    wait_for(Path("making").exists)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (-number, 128 + number) and "Traceback" not in err, err
+    assert os.listdir() == ["making"]
+
+
+def slow_of(script) -> str:
+    """The tiny environment of a script, which takes an hour to be made."""
+    return TINY[script.__name__]["env_id"].replace(":", ":Slow")
+
+
+def test_a_package_that_is_missing_is_named_before_there_is_a_folder(script, monkeypatch, capsys):
+    """Those that are imported where they are used, and those of a flag."""
+    find_spec = script.importlib.util.find_spec
+    for name in [*script.LATE_IMPORTS, "moviepy"]:
+        missing = lambda wanted, name=name: None if wanted == name else find_spec(wanted)  # noqa: E731
+        monkeypatch.setattr(script.importlib.util, "find_spec", missing)
+        monkeypatch.setattr(script, "rehearse", lambda *args: None)  # which needs it, too
+        line = error_of(capsys, script.main, tiny(script, capture_video=name == "moviepy"))
+        assert f"pip install {'pillow' if name == 'PIL' else name}" in line and os.listdir() == []
+
+
+def test_what_fits_no_memory_is_refused(script, capsys):
+    """In one line with what it needs and what there is."""
+    cpu = torch.device("cpu")
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    script.require_memory(room, "--buffer-size", cpu)
+    line = error_of(capsys, script.require_memory, room + 1, "--buffer-size", cpu)
+    assert line == f"error: --buffer-size: {room / 1e9:.1f} GB do not fit into the {room / 1e9:.1f} GB of cpu"
+
+
+# === Pictures ===
+
+
+def test_the_newest_pictures_stay(script):
+    """Of each kind keep_pictures; those of another kind, and other files, are not touched."""
+    Path("videos").mkdir()
+    Path("policy_1.txt").touch()
+    for step in range(1, 6):
+        state = types.SimpleNamespace(folder=os.getcwd(), step=step, args=types.SimpleNamespace(keep_pictures=2))
+        for kind in ("policy.png", "videos/evaluation.mp4"):
+            path = Path(script.Run.picture(state, kind))
+            path.touch()
+            os.utime(path, (step, step))
+    names = {str(path.relative_to(Path.cwd())) for path in Path.cwd().rglob("*.*")}
+    kept = {f"policy_{step}.png" for step in (4, 5)} | {f"videos/evaluation_{step}.mp4" for step in (4, 5)}
+    assert names == kept | {"policy_1.txt"}

@@ -235,6 +235,7 @@ def test_command_line_resume_takes_the_runs_own_settings(script, monkeypatch, ca
 # === Interruptions ===
 
 
+@pytest.mark.processes("dyna_q", "mbpo", "world_models")
 def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script):
     """Again and again kill -9: what is there always loads, its step never goes back, and a resume goes on from it."""
     traits = TRAITS[script.__name__]
@@ -294,6 +295,7 @@ SIGNALS = [(1, signal.SIGINT), (2, signal.SIGTERM), (1, signal.SIGTERM), (2, sig
 SIGNALS = [(name, *case) for name in SCRIPTS for case in SIGNALS[: 4 if TRAITS[name]["workers"] else 2]]
 
 
+@pytest.mark.processes("dyna_q", "dreamer", "world_models")
 @pytest.mark.parametrize(("name", "num_envs", "number"), SIGNALS)
 def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, number):
     """Signals to the whole process group: a checkpoint, the usual exit code, no traceback, no worker left."""
@@ -317,6 +319,21 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, num
     resume(script, run_dir, **changes | {"total_timesteps": step + 24})
     assert load(run_dir)["global_step"] >= step + 24
     assert_healthy(run_dir)
+
+
+def test_a_run_of_a_gpu_goes_on_without_one(script):
+    """Optimizers remember the kind of device that they were saved on, and must not."""
+    run_dir = run(script, total_timesteps=24)
+    state, found = load(run_dir), 0
+    for part in state["parts"].values():
+        for group in part.get("param_groups", ()) if isinstance(part, dict) else ():
+            group["capturable"], found = True, found + 1
+    if not found:
+        pytest.skip("saves no optimizers")
+    torch.save(state, os.path.join(run_dir, "checkpoint.pt"))
+    parts = load(resume(script, run_dir, total_timesteps=48))["parts"].values()
+    groups = [group for part in parts if isinstance(part, dict) for group in part.get("param_groups", ())]
+    assert len(groups) == found and not any(group["capturable"] for group in groups)
 
 
 # === Damaged and foreign checkpoints ===
@@ -460,8 +477,13 @@ BAD_TABLES = {
     "unknown setting": ({"env_kwargs": ("slippery=True",), **LAKE}, "slippery"),
     "unknown setting of a maze": ({"env_kwargs": ("slippery=True",), "env_id": "DynaMaze-v0"}, "slippery"),
     "unknown map": ({"env_kwargs": ("map_name=9x9",), **LAKE}, "9x9"),
-    "a maze of nothing": ({"env_kwargs": ("refine=0",), "env_id": "DynaMaze-v0"}, "refine=0"),
+    "a maze of nothing": ({"env_kwargs": ("refine=0",), "env_id": "DynaMaze-v0"}, "{'refine': 0}"),
     "two settings in one": ({"env_kwargs": ("is_slippery=true map_name=8x8",), **LAKE}, "unquoted"),
+    "many large tables": (
+        {"env_id": "DynaMaze-v0", "env_kwargs": ("refine=100",), "num_envs": 10_000},
+        "tables and --planning-steps: ",
+    ),
+    "no learning": ({"learning_rate": 0.0}, "--learning-rate"),
     "a setting that is the script's": ({"env_kwargs": ("num_envs=2",), "env_id": "DynaMaze-v0"}, "num_envs"),
 }
 
@@ -497,6 +519,9 @@ BAD_MODELS = {
     "small buffer": ({"buffer_size": 11}, "--buffer-size 11 does not hold the 24 steps"),
     "no length": ({"rollout_schedule": (0, 1, 0, 1)}, "--rollout-schedule"),
     "negative updates": ({"updates_per_step": -1}, "--updates-per-step"),
+    "no step to the critics": ({"tau": 0.0}, "--tau"),
+    "large networks": ({"num_nets": 1024, "model_hidden_size": 2**16}, "do not fit"),
+    "large rollouts": ({"rollout_batch_size": 10**9, "model_retain_epochs": 10**6}, "do not fit"),
     "cudagraphs": ({"cudagraphs": True}, "GPU"),
 }
 
@@ -558,6 +583,8 @@ BAD_WORLDS = {
 
 
 BAD_HORIZONS = {
+    "large networks": ({"num_nets": 1024, "batch_size": 1024, "model_hidden_size": 2**16}, "do not fit"),
+    "many rollouts": ({"rollout_retain": 10**9}, "do not fit"),
     "gamma": ({"gamma": 1.5}, "--gamma"),
     "unknown termination": ({"env_id": "fake_envs:Counter-v0"}, "TERMINATIONS"),
     "discrete actions": ({"env_id": "CartPole-v1"}, "actions"),
@@ -615,6 +642,7 @@ def test_run_folder_that_cannot_be_written(script, capsys):
     assert "run folder" in error_of(capsys, script.main, tiny(script))
 
 
+@pytest.mark.processes("dyna_q", "mbpo")
 def test_bad_input_as_a_command(script):
     """The same as processes: exit code 2, no traceback, also for a flag that does not exist."""
     bad_id = start(script, *flags_of(tiny(script, env_id="CartPoole-v1", num_envs=2)))
