@@ -93,7 +93,9 @@ Count = Annotated[int, 1, 10**9]
 Natural = Annotated[int, 0, 10**9]
 Seed = Annotated[int, 0, 2**53]
 Few = Annotated[int, 1, 1024]
+Size = Annotated[int, 1, 2**16]
 Share = Annotated[float, 0.0, 1.0]
+Part = Annotated[float, 1e-9, 1.0]
 Positive = Annotated[float, 1e-12, 1e9]
 Amount = Annotated[float, 0.0, 1e9]
 Real = Annotated[float, -1e9, 1e9]
@@ -112,7 +114,7 @@ class Args:
     save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
     keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
     eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
-    eval_episodes: Count = 10  # episodes of one evaluation
+    eval_episodes: Size = 10  # episodes of one evaluation
     checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
     resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
@@ -130,9 +132,9 @@ class Args:
     buffer_size: Count | None = None  # environment steps that the replay buffer holds; default by task
     learning_starts: Natural = 1_000  # environment steps before the first update
     replay_ratio: Amount | None = None  # updates per environment step; default by task
-    batch_size: Count | None = None  # sequences per update (B); default by task
+    batch_size: Size | None = None  # sequences per update (B); default by task
     unroll_steps: Few = 5  # steps that the model is unrolled in an update (K)
-    td_steps: Count | None = None  # rewards in a return before it is bootstrapped (n); default by task
+    td_steps: Size | None = None  # rewards in a return before it is bootstrapped (n); default by task
     bootstrap: Literal["search", "target"] | None = None  # a return's last value: search then, target net now
     reanalyze_ratio: Share | None = None  # share of a batch searched and valued anew with the target network; by task
     target_network_frequency: Count = 200  # updates between copies to the target network
@@ -145,23 +147,21 @@ class Args:
     entropy_scale: Amount | None = None  # continuous actions: weight of the policy's entropy; default by task
 
     # Networks
-    hidden_size: Count | None = None  # units of latent state and hidden layers, channels for images and grids; by task
+    hidden_size: Size | None = None  # units of latent state and hidden layers, channels for images and grids; by task
     num_blocks: Few | None = None  # residual blocks of convolutional networks; default by task
-    support_size: Count | None = None  # M: values and rewards are distributions over -M ... M, transformed; by task
+    support_size: Size | None = None  # M: values and rewards are distributions over -M ... M, transformed; by task
 
     # Search and acting
     search: Literal["gumbel", "puct"] = "gumbel"  # sequential halving, or the paper's search (deviation 6: not puct)
-    num_simulations: Count | None = None  # simulations per search (S); default by task
+    num_simulations: Size | None = None  # simulations per search (S); default by task
     num_candidates: Few = 8  # continuous actions: drawn at the root of a search (K)
     inner_candidates: Few = 2  # continuous actions: drawn at each node below the root
-    max_considered_actions: Count = 16  # gumbel: actions at the root that sequential halving begins with
+    max_considered_actions: Size = 16  # gumbel: actions at the root that sequential halving begins with
     c_scale: Amount | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
     dirichlet_alpha: Positive | None = None  # puct: concentration of the noise in the root's prior; default by task
     temperature_steps: tuple[Natural, Natural] | None = None  # puct: steps where temperature falls to 0.5, 0.25
     temperature_moves: Natural | None = None  # puct: moves of an episode before the temperature is 0; by task, or never
-    opening_moves: Natural | None = (
-        None  # board games: self-play begins after 0 to this many random moves (deviation 5)
-    )
+    opening_moves: Natural | None = None  # board games: most random moves that begin a game of self-play (deviation 5)
 
     play: str | None = None  # run folder of a board game: plays against it in the terminal, trains nothing
 
@@ -1054,7 +1054,7 @@ class ReplayBuffer:
         return {name: column[index, envs] for name, column in self.data.items() if name not in ("obs", "age")}
 
     def observations(self, slots: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
-        """Copies (*slots.shape, ...), of any slots modulo the capacity; frames are stacked, an episode's first repeated."""
+        """Copies (*slots.shape, ...), by slots modulo the capacity; frames are stacked, the first of an episode repeated."""
         slots, envs = slots % self.capacity, envs.expand_as(slots)
         if self.stack == 1:
             return self.data["obs"][slots, envs]
@@ -1101,16 +1101,14 @@ def main(args: Args) -> str:
     if args.evaluate is not None:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
-    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
+    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video, masks=True)
     envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves)
+    check_memory(args, envs)
     check_support(args, envs)
-    needed = sum(column.nbytes for column in ReplayBuffer(envs, args, torch.device("meta")).data.values())
-    require_memory(needed, "--buffer-size", device)
-    rb = ReplayBuffer(envs, args, device)
     compile_search()
     run = Run(args, checkpoint)
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
-    agent = Agent(envs, args).to(device)
+    agent, rb = Agent(envs, args).to(device), ReplayBuffer(envs, args, device)
     target = deepcopy(agent).requires_grad_(False)
     optimizer = make_optimizer(agent, args)
     counters = {"num_updates": 0}
@@ -1344,18 +1342,20 @@ def be_a_worker() -> None:
     threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
 
 
-def rehearse(make_envs: Callable, film: bool) -> None:
+def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
     """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
 
-    make_envs(video=path or None): one environment.
+    make_envs(video=path or None): one environment; masks: whether the script obeys action masks in info.
     """
     with tempfile.TemporaryDirectory() as folder:
         envs = make_envs(video=f"{folder}/film.mp4" if film else None)
         envs.on_fault = lambda line: fail(line + " (filmed: is OpenGL there? apt-get install -y libegl1 libgl1)" * film)
         _, infos = envs.reset(seed=[0], options={"reset_mask": np.ones(1, bool)})
-        if "action_mask" not in infos:  # any action is legal
+        if "action_mask" not in infos:
             envs.action_space.seed(0)
             envs.step(envs.action_space.sample())
+        elif not masks:
+            print("warning: this environment has action masks, which this script does not obey", file=sys.stderr)
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written")
@@ -1415,7 +1415,8 @@ class Film(gym.wrappers.RecordVideo):
 
     def __init__(self, env: gym.Env, path: str):
         folder, name = os.path.split(path.removesuffix(".mp4"))
-        super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
+        with warnings.catch_warnings(action="ignore"):  # that there are films in the folder
+            super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
 
     def stop_recording(self) -> None:
         warn_of_failure(super().stop_recording)
@@ -1426,13 +1427,14 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
     try:
-        return gym.make(env_id, **settings)
+        return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
     except Exception as error:  # many types, by environment and settings
-        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if isinstance(error, ImportError) else ""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        fail(f"cannot make {env_id!r} with {settings}: {reason}{where}")
 
 
 def make_frames(env_id: str, **settings) -> gym.Env:
@@ -1846,13 +1848,14 @@ def warn_of_failure(function: Callable, *args) -> None:
         function(*args)
     except Exception as error:
         with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+            print(f"warning: {function.__name__} failed: {str(error) or type(error).__name__}", file=sys.stderr)
 
 
 def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
-    """What ends the program or a thread: a failure of files and disks, or Ctrl-C, in one line; all else as usual."""
-    if issubclass(kind, OSError | KeyboardInterrupt):
-        print(f"error: {error or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
+    """What ends the program or a thread: a failure of disk or memory, or Ctrl-C, in one line; all else as usual."""
+    if issubclass(kind, OSError | KeyboardInterrupt) or " allocate " in str(error):  # words of NumPy and PyTorch
+        if thread is None:  # TensorBoard's threads fail for the main thread, too
+            print(f"\nerror: {str(error) or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -1971,6 +1974,7 @@ def folder_name(args: Args) -> str:
 
 
 def new_folder(args: Args) -> str:
+    """Makes the folder of a new run."""
     name = f"{folder_name(args)}__{int(time.time())}"
     while True:
         try:
@@ -2075,7 +2079,7 @@ class Run:
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
-        self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
+        self.metrics, self.reported, self.saved = {}, (self.step, time.perf_counter()), None
         owed = checkpoint and checkpoint["parts"]["eval_owed"]  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
@@ -2092,6 +2096,8 @@ class Run:
         for name, part in parts.items():
             if isinstance(part, torch.optim.Optimizer):  # which takes the tensors themselves, and so their file
                 part.load_state_dict(deepcopy(self.checkpoint["parts"][name]))
+                for group in part.param_groups:  # of this device, not of the one that saved it
+                    group["capturable"] = self.device.type == "cuda"
             elif hasattr(part, "load_state_dict"):
                 part.load_state_dict(self.checkpoint["parts"][name])
         for name, state in self.checkpoint["rng"].items():
@@ -2125,14 +2131,14 @@ class Run:
         return not ending
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, if it is not there yet."""
-        if self.saved_step != self.step:
+        """Writes the checkpoint of this step, if it is not there yet; a stop may leave an evaluation to the resume."""
+        owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+        if self.saved != (self.step, owed):
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
-            owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
             save_checkpoint(self.folder, self.args, self.step, self.parts | owed, self.rng)
-            self.saved_step = self.step
+            self.saved = self.step, owed
 
     def eval_due(self, dones: np.ndarray) -> bool:
         """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""
@@ -2213,6 +2219,18 @@ def check_args(args: Args) -> None:
         fail(f"{args.env_id} has no pictures for --capture-video")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
+
+
+def check_memory(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
+    """Refuses what the device cannot hold: weights, their copies and moments, the replay, the rows of an update."""
+    with torch.device("meta"):  # tensors that have shapes alone
+        agent = Agent(envs, args)
+    replay = sum(column.nbytes for column in ReplayBuffer(envs, args, torch.device("meta")).data.values())
+    num_floats = 5 * sum(weight.numel() for weight in agent.parameters())
+    num_floats += 4 * args.batch_size * (args.unroll_steps + 1) * (len(agent.bins) + agent.network.latent_size)
+    num_floats += args.num_envs * (args.num_simulations + 1) * (agent.network.latent_size + 10 * agent.num_actions)
+    sizes = "--buffer-size, sizes of networks, batches and searches"
+    require_memory(replay + 4 * num_floats, sizes, choose_device(args))
 
 
 def check_support(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:

@@ -527,11 +527,8 @@ BAD_MODELS = {
 
 
 BAD_GAMES = {
-    "continuous actions": ({"env_id": "Pendulum-v1"}, "actions must be Discrete"),
-    "two with continuous actions": ({"env_id": "Pendulum-v1", "num_envs": 2}, "actions must be Discrete"),
     "actions from 5": ({"env_id": "fake_envs:ShiftedLadder-v0"}, "actions must be Discrete starting at 0"),
     "MultiDiscrete actions": ({"env_id": "fake_envs:MultiDiscreteAction-v0"}, "actions must be"),
-    "discrete observations": ({"env_id": "FrozenLake-v1"}, "observations must be"),
     "unknown game": ({"env_id": "tictactoo"}, "tictactoe"),
     "unknown Atari game": ({"env_id": "ALE/Pongg-v5"}, "ALE/Pong-v5"),
     "openings that win": (
