@@ -20,7 +20,8 @@ and for each of the updates that are due
 
 Paper:      Schrittwieser et al. 2020, Mastering Atari, Go, Chess and Shogi by Planning with a Learned Model,
             arXiv 1911.08265 (Nature 588); the Gumbel search: Danihelka et al. 2022 (ICLR, Policy improvement by
-            planning with Gumbel)   Reference code: the paper's pseudocode.py; google-deepmind/mctx for the searches
+            planning with Gumbel); continuous actions: Hubert et al. 2021 (Sampled MuZero), arXiv 2104.06303
+            Reference code: the paper's pseudocode.py; google-deepmind/mctx for the searches
 Run:        python muzero.py --env-id CartPole-v1          (or: uv run muzero.py; tictactoe, connect_four, ALE/Pong-v5)
 Resume:     python muzero.py --resume runs/<run folder>
 Evaluate:   python muzero.py --evaluate runs/<run folder> [--capture-video]
@@ -47,6 +48,10 @@ Deviations from the paper, each also named at the line it concerns:
  11. Acting and learning take turns in one process, with the newest weights; temperatures fall with environment steps.
  12. Settings are by task (TASKS). Atari has EfficientZero's 5 rewards in a return, batches of 256 sequences and
      dirichlet_alpha 0.3; the paper has 10, 1,024 and 0.25.
+ 13. Continuous actions: 8 candidates at the root and 2 below it by the Gumbel search, the policy a normal behind tanh
+     with |mu| < 5 and sigma > 0.1; Sampled MuZero has 20 at every node. Half of the root's are drawn with three times
+     sigma, as in EfficientZero V2, and their prior is corrected for it by the density of the mixture.
+ 14. Continuous actions also have EfficientZero's consistency loss and an entropy weight of 0.05 (paper: no such loss).
 """
 
 from __future__ import annotations
@@ -194,7 +199,7 @@ def scale_latent(latent: torch.Tensor) -> torch.Tensor:
 
 
 class VectorNetwork(nn.Module):
-    """Representation, dynamics and prediction for vectors; the latent state is (B, D).
+    """Representation, dynamics and prediction for vectors; the latent state is (B, D). ConvNetwork is that of images.
 
     In a search it takes thousands of steps a second, so layers are used by their forward: a call looks for hooks first,
     which is a fifth of the time of a step with one root, a sixth with 64.
@@ -202,9 +207,7 @@ class VectorNetwork(nn.Module):
 
     def __init__(self, obs_dim: int, num_actions: int, action_dim: int, num_bins: int, units: int):
         super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Linear(obs_dim, units), nn.LayerNorm(units), nn.SiLU(), nn.Linear(units, units)
-        )  # fmt: skip
+        self.encoder = nn.Sequential(nn.Linear(obs_dim, units), nn.LayerNorm(units), nn.SiLU(), nn.Linear(units, units))
         # an Embedding is a linear layer on the one-hot action
         self.action = nn.Linear(action_dim, units) if action_dim else nn.Embedding(num_actions, units)
         self.dynamics_in = nn.Linear(units, units)
@@ -231,99 +234,28 @@ class VectorNetwork(nn.Module):
         return self.policy_value.forward(latent).split(self.outputs, -1)
 
 
-def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    """Convolution and group norm of one group, which knows no batch (deviation 3: no batch norm)."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(layer, nn.GroupNorm(1, out_channels))
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
-
-
-class ConvNetwork(nn.Module):
-    """The same for images and grids; the latent state is (B, C, h, w): 6 x 6 for images, the grid or board itself."""
-
-    def __init__(self, obs_shape: tuple, action_planes: torch.Tensor, num_bins: int, channels: int, num_blocks: int):
-        super().__init__()
-        num_actions, num_planes, height, width = action_planes.shape
-        self.register_buffer("action_planes", action_planes.clone())
-        self.image = len(obs_shape) == 4  # (4, 96, 96, 3)
-
-        def blocks() -> list[nn.Module]:
-            return [ResidualBlock(channels) for _ in range(num_blocks)]
-
-        def head() -> nn.Sequential:
-            reduced = conv(channels, 16, 1), nn.ReLU(), nn.Flatten()
-            return nn.Sequential(*reduced, nn.Linear(16 * height * width, 64), nn.ReLU())
-
-        if self.image:  # deviation 7: four frames, no actions
-            half = channels // 2
-            self.encoder = nn.Sequential(
-                conv(obs_shape[0] * obs_shape[3], half, stride=2), nn.ReLU(), ResidualBlock(half),  # 48 x 48
-                conv(half, channels, stride=2), nn.ReLU(), *blocks(),  # 24 x 24
-                nn.AvgPool2d(2), *blocks(),  # 12 x 12
-                nn.AvgPool2d(2), *blocks(),  # 6 x 6
-            )  # fmt: skip
-        else:
-            self.encoder = nn.Sequential(conv(obs_shape[0], channels), nn.ReLU(), *blocks())
-        self.dynamics_in = conv(channels + num_planes, channels)
-        self.dynamics_blocks = nn.Sequential(*blocks())
-        self.reward_head, self.head = head(), head()
-        self.reward, self.policy_value = nn.Linear(64, num_bins), nn.Linear(64, num_actions + num_bins)
-        self.latent_size, self.outputs = channels * height * width, (num_actions, num_bins)
-
-    def represent(self, obs: torch.Tensor) -> torch.Tensor:
-        """Frames (B, 4, H, W, 3) of uint8, or grids (B, C, h, w) -> latent state."""
-        if self.image:
-            obs = obs.movedim(-1, 2).flatten(1, 2).float() / 255
-        return scale_latent(self.encoder(obs))
-
-    def dynamics(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next latent state and reward logits (B, bins)."""
-        x = self.dynamics_in(torch.cat([latent, self.action_planes[action]], 1))
-        latent = scale_latent(self.dynamics_blocks(F.relu(x + latent)))
-        return latent, self.reward(self.reward_head(latent))
-
-    def predict(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Policy logits (B, A) and value logits (B, bins)."""
-        return self.policy_value(self.head(latent)).split(self.outputs, -1)
-
-
 class Agent(nn.Module):
-    """The networks, and what the search sees of them: numbers instead of distributions."""
+    """The networks, and what the search sees of them: numbers instead of distributions.
 
-    def __init__(self, envs, args: Args):
+    Actions are num_actions discrete ones, or as many candidates of action_dim numbers.
+    """
+
+    def __init__(self, network: nn.Module, num_actions: int, action_dim: int, args: Args):
         super().__init__()
-        shape, num_bins = envs.single_observation_space.shape, 2 * args.support_size + 1
-        num_actions, self.action_dim = action_sizes(envs, args)
-        if len(shape) == 1:
-            self.network = VectorNetwork(shape[0], num_actions, self.action_dim, num_bins, args.hidden_size)
-        else:
-            size = (6, 6) if len(shape) == 4 else shape[1:]  # of the latent state: images, grids
-            one_hot = torch.eye(num_actions)[:, :, None, None].expand(-1, -1, *size)  # a plane for each action
-            planes = getattr(envs, "action_planes", one_hot)  # on a board: where the move is made
-            self.network = ConvNetwork(shape, planes, num_bins, args.hidden_size, args.num_blocks)
-        for layer in (self.network.reward, self.network.policy_value):  # deviation 3: policy uniform, value 0 at first
+        self.network, self.num_actions, self.action_dim = network, num_actions, action_dim
+        self.num_narrow = num_actions - int(num_actions * WIDE_SHARE)  # candidates of a root that are not WIDE
+        for layer in (network.reward, network.policy_value):  # deviation 3: policy uniform, value 0 at first
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         bins = torch.arange(-args.support_size, args.support_size + 1.0)
         self.register_buffer("bins", bins, persistent=False)  # of distributions, see transform
-        self.num_actions = num_actions
         nodes, weights = np.polynomial.hermite_e.hermegauss(32)
         quadrature = torch.tensor(np.stack([nodes, weights / weights.sum()]), dtype=torch.float32)
         self.register_buffer("quadrature", quadrature, persistent=False)  # see entropy
         if args.consistency_scale:
-            n, units = self.network.latent_size, args.hidden_size
-            layers = (
-                (nn.Flatten(), nn.Linear(n, units), nn.LayerNorm(units), nn.SiLU(), nn.Linear(units, n)) for _ in "pq"
-            )
-            self.projector, self.predictor = (nn.Sequential(*those) for those in layers)
+            n, units = network.latent_size, args.hidden_size
+            layers = [[nn.Linear(n, units), nn.LayerNorm(units), nn.SiLU(), nn.Linear(units, n)] for _ in range(2)]
+            self.projector, self.predictor = (nn.Sequential(nn.Flatten(), *those) for those in layers)
 
     def initial(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latent state, policy (B, A) and value (B,) of observations (B, ...): s = h(o); p, v = f(s)."""
@@ -366,7 +298,7 @@ def action_sizes(envs, args: Args) -> tuple[int, int]:
 
 
 def gaussian(policy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation (..., D) of u from the network's (..., 2 D): |mu| < 5, sigma > 0.1, 0 and 1.4 at first."""
+    """Mean and deviation (..., D) of u, 0 and 1.4 at first, from the network's (..., 2 D) (deviation 13: bounds)."""
     mu, sigma = policy.chunk(2, -1)
     return 5 * torch.tanh(mu / 5), F.softplus(sigma + 1) + 0.1
 
@@ -494,14 +426,9 @@ def make_targets(rows: dict[str, torch.Tensor], unroll_steps: int, td_steps: int
     }
 
 
-def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """- sum of target log softmax(logits) over the last of (..., n), in nats (...)."""
-    return -(target * logits.log_softmax(-1)).sum(-1)
-
-
-def policy_cross_entropy(policy: torch.Tensor, target: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """- sum over a of target(a) log pi(a), nats (...): over all A actions (D = 0), or over candidates u (..., K, D)."""
-    log_pi = log_density(policy, candidates) if candidates.shape[-1] else policy.log_softmax(-1)
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor, u: torch.Tensor | None = None) -> torch.Tensor:
+    """- sum of target log pi, nats (...): pi = softmax(logits) (..., n), or the density at u (..., K, D)."""
+    log_pi = log_density(logits, u) if u is not None and u.shape[-1] else logits.log_softmax(-1)
     return -(target * log_pi).sum(-1)
 
 
@@ -511,7 +438,7 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     Mean over the batch of w times the sum over k of CE(p_k, pi_k) + value_scale CE(v_k, z_k) + CE(r_k, u_k): what the
     model predicts after k steps against policies pi, returns z and rewards u. Terms at k = 0, where no reward is
     predicted, count once, those of the K steps 1/K each; weights w (B,) are the importance weights.
-    Continuous actions: - entropy_scale H(p_k). Consistency: - consistency_scale cos(q(p(s_k)), p(h(o_k))), k >= 1.
+    Deviation 14: - entropy_scale H(p_k), continuous actions; - consistency_scale cos(q(p(s_k)), p(h(o_k))), k >= 1.
     """
     latents, reward_logits = [agent.network.represent(obs)], []
     for action in actions:
@@ -523,7 +450,7 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     shape = len(latents), len(weights)
     logits, value_logits = logits.unflatten(0, shape), value_logits.unflatten(0, shape)
     returns, rewards = two_hot(targets["returns"], args.support_size), two_hot(targets["rewards"], args.support_size)
-    policy_terms = policy_cross_entropy(logits, targets["policies"], targets["candidates"]) * targets["policy_mask"]
+    policy_terms = cross_entropy(logits, targets["policies"], targets["candidates"]) * targets["policy_mask"]
     value_terms = cross_entropy(value_logits, returns) * targets["value_mask"]  # (K + 1, B)
     reward_terms = cross_entropy(torch.stack(reward_logits), rewards) * targets["reward_mask"]  # (K, B)
     scale = torch.full((len(latents), 1), 1 / len(actions), device=weights.device)
@@ -539,7 +466,7 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     if agent.action_dim:
         entropies = entropy(logits, agent.quadrature) * targets["policy_mask"]  # (K + 1, B)
         loss = loss - args.entropy_scale * total(entropies)
-        sigma, wide = gaussian(logits[0])[1], targets["policies"][0, :, num_narrow(agent.num_actions) :]
+        sigma, wide = gaussian(logits[0])[1], targets["policies"][0, :, agent.num_narrow :]
         metrics |= {"entropy": entropies[0].mean(), "sigma": sigma.mean(), "wide_share": wide.sum(-1).mean()}
     if args.consistency_scale:
         with torch.no_grad():
@@ -832,15 +759,10 @@ def act(agent: Agent, obs, legal, noise, temperature, args, step_fn=recurrent, d
     return result._replace(action=candidates[rows, result.action].tanh(), candidates=candidates)
 
 
-def num_narrow(num_candidates: int) -> int:
-    """How many of a root's K candidates, the first of them, are drawn from the policy itself, not WIDE."""
-    return num_candidates - int(num_candidates * WIDE_SHARE)
-
-
 def draw_candidates(agent: Agent, batch: int, args: Args, generator: torch.Generator, greedy=False) -> tuple:
     """What candidates of a search are made of, (S + 1, B, K, D), and logits of the root's prior (B, K).
 
-    The last of a root's candidates have WIDE sigma. Greedily none has, and the first is the mode of the policy.
+    The last of a root's candidates have WIDE sigma (deviation 13). Greedily none has, and the first is the mode.
     Discrete actions: nothing.
     """
     if not agent.action_dim:
@@ -850,7 +772,7 @@ def draw_candidates(agent: Agent, batch: int, args: Args, generator: torch.Gener
     if greedy:
         noise[0, :, 0] = 0
         return noise, torch.zeros(shape[1:3], device=noise.device)
-    noise[0, :, num_narrow(agent.num_actions) :] *= WIDE
+    noise[0, :, agent.num_narrow :] *= WIDE
     return noise, candidate_logits(noise[0], WIDE_SHARE)
 
 
@@ -1054,7 +976,7 @@ class ReplayBuffer:
         return {name: column[index, envs] for name, column in self.data.items() if name not in ("obs", "age")}
 
     def observations(self, slots: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
-        """Copies (*slots.shape, ...), by slots modulo the capacity; frames are stacked, the first of an episode repeated."""
+        """Copies (*slots.shape, ...), slots modulo the capacity; frames stacked, the first of an episode repeated."""
         slots, envs = slots % self.capacity, envs.expand_as(slots)
         if self.stack == 1:
             return self.data["obs"][slots, envs]
@@ -1108,7 +1030,7 @@ def main(args: Args) -> str:
     compile_search()
     run = Run(args, checkpoint)
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
-    agent, rb = Agent(envs, args).to(device), ReplayBuffer(envs, args, device)
+    agent, rb = make_agent(envs, args).to(device), ReplayBuffer(envs, args, device)
     target = deepcopy(agent).requires_grad_(False)
     optimizer = make_optimizer(agent, args)
     counters = {"num_updates": 0}
@@ -1518,6 +1440,84 @@ class ActionRepeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
+def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution and group norm of one group, which knows no batch (deviation 3: no batch norm)."""
+    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(layer, nn.GroupNorm(1, out_channels))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+class ConvNetwork(nn.Module):
+    """VectorNetwork for images and grids; the latent state is (B, C, h, w): 6 x 6, or as large as the grid or board."""
+
+    def __init__(self, obs_shape: tuple, action_planes: torch.Tensor, num_bins: int, channels: int, num_blocks: int):
+        super().__init__()
+        num_actions, num_planes, height, width = action_planes.shape
+        self.register_buffer("action_planes", action_planes.clone())
+        self.image = len(obs_shape) == 4  # (4, 96, 96, 3)
+
+        def blocks() -> list[nn.Module]:
+            return [ResidualBlock(channels) for _ in range(num_blocks)]
+
+        def head() -> nn.Sequential:
+            reduced = conv(channels, 16, 1), nn.ReLU(), nn.Flatten()
+            return nn.Sequential(*reduced, nn.Linear(16 * height * width, 64), nn.ReLU())
+
+        if self.image:  # deviation 7: four frames, no actions
+            half = channels // 2
+            self.encoder = nn.Sequential(
+                conv(obs_shape[0] * obs_shape[3], half, stride=2), nn.ReLU(), ResidualBlock(half),  # 48 x 48
+                conv(half, channels, stride=2), nn.ReLU(), *blocks(),  # 24 x 24
+                nn.AvgPool2d(2), *blocks(),  # 12 x 12
+                nn.AvgPool2d(2), *blocks(),  # 6 x 6
+            )  # fmt: skip
+        else:
+            self.encoder = nn.Sequential(conv(obs_shape[0], channels), nn.ReLU(), *blocks())
+        self.dynamics_in = conv(channels + num_planes, channels)
+        self.dynamics_blocks = nn.Sequential(*blocks())
+        self.reward_head, self.head = head(), head()
+        self.reward, self.policy_value = nn.Linear(64, num_bins), nn.Linear(64, num_actions + num_bins)
+        self.latent_size, self.outputs = channels * height * width, (num_actions, num_bins)
+
+    def represent(self, obs: torch.Tensor) -> torch.Tensor:
+        """Frames (B, 4, H, W, 3) of uint8, or grids (B, C, h, w) -> latent state."""
+        if self.image:
+            obs = obs.movedim(-1, 2).flatten(1, 2).float() / 255
+        return scale_latent(self.encoder(obs))
+
+    def dynamics(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next latent state and reward logits (B, bins)."""
+        x = self.dynamics_in(torch.cat([latent, self.action_planes[action]], 1))
+        latent = scale_latent(self.dynamics_blocks(F.relu(x + latent)))
+        return latent, self.reward(self.reward_head(latent))
+
+    def predict(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Policy logits (B, A) and value logits (B, bins)."""
+        return self.policy_value(self.head(latent)).split(self.outputs, -1)
+
+
+def make_agent(envs, args: Args) -> Agent:
+    """The networks that fit the environments' spaces."""
+    shape, num_bins = envs.single_observation_space.shape, 2 * args.support_size + 1
+    num_actions, action_dim = action_sizes(envs, args)
+    if len(shape) == 1:
+        network = VectorNetwork(shape[0], num_actions, action_dim, num_bins, args.hidden_size)
+    else:
+        size = (6, 6) if len(shape) == 4 else shape[1:]  # of the latent state: images, grids
+        one_hot = torch.eye(num_actions)[:, :, None, None].expand(-1, -1, *size)  # a plane for each action
+        planes = getattr(envs, "action_planes", one_hot)  # on a board: where the move is made
+        network = ConvNetwork(shape, planes, num_bins, args.hidden_size, args.num_blocks)
+    return Agent(network, num_actions, action_dim, args)
+
+
 class BoardGame:
     """N games of m-in-a-row side by side, with the calls of a vector environment that its caller resets.
 
@@ -1703,7 +1703,7 @@ def evaluate_run(args: Args) -> str:
     device, stop = choose_device(args), StopRequest()
     video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
     envs = make_vector_env(args, min(args.eval_episodes, 100), video)
-    agent = Agent(envs, args).to(device)
+    agent = make_agent(envs, args).to(device)
     agent.load_state_dict(checkpoint["parts"]["agent"])
     compile_search()
     pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
@@ -1736,7 +1736,7 @@ def play_against(args: Args) -> str:
     if not args.two_player:
         fail(f"{args.env_id} is no game of two players")
     game = make_vector_env(args, 1)
-    agent = Agent(game, args)
+    agent = make_agent(game, args)
     agent.load_state_dict(checkpoint["parts"]["agent"])
     compile_search()
     obs, infos = game.reset()
@@ -1801,7 +1801,7 @@ def open_loop_errors(agent: Agent, trajectories: list[dict], length: int) -> dic
                 reward, value = (from_distribution(x, agent.bins) for x in (reward_logits, value_logits))
                 sums["reward"][k] += np.abs(reward.cpu().numpy() - track["reward"][k - 1 : k - 1 + starts]).sum()
             policy, u = (torch.as_tensor(track[x][k : k + starts], device=device) for x in ("policy", "candidates"))
-            divergence = torch.xlogy(policy, policy).sum(-1) + policy_cross_entropy(logits, policy, u)
+            divergence = torch.xlogy(policy, policy).sum(-1) + cross_entropy(logits, policy, u)
             sums["policy"][k] += divergence.sum().item()
             sums["value"][k] += np.abs(value.cpu().numpy() - track["realized"][k : k + starts]).sum()
             counts[k] += starts
@@ -2224,7 +2224,7 @@ def check_args(args: Args) -> None:
 def check_memory(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
     """Refuses what the device cannot hold: weights, their copies and moments, the replay, the rows of an update."""
     with torch.device("meta"):  # tensors that have shapes alone
-        agent = Agent(envs, args)
+        agent = make_agent(envs, args)
     replay = sum(column.nbytes for column in ReplayBuffer(envs, args, torch.device("meta")).data.values())
     num_floats = 5 * sum(weight.numel() for weight in agent.parameters())
     num_floats += 4 * args.batch_size * (args.unroll_steps + 1) * (len(agent.bins) + agent.network.latent_size)

@@ -152,7 +152,7 @@ def main(flags: Args) -> None:
     if flags.num_simulations:
         args = replace(args, num_simulations=flags.num_simulations)
     device = torch.device("cpu")
-    agent = muzero.Agent(muzero.BoardGame(args.env_id, 1), args)
+    agent = muzero.make_agent(muzero.BoardGame(args.env_id, 1), args)
     agent.load_state_dict(checkpoint["parts"]["agent"])
     muzero.compile_search()
     result = {"run": flags.run, "step": checkpoint["global_step"], "num_simulations": args.num_simulations}

@@ -78,7 +78,7 @@ def search_speed(batch: int, num_actions: int, args: muzero.Args, step_fn: Calla
     """Simulations per second of `act` from `batch` observations, the network included."""
     device = muzero.choose_device(args)
     torch.manual_seed(0)
-    agent = muzero.Agent(Spaces(num_actions), args).to(device)
+    agent = muzero.make_agent(Spaces(num_actions), args).to(device)
     for layer in (agent.network.reward, agent.network.policy_value):  # a trained network's preferences, not zeros
         torch.nn.init.normal_(layer.weight, std=0.1)
     legal = np.ones((batch, num_actions), bool)
@@ -151,7 +151,7 @@ def update_speed(args: muzero.Args, losses_fn: Callable, stretches: int) -> floa
     """Updates per second at CartPole's settings, sampling included."""
     device = muzero.choose_device(args)
     envs = muzero.make_vector_env(args, args.num_envs)
-    agent = muzero.Agent(envs, args).to(device)
+    agent = muzero.make_agent(envs, args).to(device)
     optimizer, rb = muzero.make_optimizer(agent, args), muzero.ReplayBuffer(envs, args, device)
     rows = {
         "obs": torch.randn(args.num_envs, 4, device=device),

@@ -907,7 +907,7 @@ def test_replay_state_round_trip():
 def vector_agent(action_dim=0, **changes) -> tuple[muzero.Agent, muzero.Args]:
     args = make_args(**{"hidden_size": 16, "support_size": 10} | changes)
     torch.manual_seed(0)
-    agent = muzero.Agent(TinyVector(4, action_dim=action_dim), args)
+    agent = muzero.make_agent(TinyVector(4, action_dim=action_dim), args)
     for parameter in agent.parameters():  # the last layers begin at 0
         torch.nn.init.normal_(parameter, std=0.3)
     return agent, args
@@ -917,7 +917,7 @@ def board_agent(name="tictactoe", **changes) -> tuple[muzero.Agent, muzero.Args,
     args = make_args(**{"env_id": name, "hidden_size": 8, "num_simulations": 8} | changes)
     torch.manual_seed(0)
     game = muzero.BoardGame(name, 4)
-    agent = muzero.Agent(game, args)
+    agent = muzero.make_agent(game, args)
     for parameter in agent.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return agent, args, game
@@ -926,7 +926,7 @@ def board_agent(name="tictactoe", **changes) -> tuple[muzero.Agent, muzero.Args,
 def image_agent() -> tuple[muzero.Agent, muzero.Args]:
     args = make_args(hidden_size=8, support_size=10)
     torch.manual_seed(0)
-    return muzero.Agent(TinyVector(2, (4, 96, 96, 3), dtype=np.uint8), args), args
+    return muzero.make_agent(TinyVector(2, (4, 96, 96, 3), dtype=np.uint8), args), args
 
 
 def observations(kind: str, count: int) -> torch.Tensor:
@@ -988,7 +988,7 @@ def test_an_untrained_agent_knows_nothing():
         (TinyVector(2), make_args()),
         (muzero.BoardGame("connect_four", 2), make_args(env_id="connect_four")),
     ):
-        agent = muzero.Agent(envs, args)
+        agent = muzero.make_agent(envs, args)
         obs = torch.rand(2, *envs.single_observation_space.shape)
         latent, logits, value = agent.initial(obs)
         reward, _, _ = muzero.decode(muzero.recurrent(agent, latent, torch.zeros(2, dtype=torch.long))[1])
@@ -1169,7 +1169,7 @@ def test_policy_loss_by_hand():
     """w = (.1 .2 .6 .1): value and gradients; it is least at the weighted mean and deviation of u."""
     u, w = torch.atanh(torch.tensor([0.2, -0.5, 0.5, 0.9], dtype=F64))[:, None], torch.tensor([0.1, 0.2, 0.6, 0.1])
     mu, sigma = (torch.tensor([x], dtype=F64, requires_grad=True) for x in (0.3, 0.5))
-    loss = muzero.policy_cross_entropy(policy_of(mu, sigma), w, u)
+    loss = muzero.cross_entropy(policy_of(mu, sigma), w, u)
     assert loss.item() == pytest.approx(0.465315, abs=1e-6)
     gradients = torch.autograd.grad(loss, (mu, sigma))
     assert [x.item() for x in gradients] == pytest.approx([-0.348871, -0.559298], abs=1e-5)
@@ -1177,7 +1177,7 @@ def test_policy_loss_by_hand():
     deviation = (w[:, None] * (u - mean) ** 2).sum(0).sqrt()
     assert (mean.item(), deviation.item()) == pytest.approx((0.387218, 0.558843), abs=1e-6)
     mu, sigma = mean.clone().requires_grad_(), deviation.clone().requires_grad_()
-    gradients = torch.autograd.grad(muzero.policy_cross_entropy(policy_of(mu, sigma), w, u), (mu, sigma))
+    gradients = torch.autograd.grad(muzero.cross_entropy(policy_of(mu, sigma), w, u), (mu, sigma))
     assert [x.item() for x in gradients] == pytest.approx([0, 0], abs=1e-6)
 
 
@@ -1292,7 +1292,7 @@ def test_search_and_loss_find_the_best_action_of_a_bandit():
         root = torch.zeros(B, 1), muzero.candidate_logits(noise, 0.5), zero
         gumbel = torch.from_numpy(muzero.draw_noise(np.ones((B, K), bool), args, rng))
         result = gumbel_search(model, root, torch.ones(B, K, dtype=torch.bool), gumbel, args)
-        loss = muzero.policy_cross_entropy(policy.expand(B, -1), result.policy, u).mean()
+        loss = muzero.cross_entropy(policy.expand(B, -1), result.policy, u).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1834,7 +1834,7 @@ def test_grids_are_seen_by_the_board_network():
     obs, _ = env.reset()
     assert obs.shape == env.observation_space.shape == (4, 10, 8) and obs.dtype == np.float32
     envs = TinyVector(1, (4, 10, 8))
-    agent = muzero.Agent(envs, make_args(hidden_size=8, consistency_scale=1.0))
+    agent = muzero.make_agent(envs, make_args(hidden_size=8, consistency_scale=1.0))
     latent, logits, _ = agent.initial(torch.from_numpy(obs)[None])
     assert latent.shape == (1, 8, 10, 8) and logits.shape == (1, 3)
     assert agent.network.action_planes.shape == (3, 3, 10, 8) and agent.projector(latent).shape == (1, 640)
@@ -1931,7 +1931,7 @@ def test_any_game_in_a_row_has_the_settings_of_a_board(monkeypatch):
     args = make_args(env_id="five")
     assert (args.two_player, args.discount, args.support_size, args.bootstrap) == (True, -1.0, 1, "search")
     muzero.check_args(args)
-    assert muzero.Agent(muzero.make_vector_env(args, 2), args).num_actions == 25
+    assert muzero.make_agent(muzero.make_vector_env(args, 2), args).num_actions == 25
 
 
 # === Settings and speed flags ===
@@ -1994,7 +1994,7 @@ def test_compiled_equals_eager():
 def test_captured_model_equals_eager(search, action_dim):
     """Searches of two sizes in turn, with new inputs and with weights that have changed since the capture."""
     args = make_args(cuda=True, hidden_size=16, search=search, num_simulations=20)
-    agent, rng = muzero.Agent(TinyVector(4, action_dim=action_dim), args).cuda(), np.random.default_rng(0)
+    agent, rng = muzero.make_agent(TinyVector(4, action_dim=action_dim), args).cuda(), np.random.default_rng(0)
     graphed, generator = muzero.GraphedModel(muzero.recurrent), torch.Generator("cuda").manual_seed(0)
     for B in (4, 2, 4, 2, 4):
         legal, obs = np.ones((B, agent.num_actions), bool), rng.normal(size=(B, 2)).astype(np.float32)
@@ -2080,7 +2080,7 @@ def test_tic_tac_toe_is_a_draw(boards):
 def test_perfect_player_never_loses(boards):
     """Against random play, from both seats: an agent that knows nothing wins no game."""
     _, args, _ = board_agent(eval_episodes=40, num_simulations=2)
-    agent = muzero.Agent(muzero.BoardGame("tictactoe", 1), args)
+    agent = muzero.make_agent(muzero.BoardGame("tictactoe", 1), args)
     game = muzero.BoardGame("tictactoe", 40)
     returns, _ = muzero.evaluate(agent, game, args, CPU, never, opponent=boards.perfect_player)
     assert returns.max() <= 0 and returns.mean() < -0.5
@@ -2090,7 +2090,7 @@ def test_perfect_player_never_loses(boards):
 def test_mcts_player_beats_an_agent_that_knows_nothing(boards, name):
     pytest.importorskip("pyspiel", reason="OpenSpiel is not installed")
     args = make_args(env_id=name, eval_episodes=6, num_simulations=2, hidden_size=8, num_blocks=1)
-    agent = muzero.Agent(muzero.BoardGame(name, 1), args)
+    agent = muzero.make_agent(muzero.BoardGame(name, 1), args)
     game = muzero.BoardGame(name, 3)
     player = boards.MCTSPlayer(name, 100)
     returns, _ = muzero.evaluate(agent, game, args, CPU, never, opponent=player)
@@ -2152,7 +2152,7 @@ def test_muzero_logs_everything_and_moves_all_parameters(kind):
     assert state["global_step"] == args.total_timesteps
     assert saved["counters"]["num_updates"] == muzero.updates_due(args.total_timesteps, args) > 0
     torch.manual_seed(args.seed)
-    untrained = muzero.Agent(muzero.make_vector_env(args, 1), args).state_dict()
+    untrained = muzero.make_agent(muzero.make_vector_env(args, 1), args).state_dict()
     assert untrained.keys() == saved["agent"].keys() == saved["target"].keys()
     still = [name for name, tensor in untrained.items() if torch.equal(tensor, saved["agent"][name])]
     assert set(still) <= {"network.action_planes"}
