@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command behind docs/muzero.md, from the repository root: bash benchmark/muzero.sh cartpole|boards|atari|speed
+# Every command behind docs/muzero.md, from the repository root: bash benchmark/muzero.sh cartpole|pendulum|swingup|boards|atari|speed
 set -euo pipefail
 
 cartpole() { # 40K steps, evaluated over 100 episodes every 10K: minutes on one core for each seed
@@ -7,6 +7,20 @@ cartpole() { # 40K steps, evaluated over 100 episodes every 10K: minutes on one 
     python muzero.py --seed "$seed" --eval-episodes 100
   done
   python benchmark/curves.py docs/muzero_cartpole.png runs/CartPole-v1__muzero__*
+}
+
+pendulum() { # continuous actions; 10K steps are minutes on one core for each seed
+  for seed in 1 2 3; do
+    python muzero.py --env-id Pendulum-v1 --seed "$seed" --eval-episodes 100
+  done
+  python benchmark/export.py results/muzero/Pendulum-v1.csv "muzero.py --env-id Pendulum-v1" runs/Pendulum-v1__muzero__*
+}
+
+swingup() { # dm_control from state, 100K steps: hours on one core for each seed
+  for seed in 1 2 3; do
+    python muzero.py --env-id cartpole-swingup --seed "$seed"
+  done
+  python benchmark/export.py results/muzero/cartpole-swingup.csv "muzero.py --env-id cartpole-swingup" runs/cartpole-swingup__muzero__*
 }
 
 boards() { # self-play, then random, perfect and MCTS players from both seats, and every reply in tic-tac-toe
@@ -34,6 +48,8 @@ speed() {
 
 case "${1:-}" in
   cartpole) cartpole ;;
+  pendulum) pendulum ;;
+  swingup) swingup ;;
   boards) boards ;;
   atari) atari ;;
   speed) speed ;;
