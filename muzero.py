@@ -996,10 +996,10 @@ class ReplayBuffer:
         return rows | {"slots": slots, "envs": envs, "weights": weights / weights.amax()}
 
     def state_dict(self) -> dict:
-        """The filled part; through NumPy, because torch would save the whole storage behind a slice."""
+        """The filled part, cloned: torch would save the whole storage behind a slice."""
         filled = min(int(self.ends.max()), self.capacity)
         tensors = self.data | {"priority": self.priority}
-        data = {name: torch.from_numpy(tensor[:filled].cpu().numpy().copy()) for name, tensor in tensors.items()}
+        data = {name: tensor[:filled].cpu().clone() for name, tensor in tensors.items()}
         return {"data": data, "ends": self.ends.tolist(), "ready": self.ready.tolist()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -1556,13 +1556,10 @@ class BoardGame:
         empty = self.stones.sum(1) == 0
         return (empty[:, : self.shape[1]] if self.gravity else empty).numpy()
 
-    def _masks(self) -> dict:
-        """Legal moves as a vector environment of Gymnasium's hands them out."""
-        return {"action_mask": self.legal, "_action_mask": np.ones(self.num_envs, bool)}
-
-    def observe(self) -> np.ndarray:
-        """The stones as the network sees them, (N, 2, R, C); a copy."""
-        return self.stones.view(self.num_envs, 2, *self.shape).numpy().copy()
+    def observe(self) -> tuple[np.ndarray, dict]:
+        """The stones as the network sees them, (N, 2, R, C), and masks of actions as Gymnasium hands them out."""
+        masks = {"action_mask": self.legal, "_action_mask": np.ones(self.num_envs, bool)}
+        return self.stones.view(self.num_envs, 2, *self.shape).numpy().copy(), masks
 
     def __str__(self) -> str:
         """The first of the games, X begins; with the numbers of the moves that are left."""
@@ -1584,7 +1581,7 @@ class BoardGame:
             for i in range(self.opening_moves):
                 games = np.flatnonzero(counts > i)
                 self._place(games, random_player(self, games, rng))
-        return self.observe(), self._masks()
+        return self.observe()
 
     def step(self, actions: np.ndarray):
         """Places a stone on each board and turns it to the other player; actions (N,) must be legal."""
@@ -1592,9 +1589,9 @@ class BoardGame:
         terminations = wins | (self.moves == self.stones.shape[2])
         results = torch.where(wins, self.moves % 2 * 2.0 - 1, 0.0)  # the first player makes the odd moves
         # deviation 5, a reward on a board: the mover's, with the winning move
-        infos = self._masks() | {"episode": {"r": results.numpy(), "l": self.moves.numpy().copy()}}
-        never = np.zeros(self.num_envs, bool)
-        return self.observe(), wins.float().numpy(), terminations.numpy(), never, infos
+        (obs, infos), never = self.observe(), np.zeros(self.num_envs, bool)
+        infos |= {"episode": {"r": results.numpy(), "l": self.moves.numpy().copy()}}
+        return obs, wins.float().numpy(), terminations.numpy(), never, infos
 
     def _place(self, games: np.ndarray, actions: np.ndarray) -> torch.Tensor:
         """Makes a move in each of these games (M,); returns for each whether the move won it."""
@@ -1634,25 +1631,21 @@ def evaluate(agent, envs, args: Args, device, tick: Callable, step_fn=recurrent,
     generator = torch.Generator(device).manual_seed(args.seed)
     quota = args.eval_episodes // N + (np.arange(N) < args.eval_episodes % N)  # by environment: short ones do not win
     returns, trajectories = [], {}
-    searched = ["action", "policy", "candidates", "value", "depth"]
-    columns = ["obs", "reward", *searched]
-    tracks = {i: {name: [] for name in columns} for i in range(min(N, 10))}  # of the first episodes, while they last
+    searched = "action", "policy", "candidates", "value", "depth"
+    tracks = {i: {name: [] for name in ("obs", "reward", *searched)} for i in range(min(N, 10))}  # first episodes
     dones, seat, legal = np.ones(N, bool), np.arange(N) % 2, np.ones((N, agent.num_actions), bool)
     lengths, sums = np.zeros((2, N))
     while quota.any() and not tick(f"evaluating, {len(returns)} of {args.eval_episodes}"):
         if dones.any():
             obs, infos = envs.reset(seed=rng.integers(2**31, size=N).tolist(), options={"reset_mask": dones})
             legal, lengths[dones], sums[dones] = legal_actions(infos, legal), 0, 0
-        draws, inputs = (
-            draw_candidates(agent, N, args, generator, greedy=True),
-            (torch.as_tensor(x) for x in (obs, legal)),
-        )
-        result = act(agent, *(x.to(device) for x in inputs), None, None, args, step_fn, draws)
-        row = {name: getattr(result, name).cpu().numpy() for name in searched}
+        draws = draw_candidates(agent, N, args, generator, greedy=True)
+        inputs = (torch.as_tensor(x, device=device) for x in (obs, legal))
+        result = act(agent, *inputs, None, None, args, step_fn, draws)
+        row = {name: getattr(result, name).cpu().numpy() for name in searched} | {"obs": obs}
         if opponent:
             theirs = np.flatnonzero(np.asarray(envs.moves) % 2 != seat)
             row["action"][theirs] = opponent(envs, theirs, rng)
-        row["obs"] = obs
         obs, row["reward"], terminations, truncations, infos = envs.step(row["action"])
         lengths, sums, legal = lengths + 1, sums + row["reward"], legal_actions(infos, legal)
         dones = terminations | truncations | (lengths >= longest)
@@ -1695,6 +1688,14 @@ def evaluate_and_log(agent: Agent, envs, run: Run, step_fn: Callable):
     return None
 
 
+def load_agent(envs, args: Args, checkpoint: dict) -> Agent:
+    """The agent of a checkpoint, and its search."""
+    agent = make_agent(envs, args)
+    agent.load_state_dict(checkpoint["parts"]["agent"])
+    compile_search()
+    return agent
+
+
 def evaluate_run(args: Args) -> str:
     """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
     checkpoint = load_checkpoint(args.evaluate, args)
@@ -1703,15 +1704,9 @@ def evaluate_run(args: Args) -> str:
     device, stop = choose_device(args), StopRequest()
     video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
     envs = make_vector_env(args, min(args.eval_episodes, 100), video)
-    agent = make_agent(envs, args).to(device)
-    agent.load_state_dict(checkpoint["parts"]["agent"])
-    compile_search()
+    agent, opponent = load_agent(envs, args, checkpoint).to(device), random_player if args.two_player else None
     pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}
-    opponent, bar = (
-        random_player if args.two_player else None,
-        Bar(bar_format="{desc} [{elapsed}]", leave=False, **pace),
-    )
-    Bar.stop = stop
+    Bar.stop, bar = stop, Bar(bar_format="{desc} [{elapsed}]", leave=False, **pace)
 
     def tick(doing: str) -> bool:
         bar.set_description_str(doing, refresh=False)
@@ -1729,16 +1724,12 @@ def evaluate_run(args: Args) -> str:
 def play_against(args: Args) -> str:
     """A board game in the terminal against the agent of a run folder, whose searches show their visits."""
     checkpoint = load_checkpoint(args.play, args)
-    args = replace(
-        Args(**checkpoint["args"]), play=args.play,
-        num_simulations=args.num_simulations or checkpoint["args"]["num_simulations"],
-    )  # fmt: skip
+    saved = Args(**checkpoint["args"])
+    args = replace(saved, num_simulations=args.num_simulations or saved.num_simulations, play=args.play)
     if not args.two_player:
         fail(f"{args.env_id} is no game of two players")
     game = make_vector_env(args, 1)
-    agent = make_agent(game, args)
-    agent.load_state_dict(checkpoint["parts"]["agent"])
-    compile_search()
+    agent = load_agent(game, args, checkpoint)
     obs, infos = game.reset()
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         begins = input("Do you begin (y/n)? ").strip().lower() == "y"
@@ -1816,12 +1807,9 @@ def log_diagnostics(agent, trajectories: list[dict], run: Run) -> None:
         for k in {0, 1, args.unroll_steps, 2 * args.unroll_steps}:
             if k < len(error) and not (name == "reward" and k == 0):
                 run.log({f"open_loop/{name}_error_{k}": error[k]})
-    value, realized, depth = (
-        np.concatenate([t[name] for t in trajectories]) for name in ("value", "realized", "depth")
-    )
-    run.log({"search/root_value_error": np.abs(value - realized).mean()})
-    run.log({"search/root_value_bias": (value - realized).mean()})
-    run.log({"search/depth": depth.mean()})
+    bias = np.concatenate([track["value"] - track["realized"] for track in trajectories])
+    run.log({"search/root_value_error": np.abs(bias).mean(), "search/root_value_bias": bias.mean()})
+    run.log({"search/depth": np.concatenate([track["depth"] for track in trajectories]).mean()})
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3), layout="constrained")

@@ -179,7 +179,7 @@ def main(flags: Args) -> None:
     if args.env_id == "tictactoe":
 
         def choose(game: muzero.BoardGame) -> np.ndarray:
-            inputs = torch.from_numpy(game.observe()), torch.from_numpy(game.legal), None, None
+            inputs = torch.from_numpy(game.observe()[0]), torch.from_numpy(game.legal), None, None
             return muzero.act(agent, *inputs, args).action.numpy()
 
         result["walk"] = {seat: walk(choose, i) for i, seat in enumerate(("first", "second"))}
