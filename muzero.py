@@ -12,7 +12,7 @@ At every environment step
   act            a search from the latent state of the observation, S (num_simulations) times: select (down the tree),
                  recurrent (a step of the model), expand_and_backup (a new node, and up again); its action is played
   add            the replay keeps observation, action and reward, and what the search found: its policy and root value
-and for each of the updates that are due
+and for each of the updates that are due (learn)
   sample         sequences of K (unroll_steps) + n (td_steps) steps, uniformly or by priority
   bootstrap_now  the values that their returns end in, by the target network as it is now (reanalyze: also policies)
   update         make_targets: the search's policies, n-step returns, rewards; compute_losses: the model unrolled K
@@ -136,7 +136,7 @@ class Args:
     # Replay and updates
     buffer_size: Count | None = None  # environment steps that the replay buffer holds; default by task
     learning_starts: Natural = 1_000  # environment steps before the first update
-    replay_ratio: Amount | None = None  # updates per environment step; default by task
+    replay_ratio: Positive | None = None  # updates per environment step; default by task
     batch_size: Size | None = None  # sequences per update (B); default by task
     unroll_steps: Few = 5  # steps that the model is unrolled in an update (K)
     td_steps: Size | None = None  # rewards in a return before it is bootstrapped (n); default by task
@@ -2193,12 +2193,13 @@ class Run:
 def check_args(args: Args) -> None:
     """Refuses what cannot work, in one line."""
     check_bounds(args)
-    if args.learning_starts > (most := min(args.total_timesteps, args.buffer_size)):
-        fail(f"--learning-starts {args.learning_starts} must be within --total-timesteps and --buffer-size, {most}")
-    rows = 2 * (args.unroll_steps + args.td_steps + 1) * args.num_envs * args.action_repeat
+    steps = args.num_envs * args.action_repeat
+    rows = 2 * (args.unroll_steps + args.td_steps + 1) * steps
     if args.buffer_size < rows:
         fail(f"--buffer-size {args.buffer_size} is too small: {args.num_envs} environments with --unroll-steps and "
              f"--td-steps need {rows}")  # fmt: skip
+    if args.learning_starts > (most := min(args.total_timesteps, args.buffer_size // steps * steps)):
+        fail(f"--learning-starts {args.learning_starts} must be within --total-timesteps and --buffer-size, {most}")
     game = BOARD_GAMES.get(args.env_id, (0, 0, 1))
     most = math.inf if callable(game) else 2 * game[2] - 2  # one more could win
     if args.opening_moves > most:

@@ -554,6 +554,9 @@ BAD_GAMES = {
     "learning rate": ({"learning_rate": -1e-3}, "--learning-rate"),
     "share": ({"reanalyze_ratio": 1.1}, "--reanalyze-ratio"),
     "noise": ({"dirichlet_alpha": 0.0}, "--dirichlet-alpha"),
+    "no updates": ({"replay_ratio": 0.0}, "--replay-ratio must be at least"),
+    "late start": ({"learning_starts": 10**6}, "--learning-starts 1000000 must be within --total-timesteps"),
+    "large networks": ({"hidden_size": 2**16, "batch_size": 2**16, "num_simulations": 2**16}, "do not fit"),
     "cudagraphs": ({"cudagraphs": True}, "GPU"),
 }
 
