@@ -130,7 +130,7 @@ def test_puct_scores_by_hand(num_simulations):
     u = edges[0, 0]["prior"] * math.sqrt(count) * (1.25 + math.log((count + 19653) / 19652)) / (1 + visits)
     assert qn == pytest.approx(SCORES[num_simulations][0], abs=5e-7)
     assert u.tolist() == pytest.approx(SCORES[num_simulations][1], abs=5e-7)
-    assert muzero.puct_choice(nodes[0, 0], edges[0, 0], low, high, 0.0) == np.argmax(qn + u)
+    assert muzero.puct_choice(nodes[0, 0], edges[0, 0], low, high) == np.argmax(qn + u)
 
 
 TWO_PLAYERS = ((0, 0, 0), (0.4, -0.5, 0.1), -1.0)
@@ -1753,16 +1753,18 @@ def test_realized_returns():
     assert found.tolist() == [1 + 1 + 0.75 + 0.5, 2 + 1.5 + 1, 3 + 2]
 
 
-def test_open_loop_errors_against_a_loop():
+@pytest.mark.parametrize("action_dim", [0, 2])
+def test_open_loop_errors_against_a_loop(action_dim):
     """Start by start and step by step, for two episodes of different lengths."""
-    agent, _ = vector_agent()
+    agent, _ = vector_agent(action_dim)
     rng = np.random.default_rng(0)
     tracks = []
     for T in (4, 9):
+        actions = rng.uniform(-1, 1, (T, 2)).astype(np.float32) if action_dim else rng.integers(3, size=T)
         tracks.append({
-            "obs": rng.normal(size=(min(T, 6), 2)).astype(np.float32), "action": rng.integers(3, size=T),
+            "obs": rng.normal(size=(min(T, 6), 2)).astype(np.float32), "action": actions,
             "reward": rng.normal(size=T), "policy": rng.dirichlet(np.ones(3), size=T).astype(np.float32),
-            "candidates": np.zeros((T, 3, 0), np.float32),
+            "candidates": rng.normal(size=(T, 3, action_dim)).astype(np.float32),
             "realized": rng.normal(size=T).astype(np.float32),
         })  # fmt: skip
     found = muzero.open_loop_errors(agent, tracks, 5)
@@ -1774,14 +1776,20 @@ def test_open_loop_errors_against_a_loop():
                 latent, logits, value = agent.initial(torch.from_numpy(track["obs"][t : t + 1]))
                 for k in range(min(6, T - t)):
                     if k:
-                        action = torch.tensor([track["action"][t + k - 1]])
-                        latent, outputs = muzero.recurrent(agent, latent, action)
-                        reward, logits, value = muzero.decode(outputs)
+                        action = torch.as_tensor(track["action"][t + k - 1 : t + k])
+                        latent, reward_logits = agent.network.dynamics(latent, action)
+                        logits, value_logits = agent.network.predict(latent)
+                        reward, value = (muzero.from_distribution(x, agent.bins) for x in (reward_logits, value_logits))
                         expected["reward"][k].append(abs(reward.item() - track["reward"][t + k - 1]))
                     expected["value"][k].append(abs(value.item() - track["realized"][t + k]))
-                    p = torch.distributions.Categorical(torch.from_numpy(track["policy"][t + k]))
-                    q = torch.distributions.Categorical(logits=logits[0])
-                    expected["policy"][k].append(torch.distributions.kl_divergence(p, q).item())
+                    w, u = (torch.from_numpy(track[name][t + k]).double() for name in ("policy", "candidates"))
+                    if action_dim:
+                        mu, sigma = (x.double() for x in muzero.gaussian(logits[0]))
+                        normal = torch.distributions.Normal(mu, sigma).log_prob(u)
+                        log_pi = (normal - (1 - u.tanh() ** 2).log()).sum(-1)
+                    else:
+                        log_pi = logits[0].double().log_softmax(-1)
+                    expected["policy"][k].append((w * (w.log() - log_pi)).sum().item())
     for name, steps in expected.items():
         for k in range(int(name == "reward"), 6):
             assert found[name][k] == pytest.approx(np.mean(steps[k]), rel=1e-4), (name, k)
