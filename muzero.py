@@ -1023,7 +1023,7 @@ def main(args: Args) -> str:
     if args.evaluate is not None:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
-    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video, masks=True)
+    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video, True)  # masks of actions are obeyed
     envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves)
     check_memory(args, envs)
     check_support(args, envs)
@@ -1059,7 +1059,11 @@ def main(args: Args) -> str:
     size = f"{agent.num_actions} actions, {sum(p.numel() for p in agent.parameters()):,} parameters"
     print(f"{run.folder}: {device}, {size}, {args.search} search")
 
-    while run.goes_on(dones):
+    while True:
+        if run.eval_due(dones):
+            eval_envs = evaluate_and_log(agent, eval_envs, run, step_fn)
+        if not run.goes_on(dones):
+            break
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, infos = envs.reset(seed=seeds, options={"reset_mask": dones})
@@ -1093,8 +1097,6 @@ def main(args: Args) -> str:
                 run.report()
                 if (clipped := run.metrics["losses/clipped_targets"]) > 0:
                     run.say(f"{clipped:.1%} of the targets lie beyond --support-size {args.support_size}")
-        if run.eval_due(dones):
-            eval_envs = evaluate_and_log(agent, eval_envs, run, step_fn)
 
     envs.close()
     if eval_envs is not None:
