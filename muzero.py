@@ -914,13 +914,12 @@ class ReplayBuffer:
         frame = space.shape[1:] if self.stack > 1 else space.shape
         dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
         columns = {
-            "obs": (frame, dtype), "action": ((), torch.long), "reward": ((), torch.float32),
+            "obs": (frame, dtype), "reward": ((), torch.float32),
+            "action": ((action_dim,), torch.float32) if action_dim else ((), torch.long),
             "policy": ((num_actions,), torch.float32), "value": ((), torch.float32),
             "legal": ((num_actions,), torch.bool), "kind": ((), torch.uint8), "age": ((), torch.long),
             "candidates": ((num_actions, action_dim), torch.float32),
         }  # fmt: skip
-        if action_dim:
-            columns["action"] = (action_dim,), torch.float32
         self.data = {
             name: torch.zeros(self.capacity, self.num_envs, *shape, dtype=dtype, device=device)
             for name, (shape, dtype) in columns.items()
