@@ -1430,7 +1430,8 @@ def test_dm_control_by_name():
         ({"cudagraphs": True}, "--cudagraphs needs a GPU"),
     ],
 )
-def test_impossible_settings_are_refused(capsys, changes, message):
+def test_impossible_settings_are_refused(capsys, monkeypatch, changes, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         dhmbpo.main(Args(**changes))
     assert message in capsys.readouterr().err
