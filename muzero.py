@@ -12,7 +12,7 @@ At every environment step
   act            a search from the latent state of the observation, S (num_simulations) times: select (down the tree),
                  recurrent (a step of the model), expand_and_backup (a new node, and up again); its action is played
   add            the replay keeps observation, action and reward, and what the search found: its policy and root value
-and for each of the updates that are due (learn)
+and for each of the updates that are due (learn_once)
   sample         sequences of K (unroll_steps) + n (td_steps) steps, uniformly or by priority
   bootstrap_now  the values that their returns end in, by the target network as it is now (reanalyze: also policies)
   update         make_targets: the search's policies, n-step returns, rewards; compute_losses: the model unrolled K
@@ -875,7 +875,7 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
     return metrics
 
 
-def learn(agent: Agent, target: Agent, optimizer, rb: ReplayBuffer, args: Args, rng: dict, step_fn, losses_fn) -> dict:
+def learn_once(agent: Agent, target: Agent, optimizer, rb: ReplayBuffer, args, rng: dict, step_fn, losses_fn) -> dict:
     """An update on a sampled batch, the first sequences of which are searched and valued anew."""
     num_reanalyzed = math.ceil(args.reanalyze_ratio * args.batch_size)
     num_revalued = args.batch_size if args.bootstrap == "target" else num_reanalyzed  # deviation 8: target network now
@@ -1088,7 +1088,7 @@ def main(args: Args) -> str:
         if rb.ready.any() and len(rb) * args.action_repeat >= args.learning_starts:  # deviation 11: acting waits
             before = counters["num_updates"]
             for _ in range(updates_due(run.step, args) - updates_due(run.step - steps, args)):
-                run.metrics = learn(agent, target, optimizer, rb, args, rng, step_fn, losses_fn)
+                run.metrics = learn_once(agent, target, optimizer, rb, args, rng, step_fn, losses_fn)
                 counters["num_updates"] += 1
                 if counters["num_updates"] % args.target_network_frequency == 0:
                     target.load_state_dict(agent.state_dict())
