@@ -57,7 +57,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def main(bench: Args) -> None:
     if bench.threads:
         torch.set_num_threads(bench.threads)
-    args = dreamer.Args(
+    args = dreamer.with_task_defaults(dreamer.Args(
         batch_size=bench.batch_size,
         batch_length=bench.batch_length,
         cuda=bench.cuda,
