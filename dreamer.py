@@ -310,7 +310,7 @@ class Agent(nn.Module):
 def preprocess(obs: torch.Tensor) -> torch.Tensor:
     """Images (..., H, W, C) uint8 -> (..., C, H, W) in [-0.5, 0.5]; vectors -> symlog: sign(x) ln(1 + |x|)."""
     if obs.dtype == torch.uint8:
-        return obs.movedim(-1, -3).float() / 255 - 0.5  # a view in channels-last order, which is what convolutions like
+        return torch.add(-0.5, obs.movedim(-1, -3), alpha=1 / 255)  # in channels-last order, which convolutions like
     return torch.sign(obs) * torch.log1p(torch.abs(obs))  # deviation 5: vectors
 
 
@@ -388,7 +388,8 @@ def init_weights(module: nn.Module) -> None:
 
 def normal_loss(pred: torch.Tensor, target: torch.Tensor, std: float = 1.0) -> torch.Tensor:
     """Negative log-likelihood under Normal(pred, std), elementwise."""
-    return 0.5 * ((pred - target) / std) ** 2 + math.log(std) + 0.5 * math.log(2 * math.pi)
+    constant = math.log(std) + 0.5 * math.log(2 * math.pi)
+    return F.mse_loss(pred, target, reduction="none") * (0.5 / std**2) + constant  # (pred - target)^2 in one pass
 
 
 def kl_divergence(post_mean, post_std, prior_mean, prior_std) -> torch.Tensor:
@@ -830,9 +831,7 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
-            if (
-                env.spec.max_episode_steps is None
-            ):  # deviation 13: an episode must end to be stored, and to be evaluated
+            if env.spec.max_episode_steps is None:  # deviation 13: only what ends is stored, and evaluated
                 env = gym.wrappers.TimeLimit(env, 27_000 if args.env_id.startswith("ALE/") else 1000)
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), args.action_repeat)
         if pixels:
@@ -867,7 +866,7 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         rounded = np.rint if np.issubdtype(action.dtype, np.integer) else np.asarray
 
         def rescale(a: np.ndarray) -> np.ndarray:
-            wanted = np.clip(left + (a + 1) / 2 * (right - left), low, high)
+            wanted = np.clip(left + (a.astype(float) + 1) / 2 * (right - left), low, high)
             return rounded(wanted).astype(action.dtype).reshape(action.shape)
 
         env = gym.wrappers.TransformAction(env, rescale, gym.spaces.Box(-1, 1, low.shape, np.float32))

@@ -1,6 +1,6 @@
 """Three ways to draw sequences from dreamer.py's replay, compared where episodes differ in length.
 
-python benchmark/dreamer_replay.py episodes|ends|entries <flags of dreamer.py>   one run; all: benchmark/dreamer.sh replay
+python benchmark/dreamer_replay.py episodes|ends|entries <flags of dreamer.py>    one run; all: dreamer.sh replay
 python benchmark/dreamer_replay.py table runs/*                                  mean and best evaluation of each run
   episodes   an episode uniformly, then a start in it uniformly
   ends       an episode uniformly, then min(uniform over its entries, last start): the reference's `dataset_balance`
