@@ -105,9 +105,7 @@ class Args:
     cnn_depth: int | None = None  # channels of the first convolution; the others are multiples of it
     stoch_size: int = 30  # size of the stochastic part of the latent state
     deter_size: int = 200  # size of the deterministic part of the latent state and of the RSSM's hidden layers
-    dense_size: int | None = (
-        None  # units per hidden layer of reward, continuation, value, actor and of vector observations
-    )
+    dense_size: int | None = None  # units per hidden layer of reward, continuation, value, actor, vector observations
 
     # world model
     free_nats: float = 3.0  # nats of KL between posterior and prior, averaged over the batch, that cost nothing
