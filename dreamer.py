@@ -1692,12 +1692,12 @@ def announce(agent: Agent, rb: ReplayBuffer, renderer: str, run: "Run") -> None:
         losses["model"].item()  # host sync
         agent.zero_grad()
         seconds = time.perf_counter() - start
-    done, total = updates_due(run.step, args), args.total_timesteps
-    steps = [step for step in (100_000, 500_000, total) if run.step < step <= total]
-    hours = [
-        f"{step / 1000:.0f}K steps after {seconds * (updates_due(step, args) - done) / 3600:.1f} h" for step in steps
-    ]
-    run.say(f"size {args.size} on {device}, an update takes {seconds:.3f} s; updates alone: {', '.join(hours)}")
+    line, total = f"size {args.size} on {device}, an update takes {seconds:.3f} s", args.total_timesteps
+    for step in sorted({100_000, 500_000, total}):
+        if run.step < step <= total:
+            hours = seconds * (updates_due(step, args) - updates_due(run.step, args)) / 3600
+            line += f"; {step / 1000:.0f}K steps: {hours:.1f} h of updates"
+    run.say(line)
     published = re.search(rf"\b{args.env_id.replace('_', '-')} (\d+) (\d+)", PUBLISHED)
     if published and args.obs_mode == "pixels":
         run.say("published at full size: {} at 105K, {} at 505K steps".format(*published.groups()))
