@@ -1635,7 +1635,8 @@ ACTIONS = {
     "bounded": (gym.spaces.Box(np.float32([0, -2]), np.float32([10, 6])), [[10, 2], [0, 6], [5, 2]]),
     "half-bounded": (gym.spaces.Box(np.float32([0, -INF]), np.float32([INF, 0.5])), [[1, 0], [0, 0.5], [0, 0]]),
     "float's largest": (gym.spaces.Box(-3e38, 3e38, (2,), np.float32), [[1, 0], [-1, 1], [0, 0]]),
-    "integers": (gym.spaces.Box(0, 10, (2,), np.int32), [[10, 5], [0, 10], [5, 5]]),
+    "one so large": (gym.spaces.Box(0, 3e38, (2,), np.float32), [[1, 0], [0, 1], [0, 0]]),
+    "integers": (gym.spaces.Box(0, 11, (2,), np.int32), [[11, 6], [0, 11], [6, 6]]),  # 5.5 is rounded to the even 6
     "a matrix": (gym.spaces.Box(-2, 2, (2, 1), np.float32), [[[2], [0]], [[-2], [2]], [[0], [0]]]),
 }
 
