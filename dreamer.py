@@ -136,11 +136,7 @@ class Args:
     value_lr: Positive = 8e-5  # learning rate of the value network
     max_grad_norm: Positive = 100.0  # norm to which the gradients of model, actor and value are clipped, each by itself
     expl_noise: Amount = 0.3  # standard deviation of the Normal added to continuous actions while collecting
-    expl_epsilon: tuple[Share, Share, Count] = (
-        0.4,
-        0.1,
-        200_000,
-    )  # discrete: random share at first, last, steps between
+    expl_epsilon: tuple[Share, Share, Count] = (0.4, 0.1, 200_000)  # discrete: random share first, last, steps between
 
     # Speed
     bfloat16: bool = False  # bfloat16 autocast for matrix products and convolutions
@@ -1891,10 +1887,8 @@ def check_args(args: Args) -> None:
     if args.batch_length > args.buffer_size:
         fail(f"--batch-length {args.batch_length} does not fit into --buffer-size {args.buffer_size}")
     least, most = args.batch_length * args.action_repeat, args.total_timesteps
-    if not least <= args.learning_starts <= most:
-        fail(
-            f"--learning-starts {args.learning_starts} must be from {least} (--batch-length) to {most} (the run's end)"
-        )
+    if not least <= args.learning_starts <= most:  # a sequence, the run
+        fail(f"--learning-starts {args.learning_starts} must be from {least} (--batch-length) to {most}")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 

@@ -52,9 +52,8 @@ def table(run_dirs: list[str]) -> None:
 
     rows = {}
     for run_dir in run_dirs:
-        task, sampler, _, _ = Path(run_dir).name.split("__")
-        returns = [mean for _, mean, _ in evaluations(run_dir)]
-        if returns:
+        task, sampler, *rest = [*Path(run_dir).name.split("__"), ""]  # and seed, time
+        if len(rest) == 3 and (returns := [mean for _, mean, _ in evaluations(run_dir)]):
             late = returns[len(returns) // 2 :]
             rows.setdefault((task, sampler), []).append((np.mean(late), returns[-1], max(returns), len(returns)))
     for (task, sampler), seeds in sorted(rows.items()):

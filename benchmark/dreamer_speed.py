@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,9 +89,11 @@ def main(bench: Args) -> None:
         return dreamer.draw_noise(agent, args, generator)
 
     batch, draw = sample(), noise()
+    twin = deepcopy(agent)  # a CUDA graph must not meet what an eager backward pass has left at its parameters
+    networks = {"model": twin.world_model, "actor": twin.actor, "value": twin.value}
     with FlopCounterMode(display=False) as counter:
-        for name, loss in dreamer.compute_losses(agent, batch, draw, args)[0].items():
-            loss.backward(inputs=optimizers[name].param_groups[0]["params"])
+        for name, loss in dreamer.compute_losses(twin, batch, draw, args)[0].items():
+            loss.backward(inputs=list(networks[name].parameters()))
     timed(lambda: update_fn(sample(), noise()), 4 if bench.cudagraphs else 3, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
