@@ -212,13 +212,11 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first, noise) -> dict[str, torch.Tensor]:
         """Posterior states along sequences (T, B, ...) from the zero state: stoch, deter, mean, std (T, B, ...)."""
         stoch, deter = self.initial(action.shape[1])
-        post = {"stoch": [], "deter": [], "mean": [], "std": []}
+        steps, names = [], ("stoch", "deter", "mean", "std")
         for t in range(len(action)):
-            step = self.obs_step(stoch, deter, action[t], embed[t], is_first[t], noise[t])
-            stoch, deter, _, _ = step
-            for name, tensor in zip(post, step, strict=True):
-                post[name].append(tensor)
-        return {name: torch.stack(tensors) for name, tensors in post.items()}
+            steps.append(self.obs_step(stoch, deter, action[t], embed[t], is_first[t], noise[t]))
+            stoch, deter = steps[-1][:2]
+        return {name: torch.stack(column) for name, column in zip(names, zip(*steps, strict=True), strict=True)}
 
 
 class WorldModel(nn.Module):
@@ -384,14 +382,9 @@ def deconv_to_few_channels(deconv: nn.ConvTranspose2d, x: torch.Tensor) -> torch
 
 def init_weights(module: nn.Module) -> None:
     """Keras' defaults, which the reference's scores rest on: Xavier uniform, zero bias, orthogonal recurrence."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.GRUCell):
-        nn.init.xavier_uniform_(module.weight_ih)
-        nn.init.orthogonal_(module.weight_hh)
-        nn.init.zeros_(module.bias_ih)
-        nn.init.zeros_(module.bias_hh)
+    for name, weight in module.named_parameters(recurse=False):
+        init = nn.init.orthogonal_ if name == "weight_hh" else nn.init.xavier_uniform_
+        (nn.init.zeros_ if "bias" in name else init)(weight)
 
 
 # === Losses ===
@@ -555,13 +548,6 @@ def exploration(agent: Agent, global_step: int, args: Args) -> float:
     return max(first + (last - first) * global_step / decay, last)  # deviation 7: epsilon falls
 
 
-def random_action(agent: Agent, num_envs: int, rng: np.random.Generator) -> np.ndarray:
-    """Uniform actions (N, A): in [-1, 1], or one-hot."""
-    if agent.discrete:
-        return np.eye(agent.action_dim, dtype=np.float32)[rng.integers(agent.action_dim, size=num_envs)]
-    return rng.uniform(-1, 1, (num_envs, agent.action_dim)).astype(np.float32)
-
-
 # === Updates ===
 
 
@@ -625,8 +611,7 @@ class ReplayBuffer:
         }
         self.nbytes = sum(tensor.nbytes for tensor in self.data.values())
         self.end, self.steps = 0, 0  # entries and decisions ever written; entry i lives in slot i % capacity
-        self.starts = np.zeros(0, np.int64)  # of the stored episodes, oldest first, on the same count
-        self.lengths = np.zeros(0, np.int64)
+        self.starts, self.lengths = np.zeros((2, 0), np.int64)  # of the stored episodes, oldest first, on that count
 
     def __len__(self) -> int:
         return min(self.end, self.capacity)
@@ -657,8 +642,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         """The filled part; through NumPy, because torch would save the whole storage behind a slice."""
-        filled = min(self.end, self.capacity)
-        data = {name: torch.from_numpy(tensor[:filled].cpu().numpy()) for name, tensor in self.data.items()}
+        data = {name: torch.from_numpy(tensor[: len(self)].cpu().numpy()) for name, tensor in self.data.items()}
         counts = {"end": self.end, "steps": self.steps}
         return {"data": data, **counts, "starts": self.starts.tolist(), "lengths": self.lengths.tolist()}
 
@@ -736,8 +720,7 @@ def main(args: Args) -> str:
             action = np.where(dones[:, None], np.float32(0), action)
             recorder.begin(obs, dones)
         if filled():
-            noise_scale = exploration(agent, run.step, args)
-            action, state = act(agent, obs, action, dones, state, rng["act"], noise_scale)
+            action, state = act(agent, obs, action, dones, state, rng["act"], exploration(agent, run.step, args))
         else:
             action = random_action(agent, args.num_envs, rng["prefill"])
         require_finite({"the policy's action": action.sum()}, run.step)
@@ -1075,6 +1058,13 @@ class ActionRepeat(gym.Wrapper):
             if terminated or truncated:
                 break
         return obs, total, terminated, truncated, info
+
+
+def random_action(agent: Agent, num_envs: int, rng: np.random.Generator) -> np.ndarray:
+    """Uniform actions (N, A): in [-1, 1], or one-hot."""
+    if agent.discrete:
+        return np.eye(agent.action_dim, dtype=np.float32)[rng.integers(agent.action_dim, size=num_envs)]
+    return rng.uniform(-1, 1, (num_envs, agent.action_dim)).astype(np.float32)
 
 
 def env_action(agent: Agent, action: np.ndarray) -> np.ndarray:
