@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command behind docs/dreamer.md, from the repository root: bash benchmark/dreamer.sh cpu|gpu|speed|pictures
+# Every command behind docs/dreamer.md, from the repository root: bash benchmark/dreamer.sh cpu|pixels|gpu|replay|speed|pictures
 set -euo pipefail
 
 cpu_sized() { # about 30 minutes on one core for each seed
@@ -11,16 +11,35 @@ cpu_sized() { # about 30 minutes on one core for each seed
   python benchmark/curves.py docs/dreamer_cpu.png runs/cartpole-swingup__dreamer__*
 }
 
+pixels() { # the laptop size: 4.5 hours on two quiet cores for each seed
+  for seed in 1 2 3; do
+    python dreamer.py --env-id walker-walk --size laptop --seed "$seed" --total-timesteps 200000
+  done
+}
+
 published() { # the published settings; needs a GPU and OpenGL
   for seed in 1 2 3; do
-    python dreamer.py --env-id walker-walk --renderer gl --seed "$seed" --num-envs 8 --train-frequency 10 --train-steps 1 \
-      --bfloat16 --cudagraphs
+    python dreamer.py --env-id walker-walk --size published --renderer gl --seed "$seed" --num-envs 2 --cudagraphs
   done
   python benchmark/curves.py docs/dreamer_walker_walk.png runs/walker-walk__dreamer__*
 }
 
+replay() { # minutes on one core for each run
+  small="--batch-size 16 --batch-length 16 --deter-size 100 --dense-size 100 --model-lr 1e-3 --actor-lr 3e-4 --value-lr 3e-4"
+  small+=" --buffer-size 60000 --no-cuda --checkpoint-frequency 0 --learning-starts 1000 --train-frequency 100 --train-steps 20"
+  for seed in 1 2 3; do
+    for way in episodes ends entries; do
+      python benchmark/dreamer_replay.py $way --env-id CartPole-v1 --seed "$seed" $small --total-timesteps 12000 \
+        --eval-frequency 1000 --expl-epsilon 0.4 0.1 12000
+      python benchmark/dreamer_replay.py $way --env-id LunarLanderContinuous-v3 --seed "$seed" $small \
+        --total-timesteps 30000 --eval-frequency 3000
+    done
+  done
+  python benchmark/dreamer_replay.py table runs/*
+}
+
 speed() {
-  for flags in "" "--bfloat16" "--compile"; do
+  for flags in "--size laptop" "" "--bfloat16" "--compile"; do
     python benchmark/dreamer_speed.py --batch-size 16 --batch-length 32 --threads 2 --no-cuda $flags
   done
 }
@@ -32,7 +51,9 @@ pictures() {
 
 case "${1:-}" in
   cpu) cpu_sized ;;
+  pixels) pixels ;;
   gpu) published ;;
+  replay) replay ;;
   speed) speed ;;
   pictures) pictures ;;
   *) grep -m 1 "bash benchmark" "$0"; exit 2 ;;

@@ -1,16 +1,19 @@
 """Seconds per Dreamer update and per part of it, as JSON, beside the floor that its floating-point operations set.
 
-Run (from the repository root):  python benchmark/dreamer_speed.py --batch-size 16 --batch-length 32
+Run (from the repository root):  python benchmark/dreamer_speed.py --size laptop
 The floor: the operations of an update (counted by torch) over the rate of a large matrix product in the same run.
 """
 
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -24,8 +27,9 @@ import dreamer
 
 @dataclass
 class Args:
-    batch_size: int = 50  # sequences per batch (B)
-    batch_length: int = 50  # time steps per sequence (L)
+    size: Literal["published", "laptop"] = "published"  # dreamer.py's flag of this name
+    batch_size: int | None = None  # sequences per batch (B), if not the size's
+    batch_length: int | None = None  # time steps per sequence (L), if not the size's
     action_dim: int = 6  # dimensions of the action (A)
     updates: int = 10  # timed updates, after three that are not
     threads: int | None = None  # CPU threads; default: torch's own choice
@@ -57,14 +61,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def main(bench: Args) -> None:
     if bench.threads:
         torch.set_num_threads(bench.threads)
-    args = dreamer.Args(
-        batch_size=bench.batch_size,
-        batch_length=bench.batch_length,
-        cuda=bench.cuda,
-        bfloat16=bench.bfloat16,
-        compile=bench.compile,
-        cudagraphs=bench.cudagraphs,
-    )
+    flags = "size batch_size batch_length cuda bfloat16 compile cudagraphs".split()
+    args = dreamer.with_task_defaults(dreamer.Args(**{name: getattr(bench, name) for name in flags}))
     device = dreamer.choose_device(args)
     torch.manual_seed(1)
     obs_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
@@ -85,15 +83,17 @@ def main(bench: Args) -> None:
     update_fn = dreamer.make_update(agent, optimizers, args)
 
     def sample() -> dict:
-        return rb.sample(bench.batch_size, bench.batch_length, rng, device)
+        return rb.sample(args.batch_size, args.batch_length, rng, device)
 
     def noise() -> dict:
         return dreamer.draw_noise(agent, args, generator)
 
     batch, draw = sample(), noise()
+    twin = deepcopy(agent)  # a CUDA graph must not meet what an eager backward pass has left at its parameters
+    networks = {"model": twin.world_model, "actor": twin.actor, "value": twin.value}
     with FlopCounterMode(display=False) as counter:
-        for name, loss in dreamer.compute_losses(agent, batch, draw, args)[0].items():
-            loss.backward(inputs=optimizers[name].param_groups[0]["params"])
+        for name, loss in dreamer.compute_losses(twin, batch, draw, args)[0].items():
+            loss.backward(inputs=list(networks[name].parameters()))
     timed(lambda: update_fn(sample(), noise()), 4 if bench.cudagraphs else 3, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -143,7 +143,8 @@ def main(bench: Args) -> None:
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        **{name: getattr(bench, name) for name in ("batch_size", "batch_length", "bfloat16", "compile", "cudagraphs")},
+        "load": os.getloadavg()[0],  # processes that wanted to compute meanwhile, this one among them
+        **{name: getattr(args, name) for name in flags},
         "update_seconds_median": statistics.median(full),
         "update_seconds_min": min(full),
         "update_seconds_max": max(full),
@@ -153,7 +154,7 @@ def main(bench: Args) -> None:
         "floor_seconds": flops / rate,
         "peak_memory_gb": memory and memory / 1e9,
     }
-    print(json.dumps({k: result[k] for k in result}, indent=1))
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +25,6 @@ from runs import (
     differences,
     episodes,
     error_of,
-    image_tags,
     load,
     resume,
     run,
@@ -32,6 +32,7 @@ from runs import (
     tiny,
 )
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils.tensorboard import SummaryWriter
 
 import dreamer
 from dreamer import Args, EpisodeRecorder, ReplayBuffer
@@ -212,7 +213,7 @@ def reference_behavior(agent, stoch, deter, start_weight, noise, args, actor_inp
 def walker() -> tuple:
     """The full-size agent of walker-walk, freshly initialised, and the pieces of its model loss on random images."""
     torch.manual_seed(0)
-    args = Args(cuda=False, batch_size=2, batch_length=4)
+    args = dreamer.with_task_defaults(Args(cuda=False, size="published", batch_size=2, batch_length=4))
     agent = dreamer.Agent(IMAGE, gym.spaces.Box(-1, 1, (6,), np.float32), args)
     batch = make_batch(agent, args, IMAGE)
     batch["is_first"].zero_()
@@ -242,7 +243,7 @@ def test_parameter_counts_of_walker(walker):
 
 def test_continuation_head_size_and_presence():
     """413,601 parameters; there by default outside dm_control, and on request."""
-    args = dreamer.with_task_defaults(Args(env_id="ALE/Pong-v5"))
+    args = dreamer.with_task_defaults(Args(env_id="ALE/Pong-v5", size="published"))
     agent = dreamer.Agent(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(6), args)
     assert count(agent.world_model.cont) == 413_601
     for env_id, wanted, has_one in (
@@ -261,6 +262,29 @@ def test_continuation_head_size_and_presence():
 def test_action_repeat_of_the_environment(env_id, given, repeat):
     """2 on dm_control, 1 elsewhere, or what was asked for."""
     assert dreamer.with_task_defaults(tiny_args(env_id=env_id, action_repeat=given)).action_repeat == repeat
+
+
+SIZED = "buffer_size batch_size batch_length cnn_depth dense_size".split()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_size_of_the_machine(gpu, monkeypatch):
+    """Published on a GPU, laptop without one; what is asked for wins; a saved run keeps what it had."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    sizes = {"published": [500_000, 50, 50, 32, 400], "laptop": [250_000, 16, 32, 16, 200]}
+
+    def filled(**given) -> tuple[str, list]:
+        args = dreamer.with_task_defaults(Args(**given))
+        assert dreamer.with_task_defaults(args) == args  # as a resumed run has it
+        return args.size, [getattr(args, name) for name in SIZED]
+
+    name = "published" if gpu else "laptop"
+    assert filled() == (name, sizes[name]) and filled(cuda=False) == ("laptop", sizes["laptop"])
+    for size, values in sizes.items():
+        assert filled(size=size) == (size, values)
+    assert filled(batch_length=7)[1] == sizes[name][:2] + [7] + sizes[name][3:]
+    saved = dreamer.with_task_defaults(Args(size="laptop"))
+    assert dreamer.with_task_defaults(dreamer.replace(saved, cuda=gpu)).dense_size == 200
 
 
 def test_initial_latents(walker):
@@ -434,7 +458,7 @@ def test_preprocess():
     assert result.shape == (2, 3, 3, 4, 5) and result.dtype == torch.float32
     assert result[1, 2, 0, 3, 4].item() == pytest.approx(image[1, 2, 3, 4, 0].item() / 255 - 0.5)
     extremes = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1)
-    assert dreamer.preprocess(extremes).flatten().tolist() == [-0.5, 0.5]
+    assert dreamer.preprocess(extremes).flatten().tolist() == pytest.approx([-0.5, 0.5])
     vector = torch.tensor([0.0, math.e - 1, 1 - math.e, 999.0])
     torch.testing.assert_close(dreamer.preprocess(vector), torch.tensor([0.0, 1.0, -1.0, math.log(1000)]))
 
@@ -963,18 +987,15 @@ BUFFERS = [(1000, LONG), (30, LONG), (23, LONG), (14, LONG), (1000, MIXED), (25,
 @pytest.mark.parametrize("chunk", [1, 4, 5])
 @pytest.mark.parametrize(("capacity", "lengths"), BUFFERS)
 def test_replay_chunks(capacity, lengths, chunk):
-    """Contiguous, inside one episode if it is long enough, else crossing at is_first only; the oldest are gone."""
+    """Contiguous, inside one episode if it is long enough, else crossing at is_first only; the oldest entries leave."""
     buffer = numbered_buffer(capacity, lengths)
-    stored = [i for i in range(len(lengths)) if sum(lengths[i:]) <= capacity]
-    assert len(buffer) == sum(lengths[i] for i in stored) and buffer.nbytes == capacity * 7 * 4
+    stored = [(i, t) for i, length in enumerate(lengths) for t in range(length)][-capacity:]
+    left = [sum(i == episode for i, _ in stored) for episode in range(len(lengths))]  # of each episode its end
+    assert len(buffer) == len(stored) and buffer.nbytes == capacity * 7 * 4
+    assert buffer.steps == sum(lengths) - len(lengths)
     batch = buffer.sample(3000, chunk, np.random.default_rng(0), CPU)
-    assert {k: tuple(v.shape) for k, v in batch.items()} == {
-        "obs": (chunk, 3000, 2),
-        "action": (chunk, 3000, 2),
-        "reward": (chunk, 3000),
-        "cont": (chunk, 3000),
-        "is_first": (chunk, 3000),
-    }
+    shapes = {"obs": (2,), "action": (2,), "reward": (), "cont": (), "is_first": ()}
+    assert {k: tuple(v.shape) for k, v in batch.items()} == {k: (chunk, 3000, *v) for k, v in shapes.items()}
     assert torch.equal(batch["obs"], batch["action"])
     assert torch.equal(batch["reward"], batch["obs"][..., 0] * 1000 + batch["obs"][..., 1])
     assert torch.equal(batch["is_first"], (batch["obs"][..., 1] == 0).float())
@@ -987,10 +1008,10 @@ def test_replay_chunks(capacity, lengths, chunk):
             crossings += last
             assert following == ([episode + 1, 0] if last else [episode, step + 1])
         episode, step = column[0]
-        short = lengths[episode] < chunk and step == 0
+        short = left[episode] < chunk and step == lengths[episode] - left[episode]
         newest = lengths[-1] < chunk and column[-1] == [len(lengths) - 1, lengths[-1] - 1]
         assert crossings == 0 or short or newest
-    assert seen == {(i, t) for i in stored for t in range(lengths[i])}  # last entries too, evicted ones never
+    assert seen == set(stored)  # last entries too, evicted ones never
     ends = batch["obs"][..., 1] == torch.tensor(lengths)[batch["obs"][..., 0].long()] - 1
     assert torch.equal(batch["cont"] == 0, ends)
 
@@ -1008,15 +1029,15 @@ def test_replay_draws_episodes_and_starts_uniformly():
 
 
 def test_replay_wraps_around_for_long():
-    """Many episodes through a small ring: always the newest that fit, with their own content."""
+    """Many episodes through a small ring: full once and for all, always the newest entries, with their own content."""
     rng, buffer, lengths = np.random.default_rng(0), numbered_buffer(17, []), []
     for number in range(60):
         lengths.append(int(rng.integers(2, 9)))
         buffer.add(numbered_episode(number, lengths[-1]))
         batch = buffer.sample(300, 2, rng, CPU)
-        stored = {i for i in range(number + 1) if sum(lengths[i:]) <= 17}
-        assert set(batch["obs"][0, :, 0].int().tolist()) == stored
-        assert torch.equal(batch["obs"][1], batch["obs"][0] + torch.tensor([0.0, 1.0]))
+        stored = [(i, t) for i, length in enumerate(lengths) for t in range(length)][-17:]
+        assert len(buffer) == len(stored) == min(sum(lengths), 17)
+        assert set(map(tuple, batch["obs"].flatten(0, 1).int().tolist())) == set(stored)
         assert torch.equal(batch["reward"], batch["obs"][..., 0] * 1000 + batch["obs"][..., 1])
 
 
@@ -1116,12 +1137,20 @@ def test_updates_due(num_envs):
 
 
 def test_exploration_schedule():
-    """Constant noise for continuous actions; epsilon from 0.4 to 0.1 over 200K updates for discrete ones."""
+    """Constant noise for continuous actions; epsilon from 0.4 to 0.1 over 200K environment steps for discrete ones."""
     args = tiny_args()
     continuous, discrete = make_agent(args), make_agent(args, action_space=DISCRETE)
     assert {dreamer.exploration(continuous, n, args) for n in (0, 10_000, 10**6)} == {0.3}
     epsilons = [dreamer.exploration(discrete, n, args) for n in (0, 50_000, 100_000, 200_000, 10**6)]
     assert epsilons == pytest.approx([0.4, 0.325, 0.25, 0.1, 0.1])
+
+
+def test_no_two_streams_of_random_numbers_are_one():
+    """Neither between seeds nor between the generators of a run."""
+    first = [torch.rand(3, generator=dreamer.make_generator(CPU, seed, i)) for seed in range(3) for i in range(5)]
+    assert len({tuple(numbers.tolist()) for numbers in first}) == 15
+    again = torch.rand(3, generator=dreamer.make_generator(CPU, 2, 4))
+    assert torch.equal(again, first[-1])
 
 
 # === Acting ===
@@ -1347,11 +1376,9 @@ def test_dreamer_logs_everything_and_moves_all_parameters(kind):
     assert expected <= set(tags), expected - set(tags)
     assert_healthy(run_dir)
     if "discrete" not in kind:
-        strips = set() if vectors else {"open_loop/truth_model_error", "eval/episode"}
-        assert image_tags(run_dir) == {"open_loop/error"} | strips
-        files = {re.sub(r"\d+", "N", name) for name in os.listdir(run_dir)}
-        assert "open_loop_error_N.png" in files
-        assert ("open_loop_truth_model_error_N.gif" in files) == ("eval_episode_N.gif" in files) == (not vectors)
+        files = {re.sub(r"\d+", "N", name) for name in os.listdir(run_dir) if name.endswith((".png", ".gif"))}
+        strips = set() if vectors else {"open_loop_truth_model_error_N.gif", "evaluation_N.gif"}
+        assert files == {"open_loop_error_N.png"} | strips
     state = load(run_dir)
     args, saved = dreamer.with_task_defaults(tiny(dreamer, **settings)), state["parts"]
     assert state["global_step"] == args.total_timesteps
@@ -1456,7 +1483,7 @@ def test_poisoned_parameter_stops_before_anything_is_played_or_saved(changes):
     state["parts"]["agent"]["actor.net.0.weight"][0, 0] = math.nan
     torch.save(state, path)
     poisoned = path.read_bytes()
-    with pytest.raises(SystemExit, match=r"not finite at step \d+: (losses/actor_loss|action)"):
+    with pytest.raises(SystemExit, match=r"not finite at step \d+: (losses/actor_loss|the policy's action)"):
         resume(dreamer, run_dir, **settings | {"total_timesteps": 2 * settings.get("total_timesteps", 48)})
     assert path.read_bytes() == poisoned
 
@@ -1504,14 +1531,45 @@ def test_environment_without_a_render_mode():
     assert dreamer.make_env(args, "none")().reset(seed=1)[0].shape == (3,)
 
 
+def joined(pieces: list[dict]) -> list[dict]:
+    """Whole episodes of Counter, whose first number names them: a piece begins with the observation it was cut at."""
+    whole = {}
+    for piece in pieces:
+        assert piece["is_first"].tolist() == [1] + [0] * (len(piece["reward"]) - 1)
+        assert piece["action"][0] == piece["reward"][0] == 0 and piece["cont"][0] == 1
+        name = piece["obs"][0, 0]
+        if name in whole:
+            assert np.array_equal(piece["obs"][0], whole[name]["obs"][-1])
+            piece = {column: np.concatenate([whole[name][column], array[1:]]) for column, array in piece.items()}
+        whole[name] = piece
+    return list(whole.values())
+
+
+def test_an_episode_without_end_is_learned_from(monkeypatch):
+    """From learning_starts on, in pieces, of PIECE decisions at the most; the flag's limit ends an evaluation."""
+    monkeypatch.setattr(dreamer, "PIECE", 10)
+    gym.register("Endless-v0", lambda: gym.make("fake_envs:Counter-v0").unwrapped)
+    settings = {"env_id": "Endless-v0", "max_episode_steps": 100, "total_timesteps": 60}
+    run_dir = run(dreamer, **settings, eval_frequency=60, eval_episodes=1)
+    pieces, curves = episodes(run_dir), scalars(run_dir)
+    assert [len(piece["reward"]) - 1 for piece in pieces] == [10, 10, 4, 10, 10, 10, 6]  # the last: still open
+    assert len(joined(pieces)) == 1
+    assert load(run_dir)["parts"]["counters"]["num_updates"] == 2 + 3 * 2
+    assert load(run(dreamer, **settings | {"total_timesteps": 24}))["parts"]["counters"]["num_updates"] == 2
+    assert curves["eval/episodic_return"] == [(60, sum(range(101)))]
+
+
 @pytest.mark.parametrize("repeat", [1, 2, 5])
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_replay_holds_what_was_played(repeat, num_envs):
-    """Each episode is of one environment, from first to last entry; rewards of repeated actions are summed."""
+    """Each episode is of one environment, from first to last entry; rewards of repeated actions are summed.
+
+    Those that are open where learning begins are in two pieces.
+    """
     run_dir = run(dreamer, **VECTORS, num_envs=num_envs, action_repeat=repeat, total_timesteps=120, learning_starts=48)
-    stored = episodes(run_dir)
-    seen = [episode["obs"][0, 0] for episode in stored]
-    assert len(set(seen)) == len(seen) >= 120 // (-(-12 // repeat) * repeat)
+    pieces = episodes(run_dir)
+    stored = joined(pieces)
+    assert len(stored) >= 120 // (-(-12 // repeat) * repeat) and len(pieces) - len(stored) <= num_envs
     for i, episode in enumerate(stored):
         obs, length = episode["obs"], len(episode["reward"])
         steps = np.minimum(np.arange(length) * repeat, 12)
@@ -1571,15 +1629,124 @@ def test_dreamer_learns_a_tiny_pixel_task():
     assert mean > -20
 
 
-@pytest.mark.parametrize(("seconds", "days"), [(1.0, None), (10.0, "11.5")])
-def test_a_run_of_days_is_said_at_its_start(capsys, monkeypatch, seconds, days):
-    """The time of one update, measured, times those that are due: 99,600 here. What was measured leaves no trace."""
-    schedule = {"learning_starts": 5_000, "train_frequency": 1_000, "train_steps": 100, "pretrain_steps": 100}
-    args = tiny_args(total_timesteps=1_000_000 if days else 400_000, **schedule)
-    agent = make_agent(args, VECTOR)
-    clock = iter([0.0, seconds])
+@pytest.mark.parametrize("kind", ["walker", "vectors"])
+def test_the_first_line_says_what_a_run_will_take(kind, capsys, monkeypatch):
+    """An update that takes 2 s: 9,600 of them to step 100K, 49,600 to 500K; what was measured leaves no trace."""
+    rb = ReplayBuffer(10, IMAGE if kind == "walker" else VECTOR, 2, CPU)
+    args = tiny_args(env_id="walker_walk" if kind == "walker" else "Toy-v0", total_timesteps=600_000, size="laptop")
+    agent = make_agent(args, IMAGE if kind == "walker" else VECTOR)
+    clock = iter([0.0, 9.0, 10.0, 12.0])  # the first update takes longer
     monkeypatch.setattr(dreamer.time, "perf_counter", lambda: next(clock))
-    dreamer.warn_if_slow(agent, VECTOR, args)
-    said = capsys.readouterr().out
+    standin = SimpleNamespace(args=args, device=CPU, step=0, folder="runs/x", say=print)
+    dreamer.announce(agent, rb, "raycast", standin)
     assert all(parameter.grad is None for parameter in agent.parameters())
-    assert (f"about {days} days. CPU-sized: python dreamer.py" in said) if days else said == ""
+    first = capsys.readouterr().out.splitlines()[0]
+    times = {100: 5.3, 500: 27.6, 600: 33.1}
+    hours = "".join(f"; {step}K steps: {hours} h of updates" for step, hours in times.items())
+    published = "; published at full size: 137 at 105K, 886 at 505K steps" if kind == "walker" else ""
+    assert first == f"size laptop on cpu, an update takes 2.000 s{hours}{published}"
+
+
+def test_the_table_of_the_replays_passes_over_other_folders(tmp_path, monkeypatch, capsys):
+    """What is not named task__way__seed__time, and runs without an evaluation; seeds of one way are one line."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmark")
+    import dreamer_replay
+
+    runs = {"CartPole-v1__ends__1__9": [1.0, 2.0, 4.0], "CartPole-v1__ends__2__9": [6.0], "CartPole-v1__ends__3__9": []}
+    for name, returns in runs.items():
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            for step, mean in enumerate(returns):
+                writer.add_scalar("eval/episodic_return", mean, step)
+                writer.add_scalar("eval/episodic_return_std", 0.0, step)
+    (tmp_path / "lost+found").mkdir()
+    dreamer_replay.table([str(path) for path in sorted(tmp_path.iterdir())])
+    line = "CartPole-v1 ends: second half 4.5 (3.0 6.0), last 5.0, best 5.0, evaluations [3, 1]\n"
+    assert capsys.readouterr().out == line
+
+
+def stepped(env: gym.Env, actions: list) -> list:
+    """What the environment itself gets where the agent acts."""
+    got = []
+    inner = env.unwrapped
+    inner.step = lambda action: (got.append(action), (inner.observation_space.sample(), 0.0, False, False, {}))[1]
+    env.reset(seed=1)
+    for action in actions:
+        env.step(action)
+    return got
+
+
+INF = math.inf
+ACTIONS = {
+    "bounded": (gym.spaces.Box(np.float32([0, -2]), np.float32([10, 6])), [[10, 2], [0, 6], [5, 2]]),
+    "half-bounded": (gym.spaces.Box(np.float32([0, -INF]), np.float32([INF, 0.5])), [[1, 0], [0, 0.5], [0, 0]]),
+    "float's largest": (gym.spaces.Box(-3e38, 3e38, (2,), np.float32), [[1, 0], [-1, 1], [0, 0]]),
+    "one so large": (gym.spaces.Box(0, 3e38, (2,), np.float32), [[1, 0], [0, 1], [0, 0]]),
+    "integers": (gym.spaces.Box(0, 11, (2,), np.int32), [[11, 6], [0, 11], [6, 6]]),  # 5.5 is rounded to the even 6
+    "a matrix": (gym.spaces.Box(-2, 2, (2, 1), np.float32), [[[2], [0]], [[-2], [2]], [[0], [0]]]),
+}
+
+
+class Spaces(gym.Env):
+    """Any spaces."""
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+
+@pytest.mark.parametrize("kind", ACTIONS)
+def test_actions_stay_in_the_environments_space(kind):
+    """[-1, 1] is the range between the bounds; without two of them it stays, cut off at the one there is."""
+    space, expected = ACTIONS[kind]
+    env = dreamer.fit_spaces(Spaces(VECTOR, space), "x")
+    got = stepped(env, [np.float32(a) for a in ([1, 0], [-1, 1], [0, 0])])
+    assert env.action_space == gym.spaces.Box(-1, 1, (2,), np.float32)
+    for action, values in zip(got, expected, strict=True):
+        assert space.contains(action) and action.tolist() == values
+
+
+def test_discrete_actions_may_begin_anywhere():
+    """The agent counts from 0."""
+    env = dreamer.fit_spaces(Spaces(VECTOR, gym.spaces.Discrete(3, start=5)), "x")
+    assert stepped(env, [0, 2]) == [5, 7] and env.action_space == DISCRETE
+
+
+@pytest.mark.parametrize("shape", [(84, 84), (84, 84, 1), (64, 64, 4), (48, 96, 3), (64, 64)])
+def test_grey_and_stacked_frames(shape):
+    """Any number of channels is learned from and decoded; two dimensions are one channel."""
+    env = dreamer.fit_spaces(Spaces(gym.spaces.Box(0, 255, shape, np.uint8), BOX), "x")
+    channels = shape[2] if len(shape) == 3 else 1
+    assert env.observation_space.shape == (64, 64, channels) == env.reset(seed=1)[0].shape
+    agent = make_agent(tiny_args(), env.observation_space)
+    assert agent.world_model.decode(torch.zeros(1, 1, 11)).shape == (1, 1, channels, 64, 64)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_evaluation_episodes_are_the_same_however_many_play(num_envs):
+    """Seven episodes begin with seven seeds, one environment or three side by side."""
+    args = tiny_args(eval_episodes=7)
+    agent, seeds = make_agent(args, gym.spaces.Box(-1, 1, (3,), np.float32)), []
+
+    class Envs:
+        """Ends after as many steps as the seed says."""
+
+        def __init__(self):
+            self.num_envs, self.left, self.length = num_envs, np.zeros(num_envs, int), np.zeros(num_envs)
+
+        def reset(self, seed, options):
+            for i in np.flatnonzero(options["reset_mask"]):
+                seeds.append(seed[i])
+                self.length[i] = self.left[i] = seed[i] % 5 + 1
+            return np.zeros((num_envs, 3), np.float32), {}
+
+        def step(self, action):
+            self.left -= 1
+            zeros, infos = np.zeros(num_envs), {"episode": {"r": self.length.copy()}}
+            return np.zeros((num_envs, 3), np.float32), zeros, zeros > 1, self.left == 0, infos
+
+    returns, _ = dreamer.evaluate(agent, Envs(), args, CPU, SimpleNamespace(requested=0))
+    wanted = np.random.default_rng([1, 99]).integers(2**31, size=7).tolist()
+    assert set(seeds) == set(wanted) and sorted(returns) == sorted(seed % 5 + 1 for seed in wanted)
