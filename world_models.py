@@ -103,9 +103,12 @@ class Args:
     # Algorithm specific arguments: the task
     env_id: str = "VizdoomTakeCover-v1"  # Gymnasium id with image observations (CarRacing-v3, my_module:MyEnv-v0)
     total_timesteps: int | None = None  # environment steps of random actions, recorded for V and M; default by task
+    rounds: int = 1  # times that the stages follow each other; C plays what the later rounds record; may be raised
+    round_timesteps: int = 15_000  # environment steps that each later round records
+    record_sigma: float = 0.05  # standard deviation of the weights around C's that play an episode of a later round
+    explore: float = 0.3  # share of the held actions that are random in what later rounds record, the rest is C's
     num_envs: int = 1  # environments played side by side in all stages, each in its own process if more than one
     from_stage: Literal["collect", "v", "m", "c"] | None = None  # with --resume: the stage to repeat, with all after it
-    controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
     render_obs: bool = False  # observe the rendered picture, where observations are no images (CartPole-v1)
     max_hold: int | None = None  # a random action is held for 1 to this many steps; default by task, 10 elsewhere
     min_episode_length: int | None = None  # shorter recordings are thrown away, steps; default by task, 2 elsewhere
@@ -116,6 +119,7 @@ class Args:
     vae_epochs: int = 10  # V: passes over all frames
     vae_batch_size: int = 100  # V: frames per batch
     vae_lr: float = 1e-4  # V: learning rate
+    vae_excess: float = 0.05  # V is trained on in later rounds if its error is larger on the new frames, by this share
     kl_tolerance: float = 0.5  # V: nats per latent dimension, summed over them, below which a frame's KL costs nothing
 
     # M, the mixture-density LSTM
@@ -126,12 +130,20 @@ class Args:
     model_updates: int | None = None  # M: updates; default by task, 4000 elsewhere
     model_lr: float = 1e-3  # M: learning rate at first
     model_lr_decay: float | None = None  # M: factor per update towards a rate of 1e-5; default by task, 1 elsewhere
-    end_weight: float = 10.0  # M: weight of the terminations in the loss of the predicted ends
-    holdout_ratio: float = 0.05  # M: share of the episodes, the last ones, that M is tested on and not trained with
+    heads: bool | None = None  # M: predict ends and rewards too, as dreams need; default: where C is evolved in dreams
+    end_weight: float | None = None  # M: weight of terminations in the loss of the ends; default by task, 1 elsewhere
+    pessimism: float | None = (
+        None  # M: weight of predicting too much reward; default by task, 1 (as too little) elsewhere
+    )
+    holdout_ratio: float = 0.05  # M: share of the episodes that M is tested on and not trained with
 
     # C, the controller, and its dream
+    controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
     temperature: float = 1.15  # dream: divides the mixture's logits, its root scales the noise (deviation 8)
-    dream_length: int | None = None  # steps of a dream at most; default: the time limit of the environment
+    dream_length: int | None = None  # steps of a dream at most; default by task, the time limit elsewhere
+    at_rest: float | None = (
+        None  # share of the dreams that begin at first frames, the others anywhere; default by task, 1
+    )
     population: int = 64  # C: candidates per generation (P)
     episodes: int = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
     generations: int = 1_800  # C: generations; may be raised on a resume
@@ -156,11 +168,6 @@ class Spec(NamedTuple):
     def is_takecover(self) -> bool:
         """M also reads the restart flag (first = 1); C sees z, M's c and h, no bias. Elsewhere C sees z, h and a 1."""
         return self.action_kind == "thirds"
-
-    @property
-    def warm_up(self) -> int:
-        """Steps that M has read when a dream begins: CarRacing's opening zoom is at most half of them, 50."""
-        return 100 if self.action_kind == "car" else 0
 
 
 class VAE(nn.Module):
@@ -222,7 +229,8 @@ class MDNRNN(nn.Module):
     termination and the reward in standard deviations. A state is torch's (h, c), (1, B, H) each.
     """
 
-    NUM_STARTS = 1000  # recorded states that dreams begin in, see set_dream_starts
+    NUM_STARTS = 1000  # recorded states that dreams begin in, at first frames and as many elsewhere: set_dream_starts
+    WARM_UP = 100  # steps that M has read when a dream begins elsewhere; CarRacing's opening zoom takes 50
 
     def __init__(self, spec: Spec, args: Args):
         super().__init__()
@@ -240,7 +248,7 @@ class MDNRNN(nn.Module):
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_std", torch.ones(()))
         for name, size in (("mu", args.latent_size), ("logvar", args.latent_size), ("h", units), ("c", units)):
-            self.register_buffer(f"start_{name}", torch.zeros(self.NUM_STARTS, size))  # where dreams begin
+            self.register_buffer(f"start_{name}", torch.zeros(2 * self.NUM_STARTS, size))  # where dreams begin
 
     def initial(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The zero state."""
@@ -304,12 +312,12 @@ def mdn_nll(log_pi: torch.Tensor, mu: torch.Tensor, log_sigma: torch.Tensor, tar
     return torch.logsumexp(log_pi, -2) - joint + 0.5 * math.log(2 * math.pi)
 
 
-def model_loss(model: MDNRNN, batch: dict, end_weight: float) -> tuple[torch.Tensor, dict, torch.Tensor | None]:
+def model_loss(model: MDNRNN, batch: dict, end_weight: float, pessimism: float) -> tuple:
     """Loss of M on sequences (T, B, ...) from the zero state; each of its terms; the logits of the end (T, B) or None.
 
     batch: z, action, first, next_z, has_next, terminated, reward, and mask, which is 0 in the padding. Mixture: mean
     over dimensions and over steps with a successor; end: cross-entropy in which terminations weigh end_weight; reward:
-    squared error in standard deviations.
+    squared error in standard deviations, in which too much weighs `pessimism`: C finds whatever is promised too much.
     """
     mask = batch["mask"]
 
@@ -327,7 +335,8 @@ def model_loss(model: MDNRNN, batch: dict, end_weight: float) -> tuple[torch.Ten
         terms["losses/done_loss"] = mean(cross_entropy, mask)
     if reward is not None:
         target = (batch["reward"] - model.reward_mean) / model.reward_std
-        terms["losses/reward_loss"] = mean((reward - target) ** 2, mask)
+        error = reward - target
+        terms["losses/reward_loss"] = mean(torch.where(error > 0, pessimism, 1.0) * error**2, mask)
     return sum(terms.values()), {name: term.detach() for name, term in terms.items()}, end_logit
 
 
@@ -383,6 +392,8 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, seed: 
     generator = torch.Generator(device).manual_seed(seed)
     normal = functools.partial(torch.randn, num_dreams, args.latent_size, generator=generator, device=device)
     start = torch.randint(model.NUM_STARTS, (num_dreams,), generator=generator, device=device)
+    at_rest = torch.rand(num_dreams, generator=generator, device=device) < args.at_rest
+    start = torch.where(at_rest, start, start + model.NUM_STARTS)
     jobs = torch.arange(num_jobs, device=device)
     which = jobs % num_dreams
     z = (model.start_mu[start] + torch.exp(0.5 * model.start_logvar[start]) * normal())[which]
@@ -412,15 +423,28 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, seed: 
 
 
 @torch.no_grad()
+def act(agent: Agent, obs: np.ndarray, dones: np.ndarray, state: tuple, noise: torch.Tensor, policy: Callable) -> tuple:
+    """Actions (N, A) for frames (N, 64, 64, 3), M's next state; dones (N,): where an episode begins, noise (N, Z): z's.
+
+    z_t from frame t, the action from [z_t, h_t], then both to M for h_{t+1}.
+    """
+    first = torch.as_tensor(dones, device=noise.device, dtype=torch.float32)
+    state = tuple(x * (1 - first[:, None]) for x in state)
+    mu, logvar = agent.vae.encode(preprocess(torch.as_tensor(obs, device=noise.device)))
+    z = mu + torch.exp(0.5 * logvar) * noise
+    action = policy(agent.features(z, state))
+    _, state = agent.model(z[None], action[None], first[None], state)
+    return action, state
+
+
 def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, stop, idle_limit: int = 0):
     """Returns and lengths (J,) of real episodes with these seeds (J,); an environment takes the next as it ends one.
 
-    Each step: z_t from frame t, action from [z_t, h_t], step, then (z_t, action) to M for h_{t+1}. With idle_limit an
-    episode ends after so many steps without a positive reward, and the rest of its time is paid like its last step
-    (deviation 12: not by default).
+    With idle_limit an episode ends after so many steps without a positive reward, and the rest of its time is paid like
+    its last step (deviation 12: not by default).
     """
     device, num_envs, model = agent.controller.device, envs.num_envs, agent.model
-    kind, limit = model.spec.action_kind, model.spec.time_limit
+    (kind, _, limit, *_), latent_size = model.spec, agent.vae.mu.out_features
     jobs, queue = np.full(num_envs, -1), iter(range(len(seeds)))  # the job of each environment, and those not begun
     returns, lengths = np.full(len(seeds), np.nan), np.zeros(len(seeds), int)  # of the jobs
     total, steps, idle = np.zeros(num_envs), np.zeros(num_envs, int), np.zeros(num_envs, int)  # of episodes in progress
@@ -431,14 +455,11 @@ def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, sto
                 jobs[i] = next(queue, -1)  # without a job left, an environment plays on uncounted
                 total[i] = steps[i] = idle[i] = 0
             obs, _ = envs.reset(seed=[int(seed) for seed in seeds[jobs]], options={"reset_mask": dones})
-        first = torch.as_tensor(dones, device=device, dtype=torch.float32)
-        state = tuple(x * (1 - first[:, None]) for x in state)
-        mu, logvar = agent.vae.encode(preprocess(torch.as_tensor(obs, device=device)))
-        z = mu + torch.exp(0.5 * logvar) * torch.randn(mu.shape, generator=generator, device=device)
+        noise = torch.randn(num_envs, latent_size, generator=generator, device=device)
         played = torch.as_tensor(jobs % len(seeds), device=device)  # -1, uncounted, acts for the last job
-        action = policy(agent.features(z, state), played, len(seeds))
+        own = functools.partial(policy, jobs=played, num_jobs=len(seeds))
+        action, state = act(agent, obs, dones, state, noise, own)
         obs, rewards, terminations, truncations, _ = envs.step(env_action(action.cpu().numpy(), kind))  # host sync
-        _, state = model(z[None], action[None], first[None], state)
         if not np.isfinite(rewards).all():  # or its episode would never count as over
             raise SystemExit("error: not finite: the environment's reward")
         total, steps, idle = total + rewards, steps + 1, np.where(rewards > 0, 0, idle + 1)
@@ -458,10 +479,14 @@ def env_action(action: np.ndarray, kind: str) -> np.ndarray:
 
 
 class HeldActions:
-    """Random actions (N, A), each held for 1 to max_hold steps: white noise would hardly move anything."""
+    """Random actions (N, A), each held for 1 to max_hold steps: white noise would hardly move anything.
 
-    def __init__(self, num: int, spec: Spec, max_hold: int, rng: np.random.Generator):
-        self.spec, self.max_hold, self.rng = spec, max_hold, rng
+    A `share` of them is random, the others are left to C.
+    """
+
+    def __init__(self, num: int, spec: Spec, max_hold: int, rng: np.random.Generator, share: float = 1.0):
+        self.spec, self.max_hold, self.rng, self.share = spec, max_hold, rng, share
+        self.is_random = np.ones(num, bool)
         self.actions, self.left = np.zeros((num, spec.action_dim), np.float32), np.zeros(num, int)
 
     def __call__(self, restart: np.ndarray | bool = False) -> np.ndarray:
@@ -475,8 +500,14 @@ class HeldActions:
             actions[:, 1:] = (actions[:, 1:] + 1) / 2
             actions[:, 2] *= self.rng.random(len(new)) < 0.1
         self.actions = np.where(new[:, None], actions, self.actions)
+        self.is_random = np.where(new, self.rng.random(len(new)) < self.share, self.is_random)
         self.left = np.where(new, self.rng.integers(1, self.max_hold + 1, len(new)), self.left) - 1
         return self.actions
+
+    def mix(self, own: torch.Tensor, jobs: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """C's actions (jobs, A), and the held ones where those are random."""
+        is_random, actions = (torch.from_numpy(x).to(own.device)[jobs] for x in (self.is_random[:, None], self.actions))
+        return torch.where(is_random, actions, own)
 
 
 # === Updates ===
@@ -494,7 +525,7 @@ def update_vae(vae: VAE, optimizer, image: torch.Tensor, noise: torch.Tensor, ar
 def update_model(model: MDNRNN, optimizer, batch: dict, args: Args) -> dict:
     """One step of M on sequences (T, B, ...). Returns detached scalars, no host sync."""
     optimizer.zero_grad(set_to_none=True)
-    loss, metrics, _ = model_loss(model, batch, args.end_weight)
+    loss, metrics, _ = model_loss(model, batch, args.end_weight, args.pessimism)
     loss.backward()
     nn.utils.clip_grad_value_(model.parameters(), 1.0)  # by value, not by norm
     optimizer.step()
@@ -580,9 +611,10 @@ class Latents:
         data = {"action": action, "reward": reward, "first": first, "last": last, "terminated": terminated}
         self.data = {name: torch.from_numpy(array).to(device) for name, array in data.items()}
         self.data |= {"mu": rows[:, 0], "logvar": rows[:, 1]}  # float16
-        held_out = min(max(int(holdout_ratio * len(spans)), 1), len(spans) - 1)
-        self.spans, self.holdout = spans, spans[-held_out:]  # a single episode is both
-        self.train = spans[: len(spans) - held_out]  # deviation 3: without the last episodes
+        held_out = max(int(holdout_ratio * len(spans)), 1)
+        order = np.random.default_rng(7).permutation(len(spans))  # the same for whoever looks at these episodes
+        self.spans, self.holdout = spans, spans[np.sort(order[:held_out])]  # deviation 3
+        self.train = spans[np.sort(order[held_out:])] if len(spans) > 1 else spans  # a single episode is both
 
     def batches(self, spans: np.ndarray, length: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
         """One pass over episodes, shuffled: batches of B pieces (B, 2) of at most `length` steps (deviation 4)."""
@@ -609,44 +641,63 @@ class Latents:
 # run.updates makes the updates that are left, pass after pass over the batches. Interrupted stages return False.
 
 
+@torch.no_grad()
 def collect(run: "Stages") -> bool:
-    """Records episodes of held random actions, until the run has made total_timesteps environment steps."""
-    args, rb, num_envs = run.args, run.rb, run.args.num_envs
-    held = HeldActions(num_envs, run.spec, args.max_hold, run.rng["actions"])
+    """Records held random actions until the run has made record_until environment steps.
+
+    In later rounds they are mixed with those of controllers drawn around C, one for each episode.
+    """
+    args, rb, agent, num_envs, rng = run.args, run.rb, run.agent, run.args.num_envs, run.rng["actions"]
+    kind, held = run.spec.action_kind, HeldActions(num_envs, run.spec, args.max_hold, rng, run.random_share)
     tracks: list[list[tuple]] = [[] for _ in range(num_envs)]  # of the episodes in progress
+    idle, dones, last_report = np.zeros(num_envs, int), np.ones(num_envs, bool), (run.step, time.perf_counter())
+    weights, state = torch.zeros(num_envs, *agent.controller.shape, device=run.device), agent.model.initial(num_envs)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(run.device)
 
     def store(i: int, terminated: bool) -> None:
         if len(tracks[i]) >= args.min_episode_length:
             rb.add(*(np.stack(column) for column in zip(*tracks[i], strict=True)), terminated)
         tracks[i] = []
 
-    needed, free = (args.total_timesteps - run.step) * rb.frames.row_bytes, shutil.disk_usage(run.folder).free
+    needed, free = (run.record_until - run.step) * rb.frames.row_bytes, shutil.disk_usage(run.folder).free
     if needed > free:
         run.say(f"the frames need up to {needed / 1e9:.0f} GB, the disk has {free / 1e9:.0f} GB left")
-    run.begin("collect", args.total_timesteps, run.step)
-    dones, last_report = np.ones(num_envs, bool), (run.step, time.perf_counter())
+    run.begin("collect", run.record_until, run.step)
     while True:
-        if run.stop.requested or run.step >= args.total_timesteps:
-            for i in range(num_envs):
-                store(i, False)  # cut off, not terminated
-        run.units_done = run.step
-        if not run.goes_on(dones):
+        ending = run.stop.requested or run.step >= run.record_until
+        for i in range(num_envs if ending else 0):
+            store(i, False)  # cut off, not terminated
+        if ending or (run.step >= run.next_save and (dones.all() or num_envs > 1)):
+            run.next_save = next_multiple(run.step, args.checkpoint_frequency)
+            run.save()
+        if ending:
             break
         if dones.any():
             seeds = run.rng["reset"].integers(2**31, size=num_envs).tolist()
             obs, _ = run.envs.reset(seed=seeds, options={"reset_mask": dones})
         actions = held(dones)
-        next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, run.spec.action_kind))
+        if run.round > 1:
+            for i in np.flatnonzero(dones):
+                weights[i] = agent.controller + args.record_sigma * normal(*agent.controller.shape)
+            policy = lambda features: held.mix(controller_action(features, weights, kind))  # noqa: E731
+            own, state = act(agent, obs, dones, state, normal(num_envs, args.latent_size), policy)
+            actions = own.cpu().numpy()
+        next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, kind))
         require_finite_arrays(run.step, "the environment's reward", rewards)
         for i, track in enumerate(tracks):
             track.append((obs[i].copy(), actions[i], rewards[i]))
-        obs, dones = next_obs, terminations | truncations
+        obs, ended, idle = next_obs, terminations | truncations, np.where(rewards > 0, 0, idle * ~dones + 1)
+        dones = ended | ((idle == args.idle_limit) & (args.idle_limit > 0))
         run.step += num_envs
         run.progress.update(num_envs)
-        for i in np.flatnonzero(dones):
+        for i in np.flatnonzero(dones):  # what a given-up episode had left is paid like its last step
+            rest = 0 if ended[i] else rewards[i] * (run.spec.time_limit - len(tracks[i]))
+            run.returns.append(float(sum(reward for *_, reward in tracks[i]) + rest))
             store(i, terminations[i])
-        if dones.any():
-            run.log_episodes(infos, dones)
+        if ended.any():
+            run.log_episodes(infos, ended)
             now = time.perf_counter()
             run.log({"charts/SPS": (run.step - last_report[0]) / (now - last_report[1])})
             last_report = run.step, now
@@ -660,8 +711,14 @@ def collect(run: "Stages") -> bool:
 
 
 def train_vae(run: "Stages") -> bool:
-    """V: passes over all recorded frames, in an order drawn for each pass."""
+    """V: passes over all recorded frames, in an order drawn for each pass.
+
+    In later rounds as many updates as passes over the new frames would have, none where V does not need them.
+    """
     args, vae, frames = run.args, run.agent.vae, run.rb.frames.rows()
+    new = (len(frames) - run.frames_seen) / len(frames)
+    if not run.units_done and run.frames_seen and not sees_new_scenery(run, frames):
+        return True
     run.latents.cut(0)  # those of another V
     batch_size = min(args.vae_batch_size, len(frames))
     per_pass = len(frames) // batch_size
@@ -669,7 +726,8 @@ def train_vae(run: "Stages") -> bool:
     run.keep_optimizer(optimizer)
 
     def one_pass(number: int) -> np.ndarray:
-        order = np.random.default_rng([args.seed, 2, number]).permutation(len(frames))  # 2 ... 6: one for each purpose
+        rng = np.random.default_rng([args.seed, 2, run.round, number])  # 2 ... 6: one for each purpose
+        order = rng.permutation(len(frames))
         return order[: per_pass * batch_size].reshape(per_pass, batch_size)
 
     def update(rows: np.ndarray) -> dict:
@@ -677,10 +735,27 @@ def train_vae(run: "Stages") -> bool:
         noise = torch.randn(batch_size, args.latent_size, generator=run.rng["v"], device=run.device)
         return update_vae(vae, optimizer, image, noise, args)
 
-    finished = run.updates(per_pass * args.vae_epochs, batch_size, one_pass, update)
+    finished = run.updates(math.ceil(per_pass * args.vae_epochs * new), batch_size, one_pass, update)
     if finished:
+        run.frames_seen = len(frames)
         warn_of_failure(log_reconstructions, run, frames[np.linspace(0, len(frames) - 1, 16).astype(int)])
     return finished
+
+
+@torch.no_grad()
+def sees_new_scenery(run: "Stages", frames: np.ndarray) -> bool:
+    """Is V's error, on 1,000 frames each, larger on those that it was not trained on, by more than vae_excess?"""
+    errors, seen = [], run.frames_seen
+    for start, end in ((0, seen), (seen, len(frames))):
+        rows = np.unique(np.linspace(start, end - 1, 1000).astype(int))
+        image = preprocess(torch.from_numpy(frames[rows]).to(run.device))
+        errors.append(
+            float(((run.agent.vae.decode(run.agent.vae.encode(image)[0]) - image) ** 2).sum((1, 2, 3)).mean())
+        )
+    old, new = errors
+    trains = new > (1 + run.args.vae_excess) * old
+    run.say(f"V's error is {new:.1f} on new frames, {old:.1f} on old ones: it is {'' if trains else 'not '}trained on")
+    return trains
 
 
 @torch.no_grad()
@@ -718,7 +793,7 @@ def train_model(run: "Stages") -> bool:
     run.keep_optimizer(optimizer)
 
     def one_pass(number: int) -> list[np.ndarray]:
-        rng = np.random.default_rng([args.seed, 3, number])
+        rng = np.random.default_rng([args.seed, 3, run.round, number])
         return latents.batches(latents.train, args.sequence_length, args.model_batch_size, rng)
 
     def update(pieces: np.ndarray) -> dict:
@@ -727,34 +802,33 @@ def train_model(run: "Stages") -> bool:
 
     if not run.updates(args.model_updates, args.model_batch_size, one_pass, update):
         return False
-    set_dream_starts(model, latents, np.random.default_rng([args.seed, 4]))
-    if not calibrate(run, latents):  # random play in the dream beside recorded play
-        run.save()
-        return False
+    set_dream_starts(model, latents, np.random.default_rng([args.seed, 4, run.round]))
+    log_holdout_scores(run, latents)
     warn_of_failure(log_open_dream, run, latents)
     return True
 
 
 @torch.no_grad()
 def set_dream_starts(model: MDNRNN, latents: Latents, rng: np.random.Generator) -> None:
-    """Draws where dreams begin: at first frames of recorded episodes with the zero state, or anywhere after a warm-up.
+    """Draws where dreams begin: half of them at first frames of recorded episodes, at rest, with the zero state.
 
-    With a warm-up (CarRacing) M's state is what the warm_up steps before that frame have led to, from zero.
+    The other half anywhere after WARM_UP steps, with the state of M that these have led to, from zero.
     """
-    warm_up = model.spec.warm_up
+    num, warm_up = model.NUM_STARTS, model.WARM_UP
+    rest = latents.spans[rng.integers(len(latents.spans), size=num), 0]
     spans = latents.spans[latents.spans[:, 1] - latents.spans[:, 0] > warm_up]
-    spans, warm_up = (spans, warm_up) if len(spans) else (latents.spans, 0)
-    start, end = spans[rng.integers(len(spans), size=model.NUM_STARTS)].T
-    rows, (h, c) = start, model.initial(model.NUM_STARTS)
-    if warm_up:
+    rows, (h, c) = rest, model.initial(num)
+    if len(spans):  # or all begin at rest
+        start, end = spans[rng.integers(len(spans), size=num)].T
         rows = rng.integers(start + warm_up, end)
         generator = torch.Generator(h.device).manual_seed(int(rng.integers(2**31)))
         batch = latents.batch(np.stack([rows - warm_up, rows], 1), generator)
         _, (h, c) = model(batch["z"], batch["action"], batch["first"], (h, c))
+    rows = np.concatenate([rest, rows])
     model.start_mu.copy_(latents.data["mu"][rows])
     model.start_logvar.copy_(latents.data["logvar"][rows])
-    model.start_h.copy_(h[0])
-    model.start_c.copy_(c[0])
+    model.start_h[num:].copy_(h[0])
+    model.start_c[num:].copy_(c[0])
 
 
 def evolve(run: "Stages") -> bool:
@@ -762,12 +836,26 @@ def evolve(run: "Stages") -> bool:
     import cma
 
     args, controller, kind = run.args, run.agent.controller, run.spec.action_kind
-    normal = np.random.default_rng([args.seed, 5]).standard_normal
-    # seed nan: the global generator of NumPy is left alone, random numbers come from `normal`
-    options = {"popsize": args.population, "verbose": -9, "randn": lambda *size: normal(size), "seed": np.nan}
-    es = cma.CMAEvolutionStrategy(np.zeros(controller.numel()), args.sigma, options)
+    if not run.units_done:
+        run.fitness, run.evaluated = [], 0
+        run.start = {"mean": controller.cpu().clone(), "sigma": args.sigma, "generation": 0}
+        if args.controller_env == "dream" and not calibrate(run):
+            run.save()
+            return False
+
+    def cma_es() -> "cma.CMAEvolutionStrategy":
+        """At run.start. Seed nan: NumPy's global generator is left alone, random numbers come from one of its own."""
+        normal = np.random.default_rng([args.seed, 5, run.round, run.start["generation"]]).standard_normal
+        options = {"popsize": args.population, "verbose": -9, "randn": lambda *size: normal(size), "seed": np.nan}
+        return cma.CMAEvolutionStrategy(run.start["mean"].double().flatten().numpy(), run.start["sigma"], options)
+
+    es = cma_es()
     for fitness in run.fitness:  # random numbers and fitness are all that CMA-ES depends on: a resume repeats its steps
         es.tell(es.ask(), fitness)
+    if run.fitness and not np.allclose(es.mean, controller.cpu().flatten().numpy(), atol=1e-4):
+        run.say("CMA-ES could not be repeated, as with another LAPACK: it starts anew from its mean")
+        run.start = {"mean": controller.cpu().clone(), "sigma": es.sigma, "generation": run.units_done}
+        run.fitness, es = [], cma_es()
     run.begin("c", args.generations, run.units_done)
     while not run.stop.requested:
         at_end = run.units_done >= args.generations
@@ -779,7 +867,7 @@ def evolve(run: "Stages") -> bool:
         candidates = es.ask()
         weights = torch.tensor(np.stack(candidates), dtype=torch.float32, device=run.device)
         policy = linear_policy(weights.view(-1, *controller.shape), kind)
-        rng = np.random.default_rng([args.seed, 6, run.units_done])
+        rng = np.random.default_rng([args.seed, 6, run.round, run.units_done])
         seeds = rng.integers(2**31, size=args.episodes)  # deviation 9: the same for all candidates
         if args.controller_env == "dream":
             num_jobs, seed = args.population * args.episodes, int(seeds[0])
@@ -821,6 +909,8 @@ def main(args: Args) -> str:
     spec = make_spec(envs, args)
     if args.dream_length is None:
         args = replace(args, dream_length=spec.time_limit)
+    if args.controller_env == "dream" and not args.heads:
+        fail("dreams need an M that predicts ends and rewards: --heads True, with --resume and --from-stage m")
     if checkpoint:
         rewind(checkpoint, args)
     run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
@@ -843,15 +933,17 @@ def main(args: Args) -> str:
 # The published settings by task (name of the environment without its version). A flag on the command line wins.
 DEFAULTS = {
     "total_timesteps": 1_000_000, "controller_env": "dream", "max_hold": 10, "min_episode_length": 2, "latent_size": 32,
-    "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0,
+    "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0, "end_weight": 1.0,
+    "pessimism": 1.0, "at_rest": 1.0,
 }  # fmt: skip
 TASKS = {
     "VizdoomTakeCover": {
         "total_timesteps": 3_080_000, "min_episode_length": 101, "latent_size": 64, "hidden_size": 512,
-        "model_updates": 24_400, "model_lr_decay": 0.99999,
+        "model_updates": 24_400, "model_lr_decay": 0.99999, "end_weight": 10.0,
     },
     "CarRacing": {
         "total_timesteps": 10_000_000, "controller_env": "real", "max_hold": 8, "sequence_length": 1_000,
+        "pessimism": 5.0, "at_rest": 0.25, "dream_length": 300,
     },
 }  # fmt: skip
 TIME_LIMITS = {"VizdoomTakeCover": 2100}  # where the environment has none; without one a score cannot be compared
@@ -865,7 +957,8 @@ def task_name(env_id: str) -> str:
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given is filled in from TASKS."""
     task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
-    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+    args = replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+    return replace(args, heads=args.controller_env == "dream" if args.heads is None else args.heads)
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
@@ -953,14 +1046,14 @@ def kind_of_action(space: gym.Space, args: Args) -> str:
 
 def make_spec(envs: gym.vector.VectorEnv, args: Args) -> Spec:
     """The task as the networks see it, from the spaces of its environments."""
-    space, dreaming = envs.single_action_space, args.controller_env == "dream"
+    space = envs.single_action_space
     kind = kind_of_action(space, args)
     if kind == "thirds":
         action_dim = 1
     else:
         action_dim = int(space.n) if kind == "discrete" else space.shape[0]
     limit = envs.get_attr("_max_episode_steps")[0]
-    return Spec(kind, action_dim, int(limit), end_head=dreaming, reward_head=dreaming and kind != "thirds")
+    return Spec(kind, action_dim, int(limit), end_head=args.heads, reward_head=args.heads and kind != "thirds")
 
 
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
@@ -996,9 +1089,9 @@ def make_pictures(args: Args, film: bool) -> gym.Env:
 
 def log_scores(run: "Stages") -> None:
     """Real and dream score of the distribution's mean, side by side, and one of its dreams, unless interrupted."""
-    args, trace, envs, generation = run.args, [], run.envs, len(run.fitness)
+    args, trace, envs, generation = run.args, [], run.envs, run.units_done
     if args.capture_video:  # a film of each evaluation needs a new recorder
-        video = f"{run.folder}/videos/generation-{generation}"
+        video = f"{run.folder}/videos/round-{run.round}-generation-{generation}"
         envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
     real, dreamed = real_and_dream_scores(run.agent, envs, args, run.stop, trace)
     if args.capture_video:
@@ -1009,19 +1102,19 @@ def log_scores(run: "Stages") -> None:
     if dreamed is not None:
         run.say(f"global_step={run.step}, dream: {dreamed.mean():.1f} +- {dreamed.std():.1f}")
         run.log({"dream/episodic_return": dreamed.mean(), "dream/episodic_return_std": dreamed.std()})
-    run.evaluated = generation
+    run.evaluated = run.units_done
     run.save()
     frames = decode_frames(run.agent, torch.stack(trace[:: max(len(trace) // 100, 1)]))
     warn_of_failure(log_gif, run.writer, "dream/episode", frames, run.folder, run.step + generation)
 
 
 def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", trace: list | None = None) -> tuple:
-    """Returns of eval_episodes real episodes and of 100 dreams (None if M predicts no ends), on own seeds."""
+    """Returns of eval_episodes real episodes and of 100 dreams of such (None if M predicts no ends), on own seeds."""
     policy = linear_policy(agent.controller[None], agent.model.spec.action_kind)
     seeds = np.random.default_rng([args.seed, 99]).integers(2**31, size=args.eval_episodes)
     generator = torch.Generator(agent.controller.device).manual_seed(args.seed)
     real, _ = play(agent, envs, policy, seeds, generator, stop)
-    dreamed, _ = dream(agent, policy, 100, 100, args.seed, args, stop, trace)
+    dreamed, _ = dream(agent, policy, 100, 100, args.seed, like_episodes(args, agent.model.spec), stop, trace)
     return real, dreamed.cpu().numpy() if agent.model.spec.end_head else None
 
 
@@ -1049,36 +1142,61 @@ def evaluate_run(args: Args) -> str:
     return args.evaluate
 
 
-def calibrate(run: "Stages", latents: Latents) -> bool:
+def like_episodes(args: Args, spec: Spec) -> Args:
+    """Settings of dreams to compare with real episodes: they begin at rest and last as long."""
+    return replace(args, at_rest=1.0, dream_length=spec.time_limit)
+
+
+def calibrate(run: "Stages") -> bool:
     """Is the dream like the real environment? Says so before anything is evolved in it; False if interrupted.
 
-    The recording policy's returns in the dream are compared with the recorded ones: the dream is bad where the means
-    differ by more than the standard deviation of the recorded returns.
+    Plays 100 dreams as this round's episodes were played, and compares the returns.
     """
-    args, recorded = run.args, np.array([rewards.sum() for _, rewards in run.rb.episodes])
-    live_dims = int((latents.data["mu"].float().std(0) > 0.15).sum())
-    scores = {"model/live_dims": live_dims} | holdout_scores(run.agent.model, latents, args)
-    lines = [", ".join(f"{name.split('/')[1]} {value:.3g}" for name, value in scores.items())]
-    if live_dims < args.latent_size / 2:
-        lines.append("less than half of V's dimensions are live: raise --total-timesteps and --vae-epochs")
-    if run.spec.end_head:
-        held = HeldActions(100, run.spec, args.max_hold, np.random.default_rng([args.seed, 97]))
+    args, controller, kind = run.args, run.agent.controller, run.spec.action_kind
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    noise = torch.randn(100, *controller.shape, generator=generator, device=run.device)
+    weights = controller + args.record_sigma * noise
+    held = HeldActions(100, run.spec, args.max_hold, np.random.default_rng([args.seed, 97]), run.random_share)
 
-        def recording(features: torch.Tensor, jobs: torch.Tensor, num_jobs: int) -> torch.Tensor:
-            return torch.from_numpy(held()).to(run.device)[jobs]
+    def policy(features: torch.Tensor, jobs: torch.Tensor, num_jobs: int) -> torch.Tensor:
+        held()
+        return held.mix(controller_action(features, weights[jobs], kind), jobs)
 
-        dreamed = dream(run.agent, recording, 100, 100, args.seed, args, run.stop)[0].cpu().numpy()
-        if run.stop.requested:
-            return False
-        scores |= {"calibration/recording_dream": dreamed.mean(), "calibration/recording_real": recorded.mean()}
-        both = [f"{returns.mean():.1f} +- {returns.std():.1f}" for returns in (dreamed, recorded)]
-        lines.append(f"random play: dream {both[0]}, real {both[1]}")
-        if not abs(dreamed.mean() - recorded.mean()) <= recorded.std():  # also where it is not a number
-            advice = "raise --total-timesteps, --vae-epochs or --model-updates, or change --temperature"
-            lines.append(f"the dream is NOT like the real environment: {advice}, before trusting it")
-    print("calibration: " + "\ncalibration: ".join(lines))
-    run.log(scores)
+    settings = like_episodes(args, run.spec)
+    dreamed = dream(run.agent, policy, 100, 100, args.seed, settings, run.stop)[0].cpu().numpy()
+    if run.stop.requested:
+        return False
+    recorded = np.array(run.returns or [np.nan])
+    ratio, error, alike = compare(dreamed, recorded)
+    both = [f"{returns.mean():.1f} +- {returns.std():.1f}" for returns in (dreamed, recorded)]
+    run.say(f"calibration: as recorded, dream {both[0]}, real {both[1]}: {ratio:.2f} +- {error:.2f} times as much")
+    if not alike:
+        advice = "raise --total-timesteps, --rounds, --vae-epochs or --model-updates, or change --temperature"
+        run.say(f"calibration: the dream is NOT like the real environment: {advice}, before trusting it")
+    scores = {"calibration/recording_dream": dreamed.mean(), "calibration/recording_real": recorded.mean()}
+    run.log({name: value for name, value in scores.items() if math.isfinite(value)})
     return True
+
+
+def compare(dreamed: np.ndarray, recorded: np.ndarray) -> tuple[float, float, bool]:
+    """Mean dreamed return over mean recorded return; its standard error; is the dream like the real environment?
+
+    Not where the ratio is outside 0.7 to 1.4, by more than its error, or more than 4 errors away from 1.
+    """
+    mean, variance = recorded.mean(), [returns.var() / len(returns) for returns in (dreamed, recorded)]
+    ratio = dreamed.mean() / mean
+    error = math.sqrt(variance[0] + ratio**2 * variance[1]) / abs(mean)
+    return ratio, error, 0.7 - error <= ratio <= 1.4 + error and abs(ratio - 1) <= 4 * error
+
+
+def log_holdout_scores(run: "Stages", latents: Latents) -> None:
+    """What is to be known of V and M before they are dreamed with."""
+    live = int((latents.data["mu"].float().std(0) > 0.15).sum())
+    scores = {"model/live_dims": live} | holdout_scores(run.agent.model, latents, run.args)
+    run.say("held out: " + ", ".join(f"{name.split('/')[1]} {value:.3g}" for name, value in scores.items()))
+    if live < run.args.latent_size / 2:
+        run.say("less than half of V's dimensions are live: raise --total-timesteps and --vae-epochs")
+    run.log({name: value for name, value in scores.items() if math.isfinite(value)})  # no death, no recall of deaths
 
 
 @torch.no_grad()
@@ -1088,7 +1206,7 @@ def holdout_scores(model: MDNRNN, latents: Latents, args: Args) -> dict[str, flo
     nll, deaths = [], np.zeros(3)
     for pieces in latents.batches(latents.holdout, args.sequence_length, args.model_batch_size, rng):
         batch = latents.batch(pieces, generator)
-        _, terms, end_logit = model_loss(model, batch, args.end_weight)
+        _, terms, end_logit = model_loss(model, batch, args.end_weight, args.pessimism)
         nll.append(float(terms["losses/mdn_nll"]))
         if end_logit is not None:
             inside = batch["mask"] > 0
@@ -1098,7 +1216,7 @@ def holdout_scores(model: MDNRNN, latents: Latents, args: Args) -> dict[str, flo
     if model.spec.end_head:
         true, predicted, found = deaths
         scores |= {"model/deaths_true": true, "model/deaths_predicted": predicted}
-        scores["model/deaths_recall"] = found / true if true else 1.0
+        scores["model/deaths_recall"] = found / true if true else math.nan
     return scores
 
 
@@ -1106,8 +1224,10 @@ def log_open_dream(run: "Stages", latents: Latents) -> None:
     """M left to itself on held-out episodes: error of the pictures by horizon, and a film of truth above dream."""
     from matplotlib.figure import Figure
 
-    warm_up, spans = run.spec.warm_up, latents.holdout
-    context, length = warm_up + 5, min(warm_up + 100, int((spans[:, 1] - spans[:, 0]).max()) - 1)
+    spans, warm_up = latents.holdout, run.agent.model.WARM_UP
+    longest = int((spans[:, 1] - spans[:, 0]).max()) - 1
+    warm_up = warm_up if longest > warm_up + 50 else 0
+    context, length = warm_up + 5, min(warm_up + 100, longest)
     starts = np.array([start for start, end in spans if end - start > length])[:8]
     if length <= context:
         return
@@ -1476,12 +1596,12 @@ def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, s
 
 STAGES = ("collect", "v", "m", "c", "finished")
 STAGE_SETTINGS = {  # what a run repeated --from-stage may change
-    "collect": "num_envs max_hold min_episode_length save_buffer",
-    "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr kl_tolerance",
-    "m": "controller_env hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr "
-    "model_lr_decay end_weight holdout_ratio",
-    "c": "num_envs temperature dream_length population episodes generations sigma idle_limit eval_generations "
-    "eval_episodes",
+    "collect": "num_envs max_hold min_episode_length save_buffer round_timesteps record_sigma explore idle_limit",
+    "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr vae_excess kl_tolerance",
+    "m": "hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr model_lr_decay heads "
+    "end_weight pessimism holdout_ratio",
+    "c": "controller_env num_envs temperature dream_length at_rest population episodes generations sigma idle_limit "
+    "eval_generations eval_episodes",
 }
 
 
@@ -1493,40 +1613,42 @@ class Stages(Run):
         self.spec, self.envs, self.agent = spec, envs, Agent(spec, args).to(self.device)
         self.rb = ReplayBuffer(frames_file(self.folder))
         self.latents = ArrayFile(f"{self.folder}/latents.bin", (2, args.latent_size), np.float16)  # mu, logvar
-        self.stage, self.units_done = "collect", 0  # units: environment steps, updates, frames or generations
-        self.collected = 0  # environment steps when recording ended
+        self.stage, self.round, self.units_done = "collect", 1, 0  # units: updates, frames or generations
+        self.collected, self.recorded_until = 0, 0  # environment steps when recording ended, and when it will
+        self.returns: list[float] = []  # of the episodes that this round has recorded
+        self.frames_seen = 0  # frames that V was trained on
+        self.start: dict = {}  # where CMA-ES began: mean, sigma, generation
+        self.fitness: list[list[float]] = []  # of all candidates of all generations since, as CMA-ES was told
         self.evaluated = 0  # the last generation of which both scores are logged
-        self.fitness: list[list[float]] = []  # of all candidates of all generations, as CMA-ES was told
         self.saved_optimizer = deepcopy(checkpoint["parts"].get("optimizer")) if checkpoint else None
-        self.curves: list[tuple] = []  # stage, units, name, value, step: what stages after recording have logged
+        self.curves: list[tuple] = []  # round, stage, units, name, value, step: what stages after recording have logged
         rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
         rng |= {name: torch.Generator(self.device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
         if checkpoint:
-            self.forget(checkpoint)
+            parts = checkpoint["parts"]  # without what is to be learned, or recorded, anew
+            parts |= {"agent": self.agent.state_dict() | parts["agent"]} | {
+                "replay": parts.get("replay", {"lengths": []})
+            }
         self.keep({"agent": self.agent, "counters": self} | ({"replay": self.rb} if args.save_buffer else {}), rng)
         if checkpoint:
             self.go_on()
 
+    @property
+    def record_until(self) -> int:
+        return self.args.total_timesteps if self.round == 1 else self.recorded_until
+
+    @property
+    def random_share(self) -> float:
+        """Share of the held actions that are random in what this round records."""
+        return self.args.explore if self.round > 1 else 1.0
+
     def state_dict(self) -> dict:
         """How far the run has come, for a checkpoint."""
-        return {x: getattr(self, x) for x in ("stage", "units_done", "collected", "fitness")}
+        names = "stage round units_done collected recorded_until returns frames_seen start fitness evaluated"
+        return {name: getattr(self, name) for name in names.split()}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
-
-    def forget(self, checkpoint: dict) -> None:
-        """Leaves in a checkpoint what its stages have finished, and the one in progress unless it starts anew."""
-        parts, counters = checkpoint["parts"], checkpoint["parts"]["counters"]
-        kept = STAGES[: STAGES.index(counters["stage"]) + (counters["units_done"] > 0)]
-        stage_of = {"vae": "v", "model": "m", "controller": "c", "reset": "collect", "actions": "collect"}
-        tensors = {name: tensor for name, tensor in parts["agent"].items() if stage_of[name.split(".")[0]] in kept}
-        parts["agent"] = self.agent.state_dict() | tensors
-        rng = checkpoint["rng"].items()
-        checkpoint["rng"] = {name: state for name, state in rng if stage_of.get(name, name) in kept}
-        if "c" not in kept:
-            counters["fitness"] = []
-        if "collect" not in kept:
-            parts["replay"] = self.rb.state_dict()
 
     def go_on(self) -> None:
         """Goes on where the checkpoint ends. The log is purged from the run's step on: curves are drawn again."""
@@ -1537,10 +1659,9 @@ class Stages(Run):
         if os.path.exists(f"{self.folder}/curves.json"):
             with open(f"{self.folder}/curves.json") as file:
                 curves = json.load(file)
-            kept = {stage: math.inf for stage in STAGES[: STAGES.index(self.stage)]} | {self.stage: self.units_done}
-            self.curves = [curve for curve in curves if curve[1] <= kept.get(curve[0], -1)]
-        for _, units, name, value, step in self.curves:
-            self.evaluated = units if name == "eval/episodic_return" else self.evaluated
+            here = self.round, STAGES.index(self.stage), self.units_done
+            self.curves = [x for x in curves if (x[0], STAGES.index(x[1]), x[2]) <= here]
+        for *_, name, value, step in self.curves:
             if step > self.step:
                 self.writer.add_scalar(name, value, step)
 
@@ -1549,8 +1670,9 @@ class Stages(Run):
         if self.stage == "collect":
             return super().log(values)
         for name, value in values.items():
-            self.curves.append((self.stage, self.units_done, name, float(value), self.step + self.units_done))
-            self.writer.add_scalar(*self.curves[-1][2:])
+            here = self.round, self.stage, max(self.units_done, 1)  # what a stage begins with is purged with the rest
+            self.curves.append((*here, name, float(value), self.step + here[-1]))
+            self.writer.add_scalar(*self.curves[-1][3:])
 
     def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Names the optimizer of the stage in progress, which a checkpoint then holds; a resume finds it as it was."""
@@ -1576,8 +1698,11 @@ class Stages(Run):
         self.progress.set_description(text)
 
     def finish(self) -> None:
-        """The stage in progress is done, the next one begins."""
+        """The stage in progress is done, the next one begins, or the next round."""
         self.stage, self.units_done = STAGES[STAGES.index(self.stage) + 1], 0
+        if self.stage == "finished" and self.round < self.args.rounds:
+            self.stage, self.round, self.returns = "collect", self.round + 1, []
+            self.recorded_until = self.step + self.args.round_timesteps
         self.parts.pop("optimizer", None)
         self.save()
 
@@ -1610,29 +1735,43 @@ class Stages(Run):
 
 def rewind(checkpoint: dict, args: Args) -> None:
     """Sets a checkpoint back to the stage that a resume must go on with, and lets that stage's settings be changed."""
-    counters, saved = checkpoint["parts"]["counters"], checkpoint["args"]
+    counters, saved, parts = checkpoint["parts"]["counters"], checkpoint["args"], checkpoint["parts"]
     if args.from_stage:
         if STAGES.index(args.from_stage) > STAGES.index(counters["stage"]):
             fail(f"--from-stage {args.from_stage}: this run has not come further than {counters['stage']}")
-        counters |= {"stage": args.from_stage, "units_done": 0}
+        forget(checkpoint, args.from_stage)
         for name in STAGES[STAGES.index(args.from_stage) : -1]:
             saved |= {setting: getattr(args, setting) for setting in STAGE_SETTINGS[name].split()}
-    elif args.total_timesteps > counters["collected"] > 0 and counters["stage"] != "collect":
-        counters |= {"stage": "collect", "units_done": counters["collected"]}  # records more, learns anew from all
-    elif args.generations > saved["generations"] and counters["stage"] == "finished":
+    elif args.total_timesteps > saved["total_timesteps"] and (counters["stage"], counters["round"]) != ("collect", 1):
+        if counters["round"] > 1:
+            fail("--total-timesteps is what the first round records: raise --rounds")
+        forget(checkpoint, "v")  # records more, learns anew from all
+        counters["stage"] = "collect"
+    elif counters["stage"] == "finished" and (args.generations > saved["generations"] or args.rounds > saved["rounds"]):
         counters |= {"stage": "c", "units_done": saved["generations"]}
-    if counters["stage"] == "collect" and (args.from_stage or "replay" not in checkpoint["parts"]):
-        counters |= {"units_done": 0, "collected": 0}  # records anew; without the buffer there is nothing to go on with
-        checkpoint["global_step"] = 0
-    if STAGES.index(counters["stage"]) < STAGES.index("c") or args.from_stage == "c":
-        checkpoint["global_step"] = min(checkpoint["global_step"], counters["collected"] or checkpoint["global_step"])
-    saved["generations"] = max(saved["generations"], args.generations)
-    if counters["stage"] in ("v", "m") or (counters["stage"] == "collect" and counters["units_done"]):
-        recorded, frames = sum(checkpoint["parts"].get("replay", {"lengths": ()})["lengths"]), frames_file(args.resume)
-        if not recorded:
-            fail(f"{args.resume} has not kept what it recorded (--no-save-buffer): --from-stage collect")
-        if frames.num_rows() < recorded:
-            fail(f"{frames.path} has {frames.num_rows()} frames of {recorded}: --from-stage collect")
+    saved |= {name: max(saved[name], getattr(args, name)) for name in ("generations", "rounds")}
+    if counters["stage"] == "collect" and counters["round"] == 1 and "replay" not in parts:
+        forget(checkpoint, "collect")  # there is nothing to go on with
+    recorded, frames = sum(parts.get("replay", {"lengths": ()})["lengths"]), frames_file(args.resume)
+    if not recorded and counters["stage"] in ("v", "m"):
+        fail(f"{args.resume} has not kept what it recorded (--no-save-buffer): --from-stage collect")
+    if counters["stage"] in ("collect", "v", "m") and frames.num_rows() < recorded:
+        fail(f"{frames.path} has {frames.num_rows()} frames of {recorded}: --from-stage collect")
+
+
+def forget(checkpoint: dict, stage: str) -> None:
+    """Takes out of a checkpoint what this stage and those after it have left, so that they begin anew."""
+    parts, counters, gone = checkpoint["parts"], checkpoint["parts"]["counters"], STAGES[STAGES.index(stage) :]
+    stage_of = {"vae": "v", "model": "m", "controller": "c", "reset": "collect", "actions": "collect"}
+    parts["agent"] = {k: tensor for k, tensor in parts["agent"].items() if stage_of[k.split(".")[0]] not in gone}
+    checkpoint["rng"] = {k: state for k, state in checkpoint["rng"].items() if stage_of.get(k, k) not in gone}
+    counters |= {"stage": stage, "units_done": 0}
+    if "v" in gone:
+        counters["frames_seen"] = 0
+    if "collect" in gone:
+        parts.pop("replay", None)
+        counters |= {"round": 1, "collected": 0, "returns": []}
+    checkpoint["global_step"] = min(checkpoint["global_step"], counters["collected"])
 
 
 class ArrayFile:
@@ -1689,9 +1828,9 @@ def check_args(args: Args) -> None:
     at_least = {
         1: "total_timesteps num_envs eval_episodes max_hold latent_size vae_depth vae_epochs vae_batch_size "
         "hidden_size num_mixtures sequence_length model_batch_size model_updates dream_length episodes generations "
-        "eval_generations",
-        0: "seed eval_frequency checkpoint_frequency vae_lr kl_tolerance model_lr model_lr_decay end_weight "
-        "idle_limit holdout_ratio",
+        "eval_generations rounds round_timesteps",
+        0: "seed eval_frequency checkpoint_frequency vae_lr vae_excess kl_tolerance model_lr model_lr_decay end_weight "
+        "idle_limit holdout_ratio pessimism at_rest explore record_sigma",
         2: "min_episode_length population",
     }
     for bound, names in at_least.items():
@@ -1699,11 +1838,13 @@ def check_args(args: Args) -> None:
             value = getattr(args, name)
             if value is not None and not value >= bound:
                 fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
-    for name in ("model_lr_decay", "holdout_ratio"):
+    for name in ("model_lr_decay", "holdout_ratio", "at_rest", "explore"):
         if getattr(args, name) > 1:
             fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
     if not (args.temperature > 0 and args.sigma > 0):
         fail("--temperature and --sigma must be greater than 0")
+    if args.rounds > 1 and not args.save_buffer:
+        fail("--rounds needs what earlier rounds recorded, which --no-save-buffer does not keep")
     if args.from_stage and not args.resume:
         fail("--from-stage needs --resume")
 

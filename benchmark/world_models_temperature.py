@@ -24,7 +24,7 @@ def evolve_at(folder: str, temperature: float, changes: dict) -> dict[str, float
     saved = world_models.load_checkpoint(copy, world_models.Args())["args"]
     settings = saved | changes | {"resume": copy, "from_stage": "c", "temperature": temperature}
     world_models.main(world_models.Args(**settings))
-    return {name: value for _, _, name, value, _ in json.loads(Path(copy, "curves.json").read_text())}
+    return {name: value for *_, name, value, _ in json.loads(Path(copy, "curves.json").read_text())}
 
 
 def main() -> None:
