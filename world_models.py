@@ -103,11 +103,11 @@ class Args:
     # Algorithm specific arguments: the task
     env_id: str = "VizdoomTakeCover-v1"  # Gymnasium id with image observations (CarRacing-v3, my_module:MyEnv-v0)
     total_timesteps: int | None = None  # environment steps of random actions, recorded for V and M; default by task
+    num_envs: int = 1  # environments played side by side in all stages, each in its own process if more than one
     rounds: int = 1  # times that the stages follow each other; C plays what the later rounds record; may be raised
     round_timesteps: int = 15_000  # environment steps that each later round records
     record_sigma: float = 0.05  # standard deviation of the weights around C's that play an episode of a later round
     explore: float = 0.3  # share of the held actions that are random in what later rounds record, the rest is C's
-    num_envs: int = 1  # environments played side by side in all stages, each in its own process if more than one
     from_stage: Literal["collect", "v", "m", "c"] | None = None  # with --resume: the stage to repeat, with all after it
     render_obs: bool = False  # observe the rendered picture, where observations are no images (CartPole-v1)
     max_hold: int | None = None  # a random action is held for 1 to this many steps; default by task, 10 elsewhere
@@ -132,18 +132,15 @@ class Args:
     model_lr_decay: float | None = None  # M: factor per update towards a rate of 1e-5; default by task, 1 elsewhere
     heads: bool | None = None  # M: predict ends and rewards too, as dreams need; default: where C is evolved in dreams
     end_weight: float | None = None  # M: weight of terminations in the loss of the ends; default by task, 1 elsewhere
-    pessimism: float | None = (
-        None  # M: weight of predicting too much reward; default by task, 1 (as too little) elsewhere
-    )
+    pessimism: float | None = None  # M: weight of predicting too much reward; default by task, 1 elsewhere
+    reward_window: int = 1  # M: CarRacing's tiles are paid for over this many steps around the one that reaches them
     holdout_ratio: float = 0.05  # M: share of the episodes that M is tested on and not trained with
 
     # C, the controller, and its dream
     controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
     temperature: float = 1.15  # dream: divides the mixture's logits, its root scales the noise (deviation 8)
     dream_length: int | None = None  # steps of a dream at most; default by task, the time limit elsewhere
-    at_rest: float | None = (
-        None  # share of the dreams that begin at first frames, the others anywhere; default by task, 1
-    )
+    at_rest: float | None = None  # share of dreams that begin at first frames; default by task, 1 elsewhere
     population: int = 64  # C: candidates per generation (P)
     episodes: int = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
     generations: int = 1_800  # C: generations; may be raised on a resume
@@ -587,31 +584,35 @@ class ReplayBuffer:
         self.episodes = list(zip(*(np.split(column, cuts) for column in columns), strict=True))
 
 
-def learnable_rewards(rewards: np.ndarray, spec: Spec) -> np.ndarray:
+def learnable_rewards(rewards: np.ndarray, spec: Spec, window: int) -> np.ndarray:
     """Rewards (T,) of an episode as M learns them (deviation 6): CarRacing pays 1000 / (tiles of the track) for a tile.
 
     How many tiles a track has is in no picture, so here each pays the mean, 3.4. A step may pass several; it costs 0.1.
+    Nor is where a tile begins: what tiles pay is spread evenly over a window of steps around it.
     """
     if spec.action_kind != "car" or not (rewards > 0).any():
         return rewards
-    tile = rewards[rewards > 0].min() + 0.1
-    return np.where(rewards > 0, np.round((rewards + 0.1) / tile) * 3.4 - 0.1, rewards)
+    tiles = np.where(rewards > 0, np.round((rewards + 0.1) / (rewards[rewards > 0].min() + 0.1)), 0)
+    spread = np.convolve(tiles, np.full(window, 1 / window), "full")[window // 2 :][: len(tiles)]
+    return np.where(rewards > 0, -0.1, rewards) + 3.4 * spread
 
 
 class Latents:
     """All N recorded time steps on the device, as M is trained on them: z as its Gaussian, actions, rewards, ends."""
 
-    def __init__(self, rb: ReplayBuffer, rows: np.ndarray, spec: Spec, holdout_ratio: float, device: torch.device):
+    def __init__(self, rb: ReplayBuffer, rows: np.ndarray, spec: Spec, args: Args, device: torch.device):
         rows, spans = torch.from_numpy(np.array(rows)).to(device), rb.spans  # (N, 2, Z), (episodes, 2)
         first, last, terminated = (np.zeros(len(rb), np.float32) for _ in range(3))  # of an episode; terminated?
         first[spans[:, 0]], last[spans[:, 1] - 1] = 1, 1
         terminated[spans[:, 1] - 1] = rb.terminated  # deviation 5: not where an episode was cut off
         action = np.concatenate([actions for actions, _ in rb.episodes])
-        reward = np.concatenate([learnable_rewards(rewards, spec) for _, rewards in rb.episodes]).astype(np.float32)
+        reward = np.concatenate(
+            [learnable_rewards(rewards, spec, args.reward_window) for _, rewards in rb.episodes]
+        ).astype(np.float32)
         data = {"action": action, "reward": reward, "first": first, "last": last, "terminated": terminated}
         self.data = {name: torch.from_numpy(array).to(device) for name, array in data.items()}
         self.data |= {"mu": rows[:, 0], "logvar": rows[:, 1]}  # float16
-        held_out = max(int(holdout_ratio * len(spans)), 1)
+        held_out = max(int(args.holdout_ratio * len(spans)), 1)
         order = np.random.default_rng(7).permutation(len(spans))  # the same for whoever looks at these episodes
         self.spans, self.holdout = spans, spans[np.sort(order[:held_out])]  # deviation 3
         self.train = spans[np.sort(order[held_out:])] if len(spans) > 1 else spans  # a single episode is both
@@ -785,7 +786,7 @@ def train_model(run: "Stages") -> bool:
     if not encode(run):
         return False
     args, model = run.args, run.agent.model
-    latents = Latents(run.rb, run.latents.rows(), run.spec, args.holdout_ratio, run.device)
+    latents = Latents(run.rb, run.latents.rows(), run.spec, args, run.device)
     if not run.units_done:
         model.reward_mean.copy_(latents.data["reward"].mean())
         model.reward_std.copy_(latents.data["reward"].std().clamp(min=1e-3))
@@ -1599,7 +1600,7 @@ STAGE_SETTINGS = {  # what a run repeated --from-stage may change
     "collect": "num_envs max_hold min_episode_length save_buffer round_timesteps record_sigma explore idle_limit",
     "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr vae_excess kl_tolerance",
     "m": "hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr model_lr_decay heads "
-    "end_weight pessimism holdout_ratio",
+    "end_weight pessimism reward_window holdout_ratio",
     "c": "controller_env num_envs temperature dream_length at_rest population episodes generations sigma idle_limit "
     "eval_generations eval_episodes",
 }
@@ -1644,7 +1645,7 @@ class Stages(Run):
 
     def state_dict(self) -> dict:
         """How far the run has come, for a checkpoint."""
-        names = "stage round units_done collected recorded_until returns frames_seen start fitness evaluated"
+        names = "stage round units_done collected recorded_until returns frames_seen start fitness"
         return {name: getattr(self, name) for name in names.split()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -1661,7 +1662,9 @@ class Stages(Run):
                 curves = json.load(file)
             here = self.round, STAGES.index(self.stage), self.units_done
             self.curves = [x for x in curves if (x[0], STAGES.index(x[1]), x[2]) <= here]
-        for *_, name, value, step in self.curves:
+        for number, _, units, name, value, step in self.curves:
+            if name == "eval/episodic_return" and number == self.round:
+                self.evaluated = units
             if step > self.step:
                 self.writer.add_scalar(name, value, step)
 

@@ -374,10 +374,22 @@ def test_a_tile_is_worth_the_same_on_every_track():
     """0, 1 or 2 tiles of tracks of 224 to 366 tiles, and leaving the field."""
     for tiles in (230, 294, 366):
         rewards = np.array([-0.1, 1000 / tiles - 0.1, 2000 / tiles - 0.1, -100.0])
-        np.testing.assert_allclose(world_models.learnable_rewards(rewards, CAR), [-0.1, 3.3, 6.7, -100])
+        np.testing.assert_allclose(world_models.learnable_rewards(rewards, CAR, 1), [-0.1, 3.3, 6.7, -100])
     for rewards in (np.array([-0.1, -100.0]), np.zeros(0)):
-        assert np.array_equal(world_models.learnable_rewards(rewards, CAR), rewards)
-    assert world_models.learnable_rewards(np.array([1.3]), BOX) == [1.3]
+        assert np.array_equal(world_models.learnable_rewards(rewards, CAR, 1), rewards)
+    assert world_models.learnable_rewards(np.array([1.3]), BOX, 5) == [1.3]
+
+
+def test_what_a_tile_pays_is_spread_over_the_steps_around_it():
+    """3.4 for one tile, 6.8 for two, over five steps; those beyond the episode are lost. Costs stay where they are."""
+    rewards = np.full(12, -0.1)
+    rewards[[4, 11]] += 1000 / 300, 2000 / 300
+    expected = np.full(12, -0.1)
+    expected[2:7] += 3.4 / 5
+    expected[9:] += 6.8 / 5
+    np.testing.assert_allclose(world_models.learnable_rewards(rewards, CAR, 5), expected)
+    rewards[-1] = -100
+    assert world_models.learnable_rewards(rewards, CAR, 5)[-1] == -100
 
 
 def test_ten_frames_are_learned_by_heart():
@@ -659,7 +671,7 @@ def latents():
     file = ArrayFile("latents.bin", (2, 4), np.float16)
     rows = np.stack([np.arange(18)[:, None].repeat(4, 1), np.full((18, 4), -20)], 1)
     file.append(rows.astype(np.float16))
-    return Latents(rb, file.rows(), BOX, 0.25, torch.device("cpu"))
+    return Latents(rb, file.rows(), BOX, make_args(holdout_ratio=0.25), torch.device("cpu"))
 
 
 def test_a_pass_shows_every_step_once(latents):
@@ -682,13 +694,13 @@ def test_held_out_episodes_are_drawn_at_random():
     """A quarter of 80, from everywhere, ends among them; the same ones each time; of a single episode all is seen."""
     rb = recorded(lengths=[2] * 80)
     rows = np.zeros((160, 2, 4), np.float16)
-    latents = [Latents(rb, rows, BOX, 0.25, torch.device("cpu")) for _ in range(2)]
+    latents = [Latents(rb, rows, BOX, make_args(holdout_ratio=0.25), torch.device("cpu")) for _ in range(2)]
     held = latents[0].holdout[:, 0] // 2
     assert len(held) == 20 and len(latents[0].train) == 60 and held.tolist() == (latents[1].holdout[:, 0] // 2).tolist()
     assert not set(held) & set(latents[0].train[:, 0] // 2) and (held < 40).sum() in range(5, 16)
     assert 0 < sum(rb.terminated[i] for i in held) < 20
     rb.episodes, rb.terminated = rb.episodes[:1], rb.terminated[:1]
-    single = Latents(rb, rows[:2], BOX, 0.25, torch.device("cpu"))
+    single = Latents(rb, rows[:2], BOX, make_args(), torch.device("cpu"))
     assert single.train.tolist() == single.holdout.tolist() == [[0, 2]]
 
 
@@ -1152,7 +1164,9 @@ def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(spec
     monkeypatch.setattr(world_models, "open_loop", open_loop)
     monkeypatch.setattr(world_models, "decode_frames", decode)
     monkeypatch.setattr(run, "log", logged.update)
-    world_models.log_open_dream(run, Latents(run.rb, run.latents.rows(), spec, 0.5, run.device))
+    world_models.log_open_dream(
+        run, Latents(run.rb, run.latents.rows(), spec, make_args(holdout_ratio=0.5), run.device)
+    )
     expected = {f"open_loop/image_mse_horizon_{k}": ((4 + k) / 255) ** 2 for k in (1, 5, 15, 45)}
     assert logged == pytest.approx(expected)
 
