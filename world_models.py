@@ -108,6 +108,7 @@ class Args:
     round_timesteps: int = 15_000  # environment steps that each later round records
     record_sigma: float = 0.05  # standard deviation of the weights around C's that play an episode of a later round
     explore: float = 0.3  # share of the held actions that are random in what later rounds record, the rest is C's
+    play: str | None = None  # run folder whose dream is entered: the keyboard acts in a window, nothing is trained
     from_stage: Literal["collect", "v", "m", "c"] | None = None  # with --resume: the stage to repeat, with all after it
     render_obs: bool = False  # observe the rendered picture, where observations are no images (CartPole-v1)
     max_hold: int | None = None  # a random action is held for 1 to this many steps; default by task, 10 elsewhere
@@ -366,15 +367,15 @@ def mixture_sample(log_pi, mu, log_sigma, uniform: torch.Tensor, normal: torch.T
 
 
 def dream_step(model: MDNRNN, z, action, first, state, uniform, normal, temperature: float) -> tuple:
-    """Next z (N, Z), state, rewards (N,) and ends (N,) of N dreams; one ends where P[termination] > 1/2."""
+    """Next z (N, Z), state, rewards (N,) and logits of P[termination] (N,) of N dreams; one ends where P > 1/2."""
     out, state = model(z[None], action[None], first[None], state)
     log_pi, mu, log_sigma, end_logit, reward = model.split(out[0])
     z = mixture_sample(log_pi, mu, log_sigma, uniform, normal, temperature)
     if end_logit is None:  # M of the published car predicts z alone
-        return z, state, torch.zeros_like(first), torch.zeros_like(first, dtype=torch.bool)
+        return z, state, torch.zeros_like(first), torch.full_like(first, -math.inf)
     if reward is None:  # TakeCover: one for each step survived
-        return z, state, torch.ones_like(first), end_logit > 0
-    return z, state, reward * model.reward_std + model.reward_mean, end_logit > 0
+        return z, state, torch.ones_like(first), end_logit
+    return z, state, reward * model.reward_std + model.reward_mean, end_logit
 
 
 @torch.no_grad()
@@ -410,10 +411,10 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, seed: 
         action = policy(agent.features(z, state), jobs, num_jobs)
         uniform = torch.rand(num_dreams, args.latent_size, generator=generator, device=device)
         noise = uniform[which], normal()[which]
-        z, state, rewards, ends = dream_step(model, z, action, first, state, *noise, args.temperature)
+        z, state, rewards, end_logit = dream_step(model, z, action, first, state, *noise, args.temperature)
         returns[jobs] += rewards * alive
         lengths[jobs] += alive
-        alive, first = alive * ~ends, torch.zeros_like(first)
+        alive, first = alive * (end_logit <= 0), torch.zeros_like(first)
     if trace is not None:
         del trace[int(lengths[0]) :]  # the rest is of others
     return returns, lengths
@@ -707,7 +708,9 @@ def collect(run: "Stages") -> bool:
     if len(rb) < 2:
         short = f"no episode of {args.min_episode_length} steps in {run.step}"
         raise SystemExit(f"error: {short}: nothing to learn from")
-    run.collected = run.step
+    run.collected, returns = run.step, np.array(run.returns or [np.nan])
+    text = f"{len(run.returns)} whole episodes recorded, {returns.mean():.1f} +- {returns.std():.1f}"
+    run.say(f"round {run.round}, {run.step} environment steps: {text}")
     return True
 
 
@@ -739,7 +742,8 @@ def train_vae(run: "Stages") -> bool:
     finished = run.updates(math.ceil(per_pass * args.vae_epochs * new), batch_size, one_pass, update)
     if finished:
         run.frames_seen = len(frames)
-        warn_of_failure(log_reconstructions, run, frames[np.linspace(0, len(frames) - 1, 16).astype(int)])
+        rows = np.random.default_rng([args.seed, 8]).choice(len(frames), min(len(frames), 12), replace=False)
+        warn_of_failure(log_reconstructions, run, frames[np.sort(rows)])
     return finished
 
 
@@ -905,6 +909,8 @@ def main(args: Args) -> str:
     check_args(args)
     if args.evaluate is not None:
         return evaluate_run(args)
+    if args.play is not None:
+        return enter_dream(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
     envs = make_vector_env(args, args.num_envs)
     spec = make_spec(envs, args)
@@ -1106,7 +1112,7 @@ def log_scores(run: "Stages") -> None:
     run.evaluated = run.units_done
     run.save()
     frames = decode_frames(run.agent, torch.stack(trace[:: max(len(trace) // 100, 1)]))
-    warn_of_failure(log_gif, run.writer, "dream/episode", frames, run.folder, run.step + generation)
+    warn_of_failure(log_gif, run.writer, "dream/episode", enlarged(frames), run.folder, run.step + generation)
 
 
 def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", trace: list | None = None) -> tuple:
@@ -1119,18 +1125,26 @@ def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", t
     return real, dreamed.cpu().numpy() if agent.model.spec.end_head else None
 
 
+def weights_of(folder: str, checkpoint: dict) -> dict:
+    """V, M and C of a run that belong together: while the next C is not evolved, those of the round before."""
+    counters = checkpoint["parts"]["counters"]
+    if STAGES.index(counters["stage"]) >= STAGES.index("c"):
+        return checkpoint["parts"]["agent"]
+    if counters["round"] == 1:
+        fail(f"{folder} has no controller yet, it is at stage {counters['stage']}")
+    return torch.load(f"{folder}/round_{counters['round'] - 1}.pt", map_location="cpu", weights_only=True)
+
+
 def evaluate_run(args: Args) -> str:
     """Plays the controller of a run folder and prints its returns; with args.capture_video one episode is filmed."""
     checkpoint = load_checkpoint(args.evaluate, args)
-    stage = checkpoint["parts"]["counters"]["stage"]
-    if STAGES.index(stage) < STAGES.index("c"):
-        fail(f"{args.evaluate} has no controller yet, it is at stage {stage}")
+    weights = weights_of(args.evaluate, checkpoint)
     refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed temperature")
     device, stop = choose_device(args), StopRequest()
     video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
     envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
     agent = Agent(make_spec(envs, args), args).to(device)
-    agent.load_state_dict(checkpoint["parts"]["agent"])
+    agent.load_state_dict(weights)
     real, dreamed = real_and_dream_scores(agent, envs, args, stop)
     envs.close()
     if not stop.requested:
@@ -1251,7 +1265,7 @@ def log_open_dream(run: "Stages", latents: Latents) -> None:
     figure.savefig(f"{run.folder}/open_loop_error.png")
     run.writer.add_figure("open_loop/error", figure, run.step)
     frames = np.concatenate([truth, dreamed], 2).transpose(0, 2, 1, 3, 4).reshape(length, 128, -1, 3)
-    log_gif(run.writer, "open_loop/truth_dream", frames, run.folder, run.step)
+    log_gif(run.writer, "open_loop/truth_dream", enlarged(frames, 2), run.folder, run.step)
 
 
 @torch.no_grad()
@@ -1267,20 +1281,92 @@ def open_loop(model: MDNRNN, batch: dict, uniform, normal, temperature: float, c
 
 def log_reconstructions(run: "Stages", frames: np.ndarray) -> None:
     """Frames (N, 64, 64, 3) above what V makes of their means, as PNG and in the log."""
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     with torch.no_grad():
         mu, _ = run.agent.vae.encode(preprocess(torch.from_numpy(frames.copy()).to(run.device)))
-    rows = frames, decode_frames(run.agent, mu)
-    image = np.concatenate([np.concatenate(list(row), 1) for row in rows])
-    Image.fromarray(image).save(f"{run.folder}/reconstructions.png")
-    run.writer.add_image("vae/reconstructions", image, run.step, dataformats="HWC")
+    rows, gap = (frames, decode_frames(run.agent, mu)), ((0, 0), (1, 1), (1, 1), (0, 0))
+    pairs = enlarged(np.concatenate([np.pad(row, gap, constant_values=255) for row in rows], 1), 2)
+    image = np.pad(np.concatenate(list(pairs), 1), ((0, 0), (90, 0), (0, 0)), constant_values=255)
+    picture = Image.fromarray(image)
+    for text, height in (("seen", 60), ("what V\nmakes of it", 190)):
+        ImageDraw.Draw(picture).text((6, height), text, "black")
+    picture.save(f"{run.folder}/reconstructions.png")
+    run.writer.add_image("vae/reconstructions", np.array(picture), run.step, dataformats="HWC")
+
+
+@torch.no_grad()
+def enter_dream(args: Args) -> str:
+    """A window in which M dreams and the keyboard acts: c hands over to C and back, r begins anew, escape ends."""
+    import pygame
+
+    folder, checkpoint = args.play, load_checkpoint(args.play, args)
+    args, weights = replace(Args(**checkpoint["args"]), cuda=args.cuda, seed=args.seed), weights_of(folder, checkpoint)
+    envs = make_vector_env(args, 1)
+    spec, fps = make_spec(envs, args), envs.metadata.get("render_fps", 30)
+    envs.close()
+    agent = Agent(spec, args).to(choose_device(args))
+    agent.load_state_dict(weights)
+    model, device = agent.model, agent.controller.device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    pygame.init()
+    window, font, clock = pygame.display.set_mode((512, 552)), pygame.font.Font(None, 28), pygame.time.Clock()
+    pressed, own, z, state = set(), True, None, None
+    while True:
+        for event in pygame.event.get():
+            pressed ^= {event.key} if event.type in (pygame.KEYDOWN, pygame.KEYUP) else set()
+            if event.type == pygame.QUIT or pygame.K_ESCAPE in pressed:
+                pygame.quit()
+                return folder
+            own ^= event.type == pygame.KEYDOWN and event.key == pygame.K_c
+        normal = torch.randn(1, args.latent_size, generator=generator, device=device)
+        if z is None or pygame.K_r in pressed:
+            i = torch.randint(model.NUM_STARTS, (1,), generator=generator, device=device)
+            z, state, total, steps = model.start_mu[i], model.initial(1), 0.0, 0
+        action = keyboard_action(pressed, spec).to(device)
+        if not own:
+            action = controller_action(agent.features(z, state), agent.controller[None], spec.action_kind)
+        image, first = decode_frames(agent, z)[0], torch.full((1,), float(steps == 0), device=device)
+        uniform = torch.rand(normal.shape, generator=generator, device=device)
+        z, state, reward, logit = dream_step(model, z, action, first, state, uniform, normal, args.temperature)
+        total, steps, end = total + float(reward), steps + 1, float(torch.sigmoid(logit))
+        picture = pygame.surfarray.make_surface(enlarged(image[None], 8)[0].transpose(1, 0, 2))
+        text = f"{'you' if own else 'C'}  step {steps}  reward {float(reward):.2f}  sum {total:.1f}  P[end] {end:.2f}"
+        window.fill("black")
+        window.blit(picture, (0, 0))
+        window.blit(font.render(text, True, "white"), (8, 522))
+        pygame.display.flip()
+        clock.tick(fps)
+        z = None if end > 0.5 else z
+
+
+def keyboard_action(pressed: set, spec: Spec) -> torch.Tensor:
+    """Keys -> an action (1, A): arrows steer (and give gas and brake), digits choose from discrete actions."""
+    import pygame
+
+    right, up = (
+        int(a in pressed) - int(b in pressed)
+        for a, b in ((pygame.K_RIGHT, pygame.K_LEFT), (pygame.K_UP, pygame.K_DOWN))
+    )
+    if spec.action_kind == "discrete":
+        chosen = [i for i in range(spec.action_dim) if pygame.K_0 + i in pressed] or [
+            (right + spec.action_dim) % spec.action_dim
+        ]
+        return F.one_hot(torch.tensor(chosen[:1]), spec.action_dim).float()
+    if spec.action_kind == "car":
+        return torch.tensor([[float(right), float(max(up, 0)), float(max(-up, 0))]])
+    return torch.tensor([[float(right), float(up), *[0.0] * spec.action_dim][: spec.action_dim]])
 
 
 @torch.no_grad()
 def decode_frames(agent: Agent, z: torch.Tensor) -> np.ndarray:
     """z (N, Z) -> pictures (N, 64, 64, 3) uint8."""
     return (agent.vae.decode(z).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+
+
+def enlarged(frames: np.ndarray, factor: int = 4) -> np.ndarray:
+    """Frames (T, H, W, 3), each pixel as a square."""
+    return frames.repeat(factor, 1).repeat(factor, 2)
 
 
 # === Run: folder, log, checkpoints, signals (same text in every script) ===
@@ -1701,7 +1787,9 @@ class Stages(Run):
         self.progress.set_description(text)
 
     def finish(self) -> None:
-        """The stage in progress is done, the next one begins, or the next round."""
+        """The stage in progress is done, the next one begins, or the next round; each round's weights are kept."""
+        if self.stage == "c" and self.args.rounds > 1:
+            write_file(f"{self.folder}/round_{self.round}.pt", self.agent.state_dict())
         self.stage, self.units_done = STAGES[STAGES.index(self.stage) + 1], 0
         if self.stage == "finished" and self.round < self.args.rounds:
             self.stage, self.round, self.returns = "collect", self.round + 1, []

@@ -1480,6 +1480,45 @@ def test_a_run_that_kept_no_buffer_records_anew():
     assert os.path.getsize(Path(run_dir, "frames.bin")) == 72 * 64 * 64 * 3
 
 
+def test_the_dream_is_entered_by_keyboard(monkeypatch):
+    """Headless: what is pressed acts, C acts after c, a dream begins anew after r and where it ends, escape closes."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    import pygame
+
+    run_dir, seen, shown, flips = run(world_models), [], [], []
+    script = {2: ("down", pygame.K_RIGHT), 4: ("up", pygame.K_RIGHT), 6: ("down", pygame.K_c), 8: ("down", pygame.K_r)}
+    script |= {9: ("up", pygame.K_r), 14: ("down", pygame.K_ESCAPE)}
+    step = world_models.dream_step
+
+    def dream_step(model, z, action, first, *rest):
+        z, state, reward, _ = step(model, z, action, first, *rest)
+        seen.append((float(action[0, 0]), bool(first[0])))
+        return z, state, reward, torch.full((1,), 9.0 if len(seen) == 12 else -9.0)
+
+    def flip():
+        flips.append(pygame.surfarray.array3d(pygame.display.get_surface()))
+        kind, key = script.get(len(flips), (None, None))
+        if kind:
+            pygame.event.post(pygame.event.Event({"down": pygame.KEYDOWN, "up": pygame.KEYUP}[kind], key=key))
+
+    monkeypatch.setattr(world_models, "dream_step", dream_step)
+    monkeypatch.setattr(pygame.display, "flip", flip)
+    monkeypatch.setattr(world_models, "controller_action", lambda *args: torch.full((1, 1), 0.25))
+    assert world_models.main(tiny(world_models, play=run_dir)) == run_dir
+    actions, firsts = zip(*seen, strict=True)
+    assert actions == (0, 0, 1, 1, 0, 0, *[0.25] * 8)
+    assert [i for i, first in enumerate(firsts) if first] == [0, 8, 12]
+    assert flips[0].shape == (512, 552, 3) and flips[0][:, :512].any() and flips[0][:, 512:].any()
+    shown = world_models.keyboard_action({pygame.K_LEFT, pygame.K_DOWN}, CAR)
+    assert shown.tolist() == [[-1, 0, 1]]
+    assert world_models.keyboard_action({pygame.K_UP}, CAR).tolist() == [[0, 1, 0]]
+    assert world_models.keyboard_action({pygame.K_LEFT, pygame.K_UP}, BOX).tolist() == [[-1, 1]]
+    three = Spec("discrete", 3, 12, True, True)
+    choices = {(): 0, (pygame.K_2,): 2, (pygame.K_RIGHT,): 1, (pygame.K_LEFT,): 2}
+    for keys, choice in choices.items():
+        assert world_models.keyboard_action(set(keys), three).argmax() == choice
+
+
 def test_temperature_table(monkeypatch, capsys):
     """Two temperatures, each evolved in a copy of the run, which itself stays as it is; once more over the copies."""
     monkeypatch.syspath_prepend(ROOT / "benchmark")
