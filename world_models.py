@@ -859,7 +859,7 @@ def evolve(run: "Stages") -> bool:
         es.tell(es.ask(), fitness)
     if run.fitness and not np.allclose(es.mean, controller.cpu().flatten().numpy(), atol=1e-4):
         run.say("CMA-ES could not be repeated, as with another LAPACK: it starts anew from its mean")
-        run.start = {"mean": controller.cpu().clone(), "sigma": es.sigma, "generation": run.units_done}
+        run.start = {"mean": controller.cpu().clone(), "sigma": float(es.sigma), "generation": run.units_done}
         run.fitness, es = [], cma_es()
     run.begin("c", args.generations, run.units_done)
     while not run.stop.requested:
@@ -1128,7 +1128,7 @@ def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", t
 def weights_of(folder: str, checkpoint: dict) -> dict:
     """V, M and C of a run that belong together: while the next C is not evolved, those of the round before."""
     counters = checkpoint["parts"]["counters"]
-    if STAGES.index(counters["stage"]) >= STAGES.index("c"):
+    if counters["stage"] == "finished" or (counters["stage"] == "c" and counters["units_done"]):
         return checkpoint["parts"]["agent"]
     if counters["round"] == 1:
         fail(f"{folder} has no controller yet, it is at stage {counters['stage']}")

@@ -982,6 +982,121 @@ def test_recording_is_that_of_a_plain_loop():
     assert np.array_equal(rewards, np.array([reward for _, _, reward in steps], np.float32))
 
 
+@pytest.mark.parametrize("idle_limit", [0, 5])
+def test_later_rounds_are_recorded_by_controllers_drawn_around_c(idle_limit):
+    """One for each episode, with held random actions in between; M reads what was done. With an idle limit episodes end
+    early, as no death, and what they had left is paid like the last step."""
+    changes = {"env_id": "fake_envs:MovingPixels-v0", "num_envs": 2, "explore": 0.5, "record_sigma": 0.7, "max_hold": 3}
+    make = world_models.make_env(make_args(**changes))
+    envs = gym.vector.SyncVectorEnv([make] * 2, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    spec = Spec("box", 1, 12, True, True)
+    run = make_run(spec, envs, idle_limit=idle_limit, **changes)
+    run.round, run.recorded_until = 2, 48
+    run.agent.controller[:] = normal(13, 1, seed=4)
+    assert world_models.collect(run) and run.step == run.collected == 48
+    rng, draw, agent = np.random.default_rng([1, 0]), np.random.default_rng([1, 1]), run.agent
+    held, length = HeldActions(2, spec, 3, rng, 0.5), idle_limit or 12
+    plain, states, kinds, expected = [make(), make()], [None] * 2, set(), []
+    for t in range(24):
+        begins = np.full(2, t % length == 0)
+        if begins[0]:
+            seeds, tracks = draw.integers(2**31, size=2), [[], []]
+            frames = [env.reset(seed=int(seed))[0] for env, seed in zip(plain, seeds, strict=True)]
+        random = held(begins)
+        if begins[0]:
+            drawn = [agent.controller.numpy() + 0.7 * rng.standard_normal((13, 1), np.float32) for _ in range(2)]
+            drawn = [torch.from_numpy(weights) for weights in drawn]
+            states = [agent.model.initial(1) for _ in range(2)]
+        noise = torch.from_numpy(rng.standard_normal((2, 4), np.float32))
+        for i, env in enumerate(plain):
+            with torch.no_grad():
+                mu, logvar = agent.vae.encode(world_models.preprocess(torch.from_numpy(frames[i][None])))
+                z = mu + torch.exp(logvar / 2) * noise[i]
+                action = torch.tanh(torch.cat([z, states[i][0][0], torch.ones(1, 1)], 1) @ drawn[i])
+                action = torch.from_numpy(random[i][None]) if held.is_random[i] else action
+                first = torch.full((1, 1), float(begins[i]))
+                _, states[i] = agent.model(z[None], action[None], first, states[i])
+            kinds.add(bool(held.is_random[i]))
+            new, reward, *_ = env.step(action[0].numpy())
+            tracks[i].append((frames[i], action[0].numpy(), reward))
+            frames[i] = new
+        if t % length == length - 1:
+            expected += tracks
+    if idle_limit:
+        expected += tracks  # cut off in the middle
+    assert kinds == {True, False} and not any(run.rb.terminated) and len(run.rb.episodes) == len(expected)
+    for (actions, rewards), track in zip(run.rb.episodes, expected, strict=True):
+        np.testing.assert_allclose(actions, [action for _, action, _ in track], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(rewards, [reward for *_, reward in track], rtol=1e-5, atol=1e-5)
+    whole = [track for track in expected if len(track) == length]
+    paid = [sum(reward for *_, reward in track) + (12 - length) * track[-1][2] for track in whole]
+    np.testing.assert_allclose(run.returns, paid, rtol=1e-5)
+
+
+def test_v_is_trained_on_where_it_does_not_know_the_scenery(monkeypatch, capsys):
+    """Its error on the frames since it was last trained against that on those before."""
+    run, calls = make_run(vae_batch_size=4, vae_epochs=2), []
+    nn.init.constant_(run.agent.vae.deconv4.bias, -9)  # V draws black whatever it sees
+    monkeypatch.setattr(world_models, "update_vae", lambda *args: calls.append(1) or {})
+    run.stage, run.round, run.frames_seen = "v", 2, 30
+
+    def add(number: int, shade: int) -> None:
+        run.rb.add(np.full((number, 64, 64, 3), shade, np.uint8), np.zeros((number, 2)), np.zeros(number), False)
+
+    add(30, 0)
+    for shade, updates, seen in ((0, 0, 30), (255, 10, 50)):  # two passes over the 20 new frames, four in a batch
+        add(10, shade)
+        assert world_models.train_vae(run) and (len(calls), run.frames_seen) == (updates, seen)
+        assert ("not trained on" in capsys.readouterr().out) == (updates == 0)
+
+
+def test_cma_es_that_cannot_be_repeated_starts_anew_from_its_mean(capsys):
+    """Another LAPACK has other signs of eigenvectors: the saved controller is kept, and a line says so."""
+    run_dir = run(world_models)
+    state = load(run_dir)
+    moved = state["parts"]["agent"]["controller"] + 0.01
+    state["parts"]["agent"]["controller"] = moved
+    torch.save(state, Path(run_dir, "checkpoint.pt"))
+    capsys.readouterr()
+    resume(world_models, run_dir, generations=4)
+    assert "starts anew from its mean" in capsys.readouterr().out
+    counters = load(run_dir)["parts"]["counters"]
+    assert torch.equal(counters["start"]["mean"], moved) and counters["start"]["generation"] == 2
+    assert counters["units_done"] == 0 and len(counters["fitness"]) == 2
+    resume(world_models, run_dir, generations=5)
+    assert "starts anew" not in capsys.readouterr().out
+
+
+def test_more_rounds_go_on_where_the_others_ended(capsys):
+    """As if all had been asked for at once. Weights of each round are kept: until the next C is there they are scored."""
+    settings = {"round_timesteps": 24, "generations": 1}
+    whole, run_dir = run(world_models, rounds=2, **settings), run(world_models, **settings)
+    resume(world_models, run_dir, rounds=2, **settings)
+    assert differences(load(whole), load(run_dir)) == [] and losses(whole) == losses(run_dir)
+    saved = load(run_dir)
+    assert saved["global_step"] == 72 and saved["parts"]["counters"]["round"] == 2
+    assert sorted(path.name for path in Path(whole).glob("round_*.pt")) == ["round_1.pt", "round_2.pt"]
+    assert differences(dict(torch.load(Path(whole, "round_2.pt"))), dict(saved["parts"]["agent"])) == []
+    saved["parts"]["counters"]["stage"] = "m"
+    first = torch.load(Path(whole, "round_1.pt"), weights_only=True)
+    assert world_models.weights_of(whole, saved).keys() == first.keys()
+    assert differences(dict(world_models.weights_of(whole, saved)), dict(first)) == []
+    assert "raise --rounds" in error_of(capsys, resume, world_models, run_dir, rounds=2, total_timesteps=60, **settings)
+
+
+def test_the_same_v_and_m_serve_both(capsys):
+    """Heads are M's, where C is evolved is C's: the game and the dream can be compared on one M."""
+    run_dir = run(world_models)
+    before = load(run_dir)["parts"]["agent"]
+    resume(world_models, run_dir, from_stage="c", controller_env="real", heads=True)
+    after = load(run_dir)
+    assert {name.split(".")[0] for name in before} == {"vae", "model", "controller"}
+    changed = differences(dict(before), dict(after["parts"]["agent"]))
+    assert changed == ["/controller"] and after["global_step"] > 48
+    blind = run(world_models, controller_env="real")
+    assert "--heads True" in error_of(capsys, resume, world_models, blind, from_stage="c", heads=False)
+
+
 def test_every_pass_of_v_shows_the_frames_in_another_order(monkeypatch):
     """Each at most once a pass, mixed: batches of frames that follow each other would all look alike."""
     run, batches, noises = make_run(vae_batch_size=4, vae_epochs=3), [], []
