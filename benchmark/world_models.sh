@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every command behind docs/world_models.md, from the repository root:
-#   bash benchmark/world_models.sh car|takecover|car_dream COPY|published|temperature RUN|speed
+#   bash benchmark/world_models.sh car|takecover|car_dream|published|temperature RUN|speed
 set -euo pipefail
 
 car() { # CarRacing with C in the real environment, sized for two cores; pip install envpool first
@@ -18,10 +18,13 @@ takecover() { # TakeCover in the dream, sized for two cores: a good hour of proc
     --generations 100 --eval-generations 20 --eval-episodes 50
 }
 
-car_dream() { # CarRacing with C in the dream, from the recordings of a finished car run, in a copy of its folder
+car_dream() { # CarRacing with C in dreams alone, by rounds, from random recordings: about an hour of processor time
   export PYTHONPATH=benchmark
-  OMP_NUM_THREADS=1 python world_models.py --resume "$1" --from-stage m --controller-env dream --model-updates 1000 \
-    --population 24 --episodes 8 --generations 20 --eval-generations 10
+  OMP_NUM_THREADS=1 python world_models.py --env-id world_models_car:Fast/CarRacing-v3 --no-cuda --controller-env dream \
+    --total-timesteps 20000 --rounds 8 --round-timesteps 10000 --record-sigma 0.1 --explore 0.2 --idle-limit 100 \
+    --vae-depth 16 --vae-epochs 4 --vae-lr 1e-3 --hidden-size 128 --sequence-length 128 --model-batch-size 32 \
+    --model-updates 400 --pessimism 3 --reward-window 10 --at-rest 1 --dream-length 250 \
+    --population 32 --episodes 8 --generations 40 --eval-generations 1000 --eval-episodes 10
 }
 
 published() { # the settings of the paper and its code; needs a GPU, the car many cores
@@ -40,7 +43,7 @@ speed() {
 case "${1:-}" in
   car) car ;;
   takecover) takecover ;;
-  car_dream) car_dream "$2" ;;
+  car_dream) car_dream ;;
   published) published ;;
   temperature) temperature "$2" ;;
   speed) speed ;;

@@ -44,7 +44,8 @@ SPEED = {"bfloat16", "compile", "cudagraphs"}  # in a block of their own, which 
 LAZY = {"dm_control", "mujoco", "ale_py", "wandb", "moviepy", "cv2", "matplotlib", "PIL", "pygame"}
 LAZY |= {"cma", "envpool", "vizdoom"}
 OPTIONAL = {"wandb", "envpool"}  # asked for by a flag; its absence is one line with the pip command
-DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "pygame": "pygame-ce"}  # where import and distribution have other names
+# where import and distribution have other names
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "pygame": "pygame-ce"}
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 

@@ -919,6 +919,21 @@ def test_takecover_is_the_game_of_the_paper():
     assert os.listdir() == []
 
 
+def test_the_faster_car_is_drawn_pixel_for_pixel(monkeypatch):
+    """Frames and rewards of benchmark/world_models_car.py are Gymnasium's, from zoom to grass, in two episodes."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    importlib.import_module("world_models_car")
+    plain, fast = gym.make("CarRacing-v3"), gym.make("Fast/CarRacing-v3")
+    actions = np.random.default_rng(1).uniform([-1, 0.2, 0], [1, 1, 0.2], (8, 3)).astype(np.float32)
+    for seed in (1, 2):
+        assert np.array_equal(plain.reset(seed=seed)[0], fast.reset(seed=seed)[0])
+        for t in range(48):
+            (a, *others), (b, *same) = plain.step(actions[t // 6]), fast.step(actions[t // 6])
+            assert np.array_equal(a, b) and others == same
+    plain.close()
+    fast.close()
+
+
 def test_envpool_plays_the_same_game(monkeypatch):
     """benchmark/envpool_car.py: a seed fixes track and pictures, another one changes them; gas earns new tiles."""
     pytest.importorskip("envpool")
@@ -1068,7 +1083,7 @@ def test_cma_es_that_cannot_be_repeated_starts_anew_from_its_mean(capsys):
 
 
 def test_more_rounds_go_on_where_the_others_ended(capsys):
-    """As if all had been asked for at once. Weights of each round are kept: until the next C is there they are scored."""
+    """As if all had been asked for at once. Weights of each round are kept: scored until the next C is there."""
     settings = {"round_timesteps": 24, "generations": 1}
     whole, run_dir = run(world_models, rounds=2, **settings), run(world_models, **settings)
     resume(world_models, run_dir, rounds=2, **settings)
