@@ -24,7 +24,7 @@ Paper:      Ha & Schmidhuber 2018, World Models, arXiv 1803.10122   Reference co
 Run:        python world_models.py --env-id VizdoomTakeCover-v1          (or: uv run world_models.py ...)
 Resume:     python world_models.py --resume runs/<run folder> [--from-stage m]
 Evaluate:   python world_models.py --evaluate runs/<run folder> [--capture-video]
-Watch:      tensorboard --logdir runs; curves of V, M and C stand at environment steps + their updates or generations
+Watch:      tensorboard --logdir runs; curves stand at environment steps + all updates and generations made
 In the stages some common flags mean:
   total_timesteps       environment steps of collect; a resume with more goes on recording and learns V, M, C anew
   checkpoint_frequency  counts environment steps, frames of V, sequences of M; C is saved after every generation
@@ -52,8 +52,8 @@ import ctypes
 import difflib
 import fcntl
 import functools
-import io
-import json
+import glob
+import importlib.util
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -65,12 +65,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -81,11 +83,21 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+# What a setting may be: its least and its greatest value.
+Count = Annotated[int, 1, 10**9]
+Natural = Annotated[int, 0, 10**9]
+Seed = Annotated[int, 0, 2**53]
+Few = Annotated[int, 1, 1024]
+Share = Annotated[float, 0.0, 1.0]
+Positive = Annotated[float, 1e-12, 1e9]
+Amount = Annotated[float, 0.0, 1e9]
+Real = Annotated[float, -1e9, 1e9]
+
 
 @dataclass
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
-    seed: int = 1  # seed of every random generator of the run
+    seed: Seed = 1  # seed of every random generator of the run
     torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
     cuda: bool = True  # train on the GPU if there is one
     track: bool = False  # also log to Weights and Biases
@@ -93,61 +105,62 @@ class Args:
     wandb_entity: str | None = None  # the team at Weights and Biases
     capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
     save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
-    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
-    eval_episodes: int = 10  # episodes of one evaluation
-    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
+    eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: Count = 10  # episodes of one evaluation
+    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
-    resume: str | None = None  # run folder to continue
+    resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments: the task
     env_id: str = "VizdoomTakeCover-v1"  # Gymnasium id with image observations (CarRacing-v3, my_module:MyEnv-v0)
-    total_timesteps: int | None = None  # environment steps of random actions, recorded for V and M; default by task
-    num_envs: int = 1  # environments played side by side in all stages, each in its own process if more than one
-    rounds: int = 1  # times that the stages follow each other; C plays what the later rounds record; may be raised
-    round_timesteps: int = 15_000  # environment steps that each later round records
-    record_sigma: float = 0.05  # standard deviation of the weights around C's that play an episode of a later round
-    explore: float = 0.3  # share of the held actions that are random in what later rounds record, the rest is C's
+    total_timesteps: Count | None = None  # environment steps of random actions, recorded for V and M; default by task
+    num_envs: Few = 1  # environments played side by side in all stages, each in its own process if more than one
+    rounds: Count = 1  # times that the stages follow each other; C plays what the later rounds record; may be raised
+    round_timesteps: Count = 15_000  # environment steps that each later round records
+    record_sigma: Amount = 0.05  # standard deviation of the weights around C's that play an episode of a later round
+    explore: Share = 0.3  # share of the held actions that are random in what later rounds record, the rest is C's
     play: str | None = None  # run folder whose dream is entered: the keyboard acts in a window, nothing is trained
     from_stage: Literal["collect", "v", "m", "c"] | None = None  # with --resume: the stage to repeat, with all after it
     render_obs: bool = False  # observe the rendered picture, where observations are no images (CartPole-v1)
-    max_hold: int | None = None  # a random action is held for 1 to this many steps; default by task, 10 elsewhere
-    min_episode_length: int | None = None  # shorter recordings are thrown away, steps; default by task, 2 elsewhere
+    max_hold: Count | None = None  # a random action is held for 1 to this many steps; default by task, 10 elsewhere
+    min_episode_length: Annotated[int, 2, 10**9] | None = None  # shorter recordings are dropped; default by task, 2
 
     # V, the variational autoencoder
-    latent_size: int | None = None  # size of z (Z); default by task, 32 elsewhere
-    vae_depth: int = 32  # V: channels of the first convolution; the others are multiples of it
-    vae_epochs: int = 10  # V: passes over all frames
-    vae_batch_size: int = 100  # V: frames per batch
-    vae_lr: float = 1e-4  # V: learning rate
-    vae_excess: float = 0.05  # V is trained on in later rounds if its error is larger on the new frames, by this share
-    kl_tolerance: float = 0.5  # V: nats per latent dimension, summed over them, below which a frame's KL costs nothing
+    latent_size: Count | None = None  # size of z (Z); default by task, 32 elsewhere
+    vae_depth: Count = 32  # V: channels of the first convolution; the others are multiples of it
+    vae_epochs: Count = 10  # V: passes over all frames
+    vae_batch_size: Count = 100  # V: frames per batch
+    vae_lr: Positive = 1e-4  # V: learning rate
+    vae_excess: Amount = 0.05  # V is trained on in later rounds if its error is larger on the new frames, by this share
+    kl_tolerance: Amount = 0.5  # V: nats per latent dimension, summed over them, below which a frame's KL costs nothing
 
     # M, the mixture-density LSTM
-    hidden_size: int | None = None  # M: units of the LSTM (H); default by task, 256 elsewhere
-    num_mixtures: int = 5  # M: Gaussians in the mixture of each latent dimension (K)
-    sequence_length: int | None = None  # M: time steps per sequence at most (T); default by task, 500 elsewhere
-    model_batch_size: int = 100  # M: sequences per batch (B)
-    model_updates: int | None = None  # M: updates; default by task, 4000 elsewhere
-    model_lr: float = 1e-3  # M: learning rate at first
-    model_lr_decay: float | None = None  # M: factor per update towards a rate of 1e-5; default by task, 1 elsewhere
+    hidden_size: Count | None = None  # M: units of the LSTM (H); default by task, 256 elsewhere
+    num_mixtures: Count = 5  # M: Gaussians in the mixture of each latent dimension (K)
+    sequence_length: Count | None = None  # M: time steps per sequence at most (T); default by task, 500 elsewhere
+    model_batch_size: Count = 100  # M: sequences per batch (B)
+    model_updates: Count | None = None  # M: updates; default by task, 4000 elsewhere
+    model_lr: Positive = 1e-3  # M: learning rate at first
+    model_lr_decay: Share | None = None  # M: factor per update towards a rate of 1e-5; default by task, 1 elsewhere
     heads: bool | None = None  # M: predict ends and rewards too, as dreams need; default: where C is evolved in dreams
-    end_weight: float | None = None  # M: weight of terminations in the loss of the ends; default by task, 1 elsewhere
-    pessimism: float | None = None  # M: weight of predicting too much reward; default by task, 1 elsewhere
-    reward_window: int = 1  # M: CarRacing's tiles are paid for over this many steps around the one that reaches them
-    holdout_ratio: float = 0.05  # M: share of the episodes that M is tested on and not trained with
+    end_weight: Amount | None = None  # M: weight of terminations in the loss of the ends; default by task, 1 elsewhere
+    pessimism: Amount | None = None  # M: weight of predicting too much reward; default by task, 1 elsewhere
+    reward_window: Count = 1  # M: CarRacing's tiles are paid for over this many steps around the one that reaches them
+    holdout_ratio: Share = 0.05  # M: share of the episodes that M is tested on and not trained with
 
     # C, the controller, and its dream
     controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
-    temperature: float = 1.15  # dream: divides the mixture's logits, its root scales the noise (deviation 8)
-    dream_length: int | None = None  # steps of a dream at most; default by task, the time limit elsewhere
-    at_rest: float | None = None  # share of dreams that begin at first frames; default by task, 1 elsewhere
-    population: int = 64  # C: candidates per generation (P)
-    episodes: int = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
-    generations: int = 1_800  # C: generations; may be raised on a resume
-    sigma: float = 0.1  # C: standard deviation of the first generation's weights
-    idle_limit: int = 0  # real episodes of C end after so many steps without reward, 0 = never (deviation 12)
-    eval_generations: int = 10  # C: generations between evaluations, none at all with --eval-frequency 0
+    temperature: Positive = 1.15  # dream: divides the mixture's logits, its root scales the noise (deviation 8)
+    dream_length: Count | None = None  # steps of a dream at most; default by task, the time limit elsewhere
+    at_rest: Share | None = None  # share of dreams that begin at first frames; default by task, 1 elsewhere
+    population: Annotated[int, 2, 10**9] = 64  # C: candidates per generation (P)
+    episodes: Count = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
+    generations: Count = 1_800  # C: generations; may be raised on a resume
+    sigma: Positive = 0.1  # C: standard deviation of the first generation's weights
+    idle_limit: Natural = 0  # real episodes of C end after so many steps without reward, 0 = never (deviation 12)
+    eval_generations: Count = 10  # C: generations between evaluations, none at all with --eval-frequency 0
 
 
 # === Networks ===
@@ -458,8 +471,6 @@ def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, sto
         own = functools.partial(policy, jobs=played, num_jobs=len(seeds))
         action, state = act(agent, obs, dones, state, noise, own)
         obs, rewards, terminations, truncations, _ = envs.step(env_action(action.cpu().numpy(), kind))  # host sync
-        if not np.isfinite(rewards).all():  # or its episode would never count as over
-            raise SystemExit("error: not finite: the environment's reward")
         total, steps, idle = total + rewards, steps + 1, np.where(rewards > 0, 0, idle + 1)
         given_up = (idle == idle_limit) & (idle_limit > 0)
         total += np.where(given_up & ~terminations, rewards * (limit - steps), 0)
@@ -687,7 +698,6 @@ def collect(run: "Stages") -> bool:
             own, state = act(agent, obs, dones, state, normal(num_envs, args.latent_size), policy)
             actions = own.cpu().numpy()
         next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, kind))
-        require_finite_arrays(run.step, "the environment's reward", rewards)
         for i, track in enumerate(tracks):
             track.append((obs[i].copy(), actions[i], rewards[i]))
         obs, ended, idle = next_obs, terminations | truncations, np.where(rewards > 0, 0, idle * ~dones + 1)
@@ -842,7 +852,7 @@ def evolve(run: "Stages") -> bool:
 
     args, controller, kind = run.args, run.agent.controller, run.spec.action_kind
     if not run.units_done:
-        run.fitness, run.evaluated = [], 0
+        run.fitness = []
         run.start = {"mean": controller.cpu().clone(), "sigma": args.sigma, "generation": 0}
         if args.controller_env == "dream" and not calibrate(run):
             run.save()
@@ -865,7 +875,7 @@ def evolve(run: "Stages") -> bool:
     while not run.stop.requested:
         at_end = run.units_done >= args.generations
         due = at_end or run.units_done % args.eval_generations == 0
-        if args.eval_frequency and due and run.evaluated < run.units_done:
+        if args.eval_frequency and due and run.units_done:
             log_scores(run)
         if at_end or run.stop.requested:
             break
@@ -891,7 +901,7 @@ def evolve(run: "Stages") -> bool:
         es.tell(candidates, -scores)  # deviation 10: nothing for large weights
         run.fitness.append((-scores).tolist())
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))  # deviation 11: the last mean, not the best
-        run.units_done += 1
+        run.count_unit()
         run.step += int(lengths.sum()) if args.controller_env == "real" else 0
         values = {"mean": scores.mean(), "best": scores.max(), "std": scores.std(), "sigma": es.sigma}
         run.log({f"controller/{name}": value for name, value in (values | {"length": lengths.mean()}).items()})
@@ -912,6 +922,7 @@ def main(args: Args) -> str:
     if args.play is not None:
         return enter_dream(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
+    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
     envs = make_vector_env(args, args.num_envs)
     spec = make_spec(envs, args)
     if args.dream_length is None:
@@ -921,6 +932,7 @@ def main(args: Args) -> str:
     if checkpoint:
         rewind(checkpoint, args)
     run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
+    envs.on_fault = run.abort
     checkpoint = None  # what refers to the file keeps it on the disk
     if run.device.type == "cpu":
         keep_freed_memory()
@@ -936,6 +948,8 @@ def main(args: Args) -> str:
 
 
 # === Environment ===
+
+LATE_IMPORTS = ["cma", "matplotlib", "PIL"]  # packages that are imported where they are used
 
 # The published settings by task (name of the environment without its version). A flag on the command line wins.
 DEFAULTS = {
@@ -969,29 +983,133 @@ def with_task_defaults(args: Args) -> Args:
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """The task's environments side by side; the first is filmed into `video`, folder/prefix."""
-    if video:
-        require_film(args, make_env(args, video))
-    return side_by_side([make_env(args, video if i == 0 else None) for i in range(num_envs)])
+    """The task's environments side by side; the first episode of the first is filmed into `video`, path of an MP4."""
+    return side_by_side(args.env_id, [make_env(args, video if i == 0 else None) for i in range(num_envs)])
 
 
-def side_by_side(thunks: list[Callable[[], gym.Env]]) -> gym.vector.VectorEnv:
-    """One environment in this process, several in one each. The caller resets them, each episode with a seed."""
+def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool = True) -> gym.vector.VectorEnv:
+    """Environments, with workers several in a process each. The caller resets them, each episode with a seed.
+
+    A fault of theirs is told to `on_fault` in one line: `fail`, until there is a run that can be saved (Run.abort).
+    """
     mode = gym.vector.AutoresetMode.DISABLED
-    if len(thunks) == 1:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
-    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
-    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+    if len(thunks) == 1 or not workers:
+        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    else:
+        multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # once for all
+        envs = gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+        warnings.filterwarnings("ignore", ".*ERROR: ")  # Gymnasium's own account of a worker's fault
+
+    def call(method: Callable, *args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # an environment may raise anything, and its process may die
+            envs.closed = True  # they cannot be: what is left of them ends with this process
+            envs.on_fault(f"{env_id}: {str(error) or 'the process of an environment has died'}")
+
+    envs.on_fault = fail
+    for name in {"reset", "step", "step_async", "step_wait"} & set(dir(envs)):
+        setattr(envs, name, functools.partial(call, getattr(envs, name)))
+    return envs
 
 
-def require_film(args: Args, make: Callable[[], gym.Env]) -> None:
-    """Tries the first picture of a film, whose failures have many types, by environment and OpenGL library."""
+def be_a_worker() -> None:
+    """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
+    os.setsid()  # signals to the process group are for the main process, which closes the workers
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+
+
+def rehearse(make_envs: Callable, film: bool) -> None:
+    """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
+
+    make_envs(video=path or None): one environment.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        envs = make_envs(video=f"{folder}/film.mp4" if film else None)
+        envs.on_fault = lambda line: fail(line + " (filmed: is OpenGL there? apt-get install -y libegl1 libgl1)" * film)
+        _, infos = envs.reset(seed=[0], options={"reset_mask": np.ones(1, bool)})
+        if "action_mask" not in infos:  # any action is legal
+            envs.action_space.seed(0)
+            envs.step(envs.action_space.sample())
+        envs.close()
+        if film and not os.listdir(folder):
+            fail("a film could not be written")
+
+
+class CheckedEnv(gym.Wrapper):
+    """An environment that raises one line, with its step, where it fails or returns what it may not.
+
+    Observations must have the form of their space, rewards be numbers, both finite. Of info only KEPT is passed on.
+    """
+
+    KEPT = "action_mask", "x_velocity"
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        return self.checked("reset", (), lambda: self.env.reset(seed=seed))
+
+    def step(self, action):
+        self.steps += 1
+        return self.checked("step", ("reward", "terminated", "truncated"), lambda: self.env.step(action))
+
+    def close(self) -> None:
+        warn_of_failure(super().close)
+
+    def checked(self, method: str, names: tuple, play: Callable) -> tuple:
+        """What play() returned: observation, numbers of these names, info."""
+        space = self.observation_space
+        try:
+            obs, *numbers, info = play()
+            if isinstance(space, gym.spaces.Box):
+                obs = finite("observation", obs, space.shape)
+            elif not space.contains(obs):
+                raise ValueError(f"observation {obs} is not in {space}")
+            numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
+            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+        except Exception as error:  # an environment may raise anything
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            returned = ", ".join(["observation", *names, "info"])
+            raise gym.error.Error(f"step {self.steps}: {reason} ({method} must return {returned})") from error
+
+
+def finite(name: str, value, shape: tuple) -> np.ndarray:
+    """The value as an array of that shape; raises ValueError if it is another one, or not finite (1e10 is absurd)."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub" or array.size != np.prod(shape, dtype=int) or (shape and array.shape != shape):
+        raise ValueError(f"{name} must be numbers of shape {shape}, not {array.dtype} of shape {array.shape}")
+    if not (np.abs(array) < 1e10).all():
+        raise ValueError(f"{name} is not finite, or absurd: {array}")
+    return array.reshape(shape)
+
+
+class Film(gym.wrappers.RecordVideo):
+    """MP4 of an environment's first episode; what cannot be written is a line, not the end of the run."""
+
+    def __init__(self, env: gym.Env, path: str):
+        folder, name = os.path.split(path.removesuffix(".mp4"))
+        super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
+
+    def stop_recording(self) -> None:
+        warn_of_failure(super().stop_recording)
+        self.recording, self.recorded_frames = False, []
+
+
+def make_gymnasium(env_id: str, **settings) -> gym.Env:
+    """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
+    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
     try:
-        film = make()
-        film.reset()
-        film.close()
-    except Exception as error:
-        fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+        return gym.make(env_id, **settings)
+    except gym.error.UnregisteredEnv as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+    except Exception as error:  # many types, by environment and settings
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
 
 
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
@@ -1000,17 +1118,12 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
 
     def thunk() -> gym.Env:
         if os.getpid() != main_process:
-            os.setsid()  # signals to the process group are for the main process, which closes the workers
-            torch.set_num_threads(1)
+            be_a_worker()
         env = make_pictures(args, video is not None)
         if env.spec.max_episode_steps is None:
             env = gym.wrappers.TimeLimit(env, TIME_LIMITS.get(task_name(args.env_id), 10_000))
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        if video is not None:  # folder/prefix of the MP4
-            folder, prefix = os.path.split(video)
-            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
-        return fit_spaces(env, args)
+        env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
+        return fit_spaces(Film(env, video) if video else env, args)
 
     return thunk
 
@@ -1063,19 +1176,6 @@ def make_spec(envs: gym.vector.VectorEnv, args: Args) -> Spec:
     return Spec(kind, action_dim, int(limit), end_head=args.heads, reward_head=args.heads and kind != "thirds")
 
 
-def make_gymnasium(env_id: str, **settings) -> gym.Env:
-    """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
-    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
-    try:
-        return gym.make(env_id, **settings)
-    except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
-    except Exception as error:  # many types, by environment and settings
-        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
-
-
 def make_pictures(args: Args, film: bool) -> gym.Env:
     """A Gymnasium environment that can be drawn if it has to be; ViZDoom at a resolution that is drawn quickly."""
     settings = {"render_mode": "rgb_array"} if film or args.render_obs else {}
@@ -1096,23 +1196,25 @@ def make_pictures(args: Args, film: bool) -> gym.Env:
 
 def log_scores(run: "Stages") -> None:
     """Real and dream score of the distribution's mean, side by side, and one of its dreams, unless interrupted."""
-    args, trace, envs, generation = run.args, [], run.envs, run.units_done
+    args, trace, envs = run.args, [], run.envs
     if args.capture_video:  # a film of each evaluation needs a new recorder
-        video = f"{run.folder}/videos/round-{run.round}-generation-{generation}"
+        video = run.picture("videos/evaluation.mp4")
         envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+        envs.on_fault = run.abort
     real, dreamed = real_and_dream_scores(run.agent, envs, args, run.stop, trace)
     if args.capture_video:
         envs.close()
     if run.stop.requested:
         return
+    run.ticks += 1  # where the next generation will stand: an interrupted run evaluates again
     run.log_evaluation(real)
+    run.log({"charts/global_step": run.step})
     if dreamed is not None:
         run.say(f"global_step={run.step}, dream: {dreamed.mean():.1f} +- {dreamed.std():.1f}")
         run.log({"dream/episodic_return": dreamed.mean(), "dream/episodic_return_std": dreamed.std()})
-    run.evaluated = run.units_done
-    run.save()
     frames = decode_frames(run.agent, torch.stack(trace[:: max(len(trace) // 100, 1)]))
-    warn_of_failure(log_gif, run.writer, "dream/episode", enlarged(frames), run.folder, run.step + generation)
+    warn_of_failure(write_gif, run.picture("dream.gif"), enlarged(frames))
+    run.ticks -= 1
 
 
 def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", trace: list | None = None) -> tuple:
@@ -1141,7 +1243,7 @@ def evaluate_run(args: Args) -> str:
     weights = weights_of(args.evaluate, checkpoint)
     refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed temperature")
     device, stop = choose_device(args), StopRequest()
-    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
     envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
     agent = Agent(make_spec(envs, args), args).to(device)
     agent.load_state_dict(weights)
@@ -1262,10 +1364,9 @@ def log_open_dream(run: "Stages", latents: Latents) -> None:
     axis.plot(np.arange(1 - context, length - context + 1), error)
     axis.axvline(0.5, color="grey", linestyle="--")
     axis.set(xlabel="steps since the last observation", ylabel="mean squared error of the picture", ylim=(0, None))
-    figure.savefig(f"{run.folder}/open_loop_error.png")
-    run.writer.add_figure("open_loop/error", figure, run.step)
+    figure.savefig(run.picture("open_loop_error.png"))
     frames = np.concatenate([truth, dreamed], 2).transpose(0, 2, 1, 3, 4).reshape(length, 128, -1, 3)
-    log_gif(run.writer, "open_loop/truth_dream", enlarged(frames, 2), run.folder, run.step)
+    write_gif(run.picture("open_loop.gif"), enlarged(frames, 2))
 
 
 @torch.no_grad()
@@ -1291,8 +1392,7 @@ def log_reconstructions(run: "Stages", frames: np.ndarray) -> None:
     picture = Image.fromarray(image)
     for text, height in (("seen", 60), ("what V\nmakes of it", 190)):
         ImageDraw.Draw(picture).text((6, height), text, "black")
-    picture.save(f"{run.folder}/reconstructions.png")
-    run.writer.add_image("vae/reconstructions", np.array(picture), run.step, dataformats="HWC")
+    picture.save(run.picture("reconstructions.png"))
 
 
 @torch.no_grad()
@@ -1369,6 +1469,14 @@ def enlarged(frames: np.ndarray, factor: int = 4) -> np.ndarray:
     return frames.repeat(factor, 1).repeat(factor, 2)
 
 
+def write_gif(path: str, frames: np.ndarray) -> None:
+    """Animation of frames (T, H, W, 3) uint8; the 64 colours by octree, which keeps small bright things."""
+    from PIL import Image
+
+    first, *others = (Image.fromarray(frame).quantize(64, Image.Quantize.FASTOCTREE) for frame in frames)
+    first.save(path, save_all=True, append_images=others, duration=80, loop=0)
+
+
 # === Run: folder, log, checkpoints, signals (same text in every script) ===
 
 
@@ -1378,9 +1486,53 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def warn_of_failure(function: Callable, *args) -> None:
+    """Makes what no run depends on, such as a picture: a failure is one line."""
+    try:
+        function(*args)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+
+
+def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
+    """What ends the program or a thread: a failure of files and disks, or Ctrl-C, in one line; all else as usual."""
+    if issubclass(kind, OSError | KeyboardInterrupt):
+        print(f"error: {error or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def check_bounds(args: Args) -> None:
+    """Refuses in one line what is not within the bounds that stand beside each setting; nan never is."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
+        if type(None) in get_args(hint):  # Count | None
+            hint = get_args(hint)[0]
+        pairs = zip(get_args(hint), value, strict=False) if isinstance(value, tuple) else [(hint, value)]
+        for kind, number in pairs:
+            for low, high in [kind.__metadata__] if hasattr(kind, "__metadata__") and number is not None else []:
+                if not low <= number <= high:
+                    fail(f"--{name.replace('_', '-')} must be at least {low} and at most {high}, not {value}")
+
+
+def require_memory(num_bytes: float, setting: str, device: torch.device) -> None:
+    """Refuses in one line what the device has no room for, before it is made."""
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[1]
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > room:
+        fail(f"{setting}: {num_bytes / 1e9:.1f} GB do not fit into the {room / 1e9:.1f} GB of {device}")
+
+
 def parse_args() -> Args:
     """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    sys.excepthook, threading.excepthook = print_exception, lambda hook: print_exception(*hook)
     args = tyro.cli(Args)
+    if args.resume == "auto":
+        found = glob.glob(f"{glob.escape(folder_name(args))}__*/checkpoint.pt")
+        args = replace(args, resume=max(found, key=os.path.getmtime, default=None))
     given = {name: getattr(args, name) for name in ("resume", "evaluate") if getattr(args, name) is not None}
     if len(given) == 2:
         fail("--resume or --evaluate, not both")
@@ -1459,24 +1611,13 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     return values
 
 
-def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) -> None:
-    """Stops the run before what is not finite, or absurd, gets into the replay."""
-    if not all((np.abs(array) < 1e10).all() for array in arrays):
-        raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
-
-
-def warn_of_failure(function: Callable, *args) -> None:
-    """Makes what no run depends on, such as a picture: a failure is one line."""
-    try:
-        function(*args)
-    except Exception as error:
-        with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+def folder_name(args: Args) -> str:
+    """runs/<task>__<script>__<seed>, in letters that every file system takes; a run's folder ends in its time."""
+    return "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
 
 
 def new_folder(args: Args) -> str:
-    """Makes runs/<task>__<script>__<seed>__<time>, in letters that every file system takes."""
-    name = "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = f"{folder_name(args)}__{int(time.time())}"
     while True:
         try:
             os.makedirs(name)
@@ -1486,13 +1627,17 @@ def new_folder(args: Args) -> str:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once."""
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once.
+
+    An environment that keeps the loop from getting there is given up after five seconds.
+    """
 
     def __init__(self):
         self.requested = 0
         signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
         heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]  # nohup has SIGHUP ignored
         self.previous = {s: signal.signal(s, self) for s in heard}
+        self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
 
     def __call__(self, signum: int, frame) -> None:
         if self.requested:
@@ -1500,6 +1645,14 @@ class StopRequest:
         self.requested = signum
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+        signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
+
+    def give_up(self, signum: int, frame) -> None:
+        """An alarm: if the program is in a call of its environments, this call is left."""
+        while frame is not None:
+            if "vector_env" in frame.f_code.co_filename:
+                raise TimeoutError("the environment does not return")
+            frame = frame.f_back
 
     def lost(self, stream) -> None:
         """The reader of standard output or error has gone: asks for the end, as Ctrl-C does, and writes to nobody."""
@@ -1508,6 +1661,7 @@ class StopRequest:
 
     def exit(self) -> None:
         """Hands the signals back; ends the process with the usual code if one has come."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
         if self.requested:
@@ -1528,7 +1682,7 @@ class Bar(tqdm):
 
 # Settings that touch nothing that is learned: a resume may change them.
 FREE = "resume total_timesteps cuda track wandb_project_name wandb_entity exp_name capture_video save_model "
-FREE += "eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
+FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
 
 
 class Run:
@@ -1539,11 +1693,9 @@ class Run:
             refuse_changes(args, checkpoint, FREE)
         if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
             fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
-        if args.track:
-            try:
-                import wandb
-            except ImportError:
-                fail("--track needs Weights and Biases: pip install wandb")
+        for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
+            if importlib.util.find_spec(name) is None:
+                fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1552,6 +1704,8 @@ class Run:
             if checkpoint and os.stat(f"{self.folder}/checkpoint.pt").st_ino != checkpoint["inode"]:
                 fail(f"{self.folder} has gone on meanwhile: resume it again")
             if args.track:  # before the writer is made, which it listens to
+                import wandb
+
                 name = os.path.basename(self.folder)
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
                            resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
@@ -1568,7 +1722,8 @@ class Run:
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
-        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        owed = checkpoint and checkpoint["parts"]["eval_owed"]  # the run was stopped before it
+        self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
     def keep(self, parts: dict, rng: dict) -> None:
@@ -1611,19 +1766,23 @@ class Run:
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
         ending = self.stop.requested or self.step >= self.args.total_timesteps
-        due = ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1))
-        if due and self.saved_step != self.step:
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.save()
+        return not ending
+
+    def save(self) -> None:
+        """Writes the checkpoint of this step, if it is not there yet."""
+        if self.saved_step != self.step:
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
-            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+            owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+            save_checkpoint(self.folder, self.args, self.step, self.parts | owed, self.rng)
             self.saved_step = self.step
-        return not ending
 
     def eval_due(self, dones: np.ndarray) -> bool:
         """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""
         due = self.step >= self.next_eval and not self.stop.requested
-        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         if due:
             self.goes_on(dones)
             self.tick("evaluating")
@@ -1650,8 +1809,25 @@ class Run:
         self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
 
     def log_evaluation(self, returns: np.ndarray) -> None:
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def picture(self, kind: str) -> str:
+        """Path of a new picture, kind = name.suffix; of each kind the newest keep_pictures stay."""
+        name, suffix = os.path.splitext(f"{self.folder}/{kind}")
+        old = sorted(glob.glob(f"{glob.escape(name)}_*{suffix}"), key=os.path.getmtime)
+        for path in old[: max(0, len(old) + 1 - self.args.keep_pictures)]:
+            os.remove(path)
+        return f"{name}_{self.step}{suffix}"
+
+    def abort(self, fault: str) -> NoReturn:
+        """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
+        self.save()
+        self.progress.close()
+        print(f"error: {fault}; checkpoint at step {self.step}", file=sys.stderr)
+        self.stop.exit()
+        raise SystemExit(1)
 
     def close(self, weights: dict) -> str:
         """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
@@ -1666,21 +1842,6 @@ class Run:
         return self.folder
 
 
-def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, step: int) -> None:
-    """Animation (T, H, W, 3) uint8 to TensorBoard and to the run folder (torch's add_video needs an old moviepy)."""
-    from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    images = [Image.fromarray(frame).quantize(64) for frame in frames]
-    file = io.BytesIO()
-    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
-    with open(f"{run_dir}/{tag.replace('/', '_')}_{step}.gif", "wb") as out:
-        out.write(file.getvalue())
-    height, width = frames.shape[1:3]
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
-    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-
 STAGES = ("collect", "v", "m", "c", "finished")
 STAGE_SETTINGS = {  # what a run repeated --from-stage may change
     "collect": "num_envs max_hold min_episode_length save_buffer round_timesteps record_sigma explore idle_limit",
@@ -1693,32 +1854,40 @@ STAGE_SETTINGS = {  # what a run repeated --from-stage may change
 
 
 class Stages(Run):
-    """A run that goes through STAGES: what they share, how far it has come, what each of them adds to a checkpoint."""
+    """A run that goes through STAGES: what they share, how far it has come, what each of them adds to a checkpoint.
+
+    Curves stand at the environment steps plus `ticks`: one for each update, generation, and end of C.
+    """
 
     def __init__(self, args: Args, checkpoint: dict | None, spec: Spec, envs: gym.vector.VectorEnv):
-        super().__init__(args, checkpoint)
+        step = checkpoint["global_step"] if checkpoint else 0
+        super().__init__(
+            args, checkpoint and checkpoint | {"global_step": step + checkpoint["parts"]["counters"]["ticks"]}
+        )
+        self.step = step
+        self.next_save = next_multiple(step, args.checkpoint_frequency) if checkpoint else 0
         self.spec, self.envs, self.agent = spec, envs, Agent(spec, args).to(self.device)
         self.rb = ReplayBuffer(frames_file(self.folder))
         self.latents = ArrayFile(f"{self.folder}/latents.bin", (2, args.latent_size), np.float16)  # mu, logvar
         self.stage, self.round, self.units_done = "collect", 1, 0  # units: updates, frames or generations
+        self.ticks, self.began = 0, {"collect": 0}  # ticks when each stage of this round began
         self.collected, self.recorded_until = 0, 0  # environment steps when recording ended, and when it will
         self.returns: list[float] = []  # of the episodes that this round has recorded
         self.frames_seen = 0  # frames that V was trained on
         self.start: dict = {}  # where CMA-ES began: mean, sigma, generation
         self.fitness: list[list[float]] = []  # of all candidates of all generations since, as CMA-ES was told
-        self.evaluated = 0  # the last generation of which both scores are logged
         self.saved_optimizer = deepcopy(checkpoint["parts"].get("optimizer")) if checkpoint else None
-        self.curves: list[tuple] = []  # round, stage, units, name, value, step: what stages after recording have logged
         rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
         rng |= {name: torch.Generator(self.device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
-        if checkpoint:
-            parts = checkpoint["parts"]  # without what is to be learned, or recorded, anew
-            parts |= {"agent": self.agent.state_dict() | parts["agent"]} | {
-                "replay": parts.get("replay", {"lengths": []})
-            }
+        if checkpoint:  # without what is to be learned, or recorded, anew
+            parts = checkpoint["parts"]
+            parts["agent"] = self.agent.state_dict() | parts["agent"]
+            parts.setdefault("replay", {"lengths": []})
         self.keep({"agent": self.agent, "counters": self} | ({"replay": self.rb} if args.save_buffer else {}), rng)
-        if checkpoint:
-            self.go_on()
+        if checkpoint and (not self.units_done or self.stage in ("collect", "c")):
+            self.save()  # first of all it is remembered what begins anew
+        if not len(self.rb):
+            self.rb.frames.cut(0)
 
     @property
     def record_until(self) -> int:
@@ -1731,37 +1900,26 @@ class Stages(Run):
 
     def state_dict(self) -> dict:
         """How far the run has come, for a checkpoint."""
-        names = "stage round units_done collected recorded_until returns frames_seen start fitness"
+        names = "stage round units_done ticks began collected recorded_until returns frames_seen start fitness"
         return {name: getattr(self, name) for name in names.split()}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
 
-    def go_on(self) -> None:
-        """Goes on where the checkpoint ends. The log is purged from the run's step on: curves are drawn again."""
-        if not self.units_done or self.stage in ("collect", "c"):  # first of all it is remembered what begins anew
-            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
-        if not len(self.rb):
-            self.rb.frames.cut(0)
-        if os.path.exists(f"{self.folder}/curves.json"):
-            with open(f"{self.folder}/curves.json") as file:
-                curves = json.load(file)
-            here = self.round, STAGES.index(self.stage), self.units_done
-            self.curves = [x for x in curves if (x[0], STAGES.index(x[1]), x[2]) <= here]
-        for number, _, units, name, value, step in self.curves:
-            if name == "eval/episodic_return" and number == self.round:
-                self.evaluated = units
-            if step > self.step:
-                self.writer.add_scalar(name, value, step)
-
     def log(self, values: dict[str, float]) -> None:
-        """Scalars of a stage after recording stand at the environment steps made plus its updates or generations."""
-        if self.stage == "collect":
-            return super().log(values)
+        """What is logged before a stage's first unit stands where that unit will."""
+        ahead = self.stage != "collect" and not self.units_done
         for name, value in values.items():
-            here = self.round, self.stage, max(self.units_done, 1)  # what a stage begins with is purged with the rest
-            self.curves.append((*here, name, float(value), self.step + here[-1]))
-            self.writer.add_scalar(*self.curves[-1][3:])
+            self.writer.add_scalar(name, value, self.step + self.ticks + ahead)
+
+    def picture(self, kind: str) -> str:
+        """Of one environment step there may be several."""
+        name, suffix = os.path.splitext(super().picture(kind))
+        return f"{name}_{self.ticks}{suffix}"
+
+    def count_unit(self) -> None:
+        self.units_done += 1
+        self.ticks += 1
 
     def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Names the optimizer of the stage in progress, which a checkpoint then holds; a resume finds it as it was."""
@@ -1770,15 +1928,9 @@ class Stages(Run):
             optimizer.load_state_dict(self.saved_optimizer)
 
     def save(self) -> None:
-        """A checkpoint of the stage in progress, and the curves up to it."""
-        self.writer.flush()
-        try:
-            with open(f"{self.folder}/curves.json.tmp", "w") as file:
-                json.dump(self.curves, file)
-            os.replace(f"{self.folder}/curves.json.tmp", f"{self.folder}/curves.json")
-        except OSError as error:
-            raise SystemExit(f"error: cannot write {self.folder}/curves.json: {error}") from error
-        save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+        """A checkpoint of the stage in progress, many of which may belong to one environment step."""
+        self.saved_step = -1
+        super().save()
 
     def begin(self, text: str, total: int, already: int) -> None:
         """Sets the progress bar to something new, of which some is already done."""
@@ -1790,10 +1942,12 @@ class Stages(Run):
         """The stage in progress is done, the next one begins, or the next round; each round's weights are kept."""
         if self.stage == "c" and self.args.rounds > 1:
             write_file(f"{self.folder}/round_{self.round}.pt", self.agent.state_dict())
+        self.ticks += self.stage == "c"
         self.stage, self.units_done = STAGES[STAGES.index(self.stage) + 1], 0
         if self.stage == "finished" and self.round < self.args.rounds:
             self.stage, self.round, self.returns = "collect", self.round + 1, []
             self.recorded_until = self.step + self.args.round_timesteps
+        self.began[self.stage] = self.ticks
         self.parts.pop("optimizer", None)
         self.save()
 
@@ -1811,7 +1965,7 @@ class Stages(Run):
             if i == 0 or batches is None:
                 batches = one_pass(number)
             metrics = update(batches[i])
-            self.units_done += 1
+            self.count_unit()
             self.progress.update()
             saving = self.units_done % save_every == 0
             if self.units_done % 100 == 0 or self.units_done == total or saving:
@@ -1839,7 +1993,7 @@ def rewind(checkpoint: dict, args: Args) -> None:
         forget(checkpoint, "v")  # records more, learns anew from all
         counters["stage"] = "collect"
     elif counters["stage"] == "finished" and (args.generations > saved["generations"] or args.rounds > saved["rounds"]):
-        counters |= {"stage": "c", "units_done": saved["generations"]}
+        counters |= {"stage": "c", "units_done": saved["generations"], "ticks": counters["ticks"] - 1}
     saved |= {name: max(saved[name], getattr(args, name)) for name in ("generations", "rounds")}
     if counters["stage"] == "collect" and counters["round"] == 1 and "replay" not in parts:
         forget(checkpoint, "collect")  # there is nothing to go on with
@@ -1856,12 +2010,12 @@ def forget(checkpoint: dict, stage: str) -> None:
     stage_of = {"vae": "v", "model": "m", "controller": "c", "reset": "collect", "actions": "collect"}
     parts["agent"] = {k: tensor for k, tensor in parts["agent"].items() if stage_of[k.split(".")[0]] not in gone}
     checkpoint["rng"] = {k: state for k, state in checkpoint["rng"].items() if stage_of.get(k, k) not in gone}
-    counters |= {"stage": stage, "units_done": 0}
+    counters |= {"stage": stage, "units_done": 0, "ticks": counters["began"][stage]}
     if "v" in gone:
         counters["frames_seen"] = 0
     if "collect" in gone:
         parts.pop("replay", None)
-        counters |= {"round": 1, "collected": 0, "returns": []}
+        counters |= {"round": 1, "ticks": 0, "collected": 0, "returns": []}
     checkpoint["global_step"] = min(checkpoint["global_step"], counters["collected"])
 
 
@@ -1916,24 +2070,7 @@ def keep_freed_memory() -> None:
 
 def check_args(args: Args) -> None:
     """Refuses impossible numbers and combinations in one line."""
-    at_least = {
-        1: "total_timesteps num_envs eval_episodes max_hold latent_size vae_depth vae_epochs vae_batch_size "
-        "hidden_size num_mixtures sequence_length model_batch_size model_updates dream_length episodes generations "
-        "eval_generations rounds round_timesteps",
-        0: "seed eval_frequency checkpoint_frequency vae_lr vae_excess kl_tolerance model_lr model_lr_decay end_weight "
-        "idle_limit holdout_ratio pessimism at_rest explore record_sigma",
-        2: "min_episode_length population",
-    }
-    for bound, names in at_least.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not value >= bound:
-                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
-    for name in ("model_lr_decay", "holdout_ratio", "at_rest", "explore"):
-        if getattr(args, name) > 1:
-            fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
-    if not (args.temperature > 0 and args.sigma > 0):
-        fail("--temperature and --sigma must be greater than 0")
+    check_bounds(args)
     if args.rounds > 1 and not args.save_buffer:
         fail("--rounds needs what earlier rounds recorded, which --no-save-buffer does not keep")
     if args.from_stage and not args.resume:
