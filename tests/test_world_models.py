@@ -1,7 +1,6 @@
 """Numbers of world_models.py: each piece against plain loops from the equations, torch.distributions, or the sheets."""
 
 import importlib
-import json
 import math
 import os
 import re
@@ -1382,19 +1381,19 @@ def test_world_models_logs_everything_and_moves_all_parameters(kind):
     heads |= {"calibration/recording_dream", "calibration/recording_real"}
     expected = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"} | (heads if dreaming else set())
     expected |= {"eval/episodic_return", "eval/episodic_return_std", "model/live_dims", "model/holdout_mdn_nll"}
-    expected |= {"losses/vae_recon_loss", "losses/vae_kl_loss", "losses/mdn_nll"}
+    expected |= {"losses/vae_recon_loss", "losses/vae_kl_loss", "losses/mdn_nll", "charts/global_step"}
     expected |= {f"controller/{name}" for name in ("mean", "best", "std", "sigma", "length")}
     horizons = {f"open_loop/image_mse_horizon_{k}" for k in (1, 5, 15, 45)}
     tags = scalars(run_dir)
     assert expected <= set(tags) <= expected | horizons | {"model/deaths_recall"}
     assert_healthy(run_dir)
-    pictures = {"vae/reconstructions", "dream/episode"}
-    assert pictures <= image_tags(run_dir) <= pictures | {"open_loop/error", "open_loop/truth_dream"}
-    files = {re.sub(r"\d+", "N", name) for name in os.listdir(run_dir)}
-    assert {"frames.bin", "latents.bin", "curves.json", "reconstructions.png", "dream_episode_N.gif"} <= files
+    assert image_tags(run_dir) == set()  # pictures are files, stored once
+    files = [re.sub(r"\d+", "N", name) for name in os.listdir(run_dir)]
+    assert {"frames.bin", "latents.bin", "reconstructions_N_N.png"} <= set(files)
+    assert files.count("dream_N_N.gif") == 2  # one for each evaluation
     if kind in ("pixels", "real", "two"):  # whose held-out episode is long enough
         assert "open_loop/image_mse_horizon_5" in tags
-        assert {"open_loop_error.png", "open_loop_truth_dream_N.gif"} <= files
+        assert {"open_loop_error_N_N.png", "open_loop_N_N.gif"} <= set(files)
     state = load(run_dir)
     recorded, saved = state["parts"]["counters"]["collected"], state["parts"]
     assert recorded == args.total_timesteps and saved["counters"]["stage"] == "finished"
@@ -1402,9 +1401,12 @@ def test_world_models_logs_everything_and_moves_all_parameters(kind):
     made = 0 if dreaming else round(sum(length for _, length in lengths) * args.population * args.episodes)
     assert state["global_step"] == recorded + made
     steps = [step for step, _ in tags["controller/mean"]]
-    assert steps[-1] == state["global_step"] + 2 and len(steps) == 2
-    assert [step for step, _ in tags["eval/episodic_return"]] == steps
-    assert tags["losses/mdn_nll"][-1][0] == recorded + args.model_updates
+    updates = 2 * (len(saved["replay"]["reward"]) // 8) + args.model_updates  # two passes of V over batches of 8
+    assert tags["losses/mdn_nll"][-1][0] == recorded + updates
+    assert steps[-1] == state["global_step"] + updates + 2 and len(steps) == 2
+    evaluated = [step for step, _ in tags["eval/episodic_return"]]
+    assert evaluated[-1] == steps[-1] + 1 and len(evaluated) == 2  # where the next generation would stand
+    assert tags["charts/global_step"][-1] == (evaluated[-1], state["global_step"])
     torch.manual_seed(args.seed)
     envs = world_models.make_vector_env(args, 1)
     untrained = world_models.Agent(world_models.make_spec(envs, args), args).state_dict()
@@ -1417,7 +1419,7 @@ def test_world_models_logs_everything_and_moves_all_parameters(kind):
 
 
 KILLS = [(1, "v", "update_vae", 7), (1, "m", "preprocess", 1), (1, "m", "update_model", 7), (1, "c", "dream", 2)]
-KILLS += [(1, "c", "log_gif", 3), (2, "collect", "act", 20), (2, "collect", "save_checkpoint", 2)]
+KILLS += [(1, "c", "write_gif", 3), (2, "collect", "act", 20), (2, "collect", "save_checkpoint", 2)]
 KILLS += [
     (2, "v", "sees_new_scenery", 1),
     (2, "v", "update_vae", 6),
@@ -1425,7 +1427,7 @@ KILLS += [
     (2, "m", "update_model", 7),
 ]
 WHOLE: dict[int, tuple] = {}  # rounds -> final checkpoint and log of a run that was never interrupted
-KILLS += [(2, "m", "set_dream_starts", 1), (2, "c", "calibrate", 1), (2, "c", "dream", 4), (2, "c", "log_gif", 2)]
+KILLS += [(2, "m", "set_dream_starts", 1), (2, "c", "calibrate", 1), (2, "c", "dream", 4), (2, "c", "write_gif", 2)]
 
 
 @pytest.mark.parametrize(("number", "stage", "function", "call"), KILLS)
@@ -1482,7 +1484,7 @@ def test_stages_are_done_again_on_purpose(capsys):
     assert after["args"] == before["args"] | {"model_updates": 8, "temperature": 0.5}
     assert after["parts"]["counters"]["frames_seen"] == 48
     assert scalars(again)["losses/vae_kl_loss"] == tags["losses/vae_kl_loss"]
-    assert [step for step, _ in scalars(again)["losses/mdn_nll"]] == [56]
+    assert [step for step, _ in scalars(again)["losses/mdn_nll"]] == [48 + 12 + 8]  # environment steps, updates
     assert_healthy(again)
     for stage, flags in (("c", {"model_updates": 9}), ("v", {"env_id": "fake_envs:TinyPixelsDiscrete-v0"})):
         line = error_of(capsys, resume, world_models, again, from_stage=stage, **flags)
@@ -1597,8 +1599,7 @@ def test_a_stage_begun_anew_is_remembered_before_the_old_one_is_given_up(monkeyp
     resume(world_models, run_dir, model_updates=9)
     counters = load(run_dir)["parts"]["counters"]
     assert scalars(run_dir)["losses/vae_kl_loss"] == before and counters["stage"] == "finished"
-    curves = json.loads(Path(run_dir, "curves.json").read_text())
-    assert max(step for _, stage, *_, step in curves if stage == "m") == 48 + 9
+    assert max(step for step, _ in scalars(run_dir)["losses/mdn_nll"]) == 48 + 12 + 9
 
 
 def test_a_run_that_kept_no_buffer_records_anew():
