@@ -27,7 +27,7 @@ Evaluate:   python world_models.py --evaluate runs/<run folder> [--capture-video
 Watch:      tensorboard --logdir runs; curves stand at environment steps + all updates and generations made
 In the stages some common flags mean:
   total_timesteps       environment steps of collect; a resume with more goes on recording and learns V, M, C anew
-  checkpoint_frequency  counts environment steps, frames of V, sequences of M; C is saved after every generation
+  checkpoint_frequency  counts environment steps, frames of V, sequences of M; C saves as often as it costs 5 %
   eval_frequency        0 = no evaluation; otherwise after every eval_generations generations and at the end
   save_buffer           without it the recorded data is not in the checkpoint: a run interrupted before C starts over
 Deviations from the reference code, each also marked at the line it concerns:
@@ -874,8 +874,10 @@ def evolve(run: "Stages") -> bool:
     run.begin("c", args.generations, run.units_done)
     while not run.stop.requested:
         at_end = run.units_done >= args.generations
-        due = at_end or run.units_done % args.eval_generations == 0
-        if args.eval_frequency and due and run.units_done:
+        due = run.units_done and (at_end or run.units_done % args.eval_generations == 0)
+        if args.checkpoint_frequency and (due or time.perf_counter() > run.next_save_time):
+            run.save()
+        if args.eval_frequency and due:
             log_scores(run)
         if at_end or run.stop.requested:
             break
@@ -907,8 +909,6 @@ def evolve(run: "Stages") -> bool:
         run.log({f"controller/{name}": value for name, value in (values | {"length": lengths.mean()}).items()})
         run.say(f"generation {run.units_done}: mean {scores.mean():.1f}, best {scores.max():.1f}, sigma {es.sigma:.4f}")
         run.progress.update()
-        if args.checkpoint_frequency:
-            run.save()
     if run.stop.requested:
         run.save()
     return not run.stop.requested
@@ -936,6 +936,7 @@ def main(args: Args) -> str:
     checkpoint = None  # what refers to the file keeps it on the disk
     if run.device.type == "cpu":
         keep_freed_memory()
+        run.say(price(args, spec))
     v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (run.agent.vae, run.agent.model))
     print(f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {run.agent.controller.numel():,}")
 
@@ -1877,6 +1878,7 @@ class Stages(Run):
         self.start: dict = {}  # where CMA-ES began: mean, sigma, generation
         self.fitness: list[list[float]] = []  # of all candidates of all generations since, as CMA-ES was told
         self.saved_optimizer = deepcopy(checkpoint["parts"].get("optimizer")) if checkpoint else None
+        self.next_save_time = 0.0  # of C, seconds of perf_counter
         rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
         rng |= {name: torch.Generator(self.device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
         if checkpoint:  # without what is to be learned, or recorded, anew
@@ -1928,9 +1930,10 @@ class Stages(Run):
             optimizer.load_state_dict(self.saved_optimizer)
 
     def save(self) -> None:
-        """A checkpoint of the stage in progress, many of which may belong to one environment step."""
-        self.saved_step = -1
+        """A checkpoint of the stage in progress. Where generations are short, writing takes a twentieth of the time."""
+        begin, self.saved_step = time.perf_counter(), -1  # there may be many of one environment step
         super().save()
+        self.next_save_time = time.perf_counter() + 20 * (time.perf_counter() - begin)
 
     def begin(self, text: str, total: int, already: int) -> None:
         """Sets the progress bar to something new, of which some is already done."""
@@ -2055,6 +2058,21 @@ class ArrayFile:
 
 def frames_file(run_dir: str) -> ArrayFile:
     return ArrayFile(f"{run_dir}/frames.bin", (64, 64, 3), np.uint8)
+
+
+def price(args: Args, spec: Spec) -> str:
+    """Hours of one core for all rounds, by the rates of docs/world_models.md, at other sizes by their square."""
+    frames = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
+    depth, size = (args.vae_depth / 32) ** 2, (args.hidden_size / 256) ** 2
+    steps = args.population * args.episodes * args.generations * args.rounds
+    dreams = args.controller_env == "dream"
+    hours = {
+        "V": frames * args.vae_epochs / 299 * depth,
+        "M": args.rounds * args.model_updates * args.model_batch_size * args.sequence_length / 26_500 * size,
+        "C": steps * args.dream_length / 64_200 * size if dreams else steps * spec.time_limit / 138,
+    }
+    parts = ", ".join(f"{name} {seconds / 3600:.1f}" for name, seconds in hours.items())
+    return f"at most about so many hours of one core: {parts}; minutes: bash benchmark/world_models.sh small"
 
 
 def keep_freed_memory() -> None:

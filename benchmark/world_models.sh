@@ -19,12 +19,13 @@ takecover() { # TakeCover in the dream, sized for two cores: a good hour of proc
 }
 
 car_dream() { # CarRacing with C in dreams alone, from random recordings: $1 rounds, 6 to 10 minutes of one core each
+  local rounds=$1 seed=$2
   export PYTHONPATH=benchmark SDL_VIDEODRIVER=dummy
   OMP_NUM_THREADS=1 python world_models.py --env-id world_models_car:Fast/CarRacing-v3 --controller-env dream \
-    --total-timesteps 20000 --rounds "$1" --round-timesteps 12000 --record-sigma 0.1 --explore 0.2 --idle-limit 100 \
+    --total-timesteps 20000 --rounds "$rounds" --round-timesteps 12000 --record-sigma 0.1 --explore 0.2 --idle-limit 100 \
     --vae-depth 16 --vae-epochs 5 --vae-lr 1e-3 --hidden-size 128 --sequence-length 128 --model-batch-size 32 \
     --model-updates 1000 --pessimism 3 --reward-window 10 --at-rest 1 --dream-length 300 --population 64 --episodes 8 \
-    --generations 50 --eval-generations 10000 --eval-episodes 10 --seed "${2:-1}"
+    --generations 50 --eval-generations 10000 --eval-episodes 10 --seed "$seed"
 }
 
 small() { # a tiny task whose picture shows the right action: three to five minutes of one core, both scores printed

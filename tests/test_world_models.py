@@ -1667,15 +1667,43 @@ def test_temperature_table(monkeypatch, capsys):
         assert load(f"{run_dir}_tau{temperature}")["args"]["temperature"] == temperature
 
 
+TINY_TASK = dict(
+    env_id="fake_envs:TinyPixels-v0", total_timesteps=6000, vae_depth=8, vae_batch_size=32, vae_epochs=12, vae_lr=1e-3,
+    hidden_size=32, num_mixtures=3, sequence_length=24, model_batch_size=16, model_updates=3000, model_lr=3e-3,
+    model_lr_decay=0.999, temperature=1.0, population=24, episodes=8, generations=40, sigma=0.3, eval_frequency=1,
+    eval_generations=1000, eval_episodes=20, checkpoint_frequency=0,
+)  # fmt: skip
+
+
+def test_the_price_is_said_before_it_is_paid(capsys):
+    """TakeCover as published: V 3.08M x 10 frames, M 24,400 x 100 x 500 steps, C 1,800 x 64 x 16 dreams of 2,100."""
+    args = world_models.replace(world_models.with_task_defaults(Args()), dream_length=2100)
+    hours = 3.08e7 / 299 / 3600, 24_400 * 50_000 / 26_500 * 4 / 3600, 1800 * 1024 * 2100 / 64_200 * 4 / 3600
+    assert "V {:.1f}, M {:.1f}, C {:.1f};".format(*hours) in world_models.price(args, DOOM)
+    car = world_models.with_task_defaults(Args(env_id="CarRacing-v3", rounds=2, hidden_size=128, vae_depth=16))
+    hours = (
+        10_015_000 * 10 / 299 / 4 / 3600,
+        2 * 4000 * 100_000 / 26_500 / 4 / 3600,
+        2 * 1800 * 1024 * 1000 / 138 / 3600,
+    )
+    assert "V {:.1f}, M {:.1f}, C {:.1f};".format(*hours) in world_models.price(car, CAR)
+    run(world_models)
+    assert "hours of one core: V 0.0, M 0.0, C 0.0;" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_second_round_is_worth_more_than_the_first(capsys):
+    """The first round has recorded next to nothing: what C then plays on is learned from what the second one adds."""
+    run_dir = run(world_models, **TINY_TASK | {"total_timesteps": 240, "rounds": 2, "round_timesteps": 6000})
+    first, second = (value for _, value in scalars(run_dir)["eval/episodic_return"])
+    print(f"round 1 {first:.1f}, round 2 {second:.1f}")
+    assert second > -20 and second > first + 5
+
+
 @pytest.mark.slow
 def test_world_models_learn_a_tiny_pixel_task_in_their_dream(capsys):
     """The picture shows the right action: random play returns -40 an episode, the best constant one -30, perfect 0."""
-    run_dir = run(
-        world_models, env_id="fake_envs:TinyPixels-v0", total_timesteps=6000, vae_depth=8, vae_batch_size=32,
-        vae_epochs=12, vae_lr=1e-3, hidden_size=32, num_mixtures=3, sequence_length=24, model_batch_size=16,
-        model_updates=3000, model_lr=3e-3, model_lr_decay=0.999, temperature=1.0, population=24, episodes=8,
-        generations=40, sigma=0.3, eval_frequency=1, eval_generations=20, eval_episodes=20, checkpoint_frequency=0,
-    )  # fmt: skip
+    run_dir = run(world_models, **TINY_TASK)
     tags = scalars(run_dir)
     real, dreamed = (tags[f"{name}/episodic_return"][-1][1] for name in ("eval", "dream"))
     print(f"dream {dreamed:.1f}, real {real:.1f}")
