@@ -654,20 +654,38 @@ class Latents:
 # run.updates makes the updates that are left, pass after pass over the batches. Interrupted stages return False.
 
 
-@torch.no_grad()
-def collect(run: "Stages") -> bool:
-    """Records held random actions until the run has made record_until environment steps.
-
-    In later rounds they are mixed with those of controllers drawn around C, one for each episode.
-    """
-    args, rb, agent, num_envs, rng = run.args, run.rb, run.agent, run.args.num_envs, run.rng["actions"]
+def recording_player(run: "Stages") -> Callable:
+    """(frames, where an episode begins) -> held random actions (N, A), in later rounds mixed with those of controllers
+    drawn around C, one for each episode."""
+    args, agent, num_envs, rng = run.args, run.agent, run.args.num_envs, run.rng["actions"]
     kind, held = run.spec.action_kind, HeldActions(num_envs, run.spec, args.max_hold, rng, run.random_share)
-    tracks: list[list[tuple]] = [[] for _ in range(num_envs)]  # of the episodes in progress
-    idle, dones, last_report = np.zeros(num_envs, int), np.ones(num_envs, bool), (run.step, time.perf_counter())
     weights, state = torch.zeros(num_envs, *agent.controller.shape, device=run.device), agent.model.initial(num_envs)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(run.device)
+
+    def policy(features: torch.Tensor) -> torch.Tensor:
+        return held.mix(controller_action(features, weights, kind))
+
+    def player(obs: np.ndarray, dones: np.ndarray) -> np.ndarray:
+        nonlocal state
+        actions = held(dones)
+        if run.round == 1:
+            return actions
+        for i in np.flatnonzero(dones):
+            weights[i] = agent.controller + args.record_sigma * normal(*agent.controller.shape)
+        own, state = act(agent, obs, dones, state, normal(num_envs, args.latent_size), policy)
+        return own.cpu().numpy()
+
+    return player
+
+
+@torch.no_grad()
+def collect(run: "Stages") -> bool:
+    """Records episodes until the run has made record_until environment steps."""
+    args, rb, num_envs, player = run.args, run.rb, run.args.num_envs, recording_player(run)
+    tracks: list[list[tuple]] = [[] for _ in range(num_envs)]  # of the episodes in progress
+    idle, dones, last_report = np.zeros(num_envs, int), np.ones(num_envs, bool), (run.step, time.perf_counter())
 
     def store(i: int, terminated: bool) -> None:
         if len(tracks[i]) >= args.min_episode_length:
@@ -683,21 +701,14 @@ def collect(run: "Stages") -> bool:
         for i in range(num_envs if ending else 0):
             store(i, False)  # cut off, not terminated
         if ending or (run.step >= run.next_save and (dones.all() or num_envs > 1)):
-            run.next_save = next_multiple(run.step, args.checkpoint_frequency)
             run.save()
         if ending:
             break
         if dones.any():
             seeds = run.rng["reset"].integers(2**31, size=num_envs).tolist()
             obs, _ = run.envs.reset(seed=seeds, options={"reset_mask": dones})
-        actions = held(dones)
-        if run.round > 1:
-            for i in np.flatnonzero(dones):
-                weights[i] = agent.controller + args.record_sigma * normal(*agent.controller.shape)
-            policy = lambda features: held.mix(controller_action(features, weights, kind))  # noqa: E731
-            own, state = act(agent, obs, dones, state, normal(num_envs, args.latent_size), policy)
-            actions = own.cpu().numpy()
-        next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, kind))
+        actions = player(obs, dones)
+        next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, run.spec.action_kind))
         for i, track in enumerate(tracks):
             track.append((obs[i].copy(), actions[i], rewards[i]))
         obs, ended, idle = next_obs, terminations | truncations, np.where(rewards > 0, 0, idle * ~dones + 1)
@@ -760,13 +771,11 @@ def train_vae(run: "Stages") -> bool:
 @torch.no_grad()
 def sees_new_scenery(run: "Stages", frames: np.ndarray) -> bool:
     """Is V's error, on 1,000 frames each, larger on those that it was not trained on, by more than vae_excess?"""
-    errors, seen = [], run.frames_seen
-    for start, end in ((0, seen), (seen, len(frames))):
+    vae, errors = run.agent.vae, []
+    for start, end in ((0, run.frames_seen), (run.frames_seen, len(frames))):
         rows = np.unique(np.linspace(start, end - 1, 1000).astype(int))
         image = preprocess(torch.from_numpy(frames[rows]).to(run.device))
-        errors.append(
-            float(((run.agent.vae.decode(run.agent.vae.encode(image)[0]) - image) ** 2).sum((1, 2, 3)).mean())
-        )
+        errors.append(float(((vae.decode(vae.encode(image)[0]) - image) ** 2).sum((1, 2, 3)).mean()))
     old, new = errors
     trains = new > (1 + run.args.vae_excess) * old
     run.say(f"V's error is {new:.1f} on new frames, {old:.1f} on old ones: it is {'' if trains else 'not '}trained on")
@@ -846,11 +855,26 @@ def set_dream_starts(model: MDNRNN, latents: Latents, rng: np.random.Generator) 
     model.start_c[num:].copy_(c[0])
 
 
+def play_candidates(run: "Stages", weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and lengths (P * E,) of the episodes or dreams of a generation's candidates (P, weights of C)."""
+    args, controller = run.args, run.agent.controller
+    policy = linear_policy(weights.view(-1, *controller.shape).to(run.device), run.spec.action_kind)
+    rng = np.random.default_rng([args.seed, 6, run.round, run.units_done])
+    seeds = rng.integers(2**31, size=args.episodes)  # deviation 9: the same for all candidates
+    if args.controller_env == "dream":
+        num_jobs, seed = len(weights) * args.episodes, int(seeds[0])
+        outcome = dream(run.agent, policy, num_jobs, args.episodes, seed, args, run.stop)
+        return tuple(tensor.cpu().numpy() for tensor in outcome)
+    generator = torch.Generator(run.device).manual_seed(int(seeds[0]))
+    seeds = np.tile(seeds, len(weights))
+    return play(run.agent, run.envs, policy, seeds, generator, run.stop, args.idle_limit)
+
+
 def evolve(run: "Stages") -> bool:
     """C: CMA-ES on each candidate's mean return over the same episodes or dreams; the distribution's mean is kept."""
     import cma
 
-    args, controller, kind = run.args, run.agent.controller, run.spec.action_kind
+    args, controller = run.args, run.agent.controller
     if not run.units_done:
         run.fitness = []
         run.start = {"mean": controller.cpu().clone(), "sigma": args.sigma, "generation": 0}
@@ -882,18 +906,7 @@ def evolve(run: "Stages") -> bool:
         if at_end or run.stop.requested:
             break
         candidates = es.ask()
-        weights = torch.tensor(np.stack(candidates), dtype=torch.float32, device=run.device)
-        policy = linear_policy(weights.view(-1, *controller.shape), kind)
-        rng = np.random.default_rng([args.seed, 6, run.round, run.units_done])
-        seeds = rng.integers(2**31, size=args.episodes)  # deviation 9: the same for all candidates
-        if args.controller_env == "dream":
-            num_jobs, seed = args.population * args.episodes, int(seeds[0])
-            outcome = dream(run.agent, policy, num_jobs, args.episodes, seed, args, run.stop)
-            returns, lengths = (tensor.cpu().numpy() for tensor in outcome)
-        else:
-            generator = torch.Generator(run.device).manual_seed(int(seeds[0]))
-            seeds = np.tile(seeds, args.population)
-            returns, lengths = play(run.agent, run.envs, policy, seeds, generator, run.stop, args.idle_limit)
+        returns, lengths = play_candidates(run, torch.tensor(np.stack(candidates), dtype=torch.float32))
         if run.stop.requested:
             break
         scores = returns.reshape(args.population, args.episodes).mean(1)
@@ -1445,18 +1458,13 @@ def keyboard_action(pressed: set, spec: Spec) -> torch.Tensor:
     """Keys -> an action (1, A): arrows steer (and give gas and brake), digits choose from discrete actions."""
     import pygame
 
-    right, up = (
-        int(a in pressed) - int(b in pressed)
-        for a, b in ((pygame.K_RIGHT, pygame.K_LEFT), (pygame.K_UP, pygame.K_DOWN))
-    )
+    right = float(pygame.K_RIGHT in pressed) - float(pygame.K_LEFT in pressed)
+    up, n = float(pygame.K_UP in pressed) - float(pygame.K_DOWN in pressed), spec.action_dim
     if spec.action_kind == "discrete":
-        chosen = [i for i in range(spec.action_dim) if pygame.K_0 + i in pressed] or [
-            (right + spec.action_dim) % spec.action_dim
-        ]
-        return F.one_hot(torch.tensor(chosen[:1]), spec.action_dim).float()
-    if spec.action_kind == "car":
-        return torch.tensor([[float(right), float(max(up, 0)), float(max(-up, 0))]])
-    return torch.tensor([[float(right), float(up), *[0.0] * spec.action_dim][: spec.action_dim]])
+        chosen = [i for i in range(n) if pygame.K_0 + i in pressed] or [int(right) % n]
+        return F.one_hot(torch.tensor(chosen[:1]), n).float()
+    numbers = [right, max(up, 0.0), max(-up, 0.0)] if spec.action_kind == "car" else [right, up, *[0.0] * n]
+    return torch.tensor([numbers[:n]])
 
 
 @torch.no_grad()
@@ -1861,10 +1869,8 @@ class Stages(Run):
     """
 
     def __init__(self, args: Args, checkpoint: dict | None, spec: Spec, envs: gym.vector.VectorEnv):
-        step = checkpoint["global_step"] if checkpoint else 0
-        super().__init__(
-            args, checkpoint and checkpoint | {"global_step": step + checkpoint["parts"]["counters"]["ticks"]}
-        )
+        step, ticks = (checkpoint["global_step"], checkpoint["parts"]["counters"]["ticks"]) if checkpoint else (0, 0)
+        super().__init__(args, checkpoint and checkpoint | {"global_step": step + ticks})
         self.step = step
         self.next_save = next_multiple(step, args.checkpoint_frequency) if checkpoint else 0
         self.spec, self.envs, self.agent = spec, envs, Agent(spec, args).to(self.device)
