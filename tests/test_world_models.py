@@ -1670,7 +1670,7 @@ def test_temperature_table(monkeypatch, capsys):
 TINY_TASK = dict(
     env_id="fake_envs:TinyPixels-v0", total_timesteps=6000, vae_depth=8, vae_batch_size=32, vae_epochs=12, vae_lr=1e-3,
     hidden_size=32, num_mixtures=3, sequence_length=24, model_batch_size=16, model_updates=3000, model_lr=3e-3,
-    model_lr_decay=0.999, temperature=1.0, population=24, episodes=8, generations=40, sigma=0.3, eval_frequency=1,
+    model_lr_decay=0.999, temperature=1.0, population=24, episodes=8, generations=200, sigma=0.3, eval_frequency=1,
     eval_generations=1000, eval_episodes=20, checkpoint_frequency=0,
 )  # fmt: skip
 
