@@ -949,9 +949,9 @@ def main(args: Args) -> str:
     checkpoint = None  # what refers to the file keeps it on the disk
     if run.device.type == "cpu":
         keep_freed_memory()
-        run.say(price(args, spec))
     v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (run.agent.vae, run.agent.model))
-    print(f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {run.agent.controller.numel():,}")
+    cost = f"; {price(args, spec)}" if run.device.type == "cpu" else ""
+    print(f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {run.agent.controller.numel():,}{cost}")
 
     stages = {"collect": collect, "v": train_vae, "m": train_model, "c": evolve}
     while run.stage != "finished" and stages[run.stage](run):

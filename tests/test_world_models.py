@@ -1667,11 +1667,11 @@ def test_temperature_table(monkeypatch, capsys):
         assert load(f"{run_dir}_tau{temperature}")["args"]["temperature"] == temperature
 
 
-TINY_TASK = dict(
-    env_id="fake_envs:TinyPixels-v0", total_timesteps=6000, vae_depth=8, vae_batch_size=32, vae_epochs=12, vae_lr=1e-3,
-    hidden_size=32, num_mixtures=3, sequence_length=24, model_batch_size=16, model_updates=3000, model_lr=3e-3,
-    model_lr_decay=0.999, temperature=1.0, population=24, episodes=8, generations=200, sigma=0.3, eval_frequency=1,
-    eval_generations=1000, eval_episodes=20, checkpoint_frequency=0,
+TINY_TASK = dict(  # the command of benchmark/world_models.sh small
+    env_id="fake_envs:TinyPixels-v0", total_timesteps=6000, latent_size=32, vae_depth=8, vae_batch_size=32,
+    vae_epochs=12, vae_lr=1e-3, hidden_size=32, num_mixtures=3, sequence_length=24, model_batch_size=16,
+    model_updates=3000, model_lr=3e-3, model_lr_decay=0.999, temperature=1.0, population=24, episodes=8,
+    generations=200, sigma=0.3, eval_frequency=1, eval_generations=1000, eval_episodes=20, checkpoint_frequency=0,
 )  # fmt: skip
 
 
@@ -1694,7 +1694,8 @@ def test_the_price_is_said_before_it_is_paid(capsys):
 @pytest.mark.slow
 def test_a_second_round_is_worth_more_than_the_first(capsys):
     """The first round has recorded next to nothing: what C then plays on is learned from what the second one adds."""
-    run_dir = run(world_models, **TINY_TASK | {"total_timesteps": 240, "rounds": 2, "round_timesteps": 6000})
+    changes = {"latent_size": 4, "total_timesteps": 240, "rounds": 2, "round_timesteps": 6000}
+    run_dir = run(world_models, **TINY_TASK | changes)
     first, second = (value for _, value in scalars(run_dir)["eval/episodic_return"])
     print(f"round 1 {first:.1f}, round 2 {second:.1f}")
     assert second > -20 and second > first + 5
