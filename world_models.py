@@ -24,10 +24,10 @@ Paper:      Ha & Schmidhuber 2018, World Models, arXiv 1803.10122   Reference co
 Run:        python world_models.py --env-id VizdoomTakeCover-v1          (or: uv run world_models.py ...)
 Resume:     python world_models.py --resume runs/<run folder> [--from-stage m]
 Evaluate:   python world_models.py --evaluate runs/<run folder> [--capture-video]
-Watch:      tensorboard --logdir runs; curves of V, M and C stand at environment steps + their updates or generations
+Watch:      tensorboard --logdir runs; curves stand at environment steps + all updates and generations made
 In the stages some common flags mean:
   total_timesteps       environment steps of collect; a resume with more goes on recording and learns V, M, C anew
-  checkpoint_frequency  counts environment steps, frames of V, sequences of M; C is saved after every generation
+  checkpoint_frequency  counts environment steps, frames of V, sequences of M; C saves as often as it costs 5 %
   eval_frequency        0 = no evaluation; otherwise after every eval_generations generations and at the end
   save_buffer           without it the recorded data is not in the checkpoint: a run interrupted before C starts over
 Deviations from the reference code, each also marked at the line it concerns:
@@ -52,8 +52,8 @@ import ctypes
 import difflib
 import fcntl
 import functools
-import io
-import json
+import glob
+import importlib.util
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -65,12 +65,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -81,11 +83,21 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+# What a setting may be: its least and its greatest value.
+Count = Annotated[int, 1, 10**9]
+Natural = Annotated[int, 0, 10**9]
+Seed = Annotated[int, 0, 2**53]
+Few = Annotated[int, 1, 1024]
+Share = Annotated[float, 0.0, 1.0]
+Positive = Annotated[float, 1e-12, 1e9]
+Amount = Annotated[float, 0.0, 1e9]
+Real = Annotated[float, -1e9, 1e9]
+
 
 @dataclass
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
-    seed: int = 1  # seed of every random generator of the run
+    seed: Seed = 1  # seed of every random generator of the run
     torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
     cuda: bool = True  # train on the GPU if there is one
     track: bool = False  # also log to Weights and Biases
@@ -93,51 +105,62 @@ class Args:
     wandb_entity: str | None = None  # the team at Weights and Biases
     capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
     save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
-    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
-    eval_episodes: int = 10  # episodes of one evaluation
-    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
+    eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: Count = 10  # episodes of one evaluation
+    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
-    resume: str | None = None  # run folder to continue
+    resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments: the task
     env_id: str = "VizdoomTakeCover-v1"  # Gymnasium id with image observations (CarRacing-v3, my_module:MyEnv-v0)
-    total_timesteps: int | None = None  # environment steps of random actions, recorded for V and M; default by task
-    num_envs: int = 1  # environments played side by side in all stages, each in its own process if more than one
+    total_timesteps: Count | None = None  # environment steps of random actions, recorded for V and M; default by task
+    num_envs: Few = 1  # environments played side by side in all stages, each in its own process if more than one
+    rounds: Count = 1  # times that the stages follow each other; C plays what the later rounds record; may be raised
+    round_timesteps: Count = 15_000  # environment steps that each later round records
+    record_sigma: Amount = 0.05  # standard deviation of the weights around C's that play an episode of a later round
+    explore: Share = 0.3  # share of the held actions that are random in what later rounds record, the rest is C's
+    play: str | None = None  # run folder whose dream is entered: the keyboard acts in a window, nothing is trained
     from_stage: Literal["collect", "v", "m", "c"] | None = None  # with --resume: the stage to repeat, with all after it
-    controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
     render_obs: bool = False  # observe the rendered picture, where observations are no images (CartPole-v1)
-    max_hold: int | None = None  # a random action is held for 1 to this many steps; default by task, 10 elsewhere
-    min_episode_length: int | None = None  # shorter recordings are thrown away, steps; default by task, 2 elsewhere
+    max_hold: Count | None = None  # a random action is held for 1 to this many steps; default by task, 10 elsewhere
+    min_episode_length: Annotated[int, 2, 10**9] | None = None  # shorter recordings are dropped; default by task, 2
 
     # V, the variational autoencoder
-    latent_size: int | None = None  # size of z (Z); default by task, 32 elsewhere
-    vae_depth: int = 32  # V: channels of the first convolution; the others are multiples of it
-    vae_epochs: int = 10  # V: passes over all frames
-    vae_batch_size: int = 100  # V: frames per batch
-    vae_lr: float = 1e-4  # V: learning rate
-    kl_tolerance: float = 0.5  # V: nats per latent dimension, summed over them, below which a frame's KL costs nothing
+    latent_size: Count | None = None  # size of z (Z); default by task, 32 elsewhere
+    vae_depth: Count = 32  # V: channels of the first convolution; the others are multiples of it
+    vae_epochs: Count = 10  # V: passes over all frames
+    vae_batch_size: Count = 100  # V: frames per batch
+    vae_lr: Positive = 1e-4  # V: learning rate
+    vae_excess: Amount = 0.05  # V is trained on in later rounds if its error is larger on the new frames, by this share
+    kl_tolerance: Amount = 0.5  # V: nats per latent dimension, summed over them, below which a frame's KL costs nothing
 
     # M, the mixture-density LSTM
-    hidden_size: int | None = None  # M: units of the LSTM (H); default by task, 256 elsewhere
-    num_mixtures: int = 5  # M: Gaussians in the mixture of each latent dimension (K)
-    sequence_length: int | None = None  # M: time steps per sequence at most (T); default by task, 500 elsewhere
-    model_batch_size: int = 100  # M: sequences per batch (B)
-    model_updates: int | None = None  # M: updates; default by task, 4000 elsewhere
-    model_lr: float = 1e-3  # M: learning rate at first
-    model_lr_decay: float | None = None  # M: factor per update towards a rate of 1e-5; default by task, 1 elsewhere
-    end_weight: float = 10.0  # M: weight of the terminations in the loss of the predicted ends
-    holdout_ratio: float = 0.05  # M: share of the episodes, the last ones, that M is tested on and not trained with
+    hidden_size: Count | None = None  # M: units of the LSTM (H); default by task, 256 elsewhere
+    num_mixtures: Count = 5  # M: Gaussians in the mixture of each latent dimension (K)
+    sequence_length: Count | None = None  # M: time steps per sequence at most (T); default by task, 500 elsewhere
+    model_batch_size: Count = 100  # M: sequences per batch (B)
+    model_updates: Count | None = None  # M: updates; default by task, 4000 elsewhere
+    model_lr: Positive = 1e-3  # M: learning rate at first
+    model_lr_decay: Share | None = None  # M: factor per update towards a rate of 1e-5; default by task, 1 elsewhere
+    heads: bool | None = None  # M: predict ends and rewards too, as dreams need; default: where C is evolved in dreams
+    end_weight: Amount | None = None  # M: weight of terminations in the loss of the ends; default by task, 1 elsewhere
+    pessimism: Amount | None = None  # M: weight of predicting too much reward; default by task, 1 elsewhere
+    reward_window: Count = 1  # M: CarRacing's tiles are paid for over this many steps around the one that reaches them
+    holdout_ratio: Share = 0.05  # M: share of the episodes that M is tested on and not trained with
 
     # C, the controller, and its dream
-    temperature: float = 1.15  # dream: divides the mixture's logits, its root scales the noise (deviation 8)
-    dream_length: int | None = None  # steps of a dream at most; default: the time limit of the environment
-    population: int = 64  # C: candidates per generation (P)
-    episodes: int = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
-    generations: int = 1_800  # C: generations; may be raised on a resume
-    sigma: float = 0.1  # C: standard deviation of the first generation's weights
-    idle_limit: int = 0  # real episodes of C end after so many steps without reward, 0 = never (deviation 12)
-    eval_generations: int = 10  # C: generations between evaluations, none at all with --eval-frequency 0
+    controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
+    temperature: Positive = 1.15  # dream: divides the mixture's logits, its root scales the noise (deviation 8)
+    dream_length: Count | None = None  # steps of a dream at most; default by task, the time limit elsewhere
+    at_rest: Share | None = None  # share of dreams that begin at first frames; default by task, 1 elsewhere
+    population: Annotated[int, 2, 10**9] = 64  # C: candidates per generation (P)
+    episodes: Count = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
+    generations: Count = 1_800  # C: generations; may be raised on a resume
+    sigma: Positive = 0.1  # C: standard deviation of the first generation's weights
+    idle_limit: Natural = 0  # real episodes of C end after so many steps without reward, 0 = never (deviation 12)
+    eval_generations: Count = 10  # C: generations between evaluations, none at all with --eval-frequency 0
 
 
 # === Networks ===
@@ -156,11 +179,6 @@ class Spec(NamedTuple):
     def is_takecover(self) -> bool:
         """M also reads the restart flag (first = 1); C sees z, M's c and h, no bias. Elsewhere C sees z, h and a 1."""
         return self.action_kind == "thirds"
-
-    @property
-    def warm_up(self) -> int:
-        """Steps that M has read when a dream begins: CarRacing's opening zoom is at most half of them, 50."""
-        return 100 if self.action_kind == "car" else 0
 
 
 class VAE(nn.Module):
@@ -222,7 +240,8 @@ class MDNRNN(nn.Module):
     termination and the reward in standard deviations. A state is torch's (h, c), (1, B, H) each.
     """
 
-    NUM_STARTS = 1000  # recorded states that dreams begin in, see set_dream_starts
+    NUM_STARTS = 1000  # recorded states that dreams begin in, at first frames and as many elsewhere: set_dream_starts
+    WARM_UP = 100  # steps that M has read when a dream begins elsewhere; CarRacing's opening zoom takes 50
 
     def __init__(self, spec: Spec, args: Args):
         super().__init__()
@@ -240,7 +259,7 @@ class MDNRNN(nn.Module):
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_std", torch.ones(()))
         for name, size in (("mu", args.latent_size), ("logvar", args.latent_size), ("h", units), ("c", units)):
-            self.register_buffer(f"start_{name}", torch.zeros(self.NUM_STARTS, size))  # where dreams begin
+            self.register_buffer(f"start_{name}", torch.zeros(2 * self.NUM_STARTS, size))  # where dreams begin
 
     def initial(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The zero state."""
@@ -304,12 +323,12 @@ def mdn_nll(log_pi: torch.Tensor, mu: torch.Tensor, log_sigma: torch.Tensor, tar
     return torch.logsumexp(log_pi, -2) - joint + 0.5 * math.log(2 * math.pi)
 
 
-def model_loss(model: MDNRNN, batch: dict, end_weight: float) -> tuple[torch.Tensor, dict, torch.Tensor | None]:
+def model_loss(model: MDNRNN, batch: dict, end_weight: float, pessimism: float) -> tuple:
     """Loss of M on sequences (T, B, ...) from the zero state; each of its terms; the logits of the end (T, B) or None.
 
     batch: z, action, first, next_z, has_next, terminated, reward, and mask, which is 0 in the padding. Mixture: mean
     over dimensions and over steps with a successor; end: cross-entropy in which terminations weigh end_weight; reward:
-    squared error in standard deviations.
+    squared error in standard deviations, in which too much weighs `pessimism`: C finds whatever is promised too much.
     """
     mask = batch["mask"]
 
@@ -327,7 +346,8 @@ def model_loss(model: MDNRNN, batch: dict, end_weight: float) -> tuple[torch.Ten
         terms["losses/done_loss"] = mean(cross_entropy, mask)
     if reward is not None:
         target = (batch["reward"] - model.reward_mean) / model.reward_std
-        terms["losses/reward_loss"] = mean((reward - target) ** 2, mask)
+        error = reward - target
+        terms["losses/reward_loss"] = mean(torch.where(error > 0, pessimism, 1.0) * error**2, mask)
     return sum(terms.values()), {name: term.detach() for name, term in terms.items()}, end_logit
 
 
@@ -360,15 +380,15 @@ def mixture_sample(log_pi, mu, log_sigma, uniform: torch.Tensor, normal: torch.T
 
 
 def dream_step(model: MDNRNN, z, action, first, state, uniform, normal, temperature: float) -> tuple:
-    """Next z (N, Z), state, rewards (N,) and ends (N,) of N dreams; one ends where P[termination] > 1/2."""
+    """Next z (N, Z), state, rewards (N,) and logits of P[termination] (N,) of N dreams; one ends where P > 1/2."""
     out, state = model(z[None], action[None], first[None], state)
     log_pi, mu, log_sigma, end_logit, reward = model.split(out[0])
     z = mixture_sample(log_pi, mu, log_sigma, uniform, normal, temperature)
     if end_logit is None:  # M of the published car predicts z alone
-        return z, state, torch.zeros_like(first), torch.zeros_like(first, dtype=torch.bool)
+        return z, state, torch.zeros_like(first), torch.full_like(first, -math.inf)
     if reward is None:  # TakeCover: one for each step survived
-        return z, state, torch.ones_like(first), end_logit > 0
-    return z, state, reward * model.reward_std + model.reward_mean, end_logit > 0
+        return z, state, torch.ones_like(first), end_logit
+    return z, state, reward * model.reward_std + model.reward_mean, end_logit
 
 
 @torch.no_grad()
@@ -383,6 +403,8 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, seed: 
     generator = torch.Generator(device).manual_seed(seed)
     normal = functools.partial(torch.randn, num_dreams, args.latent_size, generator=generator, device=device)
     start = torch.randint(model.NUM_STARTS, (num_dreams,), generator=generator, device=device)
+    at_rest = torch.rand(num_dreams, generator=generator, device=device) < args.at_rest
+    start = torch.where(at_rest, start, start + model.NUM_STARTS)
     jobs = torch.arange(num_jobs, device=device)
     which = jobs % num_dreams
     z = (model.start_mu[start] + torch.exp(0.5 * model.start_logvar[start]) * normal())[which]
@@ -402,25 +424,38 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, seed: 
         action = policy(agent.features(z, state), jobs, num_jobs)
         uniform = torch.rand(num_dreams, args.latent_size, generator=generator, device=device)
         noise = uniform[which], normal()[which]
-        z, state, rewards, ends = dream_step(model, z, action, first, state, *noise, args.temperature)
+        z, state, rewards, end_logit = dream_step(model, z, action, first, state, *noise, args.temperature)
         returns[jobs] += rewards * alive
         lengths[jobs] += alive
-        alive, first = alive * ~ends, torch.zeros_like(first)
+        alive, first = alive * (end_logit <= 0), torch.zeros_like(first)
     if trace is not None:
         del trace[int(lengths[0]) :]  # the rest is of others
     return returns, lengths
 
 
 @torch.no_grad()
+def act(agent: Agent, obs: np.ndarray, dones: np.ndarray, state: tuple, noise: torch.Tensor, policy: Callable) -> tuple:
+    """Actions (N, A) for frames (N, 64, 64, 3), M's next state; dones (N,): where an episode begins, noise (N, Z): z's.
+
+    z_t from frame t, the action from [z_t, h_t], then both to M for h_{t+1}.
+    """
+    first = torch.as_tensor(dones, device=noise.device, dtype=torch.float32)
+    state = tuple(x * (1 - first[:, None]) for x in state)
+    mu, logvar = agent.vae.encode(preprocess(torch.as_tensor(obs, device=noise.device)))
+    z = mu + torch.exp(0.5 * logvar) * noise
+    action = policy(agent.features(z, state))
+    _, state = agent.model(z[None], action[None], first[None], state)
+    return action, state
+
+
 def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, stop, idle_limit: int = 0):
     """Returns and lengths (J,) of real episodes with these seeds (J,); an environment takes the next as it ends one.
 
-    Each step: z_t from frame t, action from [z_t, h_t], step, then (z_t, action) to M for h_{t+1}. With idle_limit an
-    episode ends after so many steps without a positive reward, and the rest of its time is paid like its last step
-    (deviation 12: not by default).
+    With idle_limit an episode ends after so many steps without a positive reward, and the rest of its time is paid like
+    its last step (deviation 12: not by default).
     """
     device, num_envs, model = agent.controller.device, envs.num_envs, agent.model
-    kind, limit = model.spec.action_kind, model.spec.time_limit
+    (kind, _, limit, *_), latent_size = model.spec, agent.vae.mu.out_features
     jobs, queue = np.full(num_envs, -1), iter(range(len(seeds)))  # the job of each environment, and those not begun
     returns, lengths = np.full(len(seeds), np.nan), np.zeros(len(seeds), int)  # of the jobs
     total, steps, idle = np.zeros(num_envs), np.zeros(num_envs, int), np.zeros(num_envs, int)  # of episodes in progress
@@ -431,16 +466,11 @@ def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, sto
                 jobs[i] = next(queue, -1)  # without a job left, an environment plays on uncounted
                 total[i] = steps[i] = idle[i] = 0
             obs, _ = envs.reset(seed=[int(seed) for seed in seeds[jobs]], options={"reset_mask": dones})
-        first = torch.as_tensor(dones, device=device, dtype=torch.float32)
-        state = tuple(x * (1 - first[:, None]) for x in state)
-        mu, logvar = agent.vae.encode(preprocess(torch.as_tensor(obs, device=device)))
-        z = mu + torch.exp(0.5 * logvar) * torch.randn(mu.shape, generator=generator, device=device)
+        noise = torch.randn(num_envs, latent_size, generator=generator, device=device)
         played = torch.as_tensor(jobs % len(seeds), device=device)  # -1, uncounted, acts for the last job
-        action = policy(agent.features(z, state), played, len(seeds))
+        own = functools.partial(policy, jobs=played, num_jobs=len(seeds))
+        action, state = act(agent, obs, dones, state, noise, own)
         obs, rewards, terminations, truncations, _ = envs.step(env_action(action.cpu().numpy(), kind))  # host sync
-        _, state = model(z[None], action[None], first[None], state)
-        if not np.isfinite(rewards).all():  # or its episode would never count as over
-            raise SystemExit("error: not finite: the environment's reward")
         total, steps, idle = total + rewards, steps + 1, np.where(rewards > 0, 0, idle + 1)
         given_up = (idle == idle_limit) & (idle_limit > 0)
         total += np.where(given_up & ~terminations, rewards * (limit - steps), 0)
@@ -458,10 +488,14 @@ def env_action(action: np.ndarray, kind: str) -> np.ndarray:
 
 
 class HeldActions:
-    """Random actions (N, A), each held for 1 to max_hold steps: white noise would hardly move anything."""
+    """Random actions (N, A), each held for 1 to max_hold steps: white noise would hardly move anything.
 
-    def __init__(self, num: int, spec: Spec, max_hold: int, rng: np.random.Generator):
-        self.spec, self.max_hold, self.rng = spec, max_hold, rng
+    A `share` of them is random, the others are left to C.
+    """
+
+    def __init__(self, num: int, spec: Spec, max_hold: int, rng: np.random.Generator, share: float = 1.0):
+        self.spec, self.max_hold, self.rng, self.share = spec, max_hold, rng, share
+        self.is_random = np.ones(num, bool)
         self.actions, self.left = np.zeros((num, spec.action_dim), np.float32), np.zeros(num, int)
 
     def __call__(self, restart: np.ndarray | bool = False) -> np.ndarray:
@@ -475,8 +509,14 @@ class HeldActions:
             actions[:, 1:] = (actions[:, 1:] + 1) / 2
             actions[:, 2] *= self.rng.random(len(new)) < 0.1
         self.actions = np.where(new[:, None], actions, self.actions)
+        self.is_random = np.where(new, self.rng.random(len(new)) < self.share, self.is_random)
         self.left = np.where(new, self.rng.integers(1, self.max_hold + 1, len(new)), self.left) - 1
         return self.actions
+
+    def mix(self, own: torch.Tensor, jobs: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """C's actions (jobs, A), and the held ones where those are random."""
+        is_random, actions = (torch.from_numpy(x).to(own.device)[jobs] for x in (self.is_random[:, None], self.actions))
+        return torch.where(is_random, actions, own)
 
 
 # === Updates ===
@@ -494,7 +534,7 @@ def update_vae(vae: VAE, optimizer, image: torch.Tensor, noise: torch.Tensor, ar
 def update_model(model: MDNRNN, optimizer, batch: dict, args: Args) -> dict:
     """One step of M on sequences (T, B, ...). Returns detached scalars, no host sync."""
     optimizer.zero_grad(set_to_none=True)
-    loss, metrics, _ = model_loss(model, batch, args.end_weight)
+    loss, metrics, _ = model_loss(model, batch, args.end_weight, args.pessimism)
     loss.backward()
     nn.utils.clip_grad_value_(model.parameters(), 1.0)  # by value, not by norm
     optimizer.step()
@@ -556,33 +596,38 @@ class ReplayBuffer:
         self.episodes = list(zip(*(np.split(column, cuts) for column in columns), strict=True))
 
 
-def learnable_rewards(rewards: np.ndarray, spec: Spec) -> np.ndarray:
+def learnable_rewards(rewards: np.ndarray, spec: Spec, window: int) -> np.ndarray:
     """Rewards (T,) of an episode as M learns them (deviation 6): CarRacing pays 1000 / (tiles of the track) for a tile.
 
     How many tiles a track has is in no picture, so here each pays the mean, 3.4. A step may pass several; it costs 0.1.
+    Nor is where a tile begins: what tiles pay is spread evenly over a window of steps around it.
     """
     if spec.action_kind != "car" or not (rewards > 0).any():
         return rewards
-    tile = rewards[rewards > 0].min() + 0.1
-    return np.where(rewards > 0, np.round((rewards + 0.1) / tile) * 3.4 - 0.1, rewards)
+    tiles = np.where(rewards > 0, np.round((rewards + 0.1) / (rewards[rewards > 0].min() + 0.1)), 0)
+    spread = np.convolve(tiles, np.full(window, 1 / window), "full")[window // 2 :][: len(tiles)]
+    return np.where(rewards > 0, -0.1, rewards) + 3.4 * spread
 
 
 class Latents:
     """All N recorded time steps on the device, as M is trained on them: z as its Gaussian, actions, rewards, ends."""
 
-    def __init__(self, rb: ReplayBuffer, rows: np.ndarray, spec: Spec, holdout_ratio: float, device: torch.device):
+    def __init__(self, rb: ReplayBuffer, rows: np.ndarray, spec: Spec, args: Args, device: torch.device):
         rows, spans = torch.from_numpy(np.array(rows)).to(device), rb.spans  # (N, 2, Z), (episodes, 2)
         first, last, terminated = (np.zeros(len(rb), np.float32) for _ in range(3))  # of an episode; terminated?
         first[spans[:, 0]], last[spans[:, 1] - 1] = 1, 1
         terminated[spans[:, 1] - 1] = rb.terminated  # deviation 5: not where an episode was cut off
         action = np.concatenate([actions for actions, _ in rb.episodes])
-        reward = np.concatenate([learnable_rewards(rewards, spec) for _, rewards in rb.episodes]).astype(np.float32)
+        reward = np.concatenate(
+            [learnable_rewards(rewards, spec, args.reward_window) for _, rewards in rb.episodes]
+        ).astype(np.float32)
         data = {"action": action, "reward": reward, "first": first, "last": last, "terminated": terminated}
         self.data = {name: torch.from_numpy(array).to(device) for name, array in data.items()}
         self.data |= {"mu": rows[:, 0], "logvar": rows[:, 1]}  # float16
-        held_out = min(max(int(holdout_ratio * len(spans)), 1), len(spans) - 1)
-        self.spans, self.holdout = spans, spans[-held_out:]  # a single episode is both
-        self.train = spans[: len(spans) - held_out]  # deviation 3: without the last episodes
+        held_out = max(int(args.holdout_ratio * len(spans)), 1)
+        order = np.random.default_rng(7).permutation(len(spans))  # the same for whoever looks at these episodes
+        self.spans, self.holdout = spans, spans[np.sort(order[:held_out])]  # deviation 3
+        self.train = spans[np.sort(order[held_out:])] if len(spans) > 1 else spans  # a single episode is both
 
     def batches(self, spans: np.ndarray, length: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
         """One pass over episodes, shuffled: batches of B pieces (B, 2) of at most `length` steps (deviation 4)."""
@@ -609,44 +654,73 @@ class Latents:
 # run.updates makes the updates that are left, pass after pass over the batches. Interrupted stages return False.
 
 
+def recording_player(run: "Stages") -> Callable:
+    """(frames, where an episode begins) -> held random actions (N, A), in later rounds mixed with those of controllers
+    drawn around C, one for each episode."""
+    args, agent, num_envs, rng = run.args, run.agent, run.args.num_envs, run.rng["actions"]
+    kind, held = run.spec.action_kind, HeldActions(num_envs, run.spec, args.max_hold, rng, run.random_share)
+    weights, state = torch.zeros(num_envs, *agent.controller.shape, device=run.device), agent.model.initial(num_envs)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(run.device)
+
+    def policy(features: torch.Tensor) -> torch.Tensor:
+        return held.mix(controller_action(features, weights, kind))
+
+    def player(obs: np.ndarray, dones: np.ndarray) -> np.ndarray:
+        nonlocal state
+        actions = held(dones)
+        if run.round == 1:
+            return actions
+        for i in np.flatnonzero(dones):
+            weights[i] = agent.controller + args.record_sigma * normal(*agent.controller.shape)
+        own, state = act(agent, obs, dones, state, normal(num_envs, args.latent_size), policy)
+        return own.cpu().numpy()
+
+    return player
+
+
+@torch.no_grad()
 def collect(run: "Stages") -> bool:
-    """Records episodes of held random actions, until the run has made total_timesteps environment steps."""
-    args, rb, num_envs = run.args, run.rb, run.args.num_envs
-    held = HeldActions(num_envs, run.spec, args.max_hold, run.rng["actions"])
+    """Records episodes until the run has made record_until environment steps."""
+    args, rb, num_envs, player = run.args, run.rb, run.args.num_envs, recording_player(run)
     tracks: list[list[tuple]] = [[] for _ in range(num_envs)]  # of the episodes in progress
+    idle, dones, last_report = np.zeros(num_envs, int), np.ones(num_envs, bool), (run.step, time.perf_counter())
 
     def store(i: int, terminated: bool) -> None:
         if len(tracks[i]) >= args.min_episode_length:
             rb.add(*(np.stack(column) for column in zip(*tracks[i], strict=True)), terminated)
         tracks[i] = []
 
-    needed, free = (args.total_timesteps - run.step) * rb.frames.row_bytes, shutil.disk_usage(run.folder).free
+    needed, free = (run.record_until - run.step) * rb.frames.row_bytes, shutil.disk_usage(run.folder).free
     if needed > free:
         run.say(f"the frames need up to {needed / 1e9:.0f} GB, the disk has {free / 1e9:.0f} GB left")
-    run.begin("collect", args.total_timesteps, run.step)
-    dones, last_report = np.ones(num_envs, bool), (run.step, time.perf_counter())
+    run.begin("collect", run.record_until, run.step)
     while True:
-        if run.stop.requested or run.step >= args.total_timesteps:
-            for i in range(num_envs):
-                store(i, False)  # cut off, not terminated
-        run.units_done = run.step
-        if not run.goes_on(dones):
+        ending = run.stop.requested or run.step >= run.record_until
+        for i in range(num_envs if ending else 0):
+            store(i, False)  # cut off, not terminated
+        if ending or (run.step >= run.next_save and (dones.all() or num_envs > 1)):
+            run.save()
+        if ending:
             break
         if dones.any():
             seeds = run.rng["reset"].integers(2**31, size=num_envs).tolist()
             obs, _ = run.envs.reset(seed=seeds, options={"reset_mask": dones})
-        actions = held(dones)
+        actions = player(obs, dones)
         next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, run.spec.action_kind))
-        require_finite_arrays(run.step, "the environment's reward", rewards)
         for i, track in enumerate(tracks):
             track.append((obs[i].copy(), actions[i], rewards[i]))
-        obs, dones = next_obs, terminations | truncations
+        obs, ended, idle = next_obs, terminations | truncations, np.where(rewards > 0, 0, idle * ~dones + 1)
+        dones = ended | ((idle == args.idle_limit) & (args.idle_limit > 0))
         run.step += num_envs
         run.progress.update(num_envs)
-        for i in np.flatnonzero(dones):
+        for i in np.flatnonzero(dones):  # what a given-up episode had left is paid like its last step
+            rest = 0 if ended[i] else rewards[i] * (run.spec.time_limit - len(tracks[i]))
+            run.returns.append(float(sum(reward for *_, reward in tracks[i]) + rest))
             store(i, terminations[i])
-        if dones.any():
-            run.log_episodes(infos, dones)
+        if ended.any():
+            run.log_episodes(infos, ended)
             now = time.perf_counter()
             run.log({"charts/SPS": (run.step - last_report[0]) / (now - last_report[1])})
             last_report = run.step, now
@@ -655,13 +729,21 @@ def collect(run: "Stages") -> bool:
     if len(rb) < 2:
         short = f"no episode of {args.min_episode_length} steps in {run.step}"
         raise SystemExit(f"error: {short}: nothing to learn from")
-    run.collected = run.step
+    run.collected, returns = run.step, np.array(run.returns or [np.nan])
+    text = f"{len(run.returns)} whole episodes recorded, {returns.mean():.1f} +- {returns.std():.1f}"
+    run.say(f"round {run.round}, {run.step} environment steps: {text}")
     return True
 
 
 def train_vae(run: "Stages") -> bool:
-    """V: passes over all recorded frames, in an order drawn for each pass."""
+    """V: passes over all recorded frames, in an order drawn for each pass.
+
+    In later rounds as many updates as passes over the new frames would have, none where V does not need them.
+    """
     args, vae, frames = run.args, run.agent.vae, run.rb.frames.rows()
+    new = (len(frames) - run.frames_seen) / len(frames)
+    if not run.units_done and run.frames_seen and not sees_new_scenery(run, frames):
+        return True
     run.latents.cut(0)  # those of another V
     batch_size = min(args.vae_batch_size, len(frames))
     per_pass = len(frames) // batch_size
@@ -669,7 +751,8 @@ def train_vae(run: "Stages") -> bool:
     run.keep_optimizer(optimizer)
 
     def one_pass(number: int) -> np.ndarray:
-        order = np.random.default_rng([args.seed, 2, number]).permutation(len(frames))  # 2 ... 6: one for each purpose
+        rng = np.random.default_rng([args.seed, 2, run.round, number])  # 2 ... 6: one for each purpose
+        order = rng.permutation(len(frames))
         return order[: per_pass * batch_size].reshape(per_pass, batch_size)
 
     def update(rows: np.ndarray) -> dict:
@@ -677,10 +760,26 @@ def train_vae(run: "Stages") -> bool:
         noise = torch.randn(batch_size, args.latent_size, generator=run.rng["v"], device=run.device)
         return update_vae(vae, optimizer, image, noise, args)
 
-    finished = run.updates(per_pass * args.vae_epochs, batch_size, one_pass, update)
+    finished = run.updates(math.ceil(per_pass * args.vae_epochs * new), batch_size, one_pass, update)
     if finished:
-        warn_of_failure(log_reconstructions, run, frames[np.linspace(0, len(frames) - 1, 16).astype(int)])
+        run.frames_seen = len(frames)
+        rows = np.random.default_rng([args.seed, 8]).choice(len(frames), min(len(frames), 12), replace=False)
+        warn_of_failure(log_reconstructions, run, frames[np.sort(rows)])
     return finished
+
+
+@torch.no_grad()
+def sees_new_scenery(run: "Stages", frames: np.ndarray) -> bool:
+    """Is V's error, on 1,000 frames each, larger on those that it was not trained on, by more than vae_excess?"""
+    vae, errors = run.agent.vae, []
+    for start, end in ((0, run.frames_seen), (run.frames_seen, len(frames))):
+        rows = np.unique(np.linspace(start, end - 1, 1000).astype(int))
+        image = preprocess(torch.from_numpy(frames[rows]).to(run.device))
+        errors.append(float(((vae.decode(vae.encode(image)[0]) - image) ** 2).sum((1, 2, 3)).mean()))
+    old, new = errors
+    trains = new > (1 + run.args.vae_excess) * old
+    run.say(f"V's error is {new:.1f} on new frames, {old:.1f} on old ones: it is {'' if trains else 'not '}trained on")
+    return trains
 
 
 @torch.no_grad()
@@ -710,7 +809,7 @@ def train_model(run: "Stages") -> bool:
     if not encode(run):
         return False
     args, model = run.args, run.agent.model
-    latents = Latents(run.rb, run.latents.rows(), run.spec, args.holdout_ratio, run.device)
+    latents = Latents(run.rb, run.latents.rows(), run.spec, args, run.device)
     if not run.units_done:
         model.reward_mean.copy_(latents.data["reward"].mean())
         model.reward_std.copy_(latents.data["reward"].std().clamp(min=1e-3))
@@ -718,7 +817,7 @@ def train_model(run: "Stages") -> bool:
     run.keep_optimizer(optimizer)
 
     def one_pass(number: int) -> list[np.ndarray]:
-        rng = np.random.default_rng([args.seed, 3, number])
+        rng = np.random.default_rng([args.seed, 3, run.round, number])
         return latents.batches(latents.train, args.sequence_length, args.model_batch_size, rng)
 
     def update(pieces: np.ndarray) -> dict:
@@ -727,68 +826,87 @@ def train_model(run: "Stages") -> bool:
 
     if not run.updates(args.model_updates, args.model_batch_size, one_pass, update):
         return False
-    set_dream_starts(model, latents, np.random.default_rng([args.seed, 4]))
-    if not calibrate(run, latents):  # random play in the dream beside recorded play
-        run.save()
-        return False
+    set_dream_starts(model, latents, np.random.default_rng([args.seed, 4, run.round]))
+    log_holdout_scores(run, latents)
     warn_of_failure(log_open_dream, run, latents)
     return True
 
 
 @torch.no_grad()
 def set_dream_starts(model: MDNRNN, latents: Latents, rng: np.random.Generator) -> None:
-    """Draws where dreams begin: at first frames of recorded episodes with the zero state, or anywhere after a warm-up.
+    """Draws where dreams begin: half of them at first frames of recorded episodes, at rest, with the zero state.
 
-    With a warm-up (CarRacing) M's state is what the warm_up steps before that frame have led to, from zero.
+    The other half anywhere after WARM_UP steps, with the state of M that these have led to, from zero.
     """
-    warm_up = model.spec.warm_up
+    num, warm_up = model.NUM_STARTS, model.WARM_UP
+    rest = latents.spans[rng.integers(len(latents.spans), size=num), 0]
     spans = latents.spans[latents.spans[:, 1] - latents.spans[:, 0] > warm_up]
-    spans, warm_up = (spans, warm_up) if len(spans) else (latents.spans, 0)
-    start, end = spans[rng.integers(len(spans), size=model.NUM_STARTS)].T
-    rows, (h, c) = start, model.initial(model.NUM_STARTS)
-    if warm_up:
+    rows, (h, c) = rest, model.initial(num)
+    if len(spans):  # or all begin at rest
+        start, end = spans[rng.integers(len(spans), size=num)].T
         rows = rng.integers(start + warm_up, end)
         generator = torch.Generator(h.device).manual_seed(int(rng.integers(2**31)))
         batch = latents.batch(np.stack([rows - warm_up, rows], 1), generator)
         _, (h, c) = model(batch["z"], batch["action"], batch["first"], (h, c))
+    rows = np.concatenate([rest, rows])
     model.start_mu.copy_(latents.data["mu"][rows])
     model.start_logvar.copy_(latents.data["logvar"][rows])
-    model.start_h.copy_(h[0])
-    model.start_c.copy_(c[0])
+    model.start_h[num:].copy_(h[0])
+    model.start_c[num:].copy_(c[0])
+
+
+def play_candidates(run: "Stages", weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and lengths (P * E,) of the episodes or dreams of a generation's candidates (P, weights of C)."""
+    args, controller = run.args, run.agent.controller
+    policy = linear_policy(weights.view(-1, *controller.shape).to(run.device), run.spec.action_kind)
+    rng = np.random.default_rng([args.seed, 6, run.round, run.units_done])
+    seeds = rng.integers(2**31, size=args.episodes)  # deviation 9: the same for all candidates
+    if args.controller_env == "dream":
+        num_jobs, seed = len(weights) * args.episodes, int(seeds[0])
+        outcome = dream(run.agent, policy, num_jobs, args.episodes, seed, args, run.stop)
+        return tuple(tensor.cpu().numpy() for tensor in outcome)
+    generator = torch.Generator(run.device).manual_seed(int(seeds[0]))
+    seeds = np.tile(seeds, len(weights))
+    return play(run.agent, run.envs, policy, seeds, generator, run.stop, args.idle_limit)
 
 
 def evolve(run: "Stages") -> bool:
     """C: CMA-ES on each candidate's mean return over the same episodes or dreams; the distribution's mean is kept."""
     import cma
 
-    args, controller, kind = run.args, run.agent.controller, run.spec.action_kind
-    normal = np.random.default_rng([args.seed, 5]).standard_normal
-    # seed nan: the global generator of NumPy is left alone, random numbers come from `normal`
-    options = {"popsize": args.population, "verbose": -9, "randn": lambda *size: normal(size), "seed": np.nan}
-    es = cma.CMAEvolutionStrategy(np.zeros(controller.numel()), args.sigma, options)
+    args, controller = run.args, run.agent.controller
+    if not run.units_done:
+        run.fitness = []
+        run.start = {"mean": controller.cpu().clone(), "sigma": args.sigma, "generation": 0}
+        if args.controller_env == "dream" and not calibrate(run):
+            run.save()
+            return False
+
+    def cma_es() -> "cma.CMAEvolutionStrategy":
+        """At run.start. Seed nan: NumPy's global generator is left alone, random numbers come from one of its own."""
+        normal = np.random.default_rng([args.seed, 5, run.round, run.start["generation"]]).standard_normal
+        options = {"popsize": args.population, "verbose": -9, "randn": lambda *size: normal(size), "seed": np.nan}
+        return cma.CMAEvolutionStrategy(run.start["mean"].double().flatten().numpy(), run.start["sigma"], options)
+
+    es = cma_es()
     for fitness in run.fitness:  # random numbers and fitness are all that CMA-ES depends on: a resume repeats its steps
         es.tell(es.ask(), fitness)
+    if run.fitness and not np.allclose(es.mean, controller.cpu().flatten().numpy(), atol=1e-4):
+        run.say("CMA-ES could not be repeated, as with another LAPACK: it starts anew from its mean")
+        run.start = {"mean": controller.cpu().clone(), "sigma": float(es.sigma), "generation": run.units_done}
+        run.fitness, es = [], cma_es()
     run.begin("c", args.generations, run.units_done)
     while not run.stop.requested:
         at_end = run.units_done >= args.generations
-        due = at_end or run.units_done % args.eval_generations == 0
-        if args.eval_frequency and due and run.evaluated < run.units_done:
+        due = run.units_done and (at_end or run.units_done % args.eval_generations == 0)
+        if args.checkpoint_frequency and (due or time.perf_counter() > run.next_save_time):
+            run.save()
+        if args.eval_frequency and due:
             log_scores(run)
         if at_end or run.stop.requested:
             break
         candidates = es.ask()
-        weights = torch.tensor(np.stack(candidates), dtype=torch.float32, device=run.device)
-        policy = linear_policy(weights.view(-1, *controller.shape), kind)
-        rng = np.random.default_rng([args.seed, 6, run.units_done])
-        seeds = rng.integers(2**31, size=args.episodes)  # deviation 9: the same for all candidates
-        if args.controller_env == "dream":
-            num_jobs, seed = args.population * args.episodes, int(seeds[0])
-            outcome = dream(run.agent, policy, num_jobs, args.episodes, seed, args, run.stop)
-            returns, lengths = (tensor.cpu().numpy() for tensor in outcome)
-        else:
-            generator = torch.Generator(run.device).manual_seed(int(seeds[0]))
-            seeds = np.tile(seeds, args.population)
-            returns, lengths = play(run.agent, run.envs, policy, seeds, generator, run.stop, args.idle_limit)
+        returns, lengths = play_candidates(run, torch.tensor(np.stack(candidates), dtype=torch.float32))
         if run.stop.requested:
             break
         scores = returns.reshape(args.population, args.episodes).mean(1)
@@ -798,14 +916,12 @@ def evolve(run: "Stages") -> bool:
         es.tell(candidates, -scores)  # deviation 10: nothing for large weights
         run.fitness.append((-scores).tolist())
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))  # deviation 11: the last mean, not the best
-        run.units_done += 1
+        run.count_unit()
         run.step += int(lengths.sum()) if args.controller_env == "real" else 0
         values = {"mean": scores.mean(), "best": scores.max(), "std": scores.std(), "sigma": es.sigma}
         run.log({f"controller/{name}": value for name, value in (values | {"length": lengths.mean()}).items()})
         run.say(f"generation {run.units_done}: mean {scores.mean():.1f}, best {scores.max():.1f}, sigma {es.sigma:.4f}")
         run.progress.update()
-        if args.checkpoint_frequency:
-            run.save()
     if run.stop.requested:
         run.save()
     return not run.stop.requested
@@ -816,19 +932,26 @@ def main(args: Args) -> str:
     check_args(args)
     if args.evaluate is not None:
         return evaluate_run(args)
+    if args.play is not None:
+        return enter_dream(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
+    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
     envs = make_vector_env(args, args.num_envs)
     spec = make_spec(envs, args)
     if args.dream_length is None:
         args = replace(args, dream_length=spec.time_limit)
+    if args.controller_env == "dream" and not args.heads:
+        fail("dreams need an M that predicts ends and rewards: --heads True, with --resume and --from-stage m")
     if checkpoint:
         rewind(checkpoint, args)
     run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
+    envs.on_fault = run.abort
     checkpoint = None  # what refers to the file keeps it on the disk
     if run.device.type == "cpu":
         keep_freed_memory()
     v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (run.agent.vae, run.agent.model))
-    print(f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {run.agent.controller.numel():,}")
+    cost = f"; {price(args, spec)}" if run.device.type == "cpu" else ""
+    print(f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {run.agent.controller.numel():,}{cost}")
 
     stages = {"collect": collect, "v": train_vae, "m": train_model, "c": evolve}
     while run.stage != "finished" and stages[run.stage](run):
@@ -840,18 +963,22 @@ def main(args: Args) -> str:
 
 # === Environment ===
 
+LATE_IMPORTS = ["cma", "matplotlib", "PIL"]  # packages that are imported where they are used
+
 # The published settings by task (name of the environment without its version). A flag on the command line wins.
 DEFAULTS = {
     "total_timesteps": 1_000_000, "controller_env": "dream", "max_hold": 10, "min_episode_length": 2, "latent_size": 32,
-    "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0,
+    "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0, "end_weight": 1.0,
+    "pessimism": 1.0, "at_rest": 1.0,
 }  # fmt: skip
 TASKS = {
     "VizdoomTakeCover": {
         "total_timesteps": 3_080_000, "min_episode_length": 101, "latent_size": 64, "hidden_size": 512,
-        "model_updates": 24_400, "model_lr_decay": 0.99999,
+        "model_updates": 24_400, "model_lr_decay": 0.99999, "end_weight": 10.0,
     },
     "CarRacing": {
         "total_timesteps": 10_000_000, "controller_env": "real", "max_hold": 8, "sequence_length": 1_000,
+        "pessimism": 5.0, "at_rest": 0.25, "dream_length": 300,
     },
 }  # fmt: skip
 TIME_LIMITS = {"VizdoomTakeCover": 2100}  # where the environment has none; without one a score cannot be compared
@@ -865,33 +992,138 @@ def task_name(env_id: str) -> str:
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given is filled in from TASKS."""
     task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
-    return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+    args = replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
+    return replace(args, heads=args.controller_env == "dream" if args.heads is None else args.heads)
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """The task's environments side by side; the first is filmed into `video`, folder/prefix."""
-    if video:
-        require_film(args, make_env(args, video))
-    return side_by_side([make_env(args, video if i == 0 else None) for i in range(num_envs)])
+    """The task's environments side by side; the first episode of the first is filmed into `video`, path of an MP4."""
+    return side_by_side(args.env_id, [make_env(args, video if i == 0 else None) for i in range(num_envs)])
 
 
-def side_by_side(thunks: list[Callable[[], gym.Env]]) -> gym.vector.VectorEnv:
-    """One environment in this process, several in one each. The caller resets them, each episode with a seed."""
+def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool = True) -> gym.vector.VectorEnv:
+    """Environments, with workers several in a process each. The caller resets them, each episode with a seed.
+
+    A fault of theirs is told to `on_fault` in one line: `fail`, until there is a run that can be saved (Run.abort).
+    """
     mode = gym.vector.AutoresetMode.DISABLED
-    if len(thunks) == 1:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
-    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
-    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+    if len(thunks) == 1 or not workers:
+        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    else:
+        multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # once for all
+        envs = gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+        warnings.filterwarnings("ignore", ".*ERROR: ")  # Gymnasium's own account of a worker's fault
+
+    def call(method: Callable, *args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # an environment may raise anything, and its process may die
+            envs.closed = True  # they cannot be: what is left of them ends with this process
+            envs.on_fault(f"{env_id}: {str(error) or 'the process of an environment has died'}")
+
+    envs.on_fault = fail
+    for name in {"reset", "step", "step_async", "step_wait"} & set(dir(envs)):
+        setattr(envs, name, functools.partial(call, getattr(envs, name)))
+    return envs
 
 
-def require_film(args: Args, make: Callable[[], gym.Env]) -> None:
-    """Tries the first picture of a film, whose failures have many types, by environment and OpenGL library."""
+def be_a_worker() -> None:
+    """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
+    os.setsid()  # signals to the process group are for the main process, which closes the workers
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+
+
+def rehearse(make_envs: Callable, film: bool) -> None:
+    """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
+
+    make_envs(video=path or None): one environment.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        envs = make_envs(video=f"{folder}/film.mp4" if film else None)
+        envs.on_fault = lambda line: fail(line + " (filmed: is OpenGL there? apt-get install -y libegl1 libgl1)" * film)
+        _, infos = envs.reset(seed=[0], options={"reset_mask": np.ones(1, bool)})
+        if "action_mask" not in infos:  # any action is legal
+            envs.action_space.seed(0)
+            envs.step(envs.action_space.sample())
+        envs.close()
+        if film and not os.listdir(folder):
+            fail("a film could not be written")
+
+
+class CheckedEnv(gym.Wrapper):
+    """An environment that raises one line, with its step, where it fails or returns what it may not.
+
+    Observations must have the form of their space, rewards be numbers, both finite. Of info only KEPT is passed on.
+    """
+
+    KEPT = "action_mask", "x_velocity"
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        return self.checked("reset", (), lambda: self.env.reset(seed=seed))
+
+    def step(self, action):
+        self.steps += 1
+        return self.checked("step", ("reward", "terminated", "truncated"), lambda: self.env.step(action))
+
+    def close(self) -> None:
+        warn_of_failure(super().close)
+
+    def checked(self, method: str, names: tuple, play: Callable) -> tuple:
+        """What play() returned: observation, numbers of these names, info."""
+        space = self.observation_space
+        try:
+            obs, *numbers, info = play()
+            if isinstance(space, gym.spaces.Box):
+                obs = finite("observation", obs, space.shape)
+            elif not space.contains(obs):
+                raise ValueError(f"observation {obs} is not in {space}")
+            numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
+            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+        except Exception as error:  # an environment may raise anything
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            returned = ", ".join(["observation", *names, "info"])
+            raise gym.error.Error(f"step {self.steps}: {reason} ({method} must return {returned})") from error
+
+
+def finite(name: str, value, shape: tuple) -> np.ndarray:
+    """The value as an array of that shape; raises ValueError if it is another one, or not finite (1e10 is absurd)."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub" or array.size != np.prod(shape, dtype=int) or (shape and array.shape != shape):
+        raise ValueError(f"{name} must be numbers of shape {shape}, not {array.dtype} of shape {array.shape}")
+    if not (np.abs(array) < 1e10).all():
+        raise ValueError(f"{name} is not finite, or absurd: {array}")
+    return array.reshape(shape)
+
+
+class Film(gym.wrappers.RecordVideo):
+    """MP4 of an environment's first episode; what cannot be written is a line, not the end of the run."""
+
+    def __init__(self, env: gym.Env, path: str):
+        folder, name = os.path.split(path.removesuffix(".mp4"))
+        super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
+
+    def stop_recording(self) -> None:
+        warn_of_failure(super().stop_recording)
+        self.recording, self.recorded_frames = False, []
+
+
+def make_gymnasium(env_id: str, **settings) -> gym.Env:
+    """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
+    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
     try:
-        film = make()
-        film.reset()
-        film.close()
-    except Exception as error:
-        fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+        return gym.make(env_id, **settings)
+    except gym.error.UnregisteredEnv as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+    except Exception as error:  # many types, by environment and settings
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
 
 
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
@@ -900,17 +1132,12 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
 
     def thunk() -> gym.Env:
         if os.getpid() != main_process:
-            os.setsid()  # signals to the process group are for the main process, which closes the workers
-            torch.set_num_threads(1)
+            be_a_worker()
         env = make_pictures(args, video is not None)
         if env.spec.max_episode_steps is None:
             env = gym.wrappers.TimeLimit(env, TIME_LIMITS.get(task_name(args.env_id), 10_000))
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        if video is not None:  # folder/prefix of the MP4
-            folder, prefix = os.path.split(video)
-            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
-        return fit_spaces(env, args)
+        env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
+        return fit_spaces(Film(env, video) if video else env, args)
 
     return thunk
 
@@ -953,27 +1180,14 @@ def kind_of_action(space: gym.Space, args: Args) -> str:
 
 def make_spec(envs: gym.vector.VectorEnv, args: Args) -> Spec:
     """The task as the networks see it, from the spaces of its environments."""
-    space, dreaming = envs.single_action_space, args.controller_env == "dream"
+    space = envs.single_action_space
     kind = kind_of_action(space, args)
     if kind == "thirds":
         action_dim = 1
     else:
         action_dim = int(space.n) if kind == "discrete" else space.shape[0]
     limit = envs.get_attr("_max_episode_steps")[0]
-    return Spec(kind, action_dim, int(limit), end_head=dreaming, reward_head=dreaming and kind != "thirds")
-
-
-def make_gymnasium(env_id: str, **settings) -> gym.Env:
-    """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
-    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
-    try:
-        return gym.make(env_id, **settings)
-    except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
-    except Exception as error:  # many types, by environment and settings
-        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
+    return Spec(kind, action_dim, int(limit), end_head=args.heads, reward_head=args.heads and kind != "thirds")
 
 
 def make_pictures(args: Args, film: bool) -> gym.Env:
@@ -996,47 +1210,57 @@ def make_pictures(args: Args, film: bool) -> gym.Env:
 
 def log_scores(run: "Stages") -> None:
     """Real and dream score of the distribution's mean, side by side, and one of its dreams, unless interrupted."""
-    args, trace, envs, generation = run.args, [], run.envs, len(run.fitness)
+    args, trace, envs = run.args, [], run.envs
     if args.capture_video:  # a film of each evaluation needs a new recorder
-        video = f"{run.folder}/videos/generation-{generation}"
+        video = run.picture("videos/evaluation.mp4")
         envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+        envs.on_fault = run.abort
     real, dreamed = real_and_dream_scores(run.agent, envs, args, run.stop, trace)
     if args.capture_video:
         envs.close()
     if run.stop.requested:
         return
+    run.ticks += 1  # where the next generation will stand: an interrupted run evaluates again
     run.log_evaluation(real)
+    run.log({"charts/global_step": run.step})
     if dreamed is not None:
         run.say(f"global_step={run.step}, dream: {dreamed.mean():.1f} +- {dreamed.std():.1f}")
         run.log({"dream/episodic_return": dreamed.mean(), "dream/episodic_return_std": dreamed.std()})
-    run.evaluated = generation
-    run.save()
     frames = decode_frames(run.agent, torch.stack(trace[:: max(len(trace) // 100, 1)]))
-    warn_of_failure(log_gif, run.writer, "dream/episode", frames, run.folder, run.step + generation)
+    warn_of_failure(write_gif, run.picture("dream.gif"), enlarged(frames))
+    run.ticks -= 1
 
 
 def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", trace: list | None = None) -> tuple:
-    """Returns of eval_episodes real episodes and of 100 dreams (None if M predicts no ends), on own seeds."""
+    """Returns of eval_episodes real episodes and of 100 dreams of such (None if M predicts no ends), on own seeds."""
     policy = linear_policy(agent.controller[None], agent.model.spec.action_kind)
     seeds = np.random.default_rng([args.seed, 99]).integers(2**31, size=args.eval_episodes)
     generator = torch.Generator(agent.controller.device).manual_seed(args.seed)
     real, _ = play(agent, envs, policy, seeds, generator, stop)
-    dreamed, _ = dream(agent, policy, 100, 100, args.seed, args, stop, trace)
+    dreamed, _ = dream(agent, policy, 100, 100, args.seed, like_episodes(args, agent.model.spec), stop, trace)
     return real, dreamed.cpu().numpy() if agent.model.spec.end_head else None
+
+
+def weights_of(folder: str, checkpoint: dict) -> dict:
+    """V, M and C of a run that belong together: while the next C is not evolved, those of the round before."""
+    counters = checkpoint["parts"]["counters"]
+    if counters["stage"] == "finished" or (counters["stage"] == "c" and counters["units_done"]):
+        return checkpoint["parts"]["agent"]
+    if counters["round"] == 1:
+        fail(f"{folder} has no controller yet, it is at stage {counters['stage']}")
+    return torch.load(f"{folder}/round_{counters['round'] - 1}.pt", map_location="cpu", weights_only=True)
 
 
 def evaluate_run(args: Args) -> str:
     """Plays the controller of a run folder and prints its returns; with args.capture_video one episode is filmed."""
     checkpoint = load_checkpoint(args.evaluate, args)
-    stage = checkpoint["parts"]["counters"]["stage"]
-    if STAGES.index(stage) < STAGES.index("c"):
-        fail(f"{args.evaluate} has no controller yet, it is at stage {stage}")
+    weights = weights_of(args.evaluate, checkpoint)
     refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed temperature")
     device, stop = choose_device(args), StopRequest()
-    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
     envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
     agent = Agent(make_spec(envs, args), args).to(device)
-    agent.load_state_dict(checkpoint["parts"]["agent"])
+    agent.load_state_dict(weights)
     real, dreamed = real_and_dream_scores(agent, envs, args, stop)
     envs.close()
     if not stop.requested:
@@ -1049,36 +1273,61 @@ def evaluate_run(args: Args) -> str:
     return args.evaluate
 
 
-def calibrate(run: "Stages", latents: Latents) -> bool:
+def like_episodes(args: Args, spec: Spec) -> Args:
+    """Settings of dreams to compare with real episodes: they begin at rest and last as long."""
+    return replace(args, at_rest=1.0, dream_length=spec.time_limit)
+
+
+def calibrate(run: "Stages") -> bool:
     """Is the dream like the real environment? Says so before anything is evolved in it; False if interrupted.
 
-    The recording policy's returns in the dream are compared with the recorded ones: the dream is bad where the means
-    differ by more than the standard deviation of the recorded returns.
+    Plays 100 dreams as this round's episodes were played, and compares the returns.
     """
-    args, recorded = run.args, np.array([rewards.sum() for _, rewards in run.rb.episodes])
-    live_dims = int((latents.data["mu"].float().std(0) > 0.15).sum())
-    scores = {"model/live_dims": live_dims} | holdout_scores(run.agent.model, latents, args)
-    lines = [", ".join(f"{name.split('/')[1]} {value:.3g}" for name, value in scores.items())]
-    if live_dims < args.latent_size / 2:
-        lines.append("less than half of V's dimensions are live: raise --total-timesteps and --vae-epochs")
-    if run.spec.end_head:
-        held = HeldActions(100, run.spec, args.max_hold, np.random.default_rng([args.seed, 97]))
+    args, controller, kind = run.args, run.agent.controller, run.spec.action_kind
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    noise = torch.randn(100, *controller.shape, generator=generator, device=run.device)
+    weights = controller + args.record_sigma * noise
+    held = HeldActions(100, run.spec, args.max_hold, np.random.default_rng([args.seed, 97]), run.random_share)
 
-        def recording(features: torch.Tensor, jobs: torch.Tensor, num_jobs: int) -> torch.Tensor:
-            return torch.from_numpy(held()).to(run.device)[jobs]
+    def policy(features: torch.Tensor, jobs: torch.Tensor, num_jobs: int) -> torch.Tensor:
+        held()
+        return held.mix(controller_action(features, weights[jobs], kind), jobs)
 
-        dreamed = dream(run.agent, recording, 100, 100, args.seed, args, run.stop)[0].cpu().numpy()
-        if run.stop.requested:
-            return False
-        scores |= {"calibration/recording_dream": dreamed.mean(), "calibration/recording_real": recorded.mean()}
-        both = [f"{returns.mean():.1f} +- {returns.std():.1f}" for returns in (dreamed, recorded)]
-        lines.append(f"random play: dream {both[0]}, real {both[1]}")
-        if not abs(dreamed.mean() - recorded.mean()) <= recorded.std():  # also where it is not a number
-            advice = "raise --total-timesteps, --vae-epochs or --model-updates, or change --temperature"
-            lines.append(f"the dream is NOT like the real environment: {advice}, before trusting it")
-    print("calibration: " + "\ncalibration: ".join(lines))
-    run.log(scores)
+    settings = like_episodes(args, run.spec)
+    dreamed = dream(run.agent, policy, 100, 100, args.seed, settings, run.stop)[0].cpu().numpy()
+    if run.stop.requested:
+        return False
+    recorded = np.array(run.returns or [np.nan])
+    ratio, error, alike = compare(dreamed, recorded)
+    both = [f"{returns.mean():.1f} +- {returns.std():.1f}" for returns in (dreamed, recorded)]
+    run.say(f"calibration: as recorded, dream {both[0]}, real {both[1]}: {ratio:.2f} +- {error:.2f} times as much")
+    if not alike:
+        advice = "raise --total-timesteps, --rounds, --vae-epochs or --model-updates, or change --temperature"
+        run.say(f"calibration: the dream is NOT like the real environment: {advice}, before trusting it")
+    scores = {"calibration/recording_dream": dreamed.mean(), "calibration/recording_real": recorded.mean()}
+    run.log({name: value for name, value in scores.items() if math.isfinite(value)})
     return True
+
+
+def compare(dreamed: np.ndarray, recorded: np.ndarray) -> tuple[float, float, bool]:
+    """Mean dreamed return over mean recorded return; its standard error; is the dream like the real environment?
+
+    Not where the ratio is outside 0.7 to 1.4, by more than its error, or more than 4 errors away from 1.
+    """
+    mean, variance = recorded.mean(), [returns.var() / len(returns) for returns in (dreamed, recorded)]
+    ratio = dreamed.mean() / mean
+    error = math.sqrt(variance[0] + ratio**2 * variance[1]) / abs(mean)
+    return ratio, error, 0.7 - error <= ratio <= 1.4 + error and abs(ratio - 1) <= 4 * error
+
+
+def log_holdout_scores(run: "Stages", latents: Latents) -> None:
+    """What is to be known of V and M before they are dreamed with."""
+    live = int((latents.data["mu"].float().std(0) > 0.15).sum())
+    scores = {"model/live_dims": live} | holdout_scores(run.agent.model, latents, run.args)
+    run.say("held out: " + ", ".join(f"{name.split('/')[1]} {value:.3g}" for name, value in scores.items()))
+    if live < run.args.latent_size / 2:
+        run.say("less than half of V's dimensions are live: raise --total-timesteps and --vae-epochs")
+    run.log({name: value for name, value in scores.items() if math.isfinite(value)})  # no death, no recall of deaths
 
 
 @torch.no_grad()
@@ -1088,7 +1337,7 @@ def holdout_scores(model: MDNRNN, latents: Latents, args: Args) -> dict[str, flo
     nll, deaths = [], np.zeros(3)
     for pieces in latents.batches(latents.holdout, args.sequence_length, args.model_batch_size, rng):
         batch = latents.batch(pieces, generator)
-        _, terms, end_logit = model_loss(model, batch, args.end_weight)
+        _, terms, end_logit = model_loss(model, batch, args.end_weight, args.pessimism)
         nll.append(float(terms["losses/mdn_nll"]))
         if end_logit is not None:
             inside = batch["mask"] > 0
@@ -1098,7 +1347,7 @@ def holdout_scores(model: MDNRNN, latents: Latents, args: Args) -> dict[str, flo
     if model.spec.end_head:
         true, predicted, found = deaths
         scores |= {"model/deaths_true": true, "model/deaths_predicted": predicted}
-        scores["model/deaths_recall"] = found / true if true else 1.0
+        scores["model/deaths_recall"] = found / true if true else math.nan
     return scores
 
 
@@ -1106,8 +1355,10 @@ def log_open_dream(run: "Stages", latents: Latents) -> None:
     """M left to itself on held-out episodes: error of the pictures by horizon, and a film of truth above dream."""
     from matplotlib.figure import Figure
 
-    warm_up, spans = run.spec.warm_up, latents.holdout
-    context, length = warm_up + 5, min(warm_up + 100, int((spans[:, 1] - spans[:, 0]).max()) - 1)
+    spans, warm_up = latents.holdout, run.agent.model.WARM_UP
+    longest = int((spans[:, 1] - spans[:, 0]).max()) - 1
+    warm_up = warm_up if longest > warm_up + 50 else 0
+    context, length = warm_up + 5, min(warm_up + 100, longest)
     starts = np.array([start for start, end in spans if end - start > length])[:8]
     if length <= context:
         return
@@ -1127,10 +1378,9 @@ def log_open_dream(run: "Stages", latents: Latents) -> None:
     axis.plot(np.arange(1 - context, length - context + 1), error)
     axis.axvline(0.5, color="grey", linestyle="--")
     axis.set(xlabel="steps since the last observation", ylabel="mean squared error of the picture", ylim=(0, None))
-    figure.savefig(f"{run.folder}/open_loop_error.png")
-    run.writer.add_figure("open_loop/error", figure, run.step)
+    figure.savefig(run.picture("open_loop_error.png"))
     frames = np.concatenate([truth, dreamed], 2).transpose(0, 2, 1, 3, 4).reshape(length, 128, -1, 3)
-    log_gif(run.writer, "open_loop/truth_dream", frames, run.folder, run.step)
+    write_gif(run.picture("open_loop.gif"), enlarged(frames, 2))
 
 
 @torch.no_grad()
@@ -1146,20 +1396,94 @@ def open_loop(model: MDNRNN, batch: dict, uniform, normal, temperature: float, c
 
 def log_reconstructions(run: "Stages", frames: np.ndarray) -> None:
     """Frames (N, 64, 64, 3) above what V makes of their means, as PNG and in the log."""
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     with torch.no_grad():
         mu, _ = run.agent.vae.encode(preprocess(torch.from_numpy(frames.copy()).to(run.device)))
-    rows = frames, decode_frames(run.agent, mu)
-    image = np.concatenate([np.concatenate(list(row), 1) for row in rows])
-    Image.fromarray(image).save(f"{run.folder}/reconstructions.png")
-    run.writer.add_image("vae/reconstructions", image, run.step, dataformats="HWC")
+    rows, gap = (frames, decode_frames(run.agent, mu)), ((0, 0), (1, 1), (1, 1), (0, 0))
+    pairs = enlarged(np.concatenate([np.pad(row, gap, constant_values=255) for row in rows], 1), 2)
+    image = np.pad(np.concatenate(list(pairs), 1), ((0, 0), (90, 0), (0, 0)), constant_values=255)
+    picture = Image.fromarray(image)
+    for text, height in (("seen", 60), ("what V\nmakes of it", 190)):
+        ImageDraw.Draw(picture).text((6, height), text, "black")
+    picture.save(run.picture("reconstructions.png"))
+
+
+@torch.no_grad()
+def enter_dream(args: Args) -> str:
+    """A window in which M dreams and the keyboard acts: c hands over to C and back, r begins anew, escape ends."""
+    import pygame
+
+    folder, checkpoint = args.play, load_checkpoint(args.play, args)
+    args, weights = replace(Args(**checkpoint["args"]), cuda=args.cuda, seed=args.seed), weights_of(folder, checkpoint)
+    envs = make_vector_env(args, 1)
+    spec, fps = make_spec(envs, args), envs.metadata.get("render_fps", 30)
+    envs.close()
+    agent = Agent(spec, args).to(choose_device(args))
+    agent.load_state_dict(weights)
+    model, device = agent.model, agent.controller.device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    pygame.init()
+    window, font, clock = pygame.display.set_mode((512, 552)), pygame.font.Font(None, 28), pygame.time.Clock()
+    pressed, own, z, state = set(), True, None, None
+    while True:
+        for event in pygame.event.get():
+            pressed ^= {event.key} if event.type in (pygame.KEYDOWN, pygame.KEYUP) else set()
+            if event.type == pygame.QUIT or pygame.K_ESCAPE in pressed:
+                pygame.quit()
+                return folder
+            own ^= event.type == pygame.KEYDOWN and event.key == pygame.K_c
+        normal = torch.randn(1, args.latent_size, generator=generator, device=device)
+        if z is None or pygame.K_r in pressed:
+            i = torch.randint(model.NUM_STARTS, (1,), generator=generator, device=device)
+            z, state, total, steps = model.start_mu[i], model.initial(1), 0.0, 0
+        action = keyboard_action(pressed, spec).to(device)
+        if not own:
+            action = controller_action(agent.features(z, state), agent.controller[None], spec.action_kind)
+        image, first = decode_frames(agent, z)[0], torch.full((1,), float(steps == 0), device=device)
+        uniform = torch.rand(normal.shape, generator=generator, device=device)
+        z, state, reward, logit = dream_step(model, z, action, first, state, uniform, normal, args.temperature)
+        total, steps, end = total + float(reward), steps + 1, float(torch.sigmoid(logit))
+        picture = pygame.surfarray.make_surface(enlarged(image[None], 8)[0].transpose(1, 0, 2))
+        text = f"{'you' if own else 'C'}  step {steps}  reward {float(reward):.2f}  sum {total:.1f}  P[end] {end:.2f}"
+        window.fill("black")
+        window.blit(picture, (0, 0))
+        window.blit(font.render(text, True, "white"), (8, 522))
+        pygame.display.flip()
+        clock.tick(fps)
+        z = None if end > 0.5 else z
+
+
+def keyboard_action(pressed: set, spec: Spec) -> torch.Tensor:
+    """Keys -> an action (1, A): arrows steer (and give gas and brake), digits choose from discrete actions."""
+    import pygame
+
+    right = float(pygame.K_RIGHT in pressed) - float(pygame.K_LEFT in pressed)
+    up, n = float(pygame.K_UP in pressed) - float(pygame.K_DOWN in pressed), spec.action_dim
+    if spec.action_kind == "discrete":
+        chosen = [i for i in range(n) if pygame.K_0 + i in pressed] or [int(right) % n]
+        return F.one_hot(torch.tensor(chosen[:1]), n).float()
+    numbers = [right, max(up, 0.0), max(-up, 0.0)] if spec.action_kind == "car" else [right, up, *[0.0] * n]
+    return torch.tensor([numbers[:n]])
 
 
 @torch.no_grad()
 def decode_frames(agent: Agent, z: torch.Tensor) -> np.ndarray:
     """z (N, Z) -> pictures (N, 64, 64, 3) uint8."""
     return (agent.vae.decode(z).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+
+
+def enlarged(frames: np.ndarray, factor: int = 4) -> np.ndarray:
+    """Frames (T, H, W, 3), each pixel as a square."""
+    return frames.repeat(factor, 1).repeat(factor, 2)
+
+
+def write_gif(path: str, frames: np.ndarray) -> None:
+    """Animation of frames (T, H, W, 3) uint8; the 64 colours by octree, which keeps small bright things."""
+    from PIL import Image
+
+    first, *others = (Image.fromarray(frame).quantize(64, Image.Quantize.FASTOCTREE) for frame in frames)
+    first.save(path, save_all=True, append_images=others, duration=80, loop=0)
 
 
 # === Run: folder, log, checkpoints, signals (same text in every script) ===
@@ -1171,9 +1495,53 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def warn_of_failure(function: Callable, *args) -> None:
+    """Makes what no run depends on, such as a picture: a failure is one line."""
+    try:
+        function(*args)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+
+
+def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
+    """What ends the program or a thread: a failure of files and disks, or Ctrl-C, in one line; all else as usual."""
+    if issubclass(kind, OSError | KeyboardInterrupt):
+        print(f"error: {error or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def check_bounds(args: Args) -> None:
+    """Refuses in one line what is not within the bounds that stand beside each setting; nan never is."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
+        if type(None) in get_args(hint):  # Count | None
+            hint = get_args(hint)[0]
+        pairs = zip(get_args(hint), value, strict=False) if isinstance(value, tuple) else [(hint, value)]
+        for kind, number in pairs:
+            for low, high in [kind.__metadata__] if hasattr(kind, "__metadata__") and number is not None else []:
+                if not low <= number <= high:
+                    fail(f"--{name.replace('_', '-')} must be at least {low} and at most {high}, not {value}")
+
+
+def require_memory(num_bytes: float, setting: str, device: torch.device) -> None:
+    """Refuses in one line what the device has no room for, before it is made."""
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[1]
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > room:
+        fail(f"{setting}: {num_bytes / 1e9:.1f} GB do not fit into the {room / 1e9:.1f} GB of {device}")
+
+
 def parse_args() -> Args:
     """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    sys.excepthook, threading.excepthook = print_exception, lambda hook: print_exception(*hook)
     args = tyro.cli(Args)
+    if args.resume == "auto":
+        found = glob.glob(f"{glob.escape(folder_name(args))}__*/checkpoint.pt")
+        args = replace(args, resume=max(found, key=os.path.getmtime, default=None))
     given = {name: getattr(args, name) for name in ("resume", "evaluate") if getattr(args, name) is not None}
     if len(given) == 2:
         fail("--resume or --evaluate, not both")
@@ -1252,24 +1620,13 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     return values
 
 
-def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) -> None:
-    """Stops the run before what is not finite, or absurd, gets into the replay."""
-    if not all((np.abs(array) < 1e10).all() for array in arrays):
-        raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
-
-
-def warn_of_failure(function: Callable, *args) -> None:
-    """Makes what no run depends on, such as a picture: a failure is one line."""
-    try:
-        function(*args)
-    except Exception as error:
-        with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+def folder_name(args: Args) -> str:
+    """runs/<task>__<script>__<seed>, in letters that every file system takes; a run's folder ends in its time."""
+    return "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
 
 
 def new_folder(args: Args) -> str:
-    """Makes runs/<task>__<script>__<seed>__<time>, in letters that every file system takes."""
-    name = "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = f"{folder_name(args)}__{int(time.time())}"
     while True:
         try:
             os.makedirs(name)
@@ -1279,13 +1636,17 @@ def new_folder(args: Args) -> str:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once."""
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once.
+
+    An environment that keeps the loop from getting there is given up after five seconds.
+    """
 
     def __init__(self):
         self.requested = 0
         signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
         heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]  # nohup has SIGHUP ignored
         self.previous = {s: signal.signal(s, self) for s in heard}
+        self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
 
     def __call__(self, signum: int, frame) -> None:
         if self.requested:
@@ -1293,6 +1654,14 @@ class StopRequest:
         self.requested = signum
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+        signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
+
+    def give_up(self, signum: int, frame) -> None:
+        """An alarm: if the program is in a call of its environments, this call is left."""
+        while frame is not None:
+            if "vector_env" in frame.f_code.co_filename:
+                raise TimeoutError("the environment does not return")
+            frame = frame.f_back
 
     def lost(self, stream) -> None:
         """The reader of standard output or error has gone: asks for the end, as Ctrl-C does, and writes to nobody."""
@@ -1301,6 +1670,7 @@ class StopRequest:
 
     def exit(self) -> None:
         """Hands the signals back; ends the process with the usual code if one has come."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
         if self.requested:
@@ -1321,7 +1691,7 @@ class Bar(tqdm):
 
 # Settings that touch nothing that is learned: a resume may change them.
 FREE = "resume total_timesteps cuda track wandb_project_name wandb_entity exp_name capture_video save_model "
-FREE += "eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
+FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
 
 
 class Run:
@@ -1332,11 +1702,9 @@ class Run:
             refuse_changes(args, checkpoint, FREE)
         if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
             fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
-        if args.track:
-            try:
-                import wandb
-            except ImportError:
-                fail("--track needs Weights and Biases: pip install wandb")
+        for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
+            if importlib.util.find_spec(name) is None:
+                fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1345,6 +1713,8 @@ class Run:
             if checkpoint and os.stat(f"{self.folder}/checkpoint.pt").st_ino != checkpoint["inode"]:
                 fail(f"{self.folder} has gone on meanwhile: resume it again")
             if args.track:  # before the writer is made, which it listens to
+                import wandb
+
                 name = os.path.basename(self.folder)
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
                            resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
@@ -1361,7 +1731,8 @@ class Run:
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
-        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        owed = checkpoint and checkpoint["parts"]["eval_owed"]  # the run was stopped before it
+        self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
     def keep(self, parts: dict, rng: dict) -> None:
@@ -1404,19 +1775,23 @@ class Run:
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
         ending = self.stop.requested or self.step >= self.args.total_timesteps
-        due = ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1))
-        if due and self.saved_step != self.step:
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.save()
+        return not ending
+
+    def save(self) -> None:
+        """Writes the checkpoint of this step, if it is not there yet."""
+        if self.saved_step != self.step:
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
-            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+            owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+            save_checkpoint(self.folder, self.args, self.step, self.parts | owed, self.rng)
             self.saved_step = self.step
-        return not ending
 
     def eval_due(self, dones: np.ndarray) -> bool:
         """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""
         due = self.step >= self.next_eval and not self.stop.requested
-        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         if due:
             self.goes_on(dones)
             self.tick("evaluating")
@@ -1443,8 +1818,25 @@ class Run:
         self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
 
     def log_evaluation(self, returns: np.ndarray) -> None:
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def picture(self, kind: str) -> str:
+        """Path of a new picture, kind = name.suffix; of each kind the newest keep_pictures stay."""
+        name, suffix = os.path.splitext(f"{self.folder}/{kind}")
+        old = sorted(glob.glob(f"{glob.escape(name)}_*{suffix}"), key=os.path.getmtime)
+        for path in old[: max(0, len(old) + 1 - self.args.keep_pictures)]:
+            os.remove(path)
+        return f"{name}_{self.step}{suffix}"
+
+    def abort(self, fault: str) -> NoReturn:
+        """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
+        self.save()
+        self.progress.close()
+        print(f"error: {fault}; checkpoint at step {self.step}", file=sys.stderr)
+        self.stop.exit()
+        raise SystemExit(1)
 
     def close(self, weights: dict) -> str:
         """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
@@ -1459,98 +1851,83 @@ class Run:
         return self.folder
 
 
-def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, step: int) -> None:
-    """Animation (T, H, W, 3) uint8 to TensorBoard and to the run folder (torch's add_video needs an old moviepy)."""
-    from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    images = [Image.fromarray(frame).quantize(64) for frame in frames]
-    file = io.BytesIO()
-    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
-    with open(f"{run_dir}/{tag.replace('/', '_')}_{step}.gif", "wb") as out:
-        out.write(file.getvalue())
-    height, width = frames.shape[1:3]
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
-    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-
 STAGES = ("collect", "v", "m", "c", "finished")
 STAGE_SETTINGS = {  # what a run repeated --from-stage may change
-    "collect": "num_envs max_hold min_episode_length save_buffer",
-    "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr kl_tolerance",
-    "m": "controller_env hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr "
-    "model_lr_decay end_weight holdout_ratio",
-    "c": "num_envs temperature dream_length population episodes generations sigma idle_limit eval_generations "
-    "eval_episodes",
+    "collect": "num_envs max_hold min_episode_length save_buffer round_timesteps record_sigma explore idle_limit",
+    "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr vae_excess kl_tolerance",
+    "m": "hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr model_lr_decay heads "
+    "end_weight pessimism reward_window holdout_ratio",
+    "c": "controller_env num_envs temperature dream_length at_rest population episodes generations sigma idle_limit "
+    "eval_generations eval_episodes",
 }
 
 
 class Stages(Run):
-    """A run that goes through STAGES: what they share, how far it has come, what each of them adds to a checkpoint."""
+    """A run that goes through STAGES: what they share, how far it has come, what each of them adds to a checkpoint.
+
+    Curves stand at the environment steps plus `ticks`: one for each update, generation, and end of C.
+    """
 
     def __init__(self, args: Args, checkpoint: dict | None, spec: Spec, envs: gym.vector.VectorEnv):
-        super().__init__(args, checkpoint)
+        step, ticks = (checkpoint["global_step"], checkpoint["parts"]["counters"]["ticks"]) if checkpoint else (0, 0)
+        super().__init__(args, checkpoint and checkpoint | {"global_step": step + ticks})
+        self.step = step
+        self.next_save = next_multiple(step, args.checkpoint_frequency) if checkpoint else 0
         self.spec, self.envs, self.agent = spec, envs, Agent(spec, args).to(self.device)
         self.rb = ReplayBuffer(frames_file(self.folder))
         self.latents = ArrayFile(f"{self.folder}/latents.bin", (2, args.latent_size), np.float16)  # mu, logvar
-        self.stage, self.units_done = "collect", 0  # units: environment steps, updates, frames or generations
-        self.collected = 0  # environment steps when recording ended
-        self.evaluated = 0  # the last generation of which both scores are logged
-        self.fitness: list[list[float]] = []  # of all candidates of all generations, as CMA-ES was told
+        self.stage, self.round, self.units_done = "collect", 1, 0  # units: updates, frames or generations
+        self.ticks, self.began = 0, {"collect": 0}  # ticks when each stage of this round began
+        self.collected, self.recorded_until = 0, 0  # environment steps when recording ended, and when it will
+        self.returns: list[float] = []  # of the episodes that this round has recorded
+        self.frames_seen = 0  # frames that V was trained on
+        self.start: dict = {}  # where CMA-ES began: mean, sigma, generation
+        self.fitness: list[list[float]] = []  # of all candidates of all generations since, as CMA-ES was told
         self.saved_optimizer = deepcopy(checkpoint["parts"].get("optimizer")) if checkpoint else None
-        self.curves: list[tuple] = []  # stage, units, name, value, step: what stages after recording have logged
+        self.next_save_time = 0.0  # of C, seconds of perf_counter
         rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
         rng |= {name: torch.Generator(self.device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
-        if checkpoint:
-            self.forget(checkpoint)
+        if checkpoint:  # without what is to be learned, or recorded, anew
+            parts = checkpoint["parts"]
+            parts["agent"] = self.agent.state_dict() | parts["agent"]
+            parts.setdefault("replay", {"lengths": []})
         self.keep({"agent": self.agent, "counters": self} | ({"replay": self.rb} if args.save_buffer else {}), rng)
-        if checkpoint:
-            self.go_on()
+        if checkpoint and (not self.units_done or self.stage in ("collect", "c")):
+            self.save()  # first of all it is remembered what begins anew
+        if not len(self.rb):
+            self.rb.frames.cut(0)
+
+    @property
+    def record_until(self) -> int:
+        return self.args.total_timesteps if self.round == 1 else self.recorded_until
+
+    @property
+    def random_share(self) -> float:
+        """Share of the held actions that are random in what this round records."""
+        return self.args.explore if self.round > 1 else 1.0
 
     def state_dict(self) -> dict:
         """How far the run has come, for a checkpoint."""
-        return {x: getattr(self, x) for x in ("stage", "units_done", "collected", "fitness")}
+        names = "stage round units_done ticks began collected recorded_until returns frames_seen start fitness"
+        return {name: getattr(self, name) for name in names.split()}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
 
-    def forget(self, checkpoint: dict) -> None:
-        """Leaves in a checkpoint what its stages have finished, and the one in progress unless it starts anew."""
-        parts, counters = checkpoint["parts"], checkpoint["parts"]["counters"]
-        kept = STAGES[: STAGES.index(counters["stage"]) + (counters["units_done"] > 0)]
-        stage_of = {"vae": "v", "model": "m", "controller": "c", "reset": "collect", "actions": "collect"}
-        tensors = {name: tensor for name, tensor in parts["agent"].items() if stage_of[name.split(".")[0]] in kept}
-        parts["agent"] = self.agent.state_dict() | tensors
-        rng = checkpoint["rng"].items()
-        checkpoint["rng"] = {name: state for name, state in rng if stage_of.get(name, name) in kept}
-        if "c" not in kept:
-            counters["fitness"] = []
-        if "collect" not in kept:
-            parts["replay"] = self.rb.state_dict()
-
-    def go_on(self) -> None:
-        """Goes on where the checkpoint ends. The log is purged from the run's step on: curves are drawn again."""
-        if not self.units_done or self.stage in ("collect", "c"):  # first of all it is remembered what begins anew
-            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
-        if not len(self.rb):
-            self.rb.frames.cut(0)
-        if os.path.exists(f"{self.folder}/curves.json"):
-            with open(f"{self.folder}/curves.json") as file:
-                curves = json.load(file)
-            kept = {stage: math.inf for stage in STAGES[: STAGES.index(self.stage)]} | {self.stage: self.units_done}
-            self.curves = [curve for curve in curves if curve[1] <= kept.get(curve[0], -1)]
-        for _, units, name, value, step in self.curves:
-            self.evaluated = units if name == "eval/episodic_return" else self.evaluated
-            if step > self.step:
-                self.writer.add_scalar(name, value, step)
-
     def log(self, values: dict[str, float]) -> None:
-        """Scalars of a stage after recording stand at the environment steps made plus its updates or generations."""
-        if self.stage == "collect":
-            return super().log(values)
+        """What is logged before a stage's first unit stands where that unit will."""
+        ahead = self.stage != "collect" and not self.units_done
         for name, value in values.items():
-            self.curves.append((self.stage, self.units_done, name, float(value), self.step + self.units_done))
-            self.writer.add_scalar(*self.curves[-1][2:])
+            self.writer.add_scalar(name, value, self.step + self.ticks + ahead)
+
+    def picture(self, kind: str) -> str:
+        """Of one environment step there may be several."""
+        name, suffix = os.path.splitext(super().picture(kind))
+        return f"{name}_{self.ticks}{suffix}"
+
+    def count_unit(self) -> None:
+        self.units_done += 1
+        self.ticks += 1
 
     def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Names the optimizer of the stage in progress, which a checkpoint then holds; a resume finds it as it was."""
@@ -1559,15 +1936,10 @@ class Stages(Run):
             optimizer.load_state_dict(self.saved_optimizer)
 
     def save(self) -> None:
-        """A checkpoint of the stage in progress, and the curves up to it."""
-        self.writer.flush()
-        try:
-            with open(f"{self.folder}/curves.json.tmp", "w") as file:
-                json.dump(self.curves, file)
-            os.replace(f"{self.folder}/curves.json.tmp", f"{self.folder}/curves.json")
-        except OSError as error:
-            raise SystemExit(f"error: cannot write {self.folder}/curves.json: {error}") from error
-        save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+        """A checkpoint of the stage in progress. Where generations are short, writing takes a twentieth of the time."""
+        begin, self.saved_step = time.perf_counter(), -1  # there may be many of one environment step
+        super().save()
+        self.next_save_time = time.perf_counter() + 20 * (time.perf_counter() - begin)
 
     def begin(self, text: str, total: int, already: int) -> None:
         """Sets the progress bar to something new, of which some is already done."""
@@ -1576,8 +1948,15 @@ class Stages(Run):
         self.progress.set_description(text)
 
     def finish(self) -> None:
-        """The stage in progress is done, the next one begins."""
+        """The stage in progress is done, the next one begins, or the next round; each round's weights are kept."""
+        if self.stage == "c" and self.args.rounds > 1:
+            write_file(f"{self.folder}/round_{self.round}.pt", self.agent.state_dict())
+        self.ticks += self.stage == "c"
         self.stage, self.units_done = STAGES[STAGES.index(self.stage) + 1], 0
+        if self.stage == "finished" and self.round < self.args.rounds:
+            self.stage, self.round, self.returns = "collect", self.round + 1, []
+            self.recorded_until = self.step + self.args.round_timesteps
+        self.began[self.stage] = self.ticks
         self.parts.pop("optimizer", None)
         self.save()
 
@@ -1595,7 +1974,7 @@ class Stages(Run):
             if i == 0 or batches is None:
                 batches = one_pass(number)
             metrics = update(batches[i])
-            self.units_done += 1
+            self.count_unit()
             self.progress.update()
             saving = self.units_done % save_every == 0
             if self.units_done % 100 == 0 or self.units_done == total or saving:
@@ -1610,29 +1989,43 @@ class Stages(Run):
 
 def rewind(checkpoint: dict, args: Args) -> None:
     """Sets a checkpoint back to the stage that a resume must go on with, and lets that stage's settings be changed."""
-    counters, saved = checkpoint["parts"]["counters"], checkpoint["args"]
+    counters, saved, parts = checkpoint["parts"]["counters"], checkpoint["args"], checkpoint["parts"]
     if args.from_stage:
         if STAGES.index(args.from_stage) > STAGES.index(counters["stage"]):
             fail(f"--from-stage {args.from_stage}: this run has not come further than {counters['stage']}")
-        counters |= {"stage": args.from_stage, "units_done": 0}
+        forget(checkpoint, args.from_stage)
         for name in STAGES[STAGES.index(args.from_stage) : -1]:
             saved |= {setting: getattr(args, setting) for setting in STAGE_SETTINGS[name].split()}
-    elif args.total_timesteps > counters["collected"] > 0 and counters["stage"] != "collect":
-        counters |= {"stage": "collect", "units_done": counters["collected"]}  # records more, learns anew from all
-    elif args.generations > saved["generations"] and counters["stage"] == "finished":
-        counters |= {"stage": "c", "units_done": saved["generations"]}
-    if counters["stage"] == "collect" and (args.from_stage or "replay" not in checkpoint["parts"]):
-        counters |= {"units_done": 0, "collected": 0}  # records anew; without the buffer there is nothing to go on with
-        checkpoint["global_step"] = 0
-    if STAGES.index(counters["stage"]) < STAGES.index("c") or args.from_stage == "c":
-        checkpoint["global_step"] = min(checkpoint["global_step"], counters["collected"] or checkpoint["global_step"])
-    saved["generations"] = max(saved["generations"], args.generations)
-    if counters["stage"] in ("v", "m") or (counters["stage"] == "collect" and counters["units_done"]):
-        recorded, frames = sum(checkpoint["parts"].get("replay", {"lengths": ()})["lengths"]), frames_file(args.resume)
-        if not recorded:
-            fail(f"{args.resume} has not kept what it recorded (--no-save-buffer): --from-stage collect")
-        if frames.num_rows() < recorded:
-            fail(f"{frames.path} has {frames.num_rows()} frames of {recorded}: --from-stage collect")
+    elif args.total_timesteps > saved["total_timesteps"] and (counters["stage"], counters["round"]) != ("collect", 1):
+        if counters["round"] > 1:
+            fail("--total-timesteps is what the first round records: raise --rounds")
+        forget(checkpoint, "v")  # records more, learns anew from all
+        counters["stage"] = "collect"
+    elif counters["stage"] == "finished" and (args.generations > saved["generations"] or args.rounds > saved["rounds"]):
+        counters |= {"stage": "c", "units_done": saved["generations"], "ticks": counters["ticks"] - 1}
+    saved |= {name: max(saved[name], getattr(args, name)) for name in ("generations", "rounds")}
+    if counters["stage"] == "collect" and counters["round"] == 1 and "replay" not in parts:
+        forget(checkpoint, "collect")  # there is nothing to go on with
+    recorded, frames = sum(parts.get("replay", {"lengths": ()})["lengths"]), frames_file(args.resume)
+    if not recorded and counters["stage"] in ("v", "m"):
+        fail(f"{args.resume} has not kept what it recorded (--no-save-buffer): --from-stage collect")
+    if counters["stage"] in ("collect", "v", "m") and frames.num_rows() < recorded:
+        fail(f"{frames.path} has {frames.num_rows()} frames of {recorded}: --from-stage collect")
+
+
+def forget(checkpoint: dict, stage: str) -> None:
+    """Takes out of a checkpoint what this stage and those after it have left, so that they begin anew."""
+    parts, counters, gone = checkpoint["parts"], checkpoint["parts"]["counters"], STAGES[STAGES.index(stage) :]
+    stage_of = {"vae": "v", "model": "m", "controller": "c", "reset": "collect", "actions": "collect"}
+    parts["agent"] = {k: tensor for k, tensor in parts["agent"].items() if stage_of[k.split(".")[0]] not in gone}
+    checkpoint["rng"] = {k: state for k, state in checkpoint["rng"].items() if stage_of.get(k, k) not in gone}
+    counters |= {"stage": stage, "units_done": 0, "ticks": counters["began"][stage]}
+    if "v" in gone:
+        counters["frames_seen"] = 0
+    if "collect" in gone:
+        parts.pop("replay", None)
+        counters |= {"round": 1, "ticks": 0, "collected": 0, "returns": []}
+    checkpoint["global_step"] = min(checkpoint["global_step"], counters["collected"])
 
 
 class ArrayFile:
@@ -1673,6 +2066,21 @@ def frames_file(run_dir: str) -> ArrayFile:
     return ArrayFile(f"{run_dir}/frames.bin", (64, 64, 3), np.uint8)
 
 
+def price(args: Args, spec: Spec) -> str:
+    """Hours of one core for all rounds, by the rates of docs/world_models.md, at other sizes by their square."""
+    frames = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
+    depth, size = (args.vae_depth / 32) ** 2, (args.hidden_size / 256) ** 2
+    steps = args.population * args.episodes * args.generations * args.rounds
+    dreams = args.controller_env == "dream"
+    hours = {
+        "V": frames * args.vae_epochs / 299 * depth,
+        "M": args.rounds * args.model_updates * args.model_batch_size * args.sequence_length / 26_500 * size,
+        "C": steps * args.dream_length / 64_200 * size if dreams else steps * spec.time_limit / 138,
+    }
+    parts = ", ".join(f"{name} {seconds / 3600:.1f}" for name, seconds in hours.items())
+    return f"at most about so many hours of one core: {parts}; minutes: bash benchmark/world_models.sh small"
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep what is freed: mapping, clearing and giving back hundreds of MB takes a fifth of an update of M.
 
@@ -1686,24 +2094,9 @@ def keep_freed_memory() -> None:
 
 def check_args(args: Args) -> None:
     """Refuses impossible numbers and combinations in one line."""
-    at_least = {
-        1: "total_timesteps num_envs eval_episodes max_hold latent_size vae_depth vae_epochs vae_batch_size "
-        "hidden_size num_mixtures sequence_length model_batch_size model_updates dream_length episodes generations "
-        "eval_generations",
-        0: "seed eval_frequency checkpoint_frequency vae_lr kl_tolerance model_lr model_lr_decay end_weight "
-        "idle_limit holdout_ratio",
-        2: "min_episode_length population",
-    }
-    for bound, names in at_least.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not value >= bound:
-                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
-    for name in ("model_lr_decay", "holdout_ratio"):
-        if getattr(args, name) > 1:
-            fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
-    if not (args.temperature > 0 and args.sigma > 0):
-        fail("--temperature and --sigma must be greater than 0")
+    check_bounds(args)
+    if args.rounds > 1 and not args.save_buffer:
+        fail("--rounds needs what earlier rounds recorded, which --no-save-buffer does not keep")
     if args.from_stage and not args.resume:
         fail("--from-stage needs --resume")
 

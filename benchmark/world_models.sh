@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every command behind docs/world_models.md, from the repository root:
-#   bash benchmark/world_models.sh car|takecover|car_dream COPY|published|temperature RUN|speed
+#   bash benchmark/world_models.sh small|car|takecover|car_dream ROUNDS [SEED]|published|temperature RUN|speed
 set -euo pipefail
 
 car() { # CarRacing with C in the real environment, sized for two cores; pip install envpool first
@@ -18,10 +18,22 @@ takecover() { # TakeCover in the dream, sized for two cores: a good hour of proc
     --generations 100 --eval-generations 20 --eval-episodes 50
 }
 
-car_dream() { # CarRacing with C in the dream, from the recordings of a finished car run, in a copy of its folder
-  export PYTHONPATH=benchmark
-  OMP_NUM_THREADS=1 python world_models.py --resume "$1" --from-stage m --controller-env dream --model-updates 1000 \
-    --population 24 --episodes 8 --generations 20 --eval-generations 10
+car_dream() { # CarRacing with C in dreams alone, from random recordings: $1 rounds, 6 to 10 minutes of one core each
+  local rounds=$1 seed=$2
+  export PYTHONPATH=benchmark SDL_VIDEODRIVER=dummy
+  OMP_NUM_THREADS=1 python world_models.py --env-id world_models_car:Fast/CarRacing-v3 --controller-env dream \
+    --total-timesteps 20000 --rounds "$rounds" --round-timesteps 12000 --record-sigma 0.1 --explore 0.2 --idle-limit 100 \
+    --vae-depth 16 --vae-epochs 5 --vae-lr 1e-3 --hidden-size 128 --sequence-length 128 --model-batch-size 32 \
+    --model-updates 1000 --pessimism 3 --reward-window 10 --at-rest 1 --dream-length 300 --population 64 --episodes 8 \
+    --generations 50 --eval-generations 10000 --eval-episodes 10 --seed "$seed"
+}
+
+small() { # a tiny task whose picture shows the right action: a minute or two of one core, both scores printed
+  export PYTHONPATH=tests
+  OMP_NUM_THREADS=1 python world_models.py --env-id fake_envs:TinyPixels-v0 --no-cuda --total-timesteps 6000 \
+    --vae-depth 8 --vae-batch-size 32 --vae-epochs 12 --vae-lr 1e-3 --hidden-size 32 --num-mixtures 3 \
+    --sequence-length 24 --model-batch-size 16 --model-updates 3000 --model-lr 3e-3 --model-lr-decay 0.999 \
+    --temperature 1 --population 24 --episodes 8 --generations 200 --sigma 0.3 --eval-generations 50 --eval-episodes 20
 }
 
 published() { # the settings of the paper and its code; needs a GPU, the car many cores
@@ -40,7 +52,8 @@ speed() {
 case "${1:-}" in
   car) car ;;
   takecover) takecover ;;
-  car_dream) car_dream "$2" ;;
+  car_dream) car_dream "${2:-6}" "${3:-1}" ;;
+  small) small ;;
   published) published ;;
   temperature) temperature "$2" ;;
   speed) speed ;;

@@ -6,11 +6,12 @@ share the recorded frames by hard links. Figures are the last evaluation of the 
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import world_models
@@ -24,7 +25,9 @@ def evolve_at(folder: str, temperature: float, changes: dict) -> dict[str, float
     saved = world_models.load_checkpoint(copy, world_models.Args())["args"]
     settings = saved | changes | {"resume": copy, "from_stage": "c", "temperature": temperature}
     world_models.main(world_models.Args(**settings))
-    return {name: value for _, _, name, value, _ in json.loads(Path(copy, "curves.json").read_text())}
+    events = EventAccumulator(copy)
+    events.Reload()
+    return {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"]}
 
 
 def main() -> None:

@@ -292,7 +292,7 @@ register("MissingPackage-v0", missing_package, 12)
 
 
 POINTS = {"Point"}
-for name in ("TinyPixels-v0", "DiscreteCounter-v0", "Ladder-v0", "Point-v0"):
+for name in ("TinyPixels-v0", "MovingPixels-v0", "DiscreteCounter-v0", "Ladder-v0", "Point-v0"):
     register("Slow" + name, slow, 12)
     for fault in FAULTS:
         for early in (False, True):

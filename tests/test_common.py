@@ -46,7 +46,8 @@ LAZY = {"dm_control", "mujoco", "ale_py", "wandb", "moviepy", "cv2", "matplotlib
 LAZY |= {"cma", "envpool", "vizdoom"}
 BY_TASK = {"dm_control", "mujoco", "ale_py", "pygame", "envpool", "vizdoom"}  # asked for by env_id
 OPTIONAL = {"wandb", "envpool"}  # asked for by a flag; its absence is one line with the pip command
-DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless"}  # where import and distribution have other names
+# where import and distribution have other names
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "pygame": "pygame-ce"}
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 

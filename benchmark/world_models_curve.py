@@ -1,0 +1,44 @@
+"""Dream score beside real score of the cars evolved in dreams, from the committed evaluations.
+
+Run:  python benchmark/world_models_curve.py
+Reads results/world_models/CarRacing-v3_dream.csv, draws docs/world_models_car_dream.png.
+"""
+
+import csv
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+
+
+def last_of_rounds(lines: list[str]) -> dict[tuple[str, str], list[dict]]:
+    """(run, seed) -> the last evaluation of each of its rounds."""
+    found: dict[tuple[str, str], dict] = {}
+    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+        found.setdefault((row["run"], row["seed"]), {})[row["round"]] = row
+    return {run: list(rounds.values()) for run, rounds in found.items()}
+
+
+def main() -> None:
+    lines = (ROOT / "results/world_models/CarRacing-v3_dream.csv").read_text().splitlines()
+    titles = {"chain": "settings changed by hand, one seed", "rounds": "one command, three seeds"}
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        runs = [rows for (run, _), rows in last_of_rounds(lines).items() if run == name]
+        for i, rows in enumerate(runs):
+            steps = [int(row["step"]) / 1000 for row in rows]
+            for kind, color, style in (("real", "C0", "o-"), ("dream", "C1", "s--")):
+                scores = [float(row[kind]) for row in rows]
+                axis.plot(steps, scores, style, color=color, alpha=0.8, label=None if i else kind)
+        axis.axhline(-65, color="grey", linestyle=":", label="random play, real")
+        axis.set(title=title, xlabel="thousand real steps recorded")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("return of C's mean")
+    axes[0].legend()
+    figure.savefig(ROOT / "docs/world_models_car_dream.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
