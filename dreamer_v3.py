@@ -37,7 +37,8 @@ code is followed (docs/dreamer_v3.md says where):
   5. Categoricals are sampled by inverting their distribution function at one uniform number (there with Gumbel noise).
   6. An episode's last entry is known by the first entry that follows it: in a sequence's last entry, where nothing
      depends on it, it is not known.
-  7. One vector observation, flattened (there any number of keys of any kind).
+  7. One observation, vectors flattened (there any number of keys); the policy's mean and std are one layer, which AGC
+     clips as one (there two).
   8. Updates are owed per stored step and made once 1,024 sequences can be drawn (there the same, for 16 environments).
   9. Where overlapping sequences of one batch bring back latents of the same entry, any is kept (there the last).
  10. Evaluations of ten episodes with the same ten seeds every time (there the training episodes are the score).
@@ -480,14 +481,13 @@ def model_loss(world_model: WorldModel, batch: dict, noise: torch.Tensor, args: 
     stoch, deter, post = world_model.rssm.observe(*start, batch["action"], embed, batch["is_first"], noise)
     prior = world_model.rssm.prior(deter)
     feat = torch.cat([stoch, deter], -1)  # (T, B, F)
+    cont = world_model.cont(feat).squeeze(-1).float()
     losses = {
         "dyn": kl_loss(post.detach(), prior, args.free_nats),
         "rep": kl_loss(post, prior.detach(), args.free_nats),
         "image": ((world_model.decode(feat) - obs) ** 2).flatten(2).sum(-1).mean(),  # summed over pixels
         "reward": world_model.reward.loss(world_model.reward(feat), batch["reward"]).mean(),
-        "cont": F.binary_cross_entropy_with_logits(
-            world_model.cont(feat).squeeze(-1).float(), args.gamma * batch["cont"]
-        ),
+        "cont": F.binary_cross_entropy_with_logits(cont, args.gamma * batch["cont"]),
     }
     latents = zip(("post", "prior"), (post, prior), strict=True)
     with torch.no_grad():
@@ -553,11 +553,8 @@ def behavior_loss(agent: Agent, batch: dict, states: tuple, dreams: tuple, args:
     replayed = torch.cat(states, -1)[-args.imag_last :]  # (K, B, F): all of them for 0
     reward, cont, is_first = (batch[name][-args.imag_last :] for name in ("reward", "cont", "is_first"))
     with torch.no_grad():
-        values, rewards, discounts = (
-            critic.mean(critic(feat)),
-            model.reward.mean(model.reward(feat)),
-            model.discount(feat),
-        )
+        values, rewards = critic.mean(critic(feat)), model.reward.mean(model.reward(feat))
+        discounts = model.discount(feat)
         returns = lambda_return(rewards, values, discounts, torch.full_like(values, args.td_lambda))  # (H, N)
         weights = discounts[:-1].cumprod(0)  # of the start, too: a dream from a terminal state weighs next to nothing
         bounds = torch.stack([percentile(returns, 0.05), percentile(returns, 0.95)])
@@ -795,11 +792,8 @@ def main(args: Args) -> str:
         warn_if_slow(agent, obs_space, args)
 
     dones, rewards, conts = np.ones(args.num_envs, bool), np.zeros(args.num_envs), np.ones(args.num_envs)
-    state, action = (
-        agent.world_model.rssm.initial(args.num_envs),
-        np.zeros((args.num_envs, agent.action_dim), np.float32),
-    )
-    eval_envs = None
+    state, eval_envs = agent.world_model.rssm.initial(args.num_envs), None
+    action = np.zeros((args.num_envs, agent.action_dim), np.float32)
 
     def decide(mask: np.ndarray, is_first: bool) -> None:
         """The next action of some environments, after what they show now, which is stored."""
@@ -1743,8 +1737,9 @@ def check_args(args: Args) -> None:
     at_least = {
         1: "total_timesteps num_envs eval_episodes learning_starts batch_size horizon action_repeat warmup",
         0: "seed eval_frequency checkpoint_frequency train_ratio free_nats dyn_scale rep_scale imag_last gamma "
-        "td_lambda entropy_scale replay_value_scale learning_rate agc",
+        "td_lambda entropy_scale replay_value_scale learning_rate",
         2: "batch_length",
+        1e-6: "agc",
     }
     for bound, names in at_least.items():
         for name in names.split():

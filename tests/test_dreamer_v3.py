@@ -443,8 +443,9 @@ def test_samples_have_the_distribution_and_the_gradient_of_the_probabilities():
     close(gradient, slope * torch.tensor([0.2, 0.5, 0.3]))
 
 
-def test_encoder_and_decoder_of_images_are_the_plain_layers(float64):
+def test_encoder_and_decoder_of_images_are_the_plain_layers(float64, monkeypatch):
     """Convolution, pooling, norm over channels, SiLU; the first 4 x 4 pixels come from blocks of channels."""
+    monkeypatch.setitem(SIZES, "laptop", Size(16, 8, 3, 4))
     model = make_agent(tiny_args(), IMAGE).world_model
     x = image = torch.rand(2, 3, 64, 64) - 0.5
     for conv, norm, size in zip(model.encoder.convs, model.encoder.norms, (32, 16, 8, 4), strict=True):
@@ -454,11 +455,11 @@ def test_encoder_and_decoder_of_images_are_the_plain_layers(float64):
     torch.testing.assert_close(model.encoder(image), x.flatten(1))
     feat, decoder = torch.randn(2, STOCH * 3 + 16), model.decoder
     stoch, deter = feat[:, : STOCH * 3], feat[:, STOCH * 3 :]
-    a = torch.zeros(2, 4, 4, 8)
-    for k in range(BLOCKS):  # of 8 channels, one to each block
-        out = deter[:, 2 * k : 2 * k + 2] @ decoder.deter_in.weight[k] + decoder.deter_in.bias[16 * k : 16 * k + 16]
-        a[..., k : k + 1] = out.view(2, 4, 4, 1)
-    x = (a + plain(decoder.stoch_in, stoch).view(2, 4, 4, 8)).movedim(-1, 1)
+    a = torch.zeros(2, 4, 4, 16)
+    for k in range(BLOCKS):  # of 16 channels, two to each block
+        out = deter[:, 2 * k : 2 * k + 2] @ decoder.deter_in.weight[k] + decoder.deter_in.bias[32 * k : 32 * k + 32]
+        a[..., 2 * k : 2 * k + 2] = out.view(2, 4, 4, 2)
+    x = (a + plain(decoder.stoch_in, stoch).view(2, 4, 4, 16)).movedim(-1, 1)
     for conv, norm in zip(decoder.convs, decoder.norms, strict=True):
         x = silu(rms(norm, x.movedim(1, -1))).movedim(-1, 1)
         x = F.conv2d(x.repeat_interleave(2, -1).repeat_interleave(2, -2), conv.weight, conv.bias, padding=2)
@@ -541,14 +542,17 @@ def test_model_losses_against_plain_ones(float64, obs_space):
     embed = model.encoder(obs.flatten(0, 1)).unflatten(0, (5, 3))
     start = F.one_hot(batch["stoch"].long(), 3).flatten(-2).double(), batch["deter"]
     stoch, deter, probs = filter_sequence(model.rssm, *start, batch["action"], embed, batch["is_first"], noise["post"])
-    feat, priors = torch.cat([stoch, deter], -1), torch.zeros_like(probs)
+    feat = torch.cat([stoch, deter], -1)
     losses = {name: 0 for name in ("dyn", "rep", "image", "reward", "cont")}
-    kls = []
+    kls, halves = [], {"dyn": 0, "rep": 0}
     for t in range(5):
         for b in range(3):
-            priors[t, b] = latent(plain(model.rssm.prior_net, deter[t, b]), noise["post"][t, b])[1]
-            post, prior = (td.Categorical(probs=p[t, b]) for p in (probs, priors))
+            both = probs[t, b], latent(plain(model.rssm.prior_net, deter[t, b]), noise["post"][t, b])[1]
+            post, prior = (td.Categorical(probs=p) for p in both)
             kls.append(td.kl_divergence(post, prior).sum())
+            still = [td.Categorical(probs=p.detach()) for p in both]
+            for half, pair in (("dyn", (still[0], prior)), ("rep", (post, still[1]))):
+                halves[half] += max(td.kl_divergence(*pair).sum(), torch.tensor(10.0)) / 15
             recon = model.decoder(feat[t, b : b + 1])[0]
             losses["image"] += ((recon - obs[t, b]) ** 2).sum() / 15
             logits = plain(model.reward.net, feat[t, b])
@@ -566,12 +570,14 @@ def test_model_losses_against_plain_ones(float64, obs_space):
         torch.testing.assert_close(found[name], value)
     torch.testing.assert_close(torch.cat(states, -1), feat)
     torch.testing.assert_close(metrics["model/kl"], sum(kls) / 15)
-    for name in ("dyn", "rep"):  # the one moves the prior towards the posterior, the other the posterior
-        moved = torch.autograd.grad(
-            found[name], list(model.rssm.prior_net.parameters()), retain_graph=True, allow_unused=True
+    for name, half in halves.items():  # the one moves the prior towards the posterior, the other the posterior
+        nets = [*model.rssm.prior_net.parameters(), *model.rssm.post_net.parameters()]
+        moved, expected = (
+            torch.autograd.grad(x, nets, retain_graph=True, allow_unused=True) for x in (found[name], half)
         )
-        assert [g is not None and bool(g.any()) for g in moved] == [name == "dyn"] * len(moved)
-    assert torch.autograd.grad(found["rep"], model.rssm.post_net[-1].weight)[0].any()
+        for ours, plainly in zip(moved, expected, strict=True):
+            torch.testing.assert_close(*(torch.zeros(1) if g is None else g for g in (ours, plainly)))
+        assert (moved[0] is not None) == (name == "dyn") and moved[-1].any()
 
 
 def reference_behavior(agent, batch, feats, actions, replayed, args) -> dict:
