@@ -118,6 +118,9 @@ class Args:
     holdout_ratio: float = 0.2  # share of transitions that is never trained on
     holdout_rows: int = 12_288  # transitions never trained on that a training is judged by, at most
 
+    # Speed
+    cudagraphs: bool = False  # replay updates, and batches of the ensemble, as one CUDA graph each (GPU only)
+
 
 # === Networks ===
 
@@ -406,17 +409,17 @@ def p_value(differences: torch.Tensor) -> float:
     return 0.5 * (1 + math.erf(z.item() / math.sqrt(2)))  # host sync; nan if all differences are the same
 
 
-def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: Args, tick: Callable) -> dict:
+def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: Args, fast, tick: Callable) -> dict:
     """Trains the ensemble on rows of the replay (N, ...) until a paired test sees no progress; what to log.
 
     After every epoch the scores of the held out rows are compared with the best ones so far. Lower ones (p < 0.5) are
     progress, surely lower ones (p < 0.1) a new best. The best networks are kept: those from before, if there were none.
-    scale multiplies the epochs; tick is told of each and may leave by an exception.
+    scale multiplies the epochs; tick is told of each and may leave by an exception; fast as in `learn`.
     """
     ensemble, nets = agent.ensemble.requires_grad_(True), args.num_nets
     parts = [*(list(layer.parameters()) for layer in ensemble.layers), [ensemble.log_std]]
     groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, ensemble.decays, strict=True)]
-    optimizer = torch.optim.AdamW(groups, args.model_lr, fused=True)
+    optimizer = torch.optim.AdamW(groups, args.model_lr, fused=True, capturable=rows.is_cuda)
     obs, actions, outputs, held_out, weights = agent.unpack(rows)
     inputs, targets = torch.cat([agent.standardize(obs), actions], -1), (outputs - agent.out_mean) / agent.out_std
     train, held_out = (~held_out).nonzero().squeeze(-1), held_out.nonzero().squeeze(-1)
@@ -426,17 +429,22 @@ def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: A
     stream, per_epoch = batches(train, size, generator), min(args.model_batches, len(train) // size)
     unit = scale * math.log(agent.sizes[0] + 1)
     patience, max_epochs = int(unit * args.model_patience), int(unit * args.model_max_epochs)
+
+    def step(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
+        y = y.repeat(nets, 1, 1)
+        noise = torch.randn(nets, size, generator=generator, device=rows.device)
+        y[..., 0] += 1e-3 / agent.out_std[0] * noise  # rewards that are certain keep a noise
+        mean = ensemble(x.expand(nets, -1, -1), generator)
+        minimize(optimizer, model_loss(mean, ensemble.log_std, y, weights.T))
+
+    step = fast(step)
     best = before = holdout_scores(ensemble, *holdout)
     snapshot, epochs, best_epoch, without_progress = deepcopy(ensemble.state_dict()), 0, 0, 0
     while without_progress <= patience and epochs < max_epochs:
         tick(f"ensemble, epoch {epochs}, best {best_epoch}")
         for _ in range(per_epoch):
             batch = next(stream)
-            batch_targets = targets[batch].repeat(nets, 1, 1)
-            noise = torch.randn(nets, size, generator=generator, device=rows.device)
-            batch_targets[..., 0] += 1e-3 / agent.out_std[0] * noise  # rewards that are certain keep a noise
-            mean = ensemble(inputs[batch].expand(nets, -1, -1), generator)
-            minimize(optimizer, model_loss(mean, ensemble.log_std, batch_targets, weights[batch].T))
+            step(inputs[batch], targets[batch], weights[batch])
         scores = holdout_scores(ensemble, *holdout)
         p = p_value(scores - best)
         epochs += 1
@@ -471,31 +479,32 @@ def update(agent: Agent, optimizers: dict, starts, terminated_fn: Callable, rng:
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
 
-def learn(agent: Agent, rb, states, terminated_fn: Callable, rng: dict, args: Args, scale: int, tick: Callable) -> dict:
+def learn(agent: Agent, rb, states, terminated_fn: Callable, rng: dict, args: Args, scale: int, fast, tick) -> dict:
     """A block: statistics, ensemble, new optimizers, critics alone, updates (scale times as many); what to log.
 
-    tick: told what is going on wherever the block may be left, which it does by an exception.
+    tick: told what is going on wherever the block may be left, which it does by an exception. fast: given a function
+    of tensors that is called again and again, returns one that does the same, faster.
     """
     rows = rb.newest(len(rb))
     agent.fit_statistics(rows)
     chosen = torch.randperm(len(rows), generator=rng["model"], device=rows.device)[: args.model_rows]
-    metrics = train_model(agent, rows[chosen], scale, rng["model"], args, tick)
-    adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+    metrics = train_model(agent, rows[chosen], scale, rng["model"], args, fast, tick)
+    adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=rows.is_cuda)
     optimizers = {"critics": adam(agent.critics.parameters())}
     optimizers["actor"] = adam([*agent.actor.parameters(), agent.log_alpha])
+    update_all = functools.partial(update, agent, optimizers, terminated_fn=terminated_fn, rng=rng, args=args)
+    update_critics, update_all = fast(functools.partial(update_all, only_critics=True)), fast(update_all)
     visit = functools.partial(distribution_rollout, agent, rb, states, terminated_fn=terminated_fn, rng=rng, args=args)
     visit(rows=args.batch_size * args.critic_warmup // args.rollout_frequency)  # fewer, as the reference has it
     for i in range(args.critic_warmup):
         tick(f"critics, update {i}")
-        starts = states.sample(args.batch_size, generator=rng["update"])
-        update(agent, optimizers, starts, terminated_fn, rng, args, only_critics=True)
+        update_critics(states.sample(args.batch_size, generator=rng["update"]))
     count = scale * args.updates_per_step * args.model_train_frequency
     for i in range(count):
         tick(f"update {i} of {count}")
         if i % args.rollout_frequency == 0:
             metrics["model/alive_share"] = visit(rows=args.batch_size * args.rollout_length)
-        starts = states.sample(args.batch_size, generator=rng["update"])
-        losses = update(agent, optimizers, starts, terminated_fn, rng, args)
+        losses = update_all(states.sample(args.batch_size, generator=rng["update"]))
     return {name: float(value) for name, value in (metrics | losses).items()}  # host sync
 
 
@@ -587,6 +596,7 @@ def main(args: Args) -> str:
         run.reported = run.step - 1, run.reported[1]  # a block that was interrupted is reported, too
         if blocks_due() > counters["blocks"]:  # and followed by the evaluation of that step
             run.next_eval = next_multiple(run.step - 1, args.eval_frequency)
+    fast = functools.partial(GraphedFunction, generators=rng) if args.cudagraphs else lambda function: function
     print(f"{run.folder}: {device}, {obs_dim} observations, {action_dim} actions")
 
     def tick(doing: str) -> None:
@@ -603,7 +613,7 @@ def main(args: Args) -> str:
         before_rng = {name: generator.get_state() for name, generator in generators.items()}
         try:
             scale = 1 if counters["blocks"] else args.first_block
-            run.metrics = learn(agent, rb, states, terminated_fn, generators, args, scale, tick)
+            run.metrics = learn(agent, rb, states, terminated_fn, generators, args, scale, fast, tick)
             counters["blocks"] = blocks
             run.report()
             run.metrics = {}  # reported once
@@ -1227,6 +1237,42 @@ class Run:
         return self.folder
 
 
+class GraphedFunction:
+    """A function of tensors as one CUDA graph: three real calls on a side stream, then one is captured and replayed.
+
+    The graph is of the largest shape seen; smaller calls (the last batch of an epoch) stay eager. Returned tensors are
+    overwritten by the next call. Random numbers may come from those of the generators that live on the GPU.
+    """
+
+    def __init__(self, function: Callable, generators: dict | None = None):
+        self.function, self.graph, self.static, self.calls = function, None, None, 0
+        self.generators = [g for g in (generators or {}).values() if isinstance(g, torch.Generator)]
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *tensors: torch.Tensor):
+        if self.static is None or tensors[0].numel() > self.static[0].numel():
+            self.static, self.graph, self.calls = [tensor.clone() for tensor in tensors], None, 0
+        if tensors[0].shape != self.static[0].shape:
+            return self.function(*tensors)
+        for static, new in zip(self.static, tensors, strict=True):
+            static.copy_(new)
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.function(*self.static)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)
+            with torch.cuda.graph(self.graph):
+                self.result = self.function(*self.static)
+        self.graph.replay()
+        return self.result
+
+
 def check_args(args: Args) -> None:
     """Refuses impossible numbers in one line."""
     at_least = {
@@ -1256,6 +1302,8 @@ def check_args(args: Args) -> None:
         fail("--initial-alpha must be above 0")
     if not 1 <= args.holdout_ratio * args.learning_starts:
         fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to test on")
+    if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
+        fail("--cudagraphs needs a GPU")
 
 
 if __name__ == "__main__":

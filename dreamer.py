@@ -1642,11 +1642,12 @@ class GraphedFunction:
     """A function of tensors as one CUDA graph: three real calls on a side stream, then one is captured and replayed.
 
     The graph is of the largest shape seen; smaller calls (the last batch of an epoch) stay eager. Returned tensors are
-    overwritten by the next call.
+    overwritten by the next call. Random numbers may come from those of the generators that live on the GPU.
     """
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable, generators: dict | None = None):
         self.function, self.graph, self.static, self.calls = function, None, None, 0
+        self.generators = [g for g in (generators or {}).values() if isinstance(g, torch.Generator)]
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *tensors: torch.Tensor):
@@ -1665,6 +1666,8 @@ class GraphedFunction:
             return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph):
                 self.result = self.function(*self.static)
         self.graph.replay()

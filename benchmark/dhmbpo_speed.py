@@ -85,7 +85,8 @@ def main() -> None:
     # a training of one epoch of 6 batches, and one of none: the difference is the batches' and one validation
     one_epoch = replace(args, model_max_epochs=1.01 / torch.tensor(obs_dim + 1.0).log().item())
     everything = replay.newest(len(replay))
-    train = functools.partial(dhmbpo.train_model, agent, everything, 1, rng["model"], tick=lambda _: None)
+    eager = {"fast": lambda function: function, "tick": lambda _: None}
+    train = functools.partial(dhmbpo.train_model, agent, everything, 1, rng["model"], **eager)
     measured = {
         "update": (update, 10),
         "critic_only_update": (functools.partial(update, only_critics=True), 10),
