@@ -38,6 +38,8 @@ import contextlib
 import difflib
 import fcntl
 import functools
+import glob
+import importlib.util
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -47,12 +49,15 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
+import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from typing import NamedTuple, NoReturn
+from typing import Annotated, NamedTuple, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -63,11 +68,21 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+# What a setting may be: its least and its greatest value.
+Count = Annotated[int, 1, 10**9]
+Natural = Annotated[int, 0, 10**9]
+Seed = Annotated[int, 0, 2**53]
+Few = Annotated[int, 1, 1024]
+Share = Annotated[float, 0.0, 1.0]
+Positive = Annotated[float, 1e-12, 1e9]
+Amount = Annotated[float, 0.0, 1e9]
+Real = Annotated[float, -1e9, 1e9]
+
 
 @dataclass
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
-    seed: int = 1  # seed of every random generator of the run
+    seed: Seed = 1  # seed of every random generator of the run
     torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
     cuda: bool = True  # train on the GPU if there is one
     track: bool = False  # also log to Weights and Biases
@@ -75,48 +90,49 @@ class Args:
     wandb_entity: str | None = None  # the team at Weights and Biases
     capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
     save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
-    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
-    eval_episodes: int = 10  # episodes of one evaluation
-    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
+    eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: Count = 10  # episodes of one evaluation
+    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
-    resume: str | None = None  # run folder to continue
+    resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments
     env_id: str = "Hopper-v5"  # Gymnasium id (my_module:MyEnv-v0) or dm_control task (walker-walk), observed by state
-    total_timesteps: int | None = None  # environment steps of the run, the random ones included; default by task
-    num_envs: int = 1  # environments played side by side, each in its own process if more than one
-    buffer_size: int = 1_000_000  # capacity of the replay buffer of real transitions
-    learning_starts: int | None = None  # environment steps of random actions before learning begins; default by task
-    model_train_frequency: int | None = None  # environment steps between blocks of learning; default by task
-    first_block: int = 5  # the first block's updates and its training's epochs are multiplied by this
-    updates_per_step: int = 1  # updates per environment step, made in blocks of learning
-    critic_warmup: int | None = None  # updates of the critics alone, at the beginning of a block; default by task
-    batch_size: int = 256  # rows of an update, and of a distribution rollout
-    gamma: float = 0.995  # discount per step
-    tau: float = 0.005  # step of the target critics towards the critics, after every update
-    learning_rate: float = 3e-4  # learning rate of actor, critics and alpha, and rate of the bounds of values
-    hidden_size: int = 256  # units of the three hidden layers of actor and critics
-    num_critics: int = 5  # number of critics (M)
-    num_targets: int = 2  # target critics drawn for each update: the smallest of their values is learned from
-    critic_dropout: float = 1e-3  # share of the critics' hidden units that is zero in their own loss
-    initial_alpha: float = 0.1  # weight of the entropy (alpha) at the start
-    target_entropy: float | None = None  # entropy that alpha is tuned to, nats; default minus the size of an action
-    value_quantile: float = 0.01  # quantiles (it and 1 - it) of r - alpha log pi; over 1 - gamma they bound the values
-    train_horizon: int = 3  # model steps of the differentiable rollouts (T) (deviation 1: not 5)
-    rollout_length: int = 20  # model steps of the distribution rollouts (H)
-    rollout_frequency: int = 20  # updates between distribution rollouts
-    rollout_retain: int = 10  # distribution rollouts whose states are kept
-    num_nets: int = 8  # networks of the ensemble (E)
-    model_hidden_size: int = 256  # units of the three hidden layers of each network of the ensemble
-    model_lr: float = 1e-3  # learning rate of the ensemble
-    model_batch_size: int = 2_048  # transitions in a batch, the same for all networks
-    model_batches: int = 6  # batches of an epoch of the ensemble's training, at most
-    model_patience: float = 50.0  # a training ends after this times ln(observations + 1) epochs without progress
-    model_max_epochs: float = 250.0  # epochs of a training at most, times ln(observations + 1)
-    model_rows: int = 100_000  # transitions of a training at most, drawn anew for each
-    holdout_ratio: float = 0.2  # share of transitions that is never trained on
-    holdout_rows: int = 12_288  # transitions never trained on that a training is judged by, at most
+    total_timesteps: Count | None = None  # environment steps of the run, the random ones included; default by task
+    num_envs: Few = 1  # environments played side by side, each in its own process if more than one
+    buffer_size: Count = 1_000_000  # capacity of the replay buffer of real transitions
+    learning_starts: Count | None = None  # environment steps of random actions before learning begins; default by task
+    model_train_frequency: Count | None = None  # environment steps between blocks of learning; default by task
+    first_block: Count = 5  # the first block's updates and its training's epochs are multiplied by this
+    updates_per_step: Count = 1  # updates per environment step, made in blocks of learning
+    critic_warmup: Natural | None = None  # updates of the critics alone, at the beginning of a block; default by task
+    batch_size: Count = 256  # rows of an update, and of a distribution rollout
+    gamma: Share = 0.995  # discount per step
+    tau: Share = 0.005  # step of the target critics towards the critics, after every update
+    learning_rate: Positive = 3e-4  # learning rate of actor, critics and alpha, and rate of the bounds of values
+    hidden_size: Count = 256  # units of the three hidden layers of actor and critics
+    num_critics: Few = 5  # number of critics (M)
+    num_targets: Few = 2  # target critics drawn for each update: the smallest of their values is learned from
+    critic_dropout: Share = 1e-3  # share of the critics' hidden units that is zero in their own loss
+    initial_alpha: Positive = 0.1  # weight of the entropy (alpha) at the start
+    target_entropy: Real | None = None  # entropy that alpha is tuned to, nats; default minus the size of an action
+    value_quantile: Share = 0.01  # quantiles (it and 1 - it) of r - alpha log pi; over 1 - gamma they bound the values
+    train_horizon: Few = 3  # model steps of the differentiable rollouts (T) (deviation 1: not 5)
+    rollout_length: Few = 20  # model steps of the distribution rollouts (H)
+    rollout_frequency: Count = 20  # updates between distribution rollouts
+    rollout_retain: Count = 10  # distribution rollouts whose states are kept
+    num_nets: Few = 8  # networks of the ensemble (E)
+    model_hidden_size: Count = 256  # units of the three hidden layers of each network of the ensemble
+    model_lr: Positive = 1e-3  # learning rate of the ensemble
+    model_batch_size: Count = 2_048  # transitions in a batch, the same for all networks
+    model_batches: Count = 6  # batches of an epoch of the ensemble's training, at most
+    model_patience: Amount = 50.0  # a training ends after this times ln(observations + 1) epochs without progress
+    model_max_epochs: Amount = 250.0  # epochs of a training at most, times ln(observations + 1)
+    model_rows: Count = 100_000  # transitions of a training at most, drawn anew for each
+    holdout_ratio: Share = 0.2  # share of transitions that is never trained on
+    holdout_rows: Count = 12_288  # transitions never trained on that a training is judged by, at most
 
     # Speed
     cudagraphs: bool = False  # replay updates, and batches of the ensemble, as one CUDA graph each (GPU only)
@@ -566,6 +582,7 @@ def main(args: Args) -> str:
     if args.evaluate is not None:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
+    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
     envs, terminated_fn = make_vector_env(args, args.num_envs), termination_function(args.env_id)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     if args.target_entropy is None:
@@ -578,12 +595,10 @@ def main(args: Args) -> str:
 
     # what a checkpoint holds: networks, buffers, counters, generators (optimizers live no longer than a block)
     agent = Agent(obs_dim, action_dim, args).to(device)
-    try:
-        rb = RingBuffer(args.buffer_size, sum(agent.sizes), device)
-        # where rollouts start; never emptied, like the reference code's
-        states = RingBuffer(args.batch_size * args.rollout_length * args.rollout_retain, obs_dim, device)
-    except RuntimeError as error:
-        fail(f"--buffer-size {args.buffer_size} and rollouts do not fit into the memory of {device}: {str(error)[:80]}")
+    num_states = args.batch_size * args.rollout_length * args.rollout_retain
+    require_memory(4 * (args.buffer_size * sum(agent.sizes) + num_states * obs_dim), "--buffer-size", device)
+    rb = RingBuffer(args.buffer_size, sum(agent.sizes), device)
+    states = RingBuffer(num_states, obs_dim, device)  # where rollouts start; never emptied, like the reference code's
     counters = {"blocks": 0, "num_terminations": 0, "num_rule_errors": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
     for i, name in enumerate(("act", "label", "model", "replay", "rollout", "update")):
@@ -594,9 +609,8 @@ def main(args: Args) -> str:
         counters |= checkpoint["parts"]["counters"]
         checkpoint = None  # what refers to the file keeps it on the disk
         run.reported = run.step - 1, run.reported[1]  # a block that was interrupted is reported, too
-        if blocks_due() > counters["blocks"]:  # and followed by the evaluation of that step
-            run.next_eval = next_multiple(run.step - 1, args.eval_frequency)
     fast = functools.partial(GraphedFunction, generators=rng) if args.cudagraphs else lambda function: function
+    envs.on_fault = run.abort
     print(f"{run.folder}: {device}, {obs_dim} observations, {action_dim} actions")
 
     def tick(doing: str) -> None:
@@ -629,8 +643,9 @@ def main(args: Args) -> str:
         learn_block()
         if run.eval_due(dones):
             if eval_envs is None:
-                video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
+                video = run.picture("videos/evaluation.mp4") if args.capture_video else None
                 eval_envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+                eval_envs.on_fault = run.abort
             returns, full_length, speeds = evaluate(agent, eval_envs, args, device, run.stop)
             if args.capture_video:  # the film is written when its environment closes
                 eval_envs.close()
@@ -643,14 +658,12 @@ def main(args: Args) -> str:
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
-            require_finite_arrays(run.step, "the environment's observation", obs)
         if rb.end >= args.learning_starts:  # again random steps first, if the buffer was not saved
             actions = act(agent, obs, device, rng["act"])
-            require_finite_arrays(run.step, "the policy's action", actions)
+            require_finite({"the policy's action": actions.sum()}, run.step)
         else:
             actions = rng["prefill"].uniform(-1, 1, (args.num_envs, action_dim)).astype(np.float32)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        require_finite_arrays(run.step, "the environment's observation or reward", next_obs, rewards)
         require_rule(terminated_fn, next_obs, terminations, counters, run.step)
         rows = np.concatenate([obs, actions, rewards[:, None], next_obs], 1).astype(np.float32)
         rb.add(labelled(torch.from_numpy(rows).to(device), rng["label"], args))
@@ -668,6 +681,8 @@ def main(args: Args) -> str:
 
 # === Environment ===
 
+
+LATE_IMPORTS = []  # packages that are imported where they are used
 
 # One set of settings for all tasks but the pendulums. A flag on the command line wins.
 DEFAULTS = {
@@ -757,7 +772,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
 
     def thunk() -> gym.Env:
         if os.getpid() != main_process:
-            os.setsid()  # signals to the process group are for the main process, which closes the workers
+            be_a_worker()
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
         if is_dm_control(args.env_id):
             try:
@@ -772,12 +787,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
                 env = Unclipped(env)  # deviation 5: velocities as they are
             if env.spec.max_episode_steps is None:
                 env = gym.wrappers.TimeLimit(env, 1000)
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        if video is not None:  # folder/prefix of the MP4
-            folder, prefix = os.path.split(video)
-            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
-        return fit_spaces(env, args.env_id)
+        env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
+        return fit_spaces(Film(env, video) if video else env, args.env_id)
 
     return thunk
 
@@ -797,29 +808,120 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """The task's environments side by side; the first is filmed into `video`, folder/prefix."""
-    if video:
-        require_film(args, make_env(args, video))
-    return side_by_side([make_env(args, video if i == 0 else None) for i in range(num_envs)])
+    """The task's environments side by side; the first episode of the first is filmed into `video`, path of an MP4."""
+    return side_by_side(args.env_id, [make_env(args, video if i == 0 else None) for i in range(num_envs)])
 
 
-def side_by_side(thunks: list[Callable[[], gym.Env]]) -> gym.vector.VectorEnv:
-    """One environment in this process, several in one each. The caller resets them, each episode with a seed."""
+def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool = True) -> gym.vector.VectorEnv:
+    """Environments, with workers several in a process each. The caller resets them, each episode with a seed.
+
+    A fault of theirs is told to `on_fault` in one line: `fail`, until there is a run that can be saved (Run.abort).
+    """
     mode = gym.vector.AutoresetMode.DISABLED
-    if len(thunks) == 1:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
-    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
-    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+    if len(thunks) == 1 or not workers:
+        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    else:
+        multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # once for all
+        envs = gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+        warnings.filterwarnings("ignore", ".*ERROR: ")  # Gymnasium's own account of a worker's fault
+
+    def call(method: Callable, *args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # an environment may raise anything, and its process may die
+            envs.closed = True  # they cannot be: what is left of them ends with this process
+            envs.on_fault(f"{env_id}: {str(error) or 'the process of an environment has died'}")
+
+    envs.on_fault = fail
+    for name in {"reset", "step", "step_async", "step_wait"} & set(dir(envs)):
+        setattr(envs, name, functools.partial(call, getattr(envs, name)))
+    return envs
 
 
-def require_film(args: Args, make: Callable[[], gym.Env]) -> None:
-    """Tries the first picture of a film, whose failures have many types, by environment and OpenGL library."""
-    try:
-        film = make()
-        film.reset()
-        film.close()
-    except Exception as error:
-        fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+def be_a_worker() -> None:
+    """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
+    os.setsid()  # signals to the process group are for the main process, which closes the workers
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+
+
+def rehearse(make_envs: Callable, film: bool) -> None:
+    """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
+
+    make_envs(video=path or None): one environment.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        envs = make_envs(video=f"{folder}/film.mp4" if film else None)
+        envs.on_fault = lambda line: fail(line + " (filmed: is OpenGL there? apt-get install -y libegl1 libgl1)" * film)
+        _, infos = envs.reset(seed=[0], options={"reset_mask": np.ones(1, bool)})
+        if "action_mask" not in infos:  # any action is legal
+            envs.action_space.seed(0)
+            envs.step(envs.action_space.sample())
+        envs.close()
+        if film and not os.listdir(folder):
+            fail("a film could not be written")
+
+
+class CheckedEnv(gym.Wrapper):
+    """An environment that raises one line, with its step, where it fails or returns what it may not.
+
+    Observations must have the form of their space, rewards be numbers, both finite. Of info only KEPT is passed on.
+    """
+
+    KEPT = "action_mask", "x_velocity"
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        return self.checked("reset", (), lambda: self.env.reset(seed=seed))
+
+    def step(self, action):
+        self.steps += 1
+        return self.checked("step", ("reward", "terminated", "truncated"), lambda: self.env.step(action))
+
+    def close(self) -> None:
+        warn_of_failure(super().close)
+
+    def checked(self, method: str, names: tuple, play: Callable) -> tuple:
+        """What play() returned: observation, numbers of these names, info."""
+        space = self.observation_space
+        try:
+            obs, *numbers, info = play()
+            if isinstance(space, gym.spaces.Box):
+                obs = finite("observation", obs, space.shape)
+            elif not space.contains(obs):
+                raise ValueError(f"observation {obs} is not in {space}")
+            numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
+            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+        except Exception as error:  # an environment may raise anything
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            returned = ", ".join(["observation", *names, "info"])
+            raise gym.error.Error(f"step {self.steps}: {reason} ({method} must return {returned})") from error
+
+
+def finite(name: str, value, shape: tuple) -> np.ndarray:
+    """The value as an array of that shape; raises ValueError if it is another one, or not finite (1e10 is absurd)."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub" or array.size != np.prod(shape, dtype=int) or (shape and array.shape != shape):
+        raise ValueError(f"{name} must be numbers of shape {shape}, not {array.dtype} of shape {array.shape}")
+    if not (np.abs(array) < 1e10).all():
+        raise ValueError(f"{name} is not finite, or absurd: {array}")
+    return array.reshape(shape)
+
+
+class Film(gym.wrappers.RecordVideo):
+    """MP4 of an environment's first episode; what cannot be written is a line, not the end of the run."""
+
+    def __init__(self, env: gym.Env, path: str):
+        folder, name = os.path.split(path.removesuffix(".mp4"))
+        super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
+
+    def stop_recording(self) -> None:
+        warn_of_failure(super().stop_recording)
+        self.recording, self.recorded_frames = False, []
 
 
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
@@ -928,7 +1030,7 @@ def evaluate_run(args: Args) -> str:
     checkpoint = load_checkpoint(args.evaluate, args)
     refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed")
     device, stop = choose_device(args), StopRequest()
-    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
+    video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
     envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0], args).to(device)
     agent.load_state_dict(checkpoint["parts"]["agent"])
@@ -958,9 +1060,53 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def warn_of_failure(function: Callable, *args) -> None:
+    """Makes what no run depends on, such as a picture: a failure is one line."""
+    try:
+        function(*args)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+
+
+def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
+    """What ends the program or a thread: a failure of files and disks, or Ctrl-C, in one line; all else as usual."""
+    if issubclass(kind, OSError | KeyboardInterrupt):
+        print(f"error: {error or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def check_bounds(args: Args) -> None:
+    """Refuses in one line what is not within the bounds that stand beside each setting; nan never is."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
+        if type(None) in get_args(hint):  # Count | None
+            hint = get_args(hint)[0]
+        pairs = zip(get_args(hint), value, strict=False) if isinstance(value, tuple) else [(hint, value)]
+        for kind, number in pairs:
+            for low, high in [kind.__metadata__] if hasattr(kind, "__metadata__") and number is not None else []:
+                if not low <= number <= high:
+                    fail(f"--{name.replace('_', '-')} must be at least {low} and at most {high}, not {value}")
+
+
+def require_memory(num_bytes: float, setting: str, device: torch.device) -> None:
+    """Refuses in one line what the device has no room for, before it is made."""
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[1]
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > room:
+        fail(f"{setting}: {num_bytes / 1e9:.1f} GB do not fit into the {room / 1e9:.1f} GB of {device}")
+
+
 def parse_args() -> Args:
     """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    sys.excepthook, threading.excepthook = print_exception, lambda hook: print_exception(*hook)
     args = tyro.cli(Args)
+    if args.resume == "auto":
+        found = glob.glob(f"{glob.escape(folder_name(args))}__*/checkpoint.pt")
+        args = replace(args, resume=max(found, key=os.path.getmtime, default=None))
     given = {name: getattr(args, name) for name in ("resume", "evaluate") if getattr(args, name) is not None}
     if len(given) == 2:
         fail("--resume or --evaluate, not both")
@@ -1039,15 +1185,13 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     return values
 
 
-def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) -> None:
-    """Stops the run before what is not finite, or absurd, gets into the replay."""
-    if not all((np.abs(array) < 1e10).all() for array in arrays):
-        raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
+def folder_name(args: Args) -> str:
+    """runs/<task>__<script>__<seed>, in letters that every file system takes; a run's folder ends in its time."""
+    return "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
 
 
 def new_folder(args: Args) -> str:
-    """Makes runs/<task>__<script>__<seed>__<time>, in letters that every file system takes."""
-    name = "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = f"{folder_name(args)}__{int(time.time())}"
     while True:
         try:
             os.makedirs(name)
@@ -1057,13 +1201,17 @@ def new_folder(args: Args) -> str:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once."""
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once.
+
+    An environment that keeps the loop from getting there is given up after five seconds.
+    """
 
     def __init__(self):
         self.requested = 0
         signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
         heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]  # nohup has SIGHUP ignored
         self.previous = {s: signal.signal(s, self) for s in heard}
+        self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
 
     def __call__(self, signum: int, frame) -> None:
         if self.requested:
@@ -1071,6 +1219,14 @@ class StopRequest:
         self.requested = signum
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+        signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
+
+    def give_up(self, signum: int, frame) -> None:
+        """An alarm: if the program is in a call of its environments, this call is left."""
+        while frame is not None:
+            if "vector_env" in frame.f_code.co_filename:
+                raise TimeoutError("the environment does not return")
+            frame = frame.f_back
 
     def lost(self, stream) -> None:
         """The reader of standard output or error has gone: asks for the end, as Ctrl-C does, and writes to nobody."""
@@ -1079,6 +1235,7 @@ class StopRequest:
 
     def exit(self) -> None:
         """Hands the signals back; ends the process with the usual code if one has come."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
         if self.requested:
@@ -1099,7 +1256,7 @@ class Bar(tqdm):
 
 # Settings that touch nothing that is learned: a resume may change them.
 FREE = "resume total_timesteps cuda track wandb_project_name wandb_entity exp_name capture_video save_model "
-FREE += "eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
+FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
 
 
 class Run:
@@ -1110,11 +1267,9 @@ class Run:
             refuse_changes(args, checkpoint, FREE)
         if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
             fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
-        if args.track:
-            try:
-                import wandb
-            except ImportError:
-                fail("--track needs Weights and Biases: pip install wandb")
+        for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
+            if importlib.util.find_spec(name) is None:
+                fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1123,6 +1278,8 @@ class Run:
             if checkpoint and os.stat(f"{self.folder}/checkpoint.pt").st_ino != checkpoint["inode"]:
                 fail(f"{self.folder} has gone on meanwhile: resume it again")
             if args.track:  # before the writer is made, which it listens to
+                import wandb
+
                 name = os.path.basename(self.folder)
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
                            resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
@@ -1139,7 +1296,8 @@ class Run:
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
-        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        owed = checkpoint and checkpoint["parts"]["eval_owed"]  # the run was stopped before it
+        self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
     def keep(self, parts: dict, rng: dict) -> None:
@@ -1182,19 +1340,23 @@ class Run:
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
         ending = self.stop.requested or self.step >= self.args.total_timesteps
-        due = ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1))
-        if due and self.saved_step != self.step:
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.save()
+        return not ending
+
+    def save(self) -> None:
+        """Writes the checkpoint of this step, if it is not there yet."""
+        if self.saved_step != self.step:
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
-            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+            owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+            save_checkpoint(self.folder, self.args, self.step, self.parts | owed, self.rng)
             self.saved_step = self.step
-        return not ending
 
     def eval_due(self, dones: np.ndarray) -> bool:
         """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""
         due = self.step >= self.next_eval and not self.stop.requested
-        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         if due:
             self.goes_on(dones)
             self.tick("evaluating")
@@ -1221,8 +1383,25 @@ class Run:
         self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
 
     def log_evaluation(self, returns: np.ndarray) -> None:
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def picture(self, kind: str) -> str:
+        """Path of a new picture, kind = name.suffix; of each kind the newest keep_pictures stay."""
+        name, suffix = os.path.splitext(f"{self.folder}/{kind}")
+        old = sorted(glob.glob(f"{glob.escape(name)}_*{suffix}"), key=os.path.getmtime)
+        for path in old[: max(0, len(old) + 1 - self.args.keep_pictures)]:
+            os.remove(path)
+        return f"{name}_{self.step}{suffix}"
+
+    def abort(self, fault: str) -> NoReturn:
+        """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
+        self.save()
+        self.progress.close()
+        print(f"error: {fault}; checkpoint at step {self.step}", file=sys.stderr)
+        self.stop.exit()
+        raise SystemExit(1)
 
     def close(self, weights: dict) -> str:
         """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
@@ -1275,31 +1454,19 @@ class GraphedFunction:
 
 def check_args(args: Args) -> None:
     """Refuses impossible numbers in one line."""
-    at_least = {
-        1: "total_timesteps num_envs eval_episodes buffer_size model_train_frequency first_block updates_per_step "
-        "batch_size hidden_size num_critics num_targets train_horizon rollout_length rollout_frequency rollout_retain "
-        "model_hidden_size model_batch_size model_batches",
-        0: "seed eval_frequency checkpoint_frequency critic_warmup gamma tau learning_rate critic_dropout "
-        "initial_alpha value_quantile model_lr model_patience model_max_epochs holdout_ratio",
-        2: "learning_starts num_nets model_rows holdout_rows",
-    }
-    for bound, names in at_least.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not value >= bound:
-                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {value}")
-    for name, bound in (("tau", 1), ("value_quantile", 0.5), ("num_targets", args.num_critics)):
+    check_bounds(args)
+    for name, bound in (("value_quantile", 0.5), ("num_targets", args.num_critics)):
         if getattr(args, name) > bound:
             fail(f"--{name.replace('_', '-')} must be at most {bound}, not {getattr(args, name)}")
     for name in ("gamma", "critic_dropout", "holdout_ratio"):
-        if getattr(args, name) >= 1:
-            fail(f"--{name.replace('_', '-')} must be below 1, not {getattr(args, name)}")
+        if getattr(args, name) == 1:
+            fail(f"--{name.replace('_', '-')} must be below 1")
+    if not 2 <= args.learning_starts <= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} must be from 2 to --total-timesteps {args.total_timesteps}")
     if args.buffer_size < args.learning_starts:
         fail(f"--buffer-size {args.buffer_size} does not hold the {args.learning_starts} steps of --learning-starts")
     if args.batch_size % args.num_nets:
         fail(f"--batch-size {args.batch_size} cannot be dealt to --num-nets {args.num_nets} in blocks of equal size")
-    if args.initial_alpha == 0:
-        fail("--initial-alpha must be above 0")
     if not 1 <= args.holdout_ratio * args.learning_starts:
         fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to test on")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":

@@ -41,20 +41,27 @@ import contextlib
 import difflib
 import fcntl
 import functools
+import glob
+import importlib.util
 import inspect
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
 import shlex
 import signal
 import sys
+import tempfile
+import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -64,11 +71,21 @@ from numba import njit
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+# What a setting may be: its least and its greatest value.
+Count = Annotated[int, 1, 10**9]
+Natural = Annotated[int, 0, 10**9]
+Seed = Annotated[int, 0, 2**53]
+Few = Annotated[int, 1, 1024]
+Share = Annotated[float, 0.0, 1.0]
+Positive = Annotated[float, 1e-12, 1e9]
+Amount = Annotated[float, 0.0, 1e9]
+Real = Annotated[float, -1e9, 1e9]
+
 
 @dataclass
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
-    seed: int = 1  # seed of every random generator of the run
+    seed: Seed = 1  # seed of every random generator of the run
     torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
     cuda: bool = True  # train on the GPU if there is one
     track: bool = False  # also log to Weights and Biases
@@ -76,31 +93,32 @@ class Args:
     wandb_entity: str | None = None  # the team at Weights and Biases
     capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
     save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
-    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
-    eval_episodes: int = 10  # episodes of one evaluation
-    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
+    eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: Count = 10  # episodes of one evaluation
+    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
-    resume: str | None = None  # run folder to continue
+    resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments
     env_id: str = "FrozenLake-v1"  # discrete Gymnasium id, or DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0
-    total_timesteps: int = 20_000  # environment steps of the run, summed over all learners: each gets its share
-    num_envs: int = 1  # learners side by side, each with an environment of its own: num_envs independent runs
+    total_timesteps: Count = 20_000  # environment steps of the run, summed over all learners: each gets its share
+    num_envs: Count = 1  # learners side by side, each with an environment of its own: num_envs independent runs
     env_kwargs: tuple[str, ...] | None = None  # settings of the environment (map_name=8x8), added to the task's own
-    max_episode_steps: int = 10_000  # environment steps after which an episode is truncated at the latest
+    max_episode_steps: Count = 10_000  # environment steps after which an episode is truncated at the latest
     # learning
-    gamma: float | None = None  # discount per step; default by task, 0.99 elsewhere
-    learning_rate: float | None = None  # step size of an update (alpha); default by task, 0.1 elsewhere
-    epsilon: float = 0.1  # share of random actions
+    gamma: Share | None = None  # discount per step; default by task, 0.99 elsewhere
+    learning_rate: Share | None = None  # step size of an update (alpha); default by task, 0.1 elsewhere
+    epsilon: Share = 0.1  # share of random actions
     # planning
-    planning_steps: int = 10  # updates from the model after each real step (n); 0 = Q-learning
+    planning_steps: Natural = 10  # updates from the model after each real step (n); 0 = Q-learning
     model: Literal["counts", "last"] | None = None  # what is kept of a pair: all outcomes or the last; default by task
-    kappa: float = 0.0  # Dyna-Q+ if > 0: planning adds kappa * sqrt(steps since an action was tried) to its reward
+    kappa: Amount = 0.0  # Dyna-Q+ if > 0: planning adds kappa * sqrt(steps since an action was tried) to its reward
     prioritized: bool = False  # prioritized sweeping: pairs of largest error first, no direct update
-    theta: float = 1e-4  # prioritized sweeping: absolute TD errors up to this are not queued
+    theta: Amount = 1e-4  # prioritized sweeping: absolute TD errors up to this are not queued
     # logs
-    report_frequency: int = 100  # steps of each environment between reports of losses and model errors
+    report_frequency: Count = 100  # steps of each environment between reports of losses and model errors
 
 
 # === Model ===
@@ -366,16 +384,15 @@ def main(args: Args) -> str:
     if args.evaluate is not None:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
+    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
     envs = make_vector_env(args, args.num_envs)
     run = Run(args, checkpoint)
 
     # what a checkpoint holds: tables, what is known of the worlds, sums since the last report, generators
     num_states, num_actions = int(envs.single_observation_space.n), int(envs.single_action_space.n)
-    try:
-        q = np.zeros((args.num_envs, num_states, num_actions))
-        model, settings = make_model(*q.shape), make_settings(args)
-    except MemoryError as error:
-        fail(f"the tables do not fit into memory: {error}")
+    require_memory(100 * args.num_envs * num_states * num_actions, "the tables", torch.device("cpu"))
+    q = np.zeros((args.num_envs, num_states, num_actions))
+    model, settings = make_model(*q.shape), make_settings(args)
     sums = np.zeros((args.num_envs, 3))  # absolute TD errors of real steps, those of planning, updates of planning
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act", "planning"))}
     if checkpoint:
@@ -388,6 +405,7 @@ def main(args: Args) -> str:
           f"{num_states} states, {num_actions} actions, gamma {args.gamma}, alpha {args.learning_rate}, "
           f"{args.model}, {' '.join(args.env_kwargs)}")  # fmt: skip
 
+    envs.unwrapped.on_fault = run.abort
     dones, step = np.ones(args.num_envs, bool), run.step // args.num_envs
     eval_envs, world = None, known_dynamics(envs)
 
@@ -414,9 +432,6 @@ def main(args: Args) -> str:
         model = update(q, model, sums, transition, step, rng["planning"], settings)
         if args.save_buffer:
             run.parts["replay"] = model  # it may have grown
-        if not math.isfinite(sums.sum()):
-            culprit = "the environment's reward" if not np.isfinite(rewards).all() else "losses/td_error"
-            raise SystemExit(f"error: not finite at step {run.step}: {culprit}; the last checkpoint is intact")
         obs, dones = next_obs, terminations | truncations
         run.progress.update(args.num_envs)
         if dones.any():
@@ -426,8 +441,9 @@ def main(args: Args) -> str:
         if run.eval_due(dones):
             players = min(args.num_envs, args.eval_episodes)
             if eval_envs is None:
-                video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
+                video = run.picture("videos/evaluation.mp4") if args.capture_video else None
                 eval_envs = make_vector_env(args, players, video)
+                eval_envs.unwrapped.on_fault = run.abort
             returns = evaluate(values_to_play(q[:players], model, args), eval_envs, args, step, run.stop)
             if args.capture_video:  # the film is written when its environment closes
                 eval_envs.close()
@@ -446,6 +462,9 @@ def main(args: Args) -> str:
 
 
 # === Environment ===
+
+
+LATE_IMPORTS = []  # packages that are imported where they are used
 
 # S start, G goal (reward 1, the end), # wall. Where two mazes stand side by side, the second holds from CHANGES_AT on.
 MAZES = {
@@ -602,28 +621,145 @@ class EpisodeStatistics(gym.vector.VectorWrapper):
 
     def __init__(self, envs: gym.vector.VectorEnv, max_episode_steps: int):
         super().__init__(envs)
-        self.max_episode_steps, self.num_states = max_episode_steps, envs.single_observation_space.n
+        self.max_episode_steps = max_episode_steps
         self.returns, self.lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
 
     def reset(self, *, seed=None, options=None):
         self.returns[options["reset_mask"]] = 0
         self.lengths[options["reset_mask"]] = 0
-        obs, infos = self.env.reset(seed=seed, options=options)
-        return self.checked(obs), infos
-
-    def checked(self, obs: np.ndarray) -> np.ndarray:
-        """Compiled code does not look where it writes: states outside of the space end the run here."""
-        if obs.dtype.kind != "i" or obs.min() < 0 or obs.max() >= self.num_states:
-            raise SystemExit(f"error: an observation is not in Discrete({self.num_states}): {obs}")
-        return obs
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, actions):
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
-        self.checked(obs)
         self.returns += rewards
         self.lengths += 1
         truncations = truncations | (self.lengths >= self.max_episode_steps)  # deviation 3
         return obs, rewards, terminations, truncations, infos | {"episode": {"r": self.returns, "l": self.lengths}}
+
+
+def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool = True) -> gym.vector.VectorEnv:
+    """Environments, with workers several in a process each. The caller resets them, each episode with a seed.
+
+    A fault of theirs is told to `on_fault` in one line: `fail`, until there is a run that can be saved (Run.abort).
+    """
+    mode = gym.vector.AutoresetMode.DISABLED
+    if len(thunks) == 1 or not workers:
+        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    else:
+        multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # once for all
+        envs = gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+        warnings.filterwarnings("ignore", ".*ERROR: ")  # Gymnasium's own account of a worker's fault
+
+    def call(method: Callable, *args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # an environment may raise anything, and its process may die
+            envs.closed = True  # they cannot be: what is left of them ends with this process
+            envs.on_fault(f"{env_id}: {str(error) or 'the process of an environment has died'}")
+
+    envs.on_fault = fail
+    for name in {"reset", "step", "step_async", "step_wait"} & set(dir(envs)):
+        setattr(envs, name, functools.partial(call, getattr(envs, name)))
+    return envs
+
+
+def be_a_worker() -> None:
+    """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
+    os.setsid()  # signals to the process group are for the main process, which closes the workers
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+
+
+def rehearse(make_envs: Callable, film: bool) -> None:
+    """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
+
+    make_envs(video=path or None): one environment.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        envs = make_envs(video=f"{folder}/film.mp4" if film else None)
+        envs.on_fault = lambda line: fail(line + " (filmed: is OpenGL there? apt-get install -y libegl1 libgl1)" * film)
+        _, infos = envs.reset(seed=[0], options={"reset_mask": np.ones(1, bool)})
+        if "action_mask" not in infos:  # any action is legal
+            envs.action_space.seed(0)
+            envs.step(envs.action_space.sample())
+        envs.close()
+        if film and not os.listdir(folder):
+            fail("a film could not be written")
+
+
+class CheckedEnv(gym.Wrapper):
+    """An environment that raises one line, with its step, where it fails or returns what it may not.
+
+    Observations must have the form of their space, rewards be numbers, both finite. Of info only KEPT is passed on.
+    """
+
+    KEPT = "action_mask", "x_velocity"
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        return self.checked("reset", (), lambda: self.env.reset(seed=seed))
+
+    def step(self, action):
+        self.steps += 1
+        return self.checked("step", ("reward", "terminated", "truncated"), lambda: self.env.step(action))
+
+    def close(self) -> None:
+        warn_of_failure(super().close)
+
+    def checked(self, method: str, names: tuple, play: Callable) -> tuple:
+        """What play() returned: observation, numbers of these names, info."""
+        space = self.observation_space
+        try:
+            obs, *numbers, info = play()
+            if isinstance(space, gym.spaces.Box):
+                obs = finite("observation", obs, space.shape)
+            elif not space.contains(obs):
+                raise ValueError(f"observation {obs} is not in {space}")
+            numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
+            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+        except Exception as error:  # an environment may raise anything
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            returned = ", ".join(["observation", *names, "info"])
+            raise gym.error.Error(f"step {self.steps}: {reason} ({method} must return {returned})") from error
+
+
+def finite(name: str, value, shape: tuple) -> np.ndarray:
+    """The value as an array of that shape; raises ValueError if it is another one, or not finite (1e10 is absurd)."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub" or array.size != np.prod(shape, dtype=int) or (shape and array.shape != shape):
+        raise ValueError(f"{name} must be numbers of shape {shape}, not {array.dtype} of shape {array.shape}")
+    if not (np.abs(array) < 1e10).all():
+        raise ValueError(f"{name} is not finite, or absurd: {array}")
+    return array.reshape(shape)
+
+
+class Film(gym.wrappers.RecordVideo):
+    """MP4 of an environment's first episode; what cannot be written is a line, not the end of the run."""
+
+    def __init__(self, env: gym.Env, path: str):
+        folder, name = os.path.split(path.removesuffix(".mp4"))
+        super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
+
+    def stop_recording(self) -> None:
+        warn_of_failure(super().stop_recording)
+        self.recording, self.recorded_frames = False, []
+
+
+def make_gymnasium(env_id: str, **settings) -> gym.Env:
+    """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
+    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    try:
+        return gym.make(env_id, **settings)
+    except gym.error.UnregisteredEnv as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+    except Exception as error:  # many types, by environment and settings
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
 
 
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
@@ -631,17 +767,13 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
 
     def thunk() -> gym.Env:
         film = {"render_mode": "rgb_array"} if video else {}
-        env = gym.make(args.env_id, **film, **parse_kwargs(args))
+        env = CheckedEnv(make_gymnasium(args.env_id, **film, **parse_kwargs(args)))
         obs, action = env.observation_space, env.action_space
         if isinstance(obs, gym.spaces.Discrete) and obs.start:
             env = gym.wrappers.TransformObservation(env, lambda o: o - obs.start, gym.spaces.Discrete(obs.n))
         if isinstance(action, gym.spaces.Discrete) and action.start:
             env = gym.wrappers.TransformAction(env, lambda a: a + action.start, gym.spaces.Discrete(action.n))
-        if video:  # folder/prefix of the MP4
-            folder, prefix = os.path.split(video)
-            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
-        return env
+        return Film(env, video) if video else env
 
     return thunk
 
@@ -663,24 +795,13 @@ def parse_kwargs(args: Args) -> dict:
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """Environments that the caller resets one by one, each episode with a seed (autoreset off)."""
+    """The task's environments side by side; the first episode of the first is filmed into `video`, path of an MP4."""
     register_mazes()
-    try:
-        if args.env_id in MAZES and not video:
-            envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **parse_kwargs(args))
-        else:
-            thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
-            envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-    except gym.error.DependencyNotInstalled as error:
-        fail(str(error).replace("\n", " "))
-    except ModuleNotFoundError as error:
-        missing = f"pip install {error.name}" if error.name else str(error).partition(".")[0]
-        fail(f"{args.env_id} needs a package that is not installed: {missing}")
-    except Exception as error:  # many types, by environment and settings
-        close = difflib.get_close_matches(args.env_id, gym.registry, n=3, cutoff=0.5)
-        hint = "" if args.env_id.split(":")[-1] in gym.registry else f" Close: {', '.join(close) or 'none'}"
-        reason = (str(error) or repr(error)).splitlines()[0]
-        fail(f"cannot make {' '.join([repr(args.env_id), *args.env_kwargs])}: {reason}{hint}")
+    if args.env_id in MAZES and not video:
+        envs = MazeVector(num_envs, **gym.spec(args.env_id).kwargs | parse_kwargs(args))
+    else:
+        thunks = [make_env(args, video if i == 0 else None) for i in range(num_envs)]
+        envs = side_by_side(args.env_id, thunks, workers=False)
     for kind, space in (("observations", envs.single_observation_space), ("actions", envs.single_action_space)):
         if not isinstance(space, gym.spaces.Discrete):
             fail(f"{args.env_id}: {kind} must be Discrete, not {space}")
@@ -717,7 +838,7 @@ def evaluate_run(args: Args) -> str:
     refuse_changes(args, checkpoint, "evaluate eval_episodes capture_video cuda seed")
     stop, step = StopRequest(), checkpoint["global_step"] // args.num_envs
     players = min(args.num_envs, args.eval_episodes)
-    envs = make_vector_env(args, players, f"{args.evaluate}/videos/evaluate" if args.capture_video else None)
+    envs = make_vector_env(args, players, f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None)
     q = checkpoint["parts"]["agent"]["q_table"].numpy()[:players]
     if "replay" in checkpoint["parts"]:
         q = values_to_play(q, load_model(checkpoint["parts"]["replay"]), args)
@@ -841,9 +962,53 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def warn_of_failure(function: Callable, *args) -> None:
+    """Makes what no run depends on, such as a picture: a failure is one line."""
+    try:
+        function(*args)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+
+
+def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
+    """What ends the program or a thread: a failure of files and disks, or Ctrl-C, in one line; all else as usual."""
+    if issubclass(kind, OSError | KeyboardInterrupt):
+        print(f"error: {error or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def check_bounds(args: Args) -> None:
+    """Refuses in one line what is not within the bounds that stand beside each setting; nan never is."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
+        if type(None) in get_args(hint):  # Count | None
+            hint = get_args(hint)[0]
+        pairs = zip(get_args(hint), value, strict=False) if isinstance(value, tuple) else [(hint, value)]
+        for kind, number in pairs:
+            for low, high in [kind.__metadata__] if hasattr(kind, "__metadata__") and number is not None else []:
+                if not low <= number <= high:
+                    fail(f"--{name.replace('_', '-')} must be at least {low} and at most {high}, not {value}")
+
+
+def require_memory(num_bytes: float, setting: str, device: torch.device) -> None:
+    """Refuses in one line what the device has no room for, before it is made."""
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[1]
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > room:
+        fail(f"{setting}: {num_bytes / 1e9:.1f} GB do not fit into the {room / 1e9:.1f} GB of {device}")
+
+
 def parse_args() -> Args:
     """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    sys.excepthook, threading.excepthook = print_exception, lambda hook: print_exception(*hook)
     args = tyro.cli(Args)
+    if args.resume == "auto":
+        found = glob.glob(f"{glob.escape(folder_name(args))}__*/checkpoint.pt")
+        args = replace(args, resume=max(found, key=os.path.getmtime, default=None))
     given = {name: getattr(args, name) for name in ("resume", "evaluate") if getattr(args, name) is not None}
     if len(given) == 2:
         fail("--resume or --evaluate, not both")
@@ -922,9 +1087,13 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     return values
 
 
+def folder_name(args: Args) -> str:
+    """runs/<task>__<script>__<seed>, in letters that every file system takes; a run's folder ends in its time."""
+    return "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
+
+
 def new_folder(args: Args) -> str:
-    """Makes runs/<task>__<script>__<seed>__<time>, in letters that every file system takes."""
-    name = "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = f"{folder_name(args)}__{int(time.time())}"
     while True:
         try:
             os.makedirs(name)
@@ -934,13 +1103,17 @@ def new_folder(args: Args) -> str:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once."""
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once.
+
+    An environment that keeps the loop from getting there is given up after five seconds.
+    """
 
     def __init__(self):
         self.requested = 0
         signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
         heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]  # nohup has SIGHUP ignored
         self.previous = {s: signal.signal(s, self) for s in heard}
+        self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
 
     def __call__(self, signum: int, frame) -> None:
         if self.requested:
@@ -948,6 +1121,14 @@ class StopRequest:
         self.requested = signum
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+        signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
+
+    def give_up(self, signum: int, frame) -> None:
+        """An alarm: if the program is in a call of its environments, this call is left."""
+        while frame is not None:
+            if "vector_env" in frame.f_code.co_filename:
+                raise TimeoutError("the environment does not return")
+            frame = frame.f_back
 
     def lost(self, stream) -> None:
         """The reader of standard output or error has gone: asks for the end, as Ctrl-C does, and writes to nobody."""
@@ -956,6 +1137,7 @@ class StopRequest:
 
     def exit(self) -> None:
         """Hands the signals back; ends the process with the usual code if one has come."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
         if self.requested:
@@ -976,7 +1158,7 @@ class Bar(tqdm):
 
 # Settings that touch nothing that is learned: a resume may change them.
 FREE = "resume total_timesteps cuda track wandb_project_name wandb_entity exp_name capture_video save_model "
-FREE += "eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
+FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
 
 
 class Run:
@@ -987,11 +1169,9 @@ class Run:
             refuse_changes(args, checkpoint, FREE)
         if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
             fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
-        if args.track:
-            try:
-                import wandb
-            except ImportError:
-                fail("--track needs Weights and Biases: pip install wandb")
+        for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
+            if importlib.util.find_spec(name) is None:
+                fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1000,6 +1180,8 @@ class Run:
             if checkpoint and os.stat(f"{self.folder}/checkpoint.pt").st_ino != checkpoint["inode"]:
                 fail(f"{self.folder} has gone on meanwhile: resume it again")
             if args.track:  # before the writer is made, which it listens to
+                import wandb
+
                 name = os.path.basename(self.folder)
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
                            resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
@@ -1016,7 +1198,8 @@ class Run:
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
-        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        owed = checkpoint and checkpoint["parts"]["eval_owed"]  # the run was stopped before it
+        self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
     def keep(self, parts: dict, rng: dict) -> None:
@@ -1059,19 +1242,23 @@ class Run:
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
         ending = self.stop.requested or self.step >= self.args.total_timesteps
-        due = ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1))
-        if due and self.saved_step != self.step:
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.save()
+        return not ending
+
+    def save(self) -> None:
+        """Writes the checkpoint of this step, if it is not there yet."""
+        if self.saved_step != self.step:
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
-            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+            owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+            save_checkpoint(self.folder, self.args, self.step, self.parts | owed, self.rng)
             self.saved_step = self.step
-        return not ending
 
     def eval_due(self, dones: np.ndarray) -> bool:
         """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""
         due = self.step >= self.next_eval and not self.stop.requested
-        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         if due:
             self.goes_on(dones)
             self.tick("evaluating")
@@ -1098,8 +1285,25 @@ class Run:
         self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
 
     def log_evaluation(self, returns: np.ndarray) -> None:
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def picture(self, kind: str) -> str:
+        """Path of a new picture, kind = name.suffix; of each kind the newest keep_pictures stay."""
+        name, suffix = os.path.splitext(f"{self.folder}/{kind}")
+        old = sorted(glob.glob(f"{glob.escape(name)}_*{suffix}"), key=os.path.getmtime)
+        for path in old[: max(0, len(old) + 1 - self.args.keep_pictures)]:
+            os.remove(path)
+        return f"{name}_{self.step}{suffix}"
+
+    def abort(self, fault: str) -> NoReturn:
+        """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
+        self.save()
+        self.progress.close()
+        print(f"error: {fault}; checkpoint at step {self.step}", file=sys.stderr)
+        self.stop.exit()
+        raise SystemExit(1)
 
     def close(self, weights: dict) -> str:
         """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
@@ -1116,17 +1320,7 @@ class Run:
 
 def check_args(args: Args) -> None:
     """Refuses impossible numbers in one line."""
-    at_least = {
-        1: "total_timesteps num_envs eval_episodes max_episode_steps report_frequency",
-        0: "seed eval_frequency checkpoint_frequency gamma learning_rate epsilon planning_steps kappa theta",
-    }
-    for bound, names in at_least.items():
-        for name in names.split():
-            if not getattr(args, name) >= bound:
-                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(args, name)}")
-    for name in ("gamma", "learning_rate", "epsilon"):
-        if getattr(args, name) > 1:
-            fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
+    check_bounds(args)
     if args.prioritized and (args.kappa > 0 or args.planning_steps == 0):
         fail("--prioritized goes with --planning-steps of at least 1 and without --kappa")
 

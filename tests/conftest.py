@@ -13,7 +13,7 @@ from runs import SCRIPTS, WRITERS, close_writers
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM
 
 torch.set_num_threads(1)
 multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])
@@ -31,6 +31,7 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.setattr(SummaryWriter, "__init__", lambda self, *a, **k: (WRITERS.append(self), init(self, *a, **k))[1])
     yield
     close_writers()
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -1,7 +1,9 @@
 """Tiny environments for the tests, registered on import: `gym.make("fake_envs:TinyPixels-v0")` works in any process."""
 
 import importlib
+import os
 import sys
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -129,7 +131,7 @@ class OneState(gym.Env):
         return 0, 1.0, False, False, {}
 
 
-POINT_ENDS = {"Point": np.inf, "NanPoint": np.inf, "DeadlyPoint": 1.2}  # how far from 0 a point may be
+POINT_ENDS = {"NanPoint": np.inf, "DeadlyPoint": 1.2}  # how far from 0 a point may be; else everywhere
 
 
 class Point(gym.Env):
@@ -149,6 +151,7 @@ class Point(gym.Env):
         for script in map(sys.modules.get, ("__main__", "mbpo", "dhmbpo")):
             if hasattr(script, "TERMINATIONS"):
                 script.TERMINATIONS.update({name: beyond(edge) for name, edge in POINT_ENDS.items()})
+                script.TERMINATIONS.update({name: beyond(np.inf) for name in POINTS})
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -194,6 +197,62 @@ def register(name: str, entry_point, max_episode_steps: int | None, **kwargs) ->
     gym.register(name, entry_point, max_episode_steps=max_episode_steps, kwargs=kwargs, **plain)
 
 
+class Faulty(gym.Wrapper):
+    """An environment that does `fault` at the 31st step of its life (at once, if `early`)."""
+
+    def __init__(self, env, fault: str, early: bool):
+        super().__init__(env)
+        self.fault, self.last_good, self.total_steps = fault, 0 if early else 30, 0
+
+    def reset(self, *, seed=None, options=None):
+        assert self.fault != "options" or options is None or options["level"]
+        obs, _ = self.env.reset(seed=seed)
+        return obs if self.fault == "old reset" and not self.last_good else (obs, {"episode": self.total_steps})
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.total_steps += 1
+        if self.total_steps <= self.last_good:
+            return obs, reward, terminated, truncated, {"episode": self.total_steps}
+        if self.fault == "hang":
+            open("hanging", "w").close()
+            time.sleep(1e6)
+        if self.fault == "die":
+            os._exit(9)
+        if self.fault == "raise":
+            raise KeyError("the road has ended\nsecond line")
+        if self.fault == "longer" and isinstance(obs, np.ndarray):
+            return np.concatenate([obs, obs]), reward, terminated, truncated, {}
+        if self.fault == "nan" and isinstance(obs, np.ndarray) and obs.dtype.kind == "f":
+            return obs * np.nan, reward, terminated, truncated, {}
+        if self.fault in ("longer", "nan"):
+            return None, reward, terminated, truncated, {}
+        if self.fault == "old step":
+            return obs, reward, terminated or truncated, {}
+        rewards = {"array": np.array([reward]), "none": None, "two": np.ones(2), "text": "1", "huge": 1e30}
+        return obs, rewards.get(self.fault, reward), terminated, truncated, {"episode": self.total_steps}
+
+
+def faulty(of: str, fault: str, early: bool, render_mode=None) -> gym.Env:
+    return Faulty(gym.make(f"fake_envs:{of}", render_mode=render_mode).unwrapped, fault, early)
+
+
+# What a fault says; nothing, where it is none.
+FAULTS = {
+    "raise": "the road has ended",
+    "longer": "observation",
+    "nan": "observation",
+    "old step": "step must return observation, reward, terminated, truncated, info",
+    "old reset": "reset must return observation, info",
+    "none": "reward must be numbers",
+    "two": "reward must be numbers of shape (), not float64 of shape (2,)",
+    "text": "reward must be numbers",
+    "huge": "reward is not finite, or absurd: 1e+30",
+    "die": "the process of an environment has died",
+    "hang": "",
+    "array": "",
+    "options": "",
+}
 BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
 PIXELS = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
 PAIR, THREE = gym.spaces.MultiDiscrete([2, 3]), gym.spaces.Discrete(3)
@@ -223,6 +282,15 @@ register("MultiDiscreteAction-v0", OddSpaces, 12, observation_space=VECTOR, acti
 register("PixelsMultiDiscrete-v0", OddSpaces, 12, observation_space=PIXELS, action_space=PAIR)
 register("BoxAction-v0", OddSpaces, 12, observation_space=THREE, action_space=BOX)
 register("MissingPackage-v0", missing_package, 12)
+
+
+POINTS = {"Point"}
+for name in ("TinyPixels-v0", "DiscreteCounter-v0", "Ladder-v0", "Point-v0"):
+    for fault in FAULTS:
+        for early in (False, True):
+            prefix = "Faulty" + "Early" * early + fault.title().replace(" ", "")
+            register(prefix + name, faulty, 12, of=name, fault=fault, early=early)
+            POINTS.add(prefix + "Point")
 
 
 def run_script(stem: str, settings: dict) -> None:

@@ -174,8 +174,6 @@ TRAITS = {
         "two": VECTORS | TWO_ENVS,  # two environments side by side
         "workers": True,  # each of which has a process of its own
         "kills": 12,
-        "nan reward": {"env_id": "fake_envs:NanReward-v0"},  # from step 31 on
-        "spoiled": "the environment's observation or reward",  # what is blamed for such a reward
         "fixed": "batch_size",  # one of the settings that a resume may not change
     },
     "dreamer_v3": {
@@ -192,8 +190,6 @@ TRAITS = {
         "two": TWO_ENVS,
         "workers": False,
         "kills": 4,  # each costs a compilation
-        "nan reward": {"env_id": "fake_envs:NanLadder-v0"},
-        "spoiled": "the environment's reward",
         "fixed": "planning_steps",
     },
     "mbpo": {
@@ -201,8 +197,6 @@ TRAITS = {
         "two": TWO_ENVS,
         "workers": True,
         "kills": 6,
-        "nan reward": {"env_id": "fake_envs:NanPoint-v0"},
-        "spoiled": "the environment's observation or reward",
         "fixed": "batch_size",
     },
     "dhmbpo": {
@@ -210,8 +204,6 @@ TRAITS = {
         "two": TWO_ENVS,
         "workers": True,
         "kills": 6,
-        "nan reward": {"env_id": "fake_envs:NanPoint-v0"},
-        "spoiled": "the environment's observation or reward",
         "fixed": "batch_size",
     },
     "muzero": {
@@ -219,8 +211,6 @@ TRAITS = {
         "two": TWO_ENVS,
         "workers": False,
         "kills": 6,
-        "nan reward": {"env_id": "fake_envs:NanCounter-v0"},
-        "spoiled": "the environment's observation or reward",
         "fixed": "batch_size",
     },
     "world_models": {
@@ -228,8 +218,6 @@ TRAITS = {
         "two": TWO_ENVS,
         "workers": True,
         "kills": 6,
-        "nan reward": {"env_id": "fake_envs:NanReward-v0"},
-        "spoiled": "the environment's reward",
         "fixed": "vae_batch_size",
     },
 }

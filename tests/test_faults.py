@@ -8,26 +8,99 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, TINY, TRAITS, error_of, flags_of, load, not_finite, resume, run, start, tiny, wait_for
+from fake_envs import FAULTS
+from runs import (
+    ROOT,
+    TINY,
+    TRAITS,
+    differences,
+    error_of,
+    flags_of,
+    load,
+    not_finite,
+    processes_in,
+    resume,
+    run,
+    start,
+    tiny,
+    wait_for,
+)
 
-# === Bad numbers ===
+UNKNOWN = ["/agent/bounds"]  # what may be not finite: dhmbpo.py's bounds of values, before the first block
+
+# === Environments that misbehave ===
 
 
-@pytest.mark.parametrize("prefill", [True, False], ids=["first steps", "later"])
-def test_what_is_not_finite_is_never_stored(script, prefill, monkeypatch):
-    """A reward that is no number, or absurd: exit code 1, the checkpoint before it is finite and goes on from there."""
-    changes = TRAITS[script.__name__]["nan reward"] | {"checkpoint_frequency": 12, "total_timesteps": 240}
-    if prefill:
-        changes |= {"learning_starts": 120} if "learning_starts" in TINY[script.__name__] else {}
-    with pytest.raises(SystemExit, match="not finite at step 3[0-2]"):
-        run(script, **changes)
+def faulty(script, fault: str) -> str:
+    """The id of the tiny environment of a script with a fault."""
+    return TINY[script.__name__]["env_id"].replace(":", f":Faulty{fault.title().replace(' ', '')}")
+
+
+def fault_of(capsys, script, folder: str) -> str:
+    """The one line in which a run ended, whose checkpoint resumes and is finite."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "Traceback" not in lines[0], lines
+    assert set(not_finite(load(folder)["parts"])) <= set(UNKNOWN)
+    return lines[0]
+
+
+@pytest.mark.parametrize("fault", [name for name, said in FAULTS.items() if said and name not in ("die", "old reset")])
+def test_a_fault_of_an_environment_is_a_line_and_the_run_is_saved(script, fault, capsys):
+    """At step 31: what was before it is in the checkpoint, exit code 1."""
+    env_id = faulty(script, fault)
+    with pytest.raises(SystemExit) as stopped:
+        run(script, env_id=env_id, total_timesteps=240)
     folder = str(next(Path.cwd().glob("run_0/runs/*")))
-    state = load(folder)
-    unknown = ["/agent/bounds"]  # dhmbpo.py: of values, before the first block
-    assert state["global_step"] == 24 and set(not_finite(state["parts"])) <= set(unknown)
-    with pytest.raises(SystemExit, match="not finite"):  # 30 healthy steps of the new environment, then again
-        resume(script, folder, **changes)
-    assert load(folder)["global_step"] == 48 and set(not_finite(load(folder)["parts"])) <= set(unknown)
+    line = fault_of(capsys, script, folder)
+    assert stopped.value.code == 1 and FAULTS[fault] in line and f"{env_id}: step 31: " in line and "\n" not in line
+    assert load(folder)["global_step"] >= 30 and f"checkpoint at step {load(folder)['global_step']}" in line
+    with pytest.raises(SystemExit):  # 30 healthy steps of the new environment, then again
+        resume(script, folder, env_id=env_id, total_timesteps=240)
+    assert load(folder)["global_step"] >= 60
+
+
+@pytest.mark.parametrize("fault", [name for name, said in FAULTS.items() if said and name != "die"])
+def test_a_fault_at_the_first_step_is_refused_before_there_is_a_folder(script, fault, capsys):
+    """Exit code 2, one line."""
+    line = error_of(capsys, run, script, env_id=faulty(script, "early " + fault))
+    assert FAULTS[fault] in line and not list(Path.cwd().glob("run_0/runs/*"))
+
+
+@pytest.mark.parametrize("fault", ["array", "options"])
+def test_what_is_no_fault(script, fault):
+    """Rewards of one element, an `episode` of the environment's own in info; options are None where there are none."""
+    folder, plain = run(script, env_id=faulty(script, fault)), run(script)
+    assert differences(load(folder)["parts"], load(plain)["parts"]) == []
+
+
+@pytest.mark.parametrize("fault", ["die", "nan"])
+def test_a_fault_in_a_worker_process(script, fault):
+    """One line, exit code 1, saved, and no process is left."""
+    if not TRAITS[script.__name__]["workers"]:
+        pytest.skip("plays all environments in its own process")
+    flags = flags_of(tiny(script, env_id=faulty(script, fault), num_envs=4, total_timesteps=10**6))
+    process = start(script, *flags)
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if line.startswith("error")]
+    assert process.returncode == 1 and len(lines) == 1 and FAULTS[fault] in lines[0] and "Traceback" not in err, err
+    assert load(str(next(Path("runs").iterdir())))["global_step"] > 0
+    wait_for(lambda: not processes_in(str(Path.cwd())))
+
+
+@pytest.mark.parametrize(("num_envs", "number"), [(1, signal.SIGTERM), (4, signal.SIGTERM), (4, signal.SIGKILL)])
+def test_an_environment_that_hangs_holds_nothing(script, num_envs, number):
+    """Five seconds after a request the run is saved and ends; no process is left, after a kill neither."""
+    workers = TRAITS[script.__name__]["workers"]
+    if num_envs > 1 and not workers:
+        pytest.skip("plays all environments in its own process")
+    settings = {"env_id": faulty(script, "hang"), "num_envs": num_envs, "total_timesteps": 10**6}
+    process = start(script, *flags_of(tiny(script, **settings)))
+    wait_for(Path("hanging").exists)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == (128 + number if number == signal.SIGTERM else -number), err
+    assert "Traceback" not in err and (number == signal.SIGKILL or "does not return" in err)
+    wait_for(lambda: not processes_in(str(Path.cwd())))
 
 
 # === One process for each run folder ===

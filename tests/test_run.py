@@ -37,7 +37,6 @@ from runs import (
     flags_of,
     load,
     losses,
-    not_finite,
     processes_in,
     resume,
     run,
@@ -501,7 +500,7 @@ BAD_MODELS = {
     "negative share": ({"real_ratio": -0.1}, "--real-ratio"),
     "learning rate": ({"model_lr": -1e-3}, "--model-lr"),
     "start": ({"learning_starts": 1}, "--learning-starts"),
-    "nothing to hold out": ({"learning_starts": 4}, "--learning-starts must be at least 5"),
+    "nothing to hold out": ({"learning_starts": 4}, "--learning-starts 4 must be from 5"),
     "small buffer": ({"buffer_size": 11}, "--buffer-size 11 does not hold the 24 steps"),
     "no length": ({"rollout_schedule": (0, 1, 0, 1)}, "--rollout-schedule"),
     "negative updates": ({"updates_per_step": -1}, "--updates-per-step"),
@@ -619,7 +618,8 @@ def test_tracking_starts_before_the_log_that_it_listens_to(script, monkeypatch):
     """W&B patches the event writer, so wandb.init must come first; it gets the run's name and all settings."""
     calls = []
     writers = len(WRITERS)
-    fake = types.SimpleNamespace(init=lambda **settings: calls.append((len(WRITERS) - writers, settings)))
+    fake = types.SimpleNamespace(__spec__=importlib.machinery.ModuleSpec("wandb", None))
+    fake.init = lambda **settings: calls.append((len(WRITERS) - writers, settings))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run_dir = run(script, track=True)
     [(made, settings)] = calls
@@ -668,20 +668,6 @@ def test_a_full_disk_is_said_in_one_line(script, monkeypatch):
 
 
 # === Losses that are not finite ===
-
-
-def test_nan_reward_stops_the_run_and_keeps_the_last_checkpoint(script):
-    """The losses are named; the checkpoint from before is finite and loads."""
-    traits = TRAITS[script.__name__]
-    with pytest.raises(SystemExit) as stopped:
-        run(script, **traits["nan reward"], total_timesteps=240, checkpoint_frequency=12)
-    assert stopped.value.code not in (0, None)
-    message = str(stopped.value.code)
-    assert traits["spoiled"] in message and "not finite" in message
-    run_dir = str(next(Path.cwd().glob("run_0/runs/*")))
-    state = load(run_dir)
-    assert 0 < state["global_step"] <= 36
-    assert not_finite(state["parts"]) == []
 
 
 # === Evaluation and videos ===
@@ -736,7 +722,7 @@ def test_capture_video_films_the_evaluation(script, monkeypatch):
     run_dir = run(script, total_timesteps=24, eval_frequency=12, eval_episodes=1, capture_video=True)
     videos = list(Path(run_dir).rglob("*.mp4"))
     assert len(videos) == 2 and all(video.stat().st_size > 500 for video in videos)
-    folder = run(script, total_timesteps=12)
+    folder = run(script, total_timesteps=24)
     command_line(monkeypatch, script, "--evaluate", folder, "--eval-episodes", "2", "--capture-video")
     videos = list(Path(folder).rglob("*.mp4"))
     assert len(videos) == 1 and videos[0].stat().st_size > 500
