@@ -53,6 +53,8 @@ import contextlib
 import difflib
 import fcntl
 import functools
+import glob
+import importlib.util
 import io
 import math
 import multiprocessing
@@ -64,14 +66,17 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
-from typing import Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -82,11 +87,21 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+# What a setting may be: its least and its greatest value.
+Count = Annotated[int, 1, 10**9]
+Natural = Annotated[int, 0, 10**9]
+Seed = Annotated[int, 0, 2**53]
+Few = Annotated[int, 1, 1024]
+Share = Annotated[float, 0.0, 1.0]
+Positive = Annotated[float, 1e-12, 1e9]
+Amount = Annotated[float, 0.0, 1e9]
+Real = Annotated[float, -1e9, 1e9]
+
 
 @dataclass
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
-    seed: int = 1  # seed of every random generator of the run
+    seed: Seed = 1  # seed of every random generator of the run
     torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
     cuda: bool = True  # train on the GPU if there is one
     track: bool = False  # also log to Weights and Biases
@@ -94,11 +109,12 @@ class Args:
     wandb_entity: str | None = None  # the team at Weights and Biases
     capture_video: bool = False  # write an MP4 of the first episode of every evaluation into the run folder
     save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
-    eval_frequency: int = 10_000  # environment steps between evaluations, 0 = none
-    eval_episodes: int = 10  # episodes of one evaluation
-    checkpoint_frequency: int = 50_000  # environment steps between checkpoints, 0 = only at the end or when interrupted
+    keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
+    eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
+    eval_episodes: Count = 10  # episodes of one evaluation
+    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
-    resume: str | None = None  # run folder to continue
+    resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
 
     # Algorithm specific arguments: the task
@@ -939,23 +955,116 @@ def make_vector_env(args: Args, renderer: str, num_envs: int, video: str | None 
     return side_by_side([make_env(args, renderer, video if i == 0 else None) for i in range(num_envs)])
 
 
-def side_by_side(thunks: list[Callable[[], gym.Env]]) -> gym.vector.VectorEnv:
-    """One environment in this process, several in one each. The caller resets them, each episode with a seed."""
+def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool = True) -> gym.vector.VectorEnv:
+    """Environments, with workers several in a process each. The caller resets them, each episode with a seed.
+
+    A fault of theirs is told to `on_fault` in one line: `fail`, until there is a run that can be saved (Run.abort).
+    """
     mode = gym.vector.AutoresetMode.DISABLED
-    if len(thunks) == 1:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
-    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # imported once for all
-    return gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+    if len(thunks) == 1 or not workers:
+        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
+    else:
+        multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # once for all
+        envs = gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
+        warnings.filterwarnings("ignore", ".*ERROR: ")  # Gymnasium's own account of a worker's fault
+
+    def call(method: Callable, *args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # an environment may raise anything, and its process may die
+            envs.closed = True  # they cannot be: what is left of them ends with this process
+            envs.on_fault(f"{env_id}: {str(error) or 'the process of an environment has died'}")
+
+    envs.on_fault = fail
+    for name in {"reset", "step", "step_async", "step_wait"} & set(dir(envs)):
+        setattr(envs, name, functools.partial(call, getattr(envs, name)))
+    return envs
 
 
-def require_film(args: Args, make: Callable[[], gym.Env]) -> None:
-    """Tries the first picture of a film, whose failures have many types, by environment and OpenGL library."""
-    try:
-        film = make()
-        film.reset()
-        film.close()
-    except Exception as error:
-        fail(f"cannot film {args.env_id}, is OpenGL there (apt-get install -y libegl1 libgl1)? {error}")
+def be_a_worker() -> None:
+    """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
+    os.setsid()  # signals to the process group are for the main process, which closes the workers
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+
+
+def rehearse(make_envs: Callable, film: bool) -> None:
+    """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
+
+    make_envs(video=path or None): one environment.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        envs = make_envs(video=f"{folder}/film.mp4" if film else None)
+        envs.on_fault = lambda line: fail(line + " (filmed: is OpenGL there? apt-get install -y libegl1 libgl1)" * film)
+        _, infos = envs.reset(seed=[0], options={"reset_mask": np.ones(1, bool)})
+        if "action_mask" not in infos:  # any action is legal
+            envs.action_space.seed(0)
+            envs.step(envs.action_space.sample())
+        envs.close()
+        if film and not os.listdir(folder):
+            fail("a film could not be written")
+
+
+class CheckedEnv(gym.Wrapper):
+    """An environment that raises one line, with its step, where it fails or returns what it may not.
+
+    Observations must have the form of their space, rewards be numbers, both finite. Of info only KEPT is passed on.
+    """
+
+    KEPT = "action_mask", "x_velocity"
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        return self.checked("reset", (), lambda: self.env.reset(seed=seed))
+
+    def step(self, action):
+        self.steps += 1
+        return self.checked("step", ("reward", "terminated", "truncated"), lambda: self.env.step(action))
+
+    def close(self) -> None:
+        warn_of_failure(super().close)
+
+    def checked(self, method: str, names: tuple, play: Callable) -> tuple:
+        """What play() returned: observation, numbers of these names, info."""
+        space = self.observation_space
+        try:
+            obs, *numbers, info = play()
+            if isinstance(space, gym.spaces.Box):
+                obs = finite("observation", obs, space.shape)
+            elif not space.contains(obs):
+                raise ValueError(f"observation {obs} is not in {space}")
+            numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
+            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+        except Exception as error:  # an environment may raise anything
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            returned = ", ".join(["observation", *names, "info"])
+            raise gym.error.Error(f"step {self.steps}: {reason} ({method} must return {returned})") from error
+
+
+def finite(name: str, value, shape: tuple) -> np.ndarray:
+    """The value as an array of that shape; raises ValueError if it is another one, or not finite (1e10 is absurd)."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub" or array.size != np.prod(shape, dtype=int) or (shape and array.shape != shape):
+        raise ValueError(f"{name} must be numbers of shape {shape}, not {array.dtype} of shape {array.shape}")
+    if not (np.abs(array) < 1e10).all():
+        raise ValueError(f"{name} is not finite, or absurd: {array}")
+    return array.reshape(shape)
+
+
+class Film(gym.wrappers.RecordVideo):
+    """MP4 of an environment's first episode; what cannot be written is a line, not the end of the run."""
+
+    def __init__(self, env: gym.Env, path: str):
+        folder, name = os.path.split(path.removesuffix(".mp4"))
+        super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
+
+    def stop_recording(self) -> None:
+        warn_of_failure(super().stop_recording)
+        self.recording, self.recorded_frames = False, []
 
 
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
@@ -1362,9 +1471,53 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def warn_of_failure(function: Callable, *args) -> None:
+    """Makes what no run depends on, such as a picture: a failure is one line."""
+    try:
+        function(*args)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+
+
+def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
+    """What ends the program or a thread: a failure of files and disks, or Ctrl-C, in one line; all else as usual."""
+    if issubclass(kind, OSError | KeyboardInterrupt):
+        print(f"error: {error or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def check_bounds(args: Args) -> None:
+    """Refuses in one line what is not within the bounds that stand beside each setting; nan never is."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
+        if type(None) in get_args(hint):  # Count | None
+            hint = get_args(hint)[0]
+        pairs = zip(get_args(hint), value, strict=False) if isinstance(value, tuple) else [(hint, value)]
+        for kind, number in pairs:
+            for low, high in [kind.__metadata__] if hasattr(kind, "__metadata__") and number is not None else []:
+                if not low <= number <= high:
+                    fail(f"--{name.replace('_', '-')} must be at least {low} and at most {high}, not {value}")
+
+
+def require_memory(num_bytes: float, setting: str, device: torch.device) -> None:
+    """Refuses in one line what the device has no room for, before it is made."""
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[1]
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > room:
+        fail(f"{setting}: {num_bytes / 1e9:.1f} GB do not fit into the {room / 1e9:.1f} GB of {device}")
+
+
 def parse_args() -> Args:
     """Command line; with --resume or --evaluate the run's own settings are the defaults."""
+    sys.excepthook, threading.excepthook = print_exception, lambda hook: print_exception(*hook)
     args = tyro.cli(Args)
+    if args.resume == "auto":
+        found = glob.glob(f"{glob.escape(folder_name(args))}__*/checkpoint.pt")
+        args = replace(args, resume=max(found, key=os.path.getmtime, default=None))
     given = {name: getattr(args, name) for name in ("resume", "evaluate") if getattr(args, name) is not None}
     if len(given) == 2:
         fail("--resume or --evaluate, not both")
@@ -1443,24 +1596,13 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     return values
 
 
-def require_finite_arrays(global_step: int, source: str, *arrays: np.ndarray) -> None:
-    """Stops the run before what is not finite, or absurd, gets into the replay."""
-    if not all((np.abs(array) < 1e10).all() for array in arrays):
-        raise SystemExit(f"error: not finite at step {global_step}: {source}; the last checkpoint is intact")
-
-
-def warn_of_failure(function: Callable, *args) -> None:
-    """Makes what no run depends on, such as a picture: a failure is one line."""
-    try:
-        function(*args)
-    except Exception as error:
-        with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+def folder_name(args: Args) -> str:
+    """runs/<task>__<script>__<seed>, in letters that every file system takes; a run's folder ends in its time."""
+    return "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
 
 
 def new_folder(args: Args) -> str:
-    """Makes runs/<task>__<script>__<seed>__<time>, in letters that every file system takes."""
-    name = "runs/" + re.sub(r"[^\w.+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = f"{folder_name(args)}__{int(time.time())}"
     while True:
         try:
             os.makedirs(name)
@@ -1470,13 +1612,17 @@ def new_folder(args: Args) -> str:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once."""
+    """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once.
+
+    An environment that keeps the loop from getting there is given up after five seconds.
+    """
 
     def __init__(self):
         self.requested = 0
         signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
         heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]  # nohup has SIGHUP ignored
         self.previous = {s: signal.signal(s, self) for s in heard}
+        self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
 
     def __call__(self, signum: int, frame) -> None:
         if self.requested:
@@ -1484,6 +1630,14 @@ class StopRequest:
         self.requested = signum
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
+        signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
+
+    def give_up(self, signum: int, frame) -> None:
+        """An alarm: if the program is in a call of its environments, this call is left."""
+        while frame is not None:
+            if "vector_env" in frame.f_code.co_filename:
+                raise TimeoutError("the environment does not return")
+            frame = frame.f_back
 
     def lost(self, stream) -> None:
         """The reader of standard output or error has gone: asks for the end, as Ctrl-C does, and writes to nobody."""
@@ -1492,6 +1646,7 @@ class StopRequest:
 
     def exit(self) -> None:
         """Hands the signals back; ends the process with the usual code if one has come."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
         if self.requested:
@@ -1512,7 +1667,7 @@ class Bar(tqdm):
 
 # Settings that touch nothing that is learned: a resume may change them.
 FREE = "resume total_timesteps cuda track wandb_project_name wandb_entity exp_name capture_video save_model "
-FREE += "eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
+FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
 
 
 class Run:
@@ -1523,11 +1678,9 @@ class Run:
             refuse_changes(args, checkpoint, FREE)
         if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
             fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
-        if args.track:
-            try:
-                import wandb
-            except ImportError:
-                fail("--track needs Weights and Biases: pip install wandb")
+        for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
+            if importlib.util.find_spec(name) is None:
+                fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1536,6 +1689,8 @@ class Run:
             if checkpoint and os.stat(f"{self.folder}/checkpoint.pt").st_ino != checkpoint["inode"]:
                 fail(f"{self.folder} has gone on meanwhile: resume it again")
             if args.track:  # before the writer is made, which it listens to
+                import wandb
+
                 name = os.path.basename(self.folder)
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name,
                            resume="allow", config=asdict(args), sync_tensorboard=True)  # fmt: skip
@@ -1552,7 +1707,8 @@ class Run:
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
-        self.next_eval = next_multiple(self.step, args.eval_frequency)
+        owed = checkpoint and checkpoint["parts"]["eval_owed"]  # the run was stopped before it
+        self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
     def keep(self, parts: dict, rng: dict) -> None:
@@ -1595,19 +1751,23 @@ class Run:
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
         ending = self.stop.requested or self.step >= self.args.total_timesteps
-        due = ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1))
-        if due and self.saved_step != self.step:
+        if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
+            self.save()
+        return not ending
+
+    def save(self) -> None:
+        """Writes the checkpoint of this step, if it is not there yet."""
+        if self.saved_step != self.step:
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
-            save_checkpoint(self.folder, self.args, self.step, self.parts, self.rng)
+            owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+            save_checkpoint(self.folder, self.args, self.step, self.parts | owed, self.rng)
             self.saved_step = self.step
-        return not ending
 
     def eval_due(self, dones: np.ndarray) -> bool:
         """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""
         due = self.step >= self.next_eval and not self.stop.requested
-        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         if due:
             self.goes_on(dones)
             self.tick("evaluating")
@@ -1634,8 +1794,25 @@ class Run:
         self.log({"charts/episodic_return": mean, "charts/episodic_length": length})
 
     def log_evaluation(self, returns: np.ndarray) -> None:
+        self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+
+    def picture(self, kind: str) -> str:
+        """Path of a new picture, kind = name.suffix; of each kind the newest keep_pictures stay."""
+        name, suffix = os.path.splitext(f"{self.folder}/{kind}")
+        old = sorted(glob.glob(f"{glob.escape(name)}_*{suffix}"), key=os.path.getmtime)
+        for path in old[: max(0, len(old) + 1 - self.args.keep_pictures)]:
+            os.remove(path)
+        return f"{name}_{self.step}{suffix}"
+
+    def abort(self, fault: str) -> NoReturn:
+        """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
+        self.save()
+        self.progress.close()
+        print(f"error: {fault}; checkpoint at step {self.step}", file=sys.stderr)
+        self.stop.exit()
+        raise SystemExit(1)
 
     def close(self, weights: dict) -> str:
         """Ends the log, says how to go on, hands the signals back. Returns the run folder."""
