@@ -27,26 +27,9 @@ Run:        python dreamer_v3.py --env-id walker-walk          (or: uv run dream
 Resume:     python dreamer_v3.py --resume runs/<run folder>
 Evaluate:   python dreamer_v3.py --evaluate runs/<run folder> [--capture-video]
 Watch:      tensorboard --logdir runs
-Deviations from the reference code ("there"), each also named at its line; where that code and the paper differ, the
-code is followed (docs/dreamer_v3.md says where):
-  1. Precision: float32, or bfloat16 with --bfloat16 (bfloat16 there).
-  2. An entry of the replay holds the action that led to its observation (there the one chosen at it).
-  3. Defaults for dm_control: 12M parameters, action repeat 2, ratio 512, the settings of the published curves (there by
-     now 200M and ratio 256 for pixels, 1M and ratio 1024 for states, no repeat); one environment (there 16).
-  4. The replay holds the last 500K time steps (there 5M), of their latents the class numbers and deter in float32.
-  5. Categoricals are sampled by inverting their distribution function at one uniform number (there with Gumbel noise).
-  6. An episode's last entry is known by the first entry that follows it: in a sequence's last entry, where nothing
-     depends on it, it is not known.
-  7. One observation, vectors flattened (there any number of keys); the policy's mean and std are one layer, which AGC
-     clips as one (there two).
-  8. Updates are owed per stored step and made once 1,024 sequences can be drawn (there the same, for 16 environments).
-  9. Where overlapping sequences of one batch bring back latents of the same entry, any is kept (there the last).
- 10. Evaluations of ten episodes with the same ten seeds every time (there the training episodes are the score).
- 11. The losses in the log are those of one batch in a hundred (there the mean of all since the last report).
- 12. Atari: only the end of the game is terminal (there a time limit too); frames shrink by averaging areas.
- 13. Gymnasium environments without a time limit are cut off after 27,000 steps.
- 14. Where there is no OpenGL, dm_control's pictures are drawn by a ray-caster of ours (--renderer).
- 15. With several environments the updates run while these step (between the steps there).
+Deviations from the reference code, named again at their lines and explained in docs/dreamer_v3.md; where that code and
+the paper differ, the code is followed: 1 precision, 2 entries, 3 defaults, 4 capacity, 5 samples, 6 last entries, 7 one
+observation, 8 start, 9 equal slots, 10 evaluation, 11 log, 12 Atari, 13 time limit, 14 renderer, 15 overlap.
 """
 
 import contextlib
@@ -55,7 +38,6 @@ import fcntl
 import functools
 import glob
 import importlib.util
-import io
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -119,38 +101,38 @@ class Args:
 
     # Algorithm specific arguments: the task
     env_id: str = "walker-walk"  # dm_control task (walker-walk, cup-catch) or Gymnasium id (CarRacing-v3)
-    total_timesteps: int = 1_000_000  # environment steps of the run, action repeats counted
-    num_envs: int = 1  # environments played side by side, each in its own process if more than one
+    total_timesteps: Count = 1_000_000  # environment steps of the run, action repeats counted
+    num_envs: Few = 1  # environments played side by side, each in its own process if more than one
     obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; a Gymnasium id has its own
     renderer: Literal["auto", "gl", "raycast"] = "auto"  # dm_control pixels: OpenGL, our ray-caster; auto = gl if there
-    action_repeat: int | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
+    action_repeat: Few | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
 
     # replay, and how often to learn from it
-    buffer_size: int = 500_000  # capacity of the replay buffer in time steps (agent decisions plus one per episode)
+    buffer_size: Count = 500_000  # capacity of the replay buffer in time steps (agent decisions plus one per episode)
     buffer_on_gpu: bool = True  # keep the replay on the training device; --no-buffer-on-gpu keeps it in host memory
-    learning_starts: int = 1_024  # sequences that can be drawn from the replay when learning starts
-    train_ratio: float = 512.0  # time steps learned from for each time step stored; one update takes B T of them
-    batch_size: int = 16  # sequences per batch (B)
-    batch_length: int = 64  # time steps per sequence (T), after the one whose latent state it goes on from
+    learning_starts: Count = 1_024  # sequences that can be drawn from the replay when learning starts
+    train_ratio: Amount = 512.0  # time steps learned from for each time step stored; one update takes B T of them
+    batch_size: Count = 16  # sequences per batch (B)
+    batch_length: Count = 64  # time steps per sequence (T), after the one whose latent state it goes on from
 
     # world model
     size: Literal["laptop", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"  # of all networks, see SIZES
-    free_nats: float = 1.0  # nats of KL of each time step that cost nothing
-    dyn_scale: float = 1.0  # weight of the KL that moves the prior
-    rep_scale: float = 0.1  # weight of the KL that moves the posterior
+    free_nats: Amount = 1.0  # nats of KL of each time step that cost nothing
+    dyn_scale: Amount = 1.0  # weight of the KL that moves the prior
+    rep_scale: Amount = 0.1  # weight of the KL that moves the posterior
 
     # behavior
-    horizon: int = 15  # imagined decisions (H)
-    imag_last: int = 0  # dream, and learn replayed values, from the last so many states of each sequence, 0 = all
-    gamma: float = 1 - 1 / 333  # discount per decision, which the continuation head learns
-    td_lambda: float = 0.95  # lambda of the lambda-return: 0 trusts the value after one step, 1 after all H
-    entropy_scale: float = 3e-4  # weight of the policy's entropy
-    replay_value_scale: float = 0.3  # weight of the critic's loss on replayed states
+    horizon: Few = 15  # imagined decisions (H)
+    imag_last: Natural = 0  # dream, and learn replayed values, from the last so many states of each sequence, 0 = all
+    gamma: Share = 1 - 1 / 333  # discount per decision, which the continuation head learns
+    td_lambda: Share = 0.95  # lambda of the lambda-return: 0 trusts the value after one step, 1 after all H
+    entropy_scale: Amount = 3e-4  # weight of the policy's entropy
+    replay_value_scale: Amount = 0.3  # weight of the critic's loss on replayed states
 
     # optimizer
-    learning_rate: float = 4e-5  # of all networks
-    warmup: int = 1_000  # updates over which the learning rate rises from 0
-    agc: float = 0.3  # norm to which each tensor's gradient is clipped, in norms of the tensor
+    learning_rate: Positive = 4e-5  # of all networks
+    warmup: Count = 1_000  # updates over which the learning rate rises from 0
+    agc: Positive = 0.3  # norm to which each tensor's gradient is clipped, in norms of the tensor
 
     # Speed
     bfloat16: bool = False  # bfloat16 autocast for matrix products and convolutions
@@ -169,7 +151,7 @@ SLOW_RATE, RANGE_RATE = 0.02, 0.01  # by which the slow critic and the range of 
 
 
 @dataclass
-class Size:
+class Widths:
     deter: int  # units of the GRU
     units: int  # of every other hidden layer
     classes: int  # of each latent
@@ -177,8 +159,8 @@ class Size:
 
 
 UNITS = {"1m": 64, "12m": 256, "25m": 384, "50m": 512, "100m": 768, "200m": 1024, "400m": 1536}
-SIZES = {name: Size(8 * units, units, units // 16, units // 16) for name, units in UNITS.items()}
-SIZES["laptop"] = Size(256, 64, 4, 4)
+SIZES = {name: Widths(8 * units, units, units // 16, units // 16) for name, units in UNITS.items()}
+SIZES["laptop"] = Widths(256, 64, 4, 4)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -231,7 +213,7 @@ class RSSM(nn.Module):
     observation, or else from the prior, given deter_t.
     """
 
-    def __init__(self, action_dim: int, embed_dim: int, size: Size):
+    def __init__(self, action_dim: int, embed_dim: int, size: Widths):
         super().__init__()
         deter, units, stoch = size.deter, size.units, STOCH * size.classes
         self.deter, self.classes = deter, size.classes
@@ -334,11 +316,11 @@ class TwoHotHead(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """(N, 3, 64, 64) -> (N, 64 * depth): convolution, max-pooling, norm over channels, SiLU, four times."""
+    """(N, C, 64, 64) -> (N, 64 * depth): convolution, max-pooling, norm over channels, SiLU, four times."""
 
-    def __init__(self, depth: int):
+    def __init__(self, image_channels: int, depth: int):
         super().__init__()
-        channels = [3, 2 * depth, 3 * depth, 4 * depth, 4 * depth]
+        channels = [image_channels, 2 * depth, 3 * depth, 4 * depth, 4 * depth]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 5, padding=2) for i, o in pairwise(channels))
         self.norms = nn.ModuleList(RMSNorm(o) for o in channels[1:])
 
@@ -350,14 +332,14 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """Features (N, F) -> images (N, 3, 64, 64) in [-0.5, 0.5]: 4 x 4 pixels of stoch and deter, doubled four times."""
+    """Features (N, F) -> images (N, C, 64, 64) in [-0.5, 0.5]: 4 x 4 pixels of stoch and deter, doubled four times."""
 
-    def __init__(self, size: Size):
+    def __init__(self, image_channels: int, size: Widths):
         super().__init__()
         depth, stoch = size.depth, STOCH * size.classes
         self.deter_in = BlockLinear(size.deter, 64 * depth)
         self.stoch_in = nn.Sequential(*hidden(stoch, 2 * size.units, 1), nn.Linear(2 * size.units, 64 * depth))
-        channels = [4 * depth, 4 * depth, 3 * depth, 2 * depth, 3]
+        channels = [4 * depth, 4 * depth, 3 * depth, 2 * depth, image_channels]
         self.norms = nn.ModuleList(RMSNorm(i) for i in channels[:-1])
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 5, padding=2) for i, o in pairwise(channels))
         taps = [[0, 0, 1, 1, 2], [0, 1, 1, 2, 2]]  # the pixel of a small image that each tap meets, by parity
@@ -370,9 +352,8 @@ class ImageDecoder(nn.Module):
 
     def forward(self, feat: torch.Tensor) -> torch.Tensor:
         stoch, deter = feat.split([self.stoch_in[0].in_features, self.deter_in.in_features], -1)
-        a = (
-            self.deter_in(deter.unflatten(-1, (BLOCKS, -1))).unflatten(-1, (BLOCKS, 4, 4, -1)).movedim(1, 3).flatten(3)
-        )  # a block: some channels
+        a = self.deter_in(deter.unflatten(-1, (BLOCKS, -1))).unflatten(-1, (BLOCKS, 4, 4, -1))  # a block: some channels
+        a = a.movedim(1, 3).flatten(3)
         x = a + self.stoch_in(stoch).view_as(a)  # (N, 4, 4, C)
         for norm, conv in zip(self.norms, self.convs, strict=True):
             x = F.silu(norm(x)).movedim(-1, 1)
@@ -386,16 +367,15 @@ class WorldModel(nn.Module):
     The continuation head's sigmoid is the discount: it learns gamma, and 0 where a state is terminal.
     """
 
-    def __init__(self, obs_space: gym.Space, action_dim: int, size: Size):
+    def __init__(self, obs_space: gym.Space, action_dim: int, size: Widths):
         super().__init__()
-        image, units = obs_space.dtype == np.uint8, size.units
+        image, channels, units = len(obs_space.shape) == 3, obs_space.shape[-1], size.units
         feat_dim, embed_dim = STOCH * size.classes + size.deter, 64 * size.depth if image else units
         if image:
-            self.encoder, self.decoder = ImageEncoder(size.depth), ImageDecoder(size)
+            self.encoder, self.decoder = ImageEncoder(channels, size.depth), ImageDecoder(channels, size)
         else:
-            (dim,) = obs_space.shape
-            self.encoder = nn.Sequential(*hidden(dim, units, 3))
-            self.decoder = nn.Sequential(*hidden(feat_dim, units, 3), nn.Linear(units, dim))
+            self.encoder = nn.Sequential(*hidden(channels, units, 3))
+            self.decoder = nn.Sequential(*hidden(feat_dim, units, 3), nn.Linear(units, channels))
         self.rssm = RSSM(action_dim, embed_dim, size)
         self.cont = nn.Sequential(*hidden(feat_dim, units, 1), nn.Linear(units, 1))
         self.apply(init_weights)
@@ -601,10 +581,8 @@ LOSSES = model_loss, imagine, behavior_loss  # --compile compiles each
 def compute_losses(agent: Agent, batch: dict, noise: dict, args: Args, functions: tuple = LOSSES) -> tuple:
     """The one loss that all networks share, the posterior states (T, B, ...), and detached metrics."""
     model_fn, imagine_fn, behavior_fn = functions
-    low = {"dtype": torch.bfloat16, "enabled": args.bfloat16}  # deviation 1
-    with torch.autocast(
-        batch["obs"].device.type, **low, cache_enabled=False
-    ):  # a weight cast in a dream has no gradient
+    low = {"enabled": args.bfloat16, "cache_enabled": False}  # a weight that was cast in a dream has no gradient
+    with torch.autocast(batch["obs"].device.type, torch.bfloat16, **low):  # deviation 1: not always
         losses, states, metrics = model_fn(agent.world_model, batch, noise["post"], args)
         starts = (state.detach()[-args.imag_last :].flatten(0, 1) for state in states)  # (N, ...), N = K B
         dreams = imagine_fn(agent.world_model.rssm, agent.actor, *starts, noise)
@@ -653,6 +631,11 @@ def draw_noise(agent: Agent, args: Args, generator: torch.Generator) -> dict[str
         "prior": uniform(args.horizon, num_starts, STOCH),
         "action": agent.actor.draw_noise((args.horizon, num_starts), generator),
     }
+
+
+def make_generator(device: torch.device, seed: int, stream: int) -> torch.Generator:
+    """Random numbers that neither another seed nor another stream of this one has."""
+    return torch.Generator(device).manual_seed(int(np.random.default_rng([seed, stream]).integers(2**63)))
 
 
 class LaProp(nn.Module):
@@ -792,30 +775,29 @@ def main(args: Args) -> str:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
     renderer = choose_renderer(args, checkpoint)
+    rehearse(functools.partial(make_vector_env, args, renderer, 1), args.capture_video)
     envs, repeat = make_vector_env(args, renderer, args.num_envs), args.action_repeat
-    obs_space = envs.single_observation_space
+    spaces = envs.single_observation_space, envs.single_action_space
+    check_memory(args, *spaces)
     run = Run(args, checkpoint)
     device = run.device
 
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
-    agent = Agent(obs_space, envs.single_action_space, args).to(device)
+    agent = Agent(*spaces, args).to(device)
     optimizer = LaProp(agent, args)
-    try:
-        rb = ReplayBuffer(args, obs_space, agent, device if args.buffer_on_gpu else torch.device("cpu"))
-    except RuntimeError as error:
-        fail(f"--buffer-size {args.buffer_size} does not fit into memory: {str(error)[:80]}")
+    rb = ReplayBuffer(args, spaces[0], agent, device if args.buffer_on_gpu else torch.device("cpu"))
     counters = {"num_updates": 0, "owed": 1.0, "renderer": renderer}  # a run stays with the renderer that it began with
     rng = {name: np.random.default_rng([args.seed, i]) for name, i in {"reset": 0, "replay": 1}.items()}
-    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for name, i in {"act": 0, "update": 1}.items()}
+    rng |= {name: make_generator(device, args.seed, i) for name, i in {"act": 2, "update": 3}.items()}
     parts = {"agent": agent, "optimizer": optimizer, "counters": counters}
     run.keep(parts | ({"replay": rb} if args.save_buffer else {}), rng)
     if checkpoint:
         counters |= checkpoint["parts"]["counters"]
         checkpoint = None  # what refers to the file keeps it on the disk
-    update_fn = make_update(agent, optimizer, args)
+    update_fn, envs.on_fault = make_update(agent, optimizer, args), run.abort
     print(f"{run.folder}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
     if device.type == "cpu" and run.step == 0:
-        warn_if_slow(agent, obs_space, args)
+        warn_if_slow(agent, spaces[0], args)
 
     dones, rewards, conts = np.ones(args.num_envs, bool), np.zeros(args.num_envs), np.ones(args.num_envs)
     state, eval_envs = agent.world_model.rssm.initial(args.num_envs), None
@@ -828,9 +810,7 @@ def main(args: Args) -> str:
         entry = {"obs": obs[rows], "action": action[rows], "is_first": np.full(len(rows), is_first, np.float32)}
         before = tuple(tensor[index] for tensor in state)
         action[rows], after = act(agent, entry["obs"], entry["action"], entry["is_first"], before, rng["act"])
-        if not np.isfinite(action).all():  # a simulator would stop with a less helpful message
-            run.report()
-            raise SystemExit(f"error: not finite at step {run.step}: action; the last checkpoint is intact")
+        require_finite({"the policy's action": action.sum()}, run.step)
         for tensor, new in zip(state, after, strict=True):
             tensor[index] = new
         latents = {"stoch": after[0].unflatten(-1, (STOCH, -1)).argmax(-1), "deter": after[1]}
@@ -851,11 +831,14 @@ def main(args: Args) -> str:
                 run.report()  # deviation 11: losses of the last batch
 
     train()  # what a resumed run owes
-    while run.goes_on(dones):  # which saves, too, when it is due
+    while True:
+        if run.eval_due(dones):
+            eval_envs = evaluate_and_log(agent, eval_envs, renderer, run)
+        if not run.goes_on(dones):  # which saves, too, when it is due
+            break
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
-            require_finite_arrays(run.step, "the environment's observation", obs)
             action[dones], rewards[dones], conts[dones] = 0, 0, 1
             decide(dones, is_first=True)
         if args.num_envs == 1:
@@ -864,7 +847,6 @@ def main(args: Args) -> str:
             envs.step_async(env_action(agent, action))
             train()  # deviation 15: several environments, while they step
             obs, rewards, terminations, truncations, infos = envs.step_wait()
-        require_finite_arrays(run.step, "the environment's observation or reward", obs, rewards)
         dones, conts = terminations | truncations, 1.0 - terminations
         decide(np.ones(args.num_envs, bool), is_first=False)
         run.step += args.num_envs * repeat
@@ -873,8 +855,6 @@ def main(args: Args) -> str:
             run.log_episodes(infos, dones)
         if args.num_envs == 1 or run.step >= args.total_timesteps:
             train()  # one environment: after its step
-        if run.eval_due(dones):
-            eval_envs = evaluate_and_log(agent, eval_envs, renderer, run)
 
     envs.close()
     if eval_envs is not None:
@@ -883,6 +863,9 @@ def main(args: Args) -> str:
 
 
 # === Environment ===
+
+
+LATE_IMPORTS = ["matplotlib", "PIL"]  # packages that are imported where they are used
 
 
 def is_dm_control(env_id: str) -> bool:
@@ -897,12 +880,12 @@ def with_task_defaults(args: Args) -> Args:
 
 
 def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[], gym.Env]:
-    """Thunk of one environment: observations (64, 64, 3) uint8 or (D,) float32, actions in [-1, 1] or discrete."""
+    """Thunk of one environment: observations (64, 64, C) uint8 or (D,) float32, actions in [-1, 1] or discrete."""
     main_process = os.getpid()
 
     def thunk() -> gym.Env:
         if os.getpid() != main_process:
-            os.setsid()  # signals to the process group are for the main process, which closes the workers
+            be_a_worker()
         pixels = is_dm_control(args.env_id) and args.obs_mode == "pixels"
         if is_dm_control(args.env_id):
             try:
@@ -912,16 +895,12 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
-            if env.spec.max_episode_steps is None:  # deviation 13: a time limit, for an episode must end to be stored
-                env = gym.wrappers.TimeLimit(env, 27_000)
-        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(env), args.action_repeat)
+            if env.spec.max_episode_steps is None:  # deviation 13: an evaluation must end
+                env = gym.wrappers.TimeLimit(env, 27_000 if args.env_id.startswith("ALE/") else 1000)
+        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
         if pixels:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)
-        if video is not None:  # folder/prefix of the MP4
-            folder, prefix = os.path.split(video)
-            first = {"episode_trigger": lambda i: i == 0, "disable_logger": True}
-            env = gym.wrappers.RecordVideo(env, folder, name_prefix=prefix, **first)
-        return fit_spaces(env, args.env_id)
+        return fit_spaces(Film(env, video) if video else env, args.env_id)
 
     return thunk
 
@@ -930,29 +909,41 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
     """Refuses what DreamerV3 cannot use; resizes images to 64x64, rescales the bounded action dimensions to [-1, 1]."""
     obs, action = env.observation_space, env.action_space
     is_box = isinstance(obs, gym.spaces.Box)
-    if is_box and obs.dtype == np.uint8 and len(obs.shape) == 3 and obs.shape[-1] == 3:
+    if is_box and obs.dtype == np.uint8 and len(obs.shape) in (2, 3) and min(obs.shape[:2]) > 8:
         if obs.shape[:2] != (64, 64):
             env = gym.wrappers.ResizeObservation(env, (64, 64))
+        if len(env.observation_space.shape) == 2:  # grey
+            env = gym.wrappers.ReshapeObservation(env, (64, 64, 1))
     elif is_box and len(obs.shape) == 1:
         env = gym.wrappers.DtypeObservation(env, np.float32)
     else:
-        fail(f"{env_id}: observations must be images (H, W, 3) of uint8 or vectors (D,), not {obs}")
-    if isinstance(action, gym.spaces.Box) and len(action.shape) == 1:
-        bounded = np.isfinite(action.low) & np.isfinite(action.high)
-        low, high = np.where(bounded, action.low, -1), np.where(bounded, action.high, 1)
-        space = gym.spaces.Box(-1, 1, action.shape, np.float32)
-        scale = (high - low) / 2
-        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
-    elif not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
-        fail(f"{env_id}: actions must be a vector Box or Discrete starting at 0, not {action}")
+        hint = "channels come last, and (obs * 255).astype(np.uint8) makes an image of floats"
+        fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
+    if isinstance(action, gym.spaces.Box):
+        low, high = action.low.ravel().astype(float), action.high.ravel().astype(float)
+        bounded = (low > -1e6) & (high < 1e6)  # else taken as it is, and cut off where one side has a bound
+        left, right = np.where(bounded, low, -1), np.where(bounded, high, 1)
+        rounded = np.rint if np.issubdtype(action.dtype, np.integer) else np.asarray
+
+        def rescale(a: np.ndarray) -> np.ndarray:
+            wanted = np.clip(left + (a.astype(float) + 1) / 2 * (right - left), low, high)
+            return rounded(wanted).astype(action.dtype).reshape(action.shape)
+
+        env = gym.wrappers.TransformAction(env, rescale, gym.spaces.Box(-1, 1, low.shape, np.float32))
+    elif isinstance(action, gym.spaces.Discrete):
+        space = gym.spaces.Discrete(int(action.n))
+        env = gym.wrappers.TransformAction(env, lambda a: a + action.start, space)
+    else:
+        fail(f"{env_id}: actions must be Box or Discrete, not {action}")
     return env
 
 
 def make_vector_env(args: Args, renderer: str, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """The task's environments side by side; the first is filmed into `video`, folder/prefix."""
-    if video:
-        require_film(args, make_env(args, renderer, video))
-    return side_by_side([make_env(args, renderer, video if i == 0 else None) for i in range(num_envs)])
+    """The task's environments side by side, in processes if --num-envs says so; of the first a film goes to `video`."""
+    if args.num_envs > 1:  # of the evaluation's no more than one a core
+        num_envs = min(num_envs, max(args.num_envs, os.cpu_count() or 1))
+    thunks = [make_env(args, renderer, video if i == 0 else None) for i in range(num_envs)]
+    return side_by_side(args.env_id, thunks, workers=args.num_envs > 1)
 
 
 def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool = True) -> gym.vector.VectorEnv:
@@ -1341,36 +1332,34 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
 
     Returns the returns (episodes,) and the first environment's first episode: obs, action, reward (T, 1, ...).
     """
-    generator = torch.Generator(device).manual_seed(args.seed)
-    seeds = np.random.default_rng([args.seed, 99])  # deviation 10: the same episodes every time
-    share, more = divmod(args.eval_episodes, envs.num_envs)  # each environment plays its own, or short ones would win
-    quota = share + (np.arange(envs.num_envs) < more)
-    first_quota, returns, played = quota[0], [], []
+    generator = make_generator(device, args.seed, 98)
+    seeds = np.random.default_rng([args.seed, 99]).integers(2**31, size=args.eval_episodes)  # deviation 10: the same
+    number = np.arange(envs.num_envs)  # of each environment's episode: all play their share, or short ones would win
+    returns, played = [], []
     dones, state = np.ones(envs.num_envs, bool), agent.world_model.rssm.initial(envs.num_envs)
     action, rewards = np.zeros((envs.num_envs, agent.action_dim), np.float32), np.zeros(envs.num_envs)
-    while quota.any() and not stop.requested:
+    while (number < args.eval_episodes).any() and not stop.requested:
         if dones.any():
-            obs, _ = envs.reset(seed=seeds.integers(2**31, size=envs.num_envs).tolist(), options={"reset_mask": dones})
+            obs, _ = envs.reset(seed=seeds[number % args.eval_episodes].tolist(), options={"reset_mask": dones})
             action, rewards = np.where(dones[:, None], np.float32(0), action), np.where(dones, 0, rewards)
             played += [(obs[:1], action[:1], rewards[:1])] if not played else []
         action, state = act(agent, obs, action, dones, state, generator)
         obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
         dones = terminations | truncations
-        played += [(obs[:1], action[:1], rewards[:1])] if quota[0] == first_quota else []
-        for i in np.flatnonzero(dones & (quota > 0)):
-            quota[i] -= 1
-            returns.append(float(infos["episode"]["r"][i]))
-    return np.array(returns), dict(
-        zip(("obs", "action", "reward"), map(np.stack, zip(*played, strict=True)), strict=True)
-    )
+        played += [(obs[:1], action[:1], rewards[:1])] if number[0] == 0 else []
+        returns += infos["episode"]["r"][dones & (number < args.eval_episodes)].tolist() if dones.any() else []
+        number += envs.num_envs * dones
+    fields = map(np.stack, zip(*played, strict=True))
+    return np.array(returns), dict(zip(("obs", "action", "reward"), fields, strict=True))
 
 
 def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, renderer: str, run: "Run"):
     """Evaluates and logs at a run's present step. Returns the environments for the next time; None: to be made anew."""
     args = run.args
     if envs is None:
-        video = f"{run.folder}/videos/step-{run.step}" if args.capture_video else None
-        envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
+        video = run.picture("videos/evaluation.mp4") if args.capture_video else None
+        envs = make_vector_env(args, renderer, args.eval_episodes, video)
+        envs.on_fault = run.abort
     returns, episode = evaluate(agent, envs, args, run.device, run.stop)
     if not run.stop.requested:
         run.log_evaluation(returns)
@@ -1387,8 +1376,8 @@ def evaluate_run(args: Args) -> str:
     free = "evaluate eval_episodes num_envs capture_video cuda seed renderer bfloat16 compile cudagraphs buffer_on_gpu"
     refuse_changes(args, checkpoint, free)
     device, stop, renderer = choose_device(args), StopRequest(), choose_renderer(args, checkpoint)
-    video = f"{args.evaluate}/videos/evaluate" if args.capture_video else None
-    envs = make_vector_env(args, renderer, min(args.num_envs, args.eval_episodes), video)
+    video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
+    envs = make_vector_env(args, renderer, args.eval_episodes, video)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     agent.load_state_dict(checkpoint["parts"]["agent"])
     returns, _ = evaluate(agent, envs, args, device, stop)
@@ -1419,9 +1408,8 @@ def open_loop(agent: Agent, episode: dict, starts: list[int], length: int, gener
     (stoch, deter), feats = (state[starts, 0] for state in states[:2]), []
     steps = torch.tensor(starts, device=device) + torch.arange(1, length + 1, device=device)[:, None]
     for action in episode["action"][steps, 0]:
-        stoch, deter = rssm.img_step(
-            stoch, deter, action, torch.rand(len(starts), STOCH, generator=generator, device=device)
-        )
+        noise = torch.rand(len(starts), STOCH, generator=generator, device=device)
+        stoch, deter = rssm.img_step(stoch, deter, action, noise)
         feats.append(torch.cat([stoch, deter], -1))
     feat = torch.stack(feats)
     rewards = episode["reward"][steps, 0], model.reward.mean(model.reward(feat))
@@ -1436,7 +1424,7 @@ def log_open_loop(agent: Agent, episode: dict, run: "Run") -> None:
         return
     tensors = {name: torch.from_numpy(array).to(run.device) for name, array in episode.items()}
     starts = np.linspace(context, longest - length, 6).astype(int).tolist()
-    generator = torch.Generator(run.device).manual_seed(run.args.seed)
+    generator = make_generator(run.device, run.args.seed, 97)
     (truth, model), (reward, predicted) = open_loop(agent, tensors, starts, length, generator)
     obs_error = ((model - truth) ** 2).flatten(2).mean((1, 2)).cpu().numpy()  # (length,)
     reward_error = (predicted - reward).abs().mean(1).cpu().numpy()
@@ -1451,15 +1439,23 @@ def log_open_loop(agent: Agent, episode: dict, run: "Run") -> None:
     for axis, (label, error) in zip(figure.subplots(1, 2), curves.items(), strict=True):
         axis.plot(np.arange(1, length + 1), error)
         axis.set(xlabel="steps since the last observation", ylabel=label, ylim=(0, None))
-    figure.savefig(f"{run.folder}/open_loop_error_{run.step}.png")
-    run.writer.add_figure("open_loop/error", figure, run.step)
+    figure.savefig(run.picture("open_loop_error.png"))
     if episode["obs"].dtype == np.uint8:
         rows = truth + 0.5, (model + 0.5).clamp(0, 1), ((model - truth + 1) / 2).clamp(0, 1)
-        strips = torch.cat(rows, -2)  # (T, B, 3, 3 * 64, 64)
+        rgb = [0, 1, 2] if truth.shape[2] == 3 else [-1, -1, -1]  # grey, or the newest of stacked frames
+        strips = torch.cat(rows, -2)[:, :, rgb]  # (T, B, 3, 3 * 64, 64)
         frames = strips.permute(0, 3, 1, 4, 2).flatten(2, 3)  # (T, 3 * 64, B * 64, 3)
-        log_gif(run.writer, "open_loop/truth_model_error", (frames * 255).byte().cpu().numpy(), run.folder, run.step)
-        played = episode["obs"][:, 0]
-        log_gif(run.writer, "eval/episode", played[:: max(len(played) // 100, 1)], run.folder, run.step)
+        write_gif(run.picture("open_loop.gif"), (frames * 255).byte().cpu().numpy())
+        played = episode["obs"][:, 0][..., rgb]
+        write_gif(run.picture("eval_episode.gif"), played[:: max(len(played) // 100, 1)])
+
+
+def write_gif(path: str, frames: np.ndarray) -> None:
+    """Animation (T, H, W, 3) uint8."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame).quantize(64) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=80, loop=0)
 
 
 # === Run: folder, log, checkpoints, signals (same text in every script) ===
@@ -1827,21 +1823,6 @@ class Run:
         return self.folder
 
 
-def log_gif(writer: SummaryWriter, tag: str, frames: np.ndarray, run_dir: str, step: int) -> None:
-    """Animation (T, H, W, 3) uint8 to TensorBoard and to the run folder (torch's add_video needs an old moviepy)."""
-    from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    images = [Image.fromarray(frame).quantize(64) for frame in frames]
-    file = io.BytesIO()
-    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
-    with open(f"{run_dir}/{tag.replace('/', '_')}_{step}.gif", "wb") as out:
-        out.write(file.getvalue())
-    height, width = frames.shape[1:3]
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
-    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-
 def make_update(agent: Agent, optimizer: LaProp, args: Args) -> Callable[[dict, dict], tuple]:
     """`update` as (batch, noise) -> (metrics, latents), made fast as the flags ask; the eager one is the reference."""
     functions = tuple(torch.compile(function) for function in LOSSES) if args.compile else LOSSES
@@ -1920,28 +1901,28 @@ def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args) -> None:
 
 
 def check_args(args: Args) -> None:
-    """Refuses impossible numbers in one line."""
-    at_least = {
-        1: "total_timesteps num_envs eval_episodes learning_starts batch_size horizon action_repeat warmup",
-        0: "seed eval_frequency checkpoint_frequency train_ratio free_nats dyn_scale rep_scale imag_last gamma "
-        "td_lambda entropy_scale replay_value_scale learning_rate",
-        2: "batch_length",
-        1e-6: "agc",
-    }
-    for bound, names in at_least.items():
-        for name in names.split():
-            if not getattr(args, name) >= bound:
-                fail(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(args, name)}")
-    for name in ("gamma", "td_lambda"):
-        if getattr(args, name) > 1:
-            fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(args, name)}")
-    if args.imag_last == 1 or args.imag_last > args.batch_length:
-        fail(f"--imag-last {args.imag_last} must be 0 (all), or 2 to --batch-length {args.batch_length}")
+    """Refuses settings that do not go together."""
+    check_bounds(args)
+    if not 2 <= (args.imag_last or args.batch_length) <= args.batch_length:
+        fail(f"--imag-last {args.imag_last} must be 0 (all) or 2 to --batch-length {args.batch_length} (2 or more)")
     most = args.num_envs * (args.buffer_size // args.num_envs - args.batch_length)
     if most < args.learning_starts:
         fail(f"--buffer-size {args.buffer_size} must hold the --learning-starts {args.learning_starts} sequences")
+    decisions = args.total_timesteps // args.action_repeat  # nothing is learned before there are so many, and T more
+    if decisions - args.num_envs * args.batch_length < args.learning_starts:
+        fail(f"--learning-starts {args.learning_starts} sequences never come in {decisions} decisions")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
+
+
+def check_memory(args: Args, obs_space: gym.Space, action_space: gym.Space) -> None:
+    """Refuses what there is no room for: weights, gradients and moments, the replay."""
+    with torch.device("meta"):  # tensors that have shapes alone
+        agent = Agent(obs_space, action_space, args)
+    replay = ReplayBuffer(args, obs_space, agent, torch.device("meta")).nbytes
+    require_memory(16 * sum(weight.numel() for weight in agent.parameters()), "--size", choose_device(args))
+    device = choose_device(args) if args.buffer_on_gpu else torch.device("cpu")
+    require_memory(replay, f"--buffer-size {args.buffer_size}", device)
 
 
 if __name__ == "__main__":
