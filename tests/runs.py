@@ -48,7 +48,7 @@ TINY = {
         "free_nats": 0.0,
     },
     "dreamer_v3": {
-        "env_id": "fake_envs:Counter-v0",
+        "env_id": "fake_envs:DiscreteCounter-v0",
         "cuda": False,
         "total_timesteps": 48,
         "eval_frequency": 0,
@@ -181,8 +181,6 @@ TRAITS = {
         "two": TWO_ENVS,
         "workers": True,
         "kills": 6,
-        "nan reward": {"env_id": "fake_envs:NanCounter-v0"},
-        "spoiled": "the environment's observation or reward",
         "fixed": "batch_size",
     },
     "dyna_q": {

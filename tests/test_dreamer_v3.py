@@ -1122,7 +1122,7 @@ KINDS = {
     "pixels": {"env_id": "fake_envs:TinyPixels-v0"},
     "discrete pixels": {"env_id": "fake_envs:TinyPixelsDiscrete-v0", "total_timesteps": 72},
     "two environments": TWO_ENVS | {"total_timesteps": 96},
-    "last states": {"imag_last": 3},
+    "last states": {"env_id": "fake_envs:Counter-v0", "imag_last": 3},
     "CartPole": {"env_id": "CartPole-v1", **CLASSIC},
     "Pendulum": {"env_id": "Pendulum-v1", **CLASSIC},
     "walker state": {"obs_mode": "state", **WALKER},
@@ -1165,7 +1165,7 @@ def test_runs_log_everything_and_move_all_parameters(kind):
 def test_replay_holds_what_was_played(repeat, num_envs):
     """Episode after episode, first entries without action and reward, last ones with the latents seen there."""
     settings = {"num_envs": num_envs, "action_repeat": repeat, "train_ratio": 0.0, "buffer_size": 400}
-    run_dir = run(dreamer_v3, **settings, total_timesteps=120 * num_envs)
+    run_dir = run(dreamer_v3, env_id="fake_envs:Counter-v0", **settings, total_timesteps=120 * num_envs)
     replayed = load(run_dir)["parts"]["replay"]
     decisions = -(-12 // repeat)  # of an episode
     assert replayed["end"] == [120 // repeat // decisions * (decisions + 1)] * num_envs

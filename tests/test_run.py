@@ -133,6 +133,7 @@ RESUMED["muzero"] = {
 RESUMED["dreamer_v3"] = {
     "pixels": {"env_id": "fake_envs:CalmPixelsDiscrete-v0"},
     "vectors": {},
+    "continuous": {"env_id": "fake_envs:Counter-v0"},
     "wrapped": {"buffer_size": 30},
 }
 
