@@ -190,10 +190,8 @@ class BlockLinear(nn.Module):
 
 def hidden(in_dim: int, units: int, layers: int) -> list[nn.Module]:
     """Modules of `layers` hidden layers, each linear, RMSNorm, SiLU."""
-    modules = []
-    for i in range(layers):
-        modules += [nn.Linear(units if i else in_dim, units), RMSNorm(units), nn.SiLU()]
-    return modules
+    widths = [in_dim] + layers * [units]
+    return [module for i, o in pairwise(widths) for module in (nn.Linear(i, o), RMSNorm(o), nn.SiLU())]
 
 
 def init_weights(module: nn.Module, scale: float = 1.0) -> None:
@@ -283,14 +281,14 @@ def sample_one_hot(log_probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
 
 
 class TwoHotHead(nn.Module):
-    """Predicts a number as a distribution over 255 bins that are spaced evenly in symlog: symexp(-20 ... 20).
+    """Predicts a number as a distribution over 255 bins, symexp(x) = sign(x) (exp(|x|) - 1) of x evenly in -20 ... 20.
 
     Its output layer begins with zeros, so the first prediction is 0.
     """
 
     def __init__(self, feat_dim: int, units: int, layers: int):
         super().__init__()
-        half = symexp(torch.linspace(-20, 0, 128))
+        half = -torch.expm1(torch.linspace(20, 0, 128))
         self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
         self.net = nn.Sequential(*hidden(feat_dim, units, layers), nn.Linear(units, len(self.bins)))
         self.apply(init_weights)
@@ -453,15 +451,10 @@ class Agent(nn.Module):
         self.register_buffer("return_range", torch.zeros(2))  # percentiles 5 and 95, followed slowly
 
 
-def symexp(x: torch.Tensor) -> torch.Tensor:
-    """The inverse of symlog: sign(x) (exp(|x|) - 1)."""
-    return torch.sign(x) * torch.expm1(torch.abs(x))
-
-
 def preprocess(obs: torch.Tensor) -> torch.Tensor:
     """Images (..., H, W, C) uint8 -> (..., C, H, W) in [-0.5, 0.5]; vectors -> symlog: sign(x) ln(1 + |x|)."""
     if obs.dtype == torch.uint8:
-        return obs.movedim(-1, -3).float() / 255 - 0.5  # a view in channels-last order, which is what convolutions like
+        return torch.add(-0.5, obs.movedim(-1, -3), alpha=1 / 255)  # in channels-last order, which convolutions like
     return torch.sign(obs) * torch.log1p(torch.abs(obs))
 
 
@@ -672,11 +665,6 @@ class LaProp(nn.Module):
         return norms.norm()
 
 
-def updates_per_entry(args: Args) -> float:
-    """Updates owed for each time step that is stored."""
-    return args.train_ratio / (args.batch_size * args.batch_length)
-
-
 def update(agent: Agent, optimizer: LaProp, batch: dict, noise: dict, args: Args, functions: tuple = LOSSES) -> tuple:
     """One gradient step of all networks. Detached metrics and the batch's new latents (T, B, ...); no host sync."""
     loss, (stoch, deter), metrics = compute_losses(agent, batch, noise, args, functions)
@@ -706,10 +694,8 @@ class ReplayBuffer:
         kinds |= {"stoch": ((STOCH,), byte), "deter": ((SIZES[args.size].deter,), torch.float32)}  # deviation 4
         kinds |= {name: ((), torch.float32) for name in ("reward", "cont", "is_first")}
         kinds["action"] = (agent.action_dim,), torch.float32
-        self.data = {  # zeros take no memory before they are written
-            name: torch.zeros(args.num_envs * self.size, *shape, dtype=dtype, device=device)
-            for name, (shape, dtype) in kinds.items()
-        }
+        slots = args.num_envs * self.size  # zeros take no memory before they are written
+        self.data = {key: torch.zeros(slots, *shape, dtype=kind, device=device) for key, (shape, kind) in kinds.items()}
         self.nbytes = sum(tensor.nbytes for tensor in self.data.values())
         self.end = np.zeros(args.num_envs, np.int64)  # entries ever written; entry i lives in slot i % size of its ring
         self.fresh = deque()  # complete windows that were not drawn yet: (environment, first entry)
@@ -742,10 +728,8 @@ class ReplayBuffer:
         env, first = np.array(drawn).T
         slots = env * self.size + (first + np.arange(self.length + 1)[:, None]) % self.size
         slots = torch.from_numpy(slots).to(self.device, non_blocking=True)
-        batch = {
-            name: tensor[slots[0] if name in ("stoch", "deter") else slots[1:]] for name, tensor in self.data.items()
-        }
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, slots[1:]
+        at = dict.fromkeys(self.data, slots[1:]) | {"stoch": slots[0], "deter": slots[0]}
+        return {name: data[at[name]].to(device, non_blocking=True) for name, data in self.data.items()}, slots[1:]
 
     def refresh(self, slots: torch.Tensor, latents: dict[str, torch.Tensor]) -> None:
         """Replaces the latents of drawn entries by newer ones."""
@@ -816,7 +800,7 @@ def main(args: Args) -> str:
         latents = {"stoch": after[0].unflatten(-1, (STOCH, -1)).argmax(-1), "deter": after[1]}
         rb.add(rows, **entry, **latents, reward=rewards[rows], cont=conts[rows])
         if len(rb) >= args.learning_starts:
-            counters["owed"] += updates_per_entry(args) * len(rows)  # deviation 8
+            counters["owed"] += len(rows) * args.train_ratio / (args.batch_size * args.batch_length)  # deviation 8
 
     def train() -> None:
         """Makes the updates that are owed, unless the run is asked to stop."""
@@ -939,11 +923,11 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
 
 
 def make_vector_env(args: Args, renderer: str, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
-    """The task's environments side by side, in processes if --num-envs says so; of the first a film goes to `video`."""
-    if args.num_envs > 1:  # of the evaluation's no more than one a core
-        num_envs = min(num_envs, max(args.num_envs, os.cpu_count() or 1))
-    thunks = [make_env(args, renderer, video if i == 0 else None) for i in range(num_envs)]
-    return side_by_side(args.env_id, thunks, workers=args.num_envs > 1)
+    """The task's environments side by side; the first episode of the first is filmed into `video`, path of an MP4."""
+    workers = args.num_envs > 1
+    most = max(args.num_envs, (os.cpu_count() or 1) if workers else 16)  # bounds an evaluation's
+    thunks = [make_env(args, renderer, video if i == 0 else None) for i in range(min(num_envs, most))]
+    return side_by_side(args.env_id, thunks, workers)
 
 
 def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool = True) -> gym.vector.VectorEnv:
@@ -1445,17 +1429,9 @@ def log_open_loop(agent: Agent, episode: dict, run: "Run") -> None:
         rgb = [0, 1, 2] if truth.shape[2] == 3 else [-1, -1, -1]  # grey, or the newest of stacked frames
         strips = torch.cat(rows, -2)[:, :, rgb]  # (T, B, 3, 3 * 64, 64)
         frames = strips.permute(0, 3, 1, 4, 2).flatten(2, 3)  # (T, 3 * 64, B * 64, 3)
-        write_gif(run.picture("open_loop.gif"), (frames * 255).byte().cpu().numpy())
+        log_gif(run.picture("open_loop_truth_model_error.gif"), (frames * 255).byte().cpu().numpy())
         played = episode["obs"][:, 0][..., rgb]
-        write_gif(run.picture("eval_episode.gif"), played[:: max(len(played) // 100, 1)])
-
-
-def write_gif(path: str, frames: np.ndarray) -> None:
-    """Animation (T, H, W, 3) uint8."""
-    from PIL import Image
-
-    images = [Image.fromarray(frame).quantize(64) for frame in frames]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=80, loop=0)
+        log_gif(run.picture("evaluation.gif"), played[:: max(len(played) // 100, 1)])
 
 
 # === Run: folder, log, checkpoints, signals (same text in every script) ===
@@ -1823,6 +1799,14 @@ class Run:
         return self.folder
 
 
+def log_gif(path: str, frames: np.ndarray) -> None:
+    """Writes an animation (T, H, W, 3) uint8."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame).quantize(64) for frame in frames]
+    images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
+
+
 def make_update(agent: Agent, optimizer: LaProp, args: Args) -> Callable[[dict, dict], tuple]:
     """`update` as (batch, noise) -> (metrics, latents), made fast as the flags ask; the eager one is the reference."""
     functions = tuple(torch.compile(function) for function in LOSSES) if args.compile else LOSSES
@@ -1847,11 +1831,12 @@ class GraphedFunction:
     """A function of tensors as one CUDA graph: three real calls on a side stream, then one is captured and replayed.
 
     The graph is of the largest shape seen; smaller calls (the last batch of an epoch) stay eager. Returned tensors are
-    overwritten by the next call.
+    overwritten by the next call. Random numbers may come from those of the generators that live on the GPU.
     """
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable, generators: dict | None = None):
         self.function, self.graph, self.static, self.calls = function, None, None, 0
+        self.generators = [g for g in (generators or {}).values() if isinstance(g, torch.Generator)]
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *tensors: torch.Tensor):
@@ -1870,6 +1855,8 @@ class GraphedFunction:
             return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph):
                 self.result = self.function(*self.static)
         self.graph.replay()
@@ -1894,7 +1881,8 @@ def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args) -> None:
     copy, start = deepcopy(agent), time.perf_counter()
     compute_losses(copy, batch, draw_noise(agent, args, torch.Generator()), args)[0].backward()
     seconds = time.perf_counter() - start
-    hours = seconds * updates_per_entry(args) * args.total_timesteps / args.action_repeat / 3600
+    updates = args.total_timesteps / args.action_repeat * args.train_ratio / (args.batch_size * args.batch_length)
+    hours = seconds * updates / 3600
     if hours > 12:
         days = f"an update takes {seconds:.1f} s, the whole run about {hours / 24:.1f} days"
         print(f"no GPU: {days}. CPU-sized: {CPU_SIZED}")
@@ -1916,13 +1904,14 @@ def check_args(args: Args) -> None:
 
 
 def check_memory(args: Args, obs_space: gym.Space, action_space: gym.Space) -> None:
-    """Refuses what there is no room for: weights, gradients and moments, the replay."""
+    """Refuses what there is no room for: the replay; weights, gradients and moments, a batch and its dreams."""
     with torch.device("meta"):  # tensors that have shapes alone
         agent = Agent(obs_space, action_space, args)
-    replay = ReplayBuffer(args, obs_space, agent, torch.device("meta")).nbytes
-    require_memory(16 * sum(weight.numel() for weight in agent.parameters()), "--size", choose_device(args))
-    device = choose_device(args) if args.buffer_on_gpu else torch.device("cpu")
-    require_memory(replay, f"--buffer-size {args.buffer_size}", device)
+        rb = ReplayBuffer(args, obs_space, agent, torch.device("meta"))
+    device, numbers = choose_device(args), 2 * math.prod(obs_space.shape) + args.horizon * SIZES[args.size].deter
+    require_memory(rb.nbytes, "--buffer-size", device if args.buffer_on_gpu else torch.device("cpu"))
+    numbers = numbers * args.batch_size * args.batch_length + 4 * sum(weight.numel() for weight in agent.parameters())
+    require_memory(4 * numbers, "--size and sizes of batches", device)
 
 
 if __name__ == "__main__":
