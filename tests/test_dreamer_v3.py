@@ -1,5 +1,6 @@
 """Numbers of dreamer_v3.py: each piece against its equation written out plainly, a table or torch.distributions."""
 
+import functools
 import math
 import os
 import re
@@ -1080,6 +1081,62 @@ def test_what_the_environment_gets():
     assert dreamer_v3.env_action(agent, np.array([[-3.0, 0.5], [1.5, -0.2]])).tolist() == [[-1, 0.5], [1, -0.2]]
     agent = make_agent(tiny_args(), action_space=DISCRETE)
     assert dreamer_v3.env_action(agent, np.eye(3)[[2, 0]]).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("shape", [(48, 60), (64, 64, 4)], ids=["grey", "stacked"])
+def test_pictures_of_any_number_of_channels(shape):
+    """Resized to 64 x 64, channels last; encoded and decoded with as many."""
+    space = gym.spaces.Box(0, 255, shape, np.uint8)
+    env = dreamer_v3.fit_spaces(gym.make("fake_envs:DictObservation-v0", observation_space=space), "x")
+    channels = 4 if len(shape) == 3 else 1
+    assert env.observation_space.shape == (64, 64, channels)
+    model = make_agent(tiny_args(), env.observation_space).world_model
+    feat = torch.randn(2, 3, STOCH * 3 + 16)
+    assert model.decode(feat).shape == (2, 3, channels, 64, 64)
+    assert model.embed(model.decode(feat)).shape[:2] == (2, 3)
+
+
+def test_actions_are_rescaled_where_they_are_bounded():
+    """One side open: as it is, cut off at the other; integers are rounded; a Discrete may start anywhere."""
+    box = gym.spaces.Box(np.array([-2, 0, -np.inf]), np.array([4, np.inf, np.inf]), dtype=np.float64)
+    make = functools.partial(gym.make, "fake_envs:DictObservation-v0", observation_space=VECTOR)
+    env = dreamer_v3.fit_spaces(make(action_space=box), "x")
+    assert env.func(np.array([0.5, -0.5, -7], np.float32)).tolist() == [2.5, 0, -7]
+    env = dreamer_v3.fit_spaces(make(action_space=gym.spaces.Box(0, 4, (1, 2), np.int64)), "x")
+    assert env.func(np.array([-1, 0.4], np.float32)).tolist() == [[0, 3]]
+    env = dreamer_v3.fit_spaces(make(action_space=gym.spaces.Discrete(3, start=-1)), "x")
+    assert env.action_space == DISCRETE and env.func(2) == 1
+
+
+def test_evaluations_play_the_same_episodes_however_many_at_once():
+    """Five by one, two and five environments: their seeds, which the environment shows, and their returns."""
+    args = dreamer_v3.with_task_defaults(tiny(dreamer_v3, eval_episodes=5))
+    stop, seen = types.SimpleNamespace(requested=0), []
+    for number in (1, 2, 5):
+        envs = dreamer_v3.make_vector_env(args, "none", number)
+        agent, reset, shown = make_agent(args, envs.single_observation_space, DISCRETE), envs.reset, set()
+
+        def spy(*, seed, options, reset=reset, shown=shown):
+            mask = options["reset_mask"]
+            result = reset(seed=seed, options=options)
+            shown.update(result[0][mask, 0].tolist())
+            return result
+
+        envs.reset = spy
+        returns, episode = dreamer_v3.evaluate(agent, envs, args, CPU, stop)
+        assert returns.tolist() == [78] * 5 and episode["reward"][:, 0].tolist() == list(range(13))
+        seen.append(shown)
+    assert seen[0] == seen[2] == seen[1] and len(seen[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"buffer_size": 10**9}, "--buffer-size"), ({"batch_size": 10**9}, "--size and sizes")]
+)
+def test_what_fits_no_memory_is_named(settings, words, capsys):
+    """The replay; a batch and its dreams."""
+    with pytest.raises(SystemExit):
+        dreamer_v3.check_memory(tiny_args(**settings), IMAGE, BOX)
+    assert words in capsys.readouterr().err
 
 
 # === Learning ===

@@ -583,6 +583,7 @@ BAD_LATENTS = {
     "start": ({"learning_starts": 0}, "--learning-starts"),
     "a start that never comes": ({"buffer_size": 17}, "--buffer-size 17 must hold the --learning-starts 12"),
     "two that never start": ({"buffer_size": 23, "num_envs": 2}, "--buffer-size 23"),
+    "too short to start": ({"total_timesteps": 17}, "--learning-starts 12 sequences never come"),
     "horizon": ({"horizon": 0}, "--horizon"),
     "no repeat": ({"action_repeat": 0}, "--action-repeat"),
     "dreams of one state": ({"imag_last": 1}, "--imag-last"),
