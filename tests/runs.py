@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 ROOT = Path(__file__).parent.parent
 
 
-SCRIPTS = ["dyna_q", "mbpo", "dhmbpo", "world_models", "dreamer", "muzero"]
+SCRIPTS = ["dyna_q", "mbpo", "dhmbpo", "world_models", "dreamer", "dreamer_v3", "muzero"]
 
 
 # Settings of a tiny run of each script: 12-step episodes, updates from step 24 on or earlier, everything else as small
@@ -46,6 +46,22 @@ TINY = {
         "deter_size": 8,
         "dense_size": 8,
         "free_nats": 0.0,
+    },
+    "dreamer_v3": {
+        "env_id": "fake_envs:DiscreteCounter-v0",
+        "cuda": False,
+        "total_timesteps": 48,
+        "eval_frequency": 0,
+        "eval_episodes": 2,
+        "checkpoint_frequency": 24,
+        "size": "laptop",
+        "learning_starts": 12,
+        "train_ratio": 4.0,
+        "batch_size": 2,
+        "batch_length": 6,
+        "buffer_size": 200,
+        "horizon": 3,
+        "warmup": 1,
     },
     "dyna_q": {
         "env_id": "fake_envs:Ladder-v0",
@@ -159,6 +175,13 @@ TRAITS = {
         "workers": True,  # each of which has a process of its own
         "kills": 12,
         "fixed": "batch_size",  # one of the settings that a resume may not change
+    },
+    "dreamer_v3": {
+        "quick": {},
+        "two": TWO_ENVS,
+        "workers": True,
+        "kills": 6,
+        "fixed": "batch_size",
     },
     "dyna_q": {
         "quick": {},

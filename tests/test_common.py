@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("dyna_q.py", "mbpo.py", "dhmbpo.py", "world_models.py", "dreamer.py", "muzero.py")
+NAMES = ("dyna_q.py", "mbpo.py", "dhmbpo.py", "world_models.py", "dreamer.py", "dreamer_v3.py", "muzero.py")
 SCRIPTS = sorted(ROOT / name for name in NAMES if (ROOT / name).exists())
 
 PLUMBING = "Run: folder, log, checkpoints, signals (same text in every script)"
@@ -38,6 +38,7 @@ OWN += "with_task_defaults make_env make_vector_env make_frames fit_spaces model
 OWN += "make_optimizers train_model check_memory".split()
 OWN += "DynamicsEnsemble Critics critic_loss alpha_loss rollout model_step holdout_scores".split()
 OWN += "update_model open_loop open_loop_errors log_open_loop preprocess env_action draw_noise updates_due grow".split()
+OWN += "RSSM WorldModel init_weights imagine lambda_return make_update warn_if_slow".split()
 FLAGS = "exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity capture_video save_model".split()
 FLAGS += "keep_pictures eval_frequency eval_episodes checkpoint_frequency save_buffer resume evaluate".split()
 FLAGS += "env_id total_timesteps num_envs".split()

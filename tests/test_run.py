@@ -130,6 +130,14 @@ RESUMED["muzero"] = {
 }
 
 
+RESUMED["dreamer_v3"] = {
+    "pixels": {"env_id": "fake_envs:CalmPixelsDiscrete-v0"},
+    "vectors": {},
+    "continuous": {"env_id": "fake_envs:Counter-v0"},
+    "wrapped": {"buffer_size": 30},
+}
+
+
 RESUMED["world_models"] = {"dream": {}, "real": {"controller_env": "real"}, "two": TWO_ENVS}
 
 
@@ -591,10 +599,30 @@ BAD_HORIZONS = {
     "no batch": ({"batch_size": 0}, "--batch-size"),
     "learning rate": ({"learning_rate": -1e-3}, "--learning-rate"),
 }
+BAD_LATENTS = {
+    "no batch": ({"batch_size": 0}, "--batch-size"),
+    "one step": ({"batch_length": 1}, "--batch-length"),
+    "gamma": ({"gamma": 1.5}, "--gamma"),
+    "gamma that is no number": ({"gamma": math.nan}, "--gamma"),
+    "unknown task": ({"env_id": "walker-wlak", "obs_mode": "state"}, "walker-walk"),
+    "discrete observations": ({"env_id": "FrozenLake-v1"}, "observations"),
+    "MultiDiscrete actions": ({"env_id": "fake_envs:MultiDiscreteAction-v0"}, "actions"),
+    "start": ({"learning_starts": 0}, "--learning-starts"),
+    "a start that never comes": ({"buffer_size": 17}, "--buffer-size 17 must hold the --learning-starts 12"),
+    "two that never start": ({"buffer_size": 23, "num_envs": 2}, "--buffer-size 23"),
+    "too short to start": ({"total_timesteps": 17}, "--learning-starts 12 sequences never come"),
+    "horizon": ({"horizon": 0}, "--horizon"),
+    "no repeat": ({"action_repeat": 0}, "--action-repeat"),
+    "dreams of one state": ({"imag_last": 1}, "--imag-last"),
+    "dreams of too many": ({"imag_last": 7}, "--imag-last"),
+    "learning rate": ({"learning_rate": -1e-3}, "--learning-rate"),
+    "cudagraphs": ({"cudagraphs": True}, "GPU"),
+    "buffer": ({"buffer_size": 10**15}, "--buffer-size"),
+}
 BAD = {"dreamer": BAD_DREAMS, "dyna_q": BAD_TABLES, "mbpo": BAD_MODELS, "dhmbpo": BAD_HORIZONS}
 
 
-BAD |= {"muzero": BAD_GAMES, "world_models": BAD_WORLDS}
+BAD |= {"dreamer_v3": BAD_LATENTS, "muzero": BAD_GAMES, "world_models": BAD_WORLDS}
 
 
 @pytest.mark.parametrize("kind", BAD_INPUT)
