@@ -88,7 +88,9 @@ Count = Annotated[int, 1, 10**9]
 Natural = Annotated[int, 0, 10**9]
 Seed = Annotated[int, 0, 2**53]
 Few = Annotated[int, 1, 1024]
+Size = Annotated[int, 1, 2**16]
 Share = Annotated[float, 0.0, 1.0]
+Part = Annotated[float, 1e-9, 1.0]
 Positive = Annotated[float, 1e-12, 1e9]
 Amount = Annotated[float, 0.0, 1e9]
 Real = Annotated[float, -1e9, 1e9]
@@ -107,7 +109,7 @@ class Args:
     save_model: bool = False  # write the weights alone to {exp_name}.pt in the run folder at the end
     keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
     eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
-    eval_episodes: Count = 10  # episodes of one evaluation
+    eval_episodes: Size = 10  # episodes of one evaluation
     checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
     resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
@@ -1035,18 +1037,20 @@ def be_a_worker() -> None:
     threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
 
 
-def rehearse(make_envs: Callable, film: bool) -> None:
+def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
     """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
 
-    make_envs(video=path or None): one environment.
+    make_envs(video=path or None): one environment; masks: whether the script obeys action masks in info.
     """
     with tempfile.TemporaryDirectory() as folder:
         envs = make_envs(video=f"{folder}/film.mp4" if film else None)
         envs.on_fault = lambda line: fail(line + " (filmed: is OpenGL there? apt-get install -y libegl1 libgl1)" * film)
         _, infos = envs.reset(seed=[0], options={"reset_mask": np.ones(1, bool)})
-        if "action_mask" not in infos:  # any action is legal
+        if "action_mask" not in infos:
             envs.action_space.seed(0)
             envs.step(envs.action_space.sample())
+        elif not masks:
+            print("warning: this environment has action masks, which this script does not obey", file=sys.stderr)
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written")
@@ -1106,7 +1110,8 @@ class Film(gym.wrappers.RecordVideo):
 
     def __init__(self, env: gym.Env, path: str):
         folder, name = os.path.split(path.removesuffix(".mp4"))
-        super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
+        with warnings.catch_warnings(action="ignore"):  # that there are films in the folder
+            super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
 
     def stop_recording(self) -> None:
         warn_of_failure(super().stop_recording)
@@ -1117,13 +1122,14 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
     try:
-        return gym.make(env_id, **settings)
+        return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
     except Exception as error:  # many types, by environment and settings
-        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if ":" in env_id else ""
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{where}")
+        where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if isinstance(error, ImportError) else ""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        fail(f"cannot make {env_id!r} with {settings}: {reason}{where}")
 
 
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
@@ -1501,13 +1507,14 @@ def warn_of_failure(function: Callable, *args) -> None:
         function(*args)
     except Exception as error:
         with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"warning: {function.__name__} failed: {error or type(error).__name__}", file=sys.stderr)
+            print(f"warning: {function.__name__} failed: {str(error) or type(error).__name__}", file=sys.stderr)
 
 
 def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
-    """What ends the program or a thread: a failure of files and disks, or Ctrl-C, in one line; all else as usual."""
-    if issubclass(kind, OSError | KeyboardInterrupt):
-        print(f"error: {error or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
+    """What ends the program or a thread: a failure of disk or memory, or Ctrl-C, in one line; all else as usual."""
+    if issubclass(kind, OSError | KeyboardInterrupt) or " allocate " in str(error):  # words of NumPy and PyTorch
+        if thread is None:  # TensorBoard's threads fail for the main thread, too
+            print(f"\nerror: {str(error) or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -1626,6 +1633,7 @@ def folder_name(args: Args) -> str:
 
 
 def new_folder(args: Args) -> str:
+    """Makes the folder of a new run."""
     name = f"{folder_name(args)}__{int(time.time())}"
     while True:
         try:
@@ -1730,7 +1738,7 @@ class Run:
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
-        self.metrics, self.reported, self.saved_step = {}, (self.step, time.perf_counter()), -1
+        self.metrics, self.reported, self.saved = {}, (self.step, time.perf_counter()), None
         owed = checkpoint and checkpoint["parts"]["eval_owed"]  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
@@ -1747,6 +1755,8 @@ class Run:
         for name, part in parts.items():
             if isinstance(part, torch.optim.Optimizer):  # which takes the tensors themselves, and so their file
                 part.load_state_dict(deepcopy(self.checkpoint["parts"][name]))
+                for group in part.param_groups:  # of this device, not of the one that saved it
+                    group["capturable"] = self.device.type == "cuda"
             elif hasattr(part, "load_state_dict"):
                 part.load_state_dict(self.checkpoint["parts"][name])
         for name, state in self.checkpoint["rng"].items():
@@ -1780,14 +1790,14 @@ class Run:
         return not ending
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, if it is not there yet."""
-        if self.saved_step != self.step:
+        """Writes the checkpoint of this step, if it is not there yet; a stop may leave an evaluation to the resume."""
+        owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+        if self.saved != (self.step, owed):
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
-            owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
             save_checkpoint(self.folder, self.args, self.step, self.parts | owed, self.rng)
-            self.saved_step = self.step
+            self.saved = self.step, owed
 
     def eval_due(self, dones: np.ndarray) -> bool:
         """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""
