@@ -1889,6 +1889,8 @@ def check_args(args: Args) -> None:
     least, most = args.batch_length * args.action_repeat, args.total_timesteps
     if not least <= args.learning_starts <= most:  # a sequence, the run
         fail(f"--learning-starts {args.learning_starts} must be from {least} (--batch-length) to {most}")
+    if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 

@@ -1340,7 +1340,7 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
         returns += infos["episode"]["r"][dones & (number < args.eval_episodes)].tolist() if dones.any() else []
         number += envs.num_envs * dones
     fields = map(np.stack, zip(*played, strict=True))
-    return np.array(returns), dict(zip(("obs", "action", "reward"), fields, strict=True))
+    return np.array(returns), dict(zip(("obs", "action", "reward"), fields, strict=False))  # none, if stopped at once
 
 
 def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, renderer: str, run: "Run"):
@@ -1909,6 +1909,8 @@ def check_args(args: Args) -> None:
     decisions = args.total_timesteps // args.action_repeat  # nothing is learned before there are so many, and T more
     if decisions - args.num_envs * args.batch_length < args.learning_starts:
         fail(f"--learning-starts {args.learning_starts} sequences never come in {decisions} decisions")
+    if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 

@@ -1947,7 +1947,7 @@ class Stages(Run):
 
     def save(self) -> None:
         """A checkpoint of the stage in progress. Where generations are short, writing takes a twentieth of the time."""
-        begin, self.saved_step = time.perf_counter(), -1  # there may be many of one environment step
+        begin, self.saved = time.perf_counter(), None  # there may be many of one environment step
         super().save()
         self.next_save_time = time.perf_counter() + 20 * (time.perf_counter() - begin)
 

@@ -1,5 +1,6 @@
 """What goes wrong around a run: bad numbers of an environment, second processes, hangups, closed pipes, full disks."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -436,3 +437,14 @@ def test_the_newest_pictures_stay(script):
     names = {str(path.relative_to(Path.cwd())) for path in Path.cwd().rglob("*.*")}
     kept = {f"policy_{step}.png" for step in (4, 5)} | {f"videos/evaluation_{step}.mp4" for step in (4, 5)}
     assert names == kept | {"policy_1.txt"}
+
+
+def test_bfloat16_without_its_arithmetic_is_said(script, monkeypatch, capsys):
+    """On a processor of AVX2 alone it is slower than float32."""
+    args = script.with_task_defaults(tiny(script)) if hasattr(script, "with_task_defaults") else tiny(script)
+    if not hasattr(args, "bfloat16"):
+        pytest.skip("has no --bfloat16")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    for wanted in (False, True):
+        script.check_args(dataclasses.replace(args, bfloat16=wanted))
+        assert ("no bfloat16 arithmetic" in capsys.readouterr().err) == wanted
