@@ -870,6 +870,9 @@ class CheckedEnv(gym.Wrapper):
                 obs = finite("observation", obs, space.shape)
             elif not space.contains(obs):
                 raise ValueError(f"observation {obs} is not in {space}")
+            elif isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+                flat = gym.spaces.flatten(space, obs)
+                finite("observation", flat, np.shape(flat))
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
             return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
         except Exception as error:  # an environment may raise anything
@@ -1335,34 +1338,41 @@ class Run:
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.reported, self.saved = {}, (self.step, time.perf_counter()), None
-        owed = checkpoint and checkpoint["parts"]["eval_owed"]  # the run was stopped before it
+        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
     def keep(self, parts: dict, rng: dict) -> None:
         """Names what a checkpoint holds, see save_checkpoint; a resumed run finds its objects as they were saved."""
         self.parts, self.rng = parts, rng
+        try:
+            if self.checkpoint:
+                self.restore(self.checkpoint)
+        except Exception as error:  # many types, where the inside of a checkpoint is not what its outside says
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            fail(f"{self.folder}/checkpoint.pt does not fit this script, or its environment has changed: {reason}")
+        self.checkpoint = None  # whoever keeps it keeps its file on the disk when it has been replaced
         pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
         steps = {"total": self.args.total_timesteps, "initial": self.step, "unit": "step"}
         Bar.stop = self.stop
         self.progress = Bar(**steps, **pace, dynamic_ncols=True)
-        if not self.checkpoint:
-            return
-        for name, part in parts.items():
+
+    def restore(self, checkpoint: dict) -> None:
+        """The saved states into the objects that `keep` was given."""
+        for name, part in self.parts.items():
             if isinstance(part, torch.optim.Optimizer):  # which takes the tensors themselves, and so their file
-                part.load_state_dict(deepcopy(self.checkpoint["parts"][name]))
+                part.load_state_dict(deepcopy(checkpoint["parts"][name]))
                 for group in part.param_groups:  # of this device, not of the one that saved it
                     group["capturable"] = self.device.type == "cuda"
             elif hasattr(part, "load_state_dict"):
-                part.load_state_dict(self.checkpoint["parts"][name])
-        for name, state in self.checkpoint["rng"].items():
-            if not isinstance(rng[name], torch.Generator):
-                rng[name].bit_generator.state = state
-            elif state.shape == rng[name].get_state().shape:
-                rng[name].set_state(state)
+                part.load_state_dict(checkpoint["parts"][name])
+        for name, state in checkpoint["rng"].items():
+            if not isinstance(self.rng[name], torch.Generator):
+                self.rng[name].bit_generator.state = state
+            elif state.shape == self.rng[name].get_state().shape:
+                self.rng[name].set_state(state)
             else:
                 print(f"random generator {name} starts anew: it was saved on another kind of device")
-        self.checkpoint = None  # whoever keeps it keeps its file on the disk when it has been replaced
 
     def say(self, line: str) -> None:
         """Prints a line; where its reader has gone (| head) the run is asked to stop, as by Ctrl-C."""
@@ -1400,7 +1410,7 @@ class Run:
         due = self.step >= self.next_eval and not self.stop.requested
         if due:
             self.goes_on(dones)
-            self.tick("evaluating")
+            self.progress.set_description("evaluating")
         return due
 
     def report(self) -> None:
@@ -1425,6 +1435,7 @@ class Run:
 
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        self.progress.set_description("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
 

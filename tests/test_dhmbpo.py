@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -1143,11 +1144,11 @@ def reset(self, **named):
     if {text!r} == "between" and {step} == dhmbpo_steps[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     return function(self, **named)
-dhmbpo_steps, function, step = [0], test_dhmbpo.Even.reset, test_dhmbpo.Even.step
+dhmbpo_steps, function, step = [-1], test_dhmbpo.Even.reset, test_dhmbpo.Even.step
 def count(self, action):
     dhmbpo_steps[0] += 1
     return step(self, action)
-test_dhmbpo.Even.reset, test_dhmbpo.Even.step, dhmbpo.learn = reset, count, spy
+test_dhmbpo.Even.reset, test_dhmbpo.Even.step, dhmbpo.learn = reset, count, spy  # -1: a step is rehearsed
 dhmbpo.main(test_dhmbpo.tiny(env_id="Even-v0", eval_frequency={evaluation}))
 """
 
@@ -1166,6 +1167,7 @@ def test_killed_at_once(step, text, resumed_at):
     assert done.returncode == -signal.SIGKILL, done.stderr
     (folder,) = (f"runs/{name}" for name in os.listdir("runs"))
     assert saved(folder)["global_step"] == resumed_at
+    time.sleep(1)  # event files of one second are read in the order of their process numbers, and this one is the lower
     dhmbpo.main(dataclasses.replace(args, resume=folder))
     whole = dhmbpo.main(dataclasses.replace(args, exp_name="whole"))
     assert same(saved(whole)["parts"], saved(folder)["parts"]) and same(saved(whole)["rng"], saved(folder)["rng"])
@@ -1174,8 +1176,8 @@ def test_killed_at_once(step, text, resumed_at):
     }
 
 
-def test_an_interrupted_evaluation_is_left_out(monkeypatch):
-    """SIGTERM while the policy is evaluated: its checkpoint is from before it, and the run goes on behind it."""
+def test_an_interrupted_evaluation_is_made_up_for(monkeypatch):
+    """SIGTERM while the policy is evaluated: the resumed run evaluates it first, and ends as if nothing had been."""
     args = tiny(env_id="Even-v0")
     whole = dhmbpo.main(args)
     evaluate, calls = dhmbpo.evaluate, []
@@ -1194,8 +1196,7 @@ def test_an_interrupted_evaluation_is_left_out(monkeypatch):
     (folder,) = (f"runs/{name}" for name in os.listdir("runs") if name.endswith("12345"))
     assert saved(folder)["global_step"] == 24
     dhmbpo.main(dataclasses.replace(args, resume=folder))
-    expected = [point for point in scalars(whole)["eval/episodic_return"] if point[0] != 24]
-    assert scalars(folder)["eval/episodic_return"] == expected
+    assert scalars(folder)["eval/episodic_return"] == scalars(whole)["eval/episodic_return"]
     assert same(saved(whole)["parts"], saved(folder)["parts"])
 
 

@@ -9,6 +9,8 @@ import time
 import types
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from fake_envs import FAULTS
@@ -448,3 +450,31 @@ def test_bfloat16_without_its_arithmetic_is_said(script, monkeypatch, capsys):
     for wanted in (False, True):
         script.check_args(dataclasses.replace(args, bfloat16=wanted))
         assert ("no bfloat16 arithmetic" in capsys.readouterr().err) == wanted
+
+
+def test_parts_of_an_observation_are_looked_at(script):
+    """What is not finite inside a Dict is no observation either."""
+    space = gym.spaces.Dict(a=gym.spaces.Discrete(2), b=gym.spaces.Box(-np.inf, np.inf, (2,)))
+    env = script.CheckedEnv(gym.Env())
+    env.observation_space = space
+    good, bad = ({"a": 1, "b": np.array([0, x], np.float32)} for x in (1.0, np.inf))
+    assert env.checked("reset", (), lambda: (good, {})) == (good, {})
+    with pytest.raises(gym.error.Error, match="not finite"):
+        env.checked("reset", (), lambda: (bad, {}))
+
+
+@pytest.mark.parametrize("damage", ["nothing", "shapes"])
+def test_a_checkpoint_that_does_not_fit_is_a_line(script, capsys, damage):
+    """Of the right form outside, but another one inside, as after a change of the environment."""
+    if script.__name__ in ("dyna_q", "world_models"):
+        pytest.skip("reads its tables, or stages, by itself")
+    folder = run(script, total_timesteps=24)
+    state = load(folder)
+    parts = [name for name, part in state["parts"].items() if isinstance(part, dict) and part]
+    name = next(name for name in parts if all(map(torch.is_tensor, state["parts"][name].values())))
+    networks = state["parts"][name]
+    del state["parts"][name]
+    if damage == "shapes":
+        state["parts"][name] = {key: torch.zeros(3, 1, 4, 1) for key in networks}
+    torch.save(state, os.path.join(folder, "checkpoint.pt"))
+    assert "does not fit this script" in error_of(capsys, resume, script, folder, total_timesteps=48)
