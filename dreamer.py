@@ -1413,9 +1413,9 @@ def log_open_loop(agent: Agent, episodes: list[dict], run: "Run") -> None:
         rgb = [0, 1, 2] if truth.shape[2] == 3 else [-1, -1, -1]  # grey, or the newest of stacked frames
         strips = torch.cat(rows, -2)[:, :, rgb]  # (T, B, 3, 3 * 64, 64)
         frames = strips.permute(0, 3, 1, 4, 2).flatten(2, 3)  # (T, 3 * 64, B * 64, 3)
-        log_gif(run.picture("open_loop_truth_model_error.gif"), (frames * 255).byte().cpu().numpy())
+        write_gif(run.picture("open_loop_truth_model_error.gif"), (frames * 255).byte().cpu().numpy())
         played = episodes[0]["obs"][..., rgb]
-        log_gif(run.picture("evaluation.gif"), played[:: max(len(played) // 100, 1)])
+        write_gif(run.picture("evaluation.gif"), played[:: max(len(played) // 100, 1)])
 
 
 # === Run: folder, log, checkpoints, signals (same text in every script) ===
@@ -1795,12 +1795,12 @@ class Run:
         return self.folder
 
 
-def log_gif(path: str, frames: np.ndarray) -> None:
-    """Writes an animation (T, H, W, 3) uint8."""
+def write_gif(path: str, frames: np.ndarray) -> None:
+    """Animation of frames (T, H, W, 3) uint8; the 64 colours by octree, which keeps small bright things."""
     from PIL import Image
 
-    images = [Image.fromarray(frame).quantize(64) for frame in frames]
-    images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
+    first, *others = (Image.fromarray(frame).quantize(64, Image.Quantize.FASTOCTREE) for frame in frames)
+    first.save(path, save_all=True, append_images=others, duration=80, loop=0)
 
 
 def make_update(agent: Agent, optimizers: dict, args: Args) -> Callable[[dict, dict], dict]:

@@ -168,11 +168,6 @@ def make_model(num_learners: int, num_states: int, num_actions: int) -> Model:
     )  # fmt: skip
 
 
-def load_model(state: dict[str, torch.Tensor]) -> Model:
-    """The inverse of state_dict, in memory of its own."""
-    return Model(**{name: tensor.numpy().copy() for name, tensor in state.items()})
-
-
 def grow(model: Model) -> Model:
     """Twice the room for outcomes."""
     lists = {name: getattr(model, name) for name in ("next_states", "counts", "terminations")}
@@ -835,6 +830,11 @@ def evaluate(q: np.ndarray, envs: gym.vector.VectorEnv, args: Args, step: int, s
             quota[i] -= 1
             returns.append(float(infos["episode"]["r"][i]))
     return np.array(returns)
+
+
+def load_model(state: dict[str, torch.Tensor]) -> Model:
+    """The inverse of Model.state_dict, in memory of its own."""
+    return Model(**{name: tensor.numpy().copy() for name, tensor in state.items()})
 
 
 def evaluate_run(args: Args) -> str:

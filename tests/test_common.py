@@ -30,8 +30,8 @@ ALGORITHM = "    # Algorithm specific arguments"
 COMMON = ["fail", "parse_args", "choose_device", "next_multiple", "write_file", "save_checkpoint", "load_checkpoint"]
 COMMON += ["refuse_changes", "require_finite", "warn_of_failure", "folder_name", "new_folder", "StopRequest"]
 COMMON += ["print_exception", "check_bounds", "require_memory"]
-COMMON += ["Bar", "Run", "GraphedFunction", "log_gif"]
-SOMEWHERE = {"GraphedFunction", "log_gif"}  # where they are needed
+COMMON += ["Bar", "Run", "GraphedFunction", "write_gif"]
+SOMEWHERE = {"GraphedFunction", "write_gif"}  # where they are needed
 # What each script has in a form of its own under the name of its role; all else that two files define is one text.
 OWN = "Args main Agent Actor ReplayBuffer act update evaluate evaluate_and_log evaluate_run check_args".split()
 OWN += "with_task_defaults make_env make_vector_env make_frames fit_spaces model_loss actor_loss compute_losses".split()
