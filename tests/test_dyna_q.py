@@ -1622,6 +1622,7 @@ def test_cliff_walking_is_value_iteration():
     assert expected_return(run.P, run.start, greedy(run.q[0]), 10_000) == -13
 
 
+@pytest.mark.slow
 def test_taxi_is_value_iteration():
     """Taxi-v4: Q on every pair in reach, and 7.93 on average over the starts, by exact evaluation."""
     run = train(Args(env_id="Taxi-v4", epsilon=1.0, planning_steps=30), 100_000)
