@@ -376,8 +376,9 @@ def flags_of(args) -> list[str]:
 class Started:
     """`python script.py flags` in a process and a session of its own, in the folder where it was begun.
 
-    It is forked from a process that has imported the packages already (conftest.py), and numba's functions run as
-    Python: importing and compiling take seconds each time. What is written goes into files beside the folder.
+    It is forked from a process that has imported the packages already (conftest.py), numba's functions run as Python,
+    and alarms come ten times as early: all of that takes seconds each time. What it says goes into files beside the
+    folder.
     """
 
     count = 0
@@ -424,6 +425,8 @@ def be_a_script(argv: list[str], out: str, err: str) -> None:
     for stream, name in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream.fileno())
     numba.config.DISABLE_JIT = True
+    wait = signal.setitimer  # ten times as impatient
+    signal.setitimer = lambda which, seconds, interval=0.0: wait(which, seconds / 10, interval / 10)
     sys.argv = argv
     try:
         runpy.run_path(argv[0], run_name="__main__")

@@ -20,6 +20,8 @@ from runs import (
     TINY,
     TRAITS,
     Started,
+    close_writers,
+    command_line,
     differences,
     error_of,
     finished,
@@ -30,6 +32,7 @@ from runs import (
     resume,
     run,
     scalars,
+    start,
     tiny,
     wait_for,
 )
@@ -54,7 +57,7 @@ def fault_of(capsys, script, folder: str) -> str:
 
 SAID = [name for name, said in FAULTS.items() if said and name not in ("die", "old reset")]
 ONCE = pytest.mark.stands_for_all("muzero")  # CheckedEnv is one text: for the other scripts two kinds are enough
-SAID = [name if name in ("raise", "nan") else pytest.param(name, marks=ONCE) for name in SAID]
+SAID = [name if name in ("raise", "nan", "exit") else pytest.param(name, marks=ONCE) for name in SAID]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,23 @@ def test_a_fault_at_the_first_step_is_refused_before_there_is_a_folder(script, f
     assert FAULTS[fault] in line and not list(Path.cwd().glob("run_0/runs/*"))
 
 
-@pytest.mark.parametrize("fault", ["array", "options"])
+@pytest.mark.stands_for_all("dyna_q", "muzero")
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_a_fault_long_after_learning_began(script, num_envs, capsys):
+    """NaN at step 900, between checkpoints: none of them holds it, and the last one resumes."""
+    settings = {"env_id": faulty(script, "late nan" if num_envs == 1 else "quarter nan"), "num_envs": num_envs}
+    settings |= {"checkpoint_frequency": 100, "buffer_size": 2000}
+    settings = {name: value for name, value in settings.items() if hasattr(script.Args, name)}
+    with pytest.raises(SystemExit):
+        run(script, **settings, total_timesteps=10**4)
+    folder = str(next(Path.cwd().glob("run_0/runs/*")))
+    line, step = fault_of(capsys, script, folder), load(folder)["global_step"]
+    assert f"step {901 if num_envs == 1 else 226}: " in line and 890 <= step <= 900
+    resume(script, folder, **settings, total_timesteps=step + 24)
+    assert load(folder)["global_step"] == step + 24
+
+
+@pytest.mark.parametrize("fault", ["array", "options", "close raises"])
 def test_what_is_no_fault(script, fault):
     """Rewards of one element, an `episode` of the environment's own in info; options are None where there are none."""
     folder, plain = run(script, env_id=faulty(script, fault)), finished(script)
@@ -97,7 +116,7 @@ def test_action_masks_that_are_not_obeyed_are_named(script, capsys):
 
 
 @pytest.mark.stands_for_all("dyna_q", "mbpo")
-@pytest.mark.parametrize("fault", ["die", "nan"])
+@pytest.mark.parametrize("fault", ["die", "nan", "exit"])
 def test_a_fault_in_a_worker_process(script, fault):
     """One line, exit code 1, saved, and no process is left."""
     if not TRAITS[script.__name__]["workers"]:
@@ -111,14 +130,18 @@ def test_a_fault_in_a_worker_process(script, fault):
     wait_for(lambda: not processes_in(str(Path.cwd())))
 
 
+HANGS = [("hang", 1, signal.SIGTERM), ("hang", 4, signal.SIGTERM), ("deaf", 4, signal.SIGTERM)]
+HANGS += [("hang", 4, signal.SIGKILL), ("deaf", 4, signal.SIGKILL)]
+
+
 @pytest.mark.stands_for_all("dyna_q", "mbpo")
-@pytest.mark.parametrize(("num_envs", "number"), [(1, signal.SIGTERM), (4, signal.SIGTERM), (4, signal.SIGKILL)])
-def test_an_environment_that_hangs_holds_nothing(script, num_envs, number):
-    """Five seconds after a request the run is saved and ends; no process is left, after a kill neither."""
-    workers = TRAITS[script.__name__]["workers"]
-    if num_envs > 1 and not workers:
+@pytest.mark.parametrize(("fault", "num_envs", "number"), HANGS)
+def test_an_environment_that_hangs_holds_nothing(script, fault, num_envs, number):
+    """Five seconds (here: half of one) after a request the run is saved and ends; no process is left, after a kill
+    neither: also where a worker hangs in foreign code, which hears no signal."""
+    if num_envs > 1 and not TRAITS[script.__name__]["workers"]:
         pytest.skip("plays all environments in its own process")
-    settings = {"env_id": faulty(script, "hang"), "num_envs": num_envs, "total_timesteps": 10**6}
+    settings = {"env_id": faulty(script, fault), "num_envs": num_envs, "total_timesteps": 10**6}
     process = Started(script, *flags_of(tiny(script, **settings)))
     wait_for(Path("hanging").exists)
     process.send_signal(number)
@@ -126,6 +149,30 @@ def test_an_environment_that_hangs_holds_nothing(script, num_envs, number):
     assert process.returncode == (128 + number if number == signal.SIGTERM else -number), err
     assert "Traceback" not in err and (number == signal.SIGKILL or "does not return" in err)
     wait_for(lambda: not processes_in(str(Path.cwd())))
+
+
+@pytest.mark.stands_for_all("dyna_q", "mbpo")
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_an_environment_that_hangs_in_close_holds_nothing(script, num_envs):
+    """The run ends as any other, with a warning; no process is left."""
+    if num_envs > 1 and not TRAITS[script.__name__]["workers"]:
+        pytest.skip("plays all environments in its own process")
+    process = Started(script, *flags_of(tiny(script, env_id=faulty(script, "early close"), num_envs=num_envs)))
+    out, err = process.communicate()
+    assert process.returncode == 0 and "continue with" in out and "warning: close failed" in err, err
+    wait_for(lambda: not processes_in(str(Path.cwd())))
+
+
+@pytest.mark.stands_for_all("dyna_q", "mbpo")
+def test_a_picture_that_an_environment_cannot_draw(script, capsys, monkeypatch):
+    """At the start: one line, no run. Later: a warning, and the run goes on."""
+    pytest.importorskip("moviepy")
+    films = {"capture_video": True, "eval_frequency": 24, "total_timesteps": 24, "eval_episodes": 4, "num_envs": 1}
+    error_of(capsys, run, script, env_id=faulty(script, "early render"), **films)
+    assert not list(Path.cwd().glob("run_0/runs/*"))
+    monkeypatch.setattr(script, "rehearse", lambda *args, **kwargs: None)
+    folder = run(script, env_id=faulty(script, "early render"), **films)
+    assert load(folder)["global_step"] == 24 and "no light" in capsys.readouterr().err
 
 
 # === One process for each run folder ===
@@ -390,6 +437,17 @@ def test_a_folder_that_is_removed_is_one_line(script):
     assert err.count("error: ") == 1, err
 
 
+@pytest.mark.stands_for_all("dyna_q")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_leaves_nothing(script, number):
+    """No traceback, no folder."""
+    process = start(script, *flags_of(tiny(script)))
+    wait_for(lambda: "numpy" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode in (-number, 128 + number) and (out, err) == ("", "") and os.listdir() == []
+
+
 @pytest.mark.stands_for_all("dyna_q", "mbpo")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_there_is_a_run_leaves_nothing(script, number):
@@ -417,6 +475,14 @@ def test_a_package_that_is_missing_is_named_before_there_is_a_folder(script, mon
         assert f"pip install {'pillow' if name == 'PIL' else name}" in line and os.listdir() == []
 
 
+def test_a_film_of_a_run_needs_its_package(script, monkeypatch, capsys):
+    """--evaluate --capture-video without moviepy: the pip command."""
+    folder, find_spec = finished(script), script.importlib.util.find_spec
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "moviepy" else find_spec(name))
+    line = error_of(capsys, command_line, monkeypatch, script, "--evaluate", folder, "--capture-video")
+    assert "pip install moviepy" in line and not list(Path(folder).glob("videos/*"))
+
+
 def test_what_fits_no_memory_is_refused(script, capsys):
     """In one line with what it needs and what there is."""
     cpu = torch.device("cpu")
@@ -425,6 +491,32 @@ def test_what_fits_no_memory_is_refused(script, capsys):
     line = error_of(capsys, script.require_memory, room, "--buffer-size", cpu)
     free = float(re.fullmatch(r"error: --buffer-size: .* GB do not fit into the free (.*) GB of cpu", line)[1])
     assert 0 < free < room / 1e9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
+@pytest.mark.parametrize("kilobytes", [20, 60, 120, 300])
+def test_a_disk_that_fills_up(script, kilobytes):
+    """One line, and what was there stays; with room again, the run goes on."""
+    Path("disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", "disk"], check=False).returncode:
+        pytest.skip("no disks can be made here")
+    try:
+        os.chdir("disk")
+        process = Started(script, *flags_of(tiny(script, total_timesteps=10**6, checkpoint_frequency=1)))
+        _, err = process.communicate(timeout=120)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert process.returncode in (1, 2) and len(lines) == 1 and "No space" in lines[0] and "Traceback" not in err, (
+            err
+        )
+        subprocess.run(["mount", "-o", "remount,size=50m", os.getcwd()], check=True)
+        for path in Path("runs").glob("*/checkpoint.pt"):
+            step = load(str(path.parent))["global_step"]
+            resume(script, str(path.parent), total_timesteps=step + 24, checkpoint_frequency=1)
+    finally:
+        close_writers()
+        os.chdir("..")
+        subprocess.run(["umount", "-l", "disk"], check=True)
 
 
 # === Pictures ===
@@ -467,8 +559,24 @@ def test_parts_of_an_observation_are_looked_at(script):
         env.checked("reset", (), lambda: (bad, {}))
 
 
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("total_timesteps", "many"), ("seed", [1]), ("gamma", None), ("env_id", 7)]
+)
+def test_settings_of_another_type_in_a_checkpoint_are_a_line(script, capsys, monkeypatch, flag, name, value):
+    """Right names outside, wrong values inside."""
+    if not hasattr(script.Args, name) and name != "env_id":
+        pytest.skip("has no such setting")
+    folder = finished(script)
+    state = load(folder)
+    state["args"][name] = value
+    torch.save(state, os.path.join(folder, "checkpoint.pt"))
+    error_of(capsys, command_line, monkeypatch, script, f"--{flag}", folder)
+
+
 @pytest.mark.parametrize("damage", ["nothing", "shapes"])
-def test_a_checkpoint_that_does_not_fit_is_a_line(script, capsys, damage):
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+def test_a_checkpoint_that_does_not_fit_is_a_line(script, capsys, monkeypatch, damage, flag):
     """Of the right form outside, but another one inside, as after a change of the environment."""
     if script.__name__ in ("dyna_q", "world_models"):
         pytest.skip("reads its tables, or stages, by itself")
@@ -481,4 +589,5 @@ def test_a_checkpoint_that_does_not_fit_is_a_line(script, capsys, damage):
     if damage == "shapes":
         state["parts"][name] = {key: torch.zeros(3, 1, 4, 1) for key in networks}
     torch.save(state, os.path.join(folder, "checkpoint.pt"))
-    assert "does not fit this script" in error_of(capsys, resume, script, folder, total_timesteps=60)
+    line = error_of(capsys, command_line, monkeypatch, script, f"--{flag}", folder, "--total-timesteps", "60")
+    assert "does not fit this script" in line
