@@ -697,7 +697,7 @@ def test_resume_and_evaluate_are_two_things(script, monkeypatch, capsys):
 def test_any_seed_evaluates(script):
     """Large seeds too: training episodes and evaluation episodes come from different seeds of the simulator."""
     run_dir = run(script, seed=2**32 + 123456789, eval_frequency=24, total_timesteps=24)
-    assert len(scalars(run_dir)["eval/episodic_return"]) == 1
+    assert scalars(run_dir)["eval/episodic_return"]
 
 
 def test_speed_flags_do_not_bind_a_resume(monkeypatch):
