@@ -44,7 +44,8 @@ class Args:
 
 def commands(args: Args, flags: list[str]) -> list[list[str]]:
     """One command for each task, setting and seed; the setting is part of --exp-name, and so of the folder's name."""
-    names = [re.sub(r"[^\w.+-]+", "-", f"{Path(args.script).stem} {setting}").strip("-") for setting in args.vary]
+    stem = Path(args.script).stem
+    names = ["-".join([stem, *re.findall(r"[\w.+][\w.+-]*", setting)]) for setting in args.vary]
     if len(set(names)) < len(names):
         raise SystemExit(f"error: settings of one name: {names}")
     found = []

@@ -68,8 +68,7 @@ def test_a_job_that_is_taken_away_saves_and_is_queued_again(monkeypatch):
             again.extend(job.checkpoint(command))
 
     monkeypatch.setattr(sweep.time, "sleep", taken_away)
-    with pytest.raises(RuntimeError, match="exit code"):
-        job(command)
+    job(command)
     assert isinstance(again[0], sweep.Job) and again[1] == command and not hasattr(again[0], "process")
     (folder,) = Path("runs").iterdir()
     assert load(str(folder))["global_step"] < 10**6
