@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import runpy
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -424,6 +426,8 @@ def be_a_script(argv: list[str], out: str, err: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, name in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    tests = [multiprocessing.parent_process().sentinel]
+    threading.Thread(target=lambda: (multiprocessing.connection.wait(tests), os._exit(1)), daemon=True).start()
     numba.config.DISABLE_JIT = True
     wait = signal.setitimer  # ten times as impatient
     signal.setitimer = lambda which, seconds, interval=0.0: wait(which, seconds / 10, interval / 10)

@@ -89,7 +89,7 @@ def test_same_seed_same_run(script, two):
 
 def test_evaluation_does_not_change_training(script):
     """With and without evaluations, bit for bit."""
-    often, never = run(script, eval_frequency=6), finished(script)
+    often, never = run(script, eval_frequency=18), finished(script)
     assert "eval/episodic_return" in scalars(often) and "eval/episodic_return" not in scalars(never)
     a, b = load(often), load(never)
     assert a["args"].pop("eval_frequency") != b["args"].pop("eval_frequency")
