@@ -60,9 +60,7 @@ ONCE = pytest.mark.stands_for_all("muzero")  # CheckedEnv is one text: for the o
 SAID = [name if name in ("raise", "nan", "exit") else pytest.param(name, marks=ONCE) for name in SAID]
 
 
-@pytest.mark.parametrize(
-    "fault", [name if name in ("raise", "nan") else pytest.param(name, marks=ONCE) for name in SAID]
-)
+@pytest.mark.parametrize("fault", SAID)
 def test_a_fault_of_an_environment_is_a_line_and_the_run_is_saved(script, fault, capsys):
     """At step 31: what was before it is in the checkpoint, exit code 1."""
     env_id = faulty(script, fault)
