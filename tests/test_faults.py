@@ -163,10 +163,13 @@ def test_an_environment_that_hangs_in_close_holds_nothing(script, num_envs):
 
 @pytest.mark.stands_for_all("dyna_q", "mbpo")
 def test_a_picture_that_an_environment_cannot_draw(script, capsys, monkeypatch):
-    """At the start: one line, no run. Later: a warning, and the run goes on."""
+    """At the start: why, in one line, and no run. Later: a warning, and the run goes on."""
     pytest.importorskip("moviepy")
     films = {"capture_video": True, "eval_frequency": 24, "total_timesteps": 24, "eval_episodes": 4, "num_envs": 1}
-    error_of(capsys, run, script, env_id=faulty(script, "early render"), **films)
+    with pytest.raises(SystemExit) as stopped:
+        run(script, env_id=faulty(script, "early render"), **films)
+    warning, error = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "no light" in warning and error.startswith("error: a film could not be written")
     assert not list(Path.cwd().glob("run_0/runs/*"))
     monkeypatch.setattr(script, "rehearse", lambda *args, **kwargs: None)
     folder = run(script, env_id=faulty(script, "early render"), **films)
