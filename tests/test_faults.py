@@ -1,6 +1,8 @@
 """What goes wrong around a run: bad numbers of an environment, second processes, hangups, closed pipes, full disks."""
 
+import ctypes.util
 import dataclasses
+import importlib
 import os
 import re
 import signal
@@ -174,6 +176,23 @@ def test_a_picture_that_an_environment_cannot_draw(script, capsys, monkeypatch):
     monkeypatch.setattr(script, "rehearse", lambda *args, **kwargs: None)
     folder = run(script, env_id=faulty(script, "early render"), **films)
     assert load(folder)["global_step"] == 24 and "no light" in capsys.readouterr().err
+
+
+GAMES = {"mbpo": {}, "dhmbpo": {}, "dreamer": {}, "dreamer_v3": {}, "muzero": {}, "world_models": {"render_obs": True}}
+
+
+@pytest.mark.stands_for_all("mbpo", "dreamer")
+@pytest.mark.skipif(ctypes.util.find_library("EGL") is None, reason="needs OpenGL")
+@pytest.mark.parametrize("name", GAMES)
+@pytest.mark.parametrize("chosen", [None, "egl"])
+def test_mujoco_is_filmed_where_opengl_is(name, chosen, monkeypatch):
+    """Gymnasium's tasks, without a display: OpenGL is chosen before the first environment, or by the user."""
+    monkeypatch.setenv("MUJOCO_GL", chosen) if chosen else monkeypatch.delenv("MUJOCO_GL", raising=False)
+    settings = {"env_id": "InvertedPendulum-v5", "total_timesteps": 24, "eval_frequency": 24, "eval_episodes": 1}
+    script = importlib.import_module(name)
+    process = start(script, *flags_of(tiny(script, capture_video=True, **settings, **GAMES[name])))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and list(Path("runs").glob("*/videos/*.mp4")), err
 
 
 # === One process for each run folder ===
@@ -385,7 +404,7 @@ def command_line_of(script, monkeypatch, *flags: str) -> str:
     return script.main(script.parse_args())
 
 
-@pytest.mark.parametrize("eval_frequency", [12, 24])
+@pytest.mark.parametrize("eval_frequency", [pytest.param(12, marks=ONCE), 24])
 def test_an_evaluation_that_was_due_is_made_after_the_resume(script, monkeypatch, eval_frequency):
     """Asked to stop at the step of an evaluation, the run leaves it to the one that continues it; and only then."""
     if script.__name__ == "world_models":

@@ -170,7 +170,7 @@ def test_two_resumes_of_a_checkpoint_are_equal(script, changes):
     """Also in the middle of an episode, or of one each in two environments."""
     run_dir = run(script, **changes, total_timesteps=24 + 6 * changes.get("num_envs", 1))
     copy = copy_of(run_dir)
-    first, second = (load(resume(script, folder, **changes, total_timesteps=60)) for folder in (run_dir, copy))
+    first, second = (load(resume(script, folder, **changes, total_timesteps=48)) for folder in (run_dir, copy))
     assert differences(first, second) == []
 
 
@@ -219,8 +219,8 @@ def test_without_saved_buffer_a_resume_goes_on(script):
         assert differences(saved["parts"][part], kept["parts"][part]) == [], part
     resume(script, run_dir, **settings, save_buffer=False)
     assert differences(saved, load(run_dir)) == []
-    resume(script, run_dir, **settings, save_buffer=False, total_timesteps=108)
-    assert load(run_dir)["global_step"] == 108
+    resume(script, run_dir, **settings, save_buffer=False, total_timesteps=84)
+    assert load(run_dir)["global_step"] == 84
     assert_healthy(run_dir)
 
 
