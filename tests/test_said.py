@@ -32,7 +32,8 @@ def test_an_environment_without_a_time_limit_is_named(script, capsys, monkeypatc
     args = script.with_task_defaults(tiny(script))
     run(script)
     assert "no time limit" not in capsys.readouterr().out
-    envs = script.make_vector_env(args, 1)
+    renderer = {"renderer": None} if script.__name__.startswith("dreamer") else {}
+    envs = script.make_vector_env(args, num_envs=1, **renderer)
     env = envs.envs[0].unwrapped
     env.spec = copy.copy(env.spec)
     env.spec.id = "Endless-v0"
