@@ -2048,6 +2048,7 @@ class Stages(Run):
             saving = self.units_done % save_every == 0
             if self.units_done % 100 == 0 or self.units_done == total or saving:
                 self.log(require_finite(metrics, self.step + self.units_done))
+                self.learned = True
             if saving and self.units_done < total:
                 self.save()
         if self.stop.requested:
