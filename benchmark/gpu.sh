@@ -63,34 +63,34 @@ import json, re, statistics, sys
 from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-KEYS = {"updates_per_s": 0, "sac_updates_per_s": 0, "update_seconds_median": 1, "update_ms": 1000}  # 0: as it is, else / it
-folder, eager = Path(sys.argv[1]), {}
+RATE = r'"(?:sac_)?updates_per_s": ([\d.e+-]+)'
+TIMES = {r'"update_seconds_median": ([\d.e+-]+)': 1, r'"update_ms": ([\d.e+-]+)': 1000, r"1m state .*: ([\d.]+) s$": 1}
+folder, eager, nan = Path(sys.argv[1]), {}, float("nan")
 
 
 def measured(log: str, per_step: str) -> tuple[float, float]:
     """Environment steps and updates per second of a line, nan where it does not say."""
-    run = re.search(r"--resume '?(\S*?)'?$", log, re.M)
-    if run:  # the median report of the second half
+    if run := re.search(r"--resume '?(\S*?)'?$", log, re.M):  # a whole run: the median report of its second half
         events = EventAccumulator(run[1], size_guidance={"scalars": 0})
         events.Reload()
-        speeds = [event.value for event in events.Scalars("charts/SPS")]
+        tagged = "charts/SPS" in events.Tags()["scalars"]
+        speeds = [event.value for event in events.Scalars("charts/SPS")] if tagged else [nan]
         speed = statistics.median(speeds[len(speeds) // 2 :])
-        return speed, float("nan") if per_step == "-" else speed * float(per_step)
-    for key, factor in KEYS.items():
-        if found := re.search(rf'"{key}": ([\d.e-]+)', log):
-            return float("nan"), factor / float(found[1]) if factor else float(found[1])
-    return float("nan"), float("nan")
+        return speed, nan if per_step == "-" else speed * float(per_step)
+    rates = [float(number) for number in re.findall(RATE, log)]
+    rates += [unit / float(number) for text, unit in TIMES.items() for number in re.findall(text, log, re.M)]
+    return nan, rates[0] if rates else nan
 
 
 print("| line | code | steps/s | updates/s | of eager |\n|---|---|---|---|---|")
 for line in (folder / "lines").read_text().splitlines():
     name, per_step = line.split()
     code, log = (Path(folder, f"{name}.{kind}") for kind in ("code", "log"))
-    steps, updates = measured(log.read_text(), per_step) if log.exists() else (float("nan"),) * 2
+    steps, updates = measured(log.read_text(), per_step) if log.exists() else (nan, nan)
     group, way = name.split(".")
     speed = steps if updates != updates else updates
     eager |= {group: speed} if way == "eager" else {}
-    numbers = (f"{x:.4g}" if x == x else "" for x in (steps, updates, speed / eager.get(group, float("nan"))))
+    numbers = (f"{x:.4g}" if x == x else "" for x in (steps, updates, speed / eager.get(group, nan)))
     print("|", " | ".join([name, code.read_text().strip() if code.exists() else "not run", *numbers]), "|")
 END
 }
@@ -100,7 +100,7 @@ trap 'exit 130' INT TERM
 
 # the machine, and the tests that are skipped without a GPU
 line machine.gpu - python -c "import os, torch; print(torch.__version__); os.system('nvidia-smi')"
-line machine.tests - python -m pytest -q tests -m "slow or not slow" -k "gpu or cuda"
+line machine.tests - python -m pytest -q tests -k "on_a_gpu or cuda_graph or captured_model"
 
 # one update at the published sizes, and its parts
 ways update_dreamer - python benchmark/dreamer_speed.py
@@ -126,7 +126,7 @@ ways dreamer 0.1 python dreamer.py --env-id walker-walk --size published --rende
   --total-timesteps 8000 --train-frequency 10 --train-steps 1 --eval-frequency 0 --checkpoint-frequency 0
 ways dreamer_v3 0.25 python dreamer_v3.py --env-id walker-walk --obs-mode state --learning-starts 64 \
   --total-timesteps 4000 --eval-frequency 0 --checkpoint-frequency 0
-ways muzero 0.5 python muzero.py --env-id CartPole-v1 --total-timesteps 4000 --eval-frequency 0 --checkpoint-frequency 0
+ways muzero 0.25 python muzero.py --env-id CartPole-v1 --total-timesteps 4000 --eval-frequency 0 --checkpoint-frequency 0
 line world_models.eager - python world_models.py --env-id CarRacing-v3 --controller-env dream --total-timesteps 3000 \
   --vae-epochs 2 --model-updates 300 --generations 5 --eval-generations 5 --eval-episodes 1
 

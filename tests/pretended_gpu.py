@@ -87,7 +87,7 @@ class Generator(torch.Generator):
 class Stream:
     def wait_stream(self, other: "Stream") -> None:
         """All that the other one may read by now, this one may."""
-        for _, readers in PretendedGPU.active.written.values():
+        for readers in PretendedGPU.active.written.values():
             if other in readers:
                 readers.add(self)
 
@@ -133,6 +133,10 @@ def tree_map(function, tree):
     return type(tree)([tree_map(function, x) for x in tree]) if type(tree) in (list, tuple) else function(tree)
 
 
+def on_host(x):
+    return x.host if isinstance(x, OnGPU) else CPU if isinstance(x, torch.device) else x
+
+
 def tensors(tree) -> list[torch.Tensor]:
     found = []
     tree_map(lambda x: found.append(x) if isinstance(x, torch.Tensor) else None, tree)
@@ -144,12 +148,12 @@ def address(tensor: torch.Tensor) -> int:
 
 
 @functools.cache
-def effects(func) -> tuple[bool, list]:
-    """Is the result of an operation a view? And the arguments that it writes to: place and name of each."""
-    aliases = [result.alias_info for result in func._schema.returns if result.alias_info is not None]
+def effects(func) -> tuple[bool, bool, list]:
+    """Is the result of an operation a view, is it an argument? Which arguments are written to, place and name?"""
+    aliases = [result.alias_info.is_write for result in func._schema.returns if result.alias_info is not None]
     arguments = enumerate(func._schema.arguments)
     written = [(i, argument.name) for i, argument in arguments if argument.alias_info and argument.alias_info.is_write]
-    return any(not alias.is_write for alias in aliases), written
+    return False in aliases, True in aliases, written
 
 
 class Functions(TorchFunctionMode):
@@ -161,11 +165,9 @@ class Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if isinstance(kwargs.get("device"), str):
             kwargs["device"] = torch.device(kwargs["device"])
-        if func in (torch.Tensor.to, torch.Tensor.cuda):
-            args = [*args, CUDA] if func is torch.Tensor.cuda else args
-            func, args = torch.Tensor.to, [torch.device(x) if isinstance(x, str) else x for x in args]
-        on_meta = functools.partial(tree_map, lambda x: META if isinstance(x, torch.device) and x.type == "cuda" else x)
-        args, kwargs = on_meta((args, kwargs))
+        args, kwargs = tree_map(
+            lambda x: META if isinstance(x, torch.device) and x.type == "cuda" else x, (args, kwargs)
+        )
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == META:
             return func(*args, **kwargs | {"device": None}).to(META)
         if func is torch.Tensor.__setitem__ and isinstance(args[0], OnGPU) and isinstance(args[2], int | float):
@@ -188,7 +190,7 @@ class PretendedGPU(TorchDispatchMode):
             0,
             Stream(),
             {},
-        )  # address: the stream that wrote there last, and those that may read
+        )  # address: the streams that may read what is there
 
     def __enter__(self):
         PretendedGPU.active, self.undo = self, contextlib.ExitStack()
@@ -227,7 +229,7 @@ class PretendedGPU(TorchDispatchMode):
 
     @contextlib.contextmanager
     def capture(self, graph: Graph):
-        for _, readers in self.written.values():  # a capture begins with a synchronisation of all streams
+        for readers in self.written.values():  # a capture begins with a synchronisation of all streams
             readers.add(self.stream)
         self.graph = graph
         try:
@@ -257,40 +259,34 @@ class PretendedGPU(TorchDispatchMode):
             raise RuntimeError(f"{kind} {where}: {func} in {code.co_qualname}, line {frame.f_lineno}: {line}")
 
     def writes(self, host: torch.Tensor) -> None:
-        self.written[address(host)] = self.stream, {self.stream}
+        self.written[address(host)] = {self.stream}
 
     def may_read(self, host: torch.Tensor, func) -> None:
-        writer, readers = self.written.get(address(host), (self.stream, {self.stream}))
+        readers = self.written.get(address(host), {self.stream})
         if self.stream not in readers and self.graph is None:
             raise RuntimeError(f"{func} reads what another stream has written: no wait_stream in between")
 
     def check_operands(self, func, args: tuple, operands: list) -> None:
         """Refuses operands on two devices, but for the exceptions that PyTorch makes; counts what these cost."""
         others = [x for x in operands if not isinstance(x, OnGPU)]
-        scalars, target = all(x.dim() == 0 for x in others), args[0] if args else None
-        pointwise = torch.Tag.pointwise in func.tags
-        if func in INDEXING:
-            masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
-            fills = masks and len(args[1]) == 1 and len(args) > 2 and args[2] in others and args[2].numel() == 1
-            if masks and not fills:  # else a masked_fill_
+        numbers = all(x.dim() == 0 for x in others)
+        if func in INDEXING:  # indices may be on the CPU, and a number that is stored
+            stored = [x for x in args[2:3] if not isinstance(x, OnGPU)]
+            mask = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+            if mask and not (stored and numbers and len(args[1]) == 1):  # else it is a masked_fill_
                 self.wait("sync", func)
-            others = [x for x in others if not fills and x is not target]
-            for x in others:  # an index, or a number to be stored
-                if len(args) > 2 and x is args[2] and x.dim() > 0:
-                    break
-            else:
-                if others:
-                    self.wait("upload", func)
-                others = [target] if not isinstance(target, OnGPU) else []
+            elif others and not mask:
+                self.wait("upload", func)
+            allowed = isinstance(args[0], OnGPU) and all(x.dim() == 0 for x in stored)
         elif func in WAITS:
             self.wait("sync", func)
-        elif (
-            scalars and (pointwise or func is aten.fill_.Tensor) and not (func._schema.is_mutable and target in others)
-        ):
-            if others and func is aten.where.self:
+            allowed = not others
+        else:  # numbers may be on the CPU where the kernel works number by number
+            allowed = not others or numbers and (torch.Tag.pointwise in func.tags or func is aten.fill_.Tensor)
+            allowed = allowed and (isinstance(args[0], OnGPU) or not func._schema.is_mutable or not others)
+            if others and allowed and func is aten.where.self:
                 self.wait("upload", func)
-            others = []
-        if others:
+        if not allowed:
             raise RuntimeError(f"Expected all tensors to be on the same device: {func} has cuda:0 and cpu operands")
 
     def check_generator(self, func, on_gpu: bool) -> None:
@@ -324,9 +320,8 @@ class PretendedGPU(TorchDispatchMode):
             return func(*args, **kwargs)
         for x in inputs:
             self.may_read(x, func)
-        host = functools.partial(tree_map, lambda x: x.host if isinstance(x, OnGPU) else CPU if x == META else x)
-        host_args, host_kwargs = host((args, kwargs))
-        is_view, places = effects(func)
+        host_args, host_kwargs = tree_map(on_host, (args, kwargs))
+        is_view, in_place, places = effects(func)
         changed = tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in places])
         if self.graph is not None:
             for x in (x.host for x in changed if address(x.host) not in self.graph.made | self.graph.before):
@@ -341,6 +336,6 @@ class PretendedGPU(TorchDispatchMode):
             if self.graph is not None:
                 self.graph.calls.append((func, host_args, host_kwargs, results))
                 self.graph.made |= {} if changed else {address(x): x for x in results}
-        if changed and func._schema.returns:
+        if in_place:
             return changed[0] if len(changed) == 1 else tuple(changed)
         return tree_map(lambda x: OnGPU(x) if isinstance(x, torch.Tensor) else x, result)

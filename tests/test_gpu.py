@@ -19,8 +19,9 @@ from runs import ROOT, SCRIPTS, VECTORS, differences, load, resume, run
 NAMES = [name for name in SCRIPTS if name != "dyna_q"]  # which has nothing for a GPU
 GRAPHED = [name for name in NAMES if name != "world_models"]
 
-# Beside TINY of runs.py: no more than what a graph needs to be replayed.
-SETTINGS = dict.fromkeys(NAMES, {}) | {"dreamer": VECTORS | {"train_steps": 5, "pretrain_steps": 5}}
+# Beside TINY of runs.py: just the updates that a graph needs to be replayed.
+SETTINGS = {name: {"total_timesteps": 36} for name in GRAPHED} | {"world_models": {}}
+SETTINGS["dreamer"] |= VECTORS | {"train_steps": 5, "pretrain_steps": 5, "size": "laptop"}
 
 # Functions that wait for nothing and copy nothing to the GPU.
 UPDATES = {
@@ -150,12 +151,12 @@ def test_the_gpu_gives_the_numbers_of_the_cpu_and_waits_where_it_may(name):
 def test_a_run_goes_to_a_gpu_and_back(name):
     """Begun on a CPU, continued with CUDA graphs, ended on a CPU: as if it had never moved."""
     script, settings = importlib.import_module(name), SETTINGS[name]
-    whole = outcome(run(script, **settings, total_timesteps=72))
-    run_dir = run(script, **settings, total_timesteps=36)
+    whole = outcome(run(script, **settings | {"total_timesteps": 60}))
+    run_dir = run(script, **settings | {"total_timesteps": 24})
     with pretended_gpu(script) as gpu:
-        resume(script, run_dir, **settings, total_timesteps=60, cuda=True, cudagraphs=True)
+        resume(script, run_dir, **settings | {"total_timesteps": 48}, cuda=True, cudagraphs=True)
     assert gpu.replays > 0
-    resume(script, run_dir, **settings, total_timesteps=72)
+    resume(script, run_dir, **settings | {"total_timesteps": 60})
     assert differences(whole, outcome(run_dir)) == []
 
 
@@ -323,8 +324,8 @@ def fault_of(script) -> str:
         with pretended_gpu(script):
             eager = outcome(run(script, **settings, cuda=True))
             graphs = outcome(run(script, **settings, cuda=True, cudagraphs=True))
-            run_dir = run(script, **settings, total_timesteps=36)
-            resume(script, run_dir, **settings, total_timesteps=60, cuda=True, cudagraphs=True)
+            run_dir = run(script, **settings | {"total_timesteps": 24})
+            resume(script, run_dir, **settings, cuda=True, cudagraphs=True)
     except RuntimeError as error:
         return str(error)
     return "graphs differ from eager" if differences(eager, graphs) else ""
