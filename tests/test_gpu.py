@@ -29,7 +29,7 @@ UPDATES = {
     "dreamer_v3": ["update", "draw_noise"],
     "mbpo": ["update_model", "update_policy", "holdout_errors", "model_step"],
     "dhmbpo": ["update", "minimize", "holdout_scores", "model_step"],
-    "muzero": ["update", "recurrent", "bootstrap_now", "random_actions"],
+    "muzero": ["update", "recurrent", "bootstrap_now"],
     "world_models": ["update_vae", "update_model", "dream_step"],
 }
 
@@ -158,6 +158,33 @@ def test_a_run_goes_to_a_gpu_and_back(name):
     assert gpu.replays > 0
     resume(script, run_dir, **settings | {"total_timesteps": 60})
     assert differences(whole, outcome(run_dir)) == []
+
+
+VARIANTS = {
+    "dreamer, pixels in host memory": ("dreamer", {"env_id": "fake_envs:TinyPixels-v0", "buffer_on_gpu": False}),
+    "dreamer, discrete": ("dreamer", {"env_id": "fake_envs:DiscreteCounter-v0"}),
+    "dreamer_v3, pixels": ("dreamer_v3", {"env_id": "fake_envs:CalmPixelsDiscrete-v0", "buffer_on_gpu": False}),
+    "dreamer_v3, continuous": ("dreamer_v3", {"env_id": "fake_envs:Counter-v0"}),
+    "mbpo, long rollouts": ("mbpo", {"rollout_schedule": (0, 3, 1, 4), "model_retain_epochs": 2}),
+    "mbpo, two environments": ("mbpo", {"num_envs": 2}),
+    "muzero, pUCT": ("muzero", {"search": "puct", "priority_alpha": 0.5}),
+    "muzero, reanalyzed": ("muzero", {"reanalyze_ratio": 0.5, "consistency_scale": 1.0}),
+    "muzero, continuous": ("muzero", {"env_id": "fake_envs:Counter-v0"}),
+    "muzero, pixels": ("muzero", {"env_id": "fake_envs:CalmPixelsDiscrete-v0", "unroll_steps": 1}),
+    "world_models, C in the environment": ("world_models", {"controller_env": "real"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_give_the_numbers_of_the_cpu(variant):
+    """What else the scripts can do, evaluations included."""
+    name, changes = VARIANTS[variant]
+    script, settings = importlib.import_module(name), SETTINGS[name] | changes | {"eval_frequency": 12}
+    cpu = outcome(run(script, **settings))
+    for ways in [{}, {"cudagraphs": True}] if name in GRAPHED else [{}]:
+        with pretended_gpu(script):
+            assert largest_difference(cpu, outcome(run(script, **settings, cuda=True, **ways))) < 1e-6
 
 
 @pytest.mark.slow
