@@ -326,7 +326,7 @@ PLANTED = {
         "dreamer", "            self.stream.wait_stream(torch.cuda.current_stream())\n", "", "no wait_stream",
     ),
     "nobody waits for the side stream": (
-        "dreamer", "            torch.cuda.current_stream().wait_stream(self.stream)\n", "", "no wait_stream",
+        "mbpo", "            torch.cuda.current_stream().wait_stream(self.stream)\n", "", "no wait_stream",
     ),
     "a learning rate that Python changes": (
         "dreamer", LOSSES, '    optimizers["model"].param_groups[0]["lr"] *= 0.9\n' + LOSSES, "graphs differ",
