@@ -93,7 +93,8 @@ def run(args: Args, flags: list[str]) -> None:
         todo = []
     while todo or jobs:
         while todo and len(jobs) < args.jobs:
-            jobs[executor.submit(Job(), todo[0])] = todo.pop(0)
+            command = todo.pop(0)
+            jobs[executor.submit(Job(), command)] = command
         for job in [job for job in jobs if job.done()]:
             error = job.exception()
             failed += error is not None

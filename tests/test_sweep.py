@@ -74,6 +74,45 @@ def test_a_job_that_is_taken_away_saves_and_is_queued_again(monkeypatch):
     assert load(str(folder))["global_step"] < 10**6
 
 
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_every_command_is_queued_once(cluster, monkeypatch, capsys):
+    """With a stand-in for submitit; of three runs the second fails, which is said."""
+    queued = []
+
+    class Queued:
+        def __init__(self, command):
+            queued.append(command)
+            self.failed, self.paths = "2" in command, types.SimpleNamespace(stderr="its log")
+
+        def done(self):
+            return True
+
+        def exception(self):
+            return RuntimeError() if self.failed else None
+
+    class Executor:
+        def __init__(self, **settings):
+            assert settings["cluster"] == cluster
+
+        def update_parameters(self, **settings):
+            pass
+
+        def submit(self, job, command):
+            return Queued(command)
+
+        def map_array(self, job, commands):
+            return [self.submit(job, command) for command in commands]
+
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=Executor))
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
+    args = sweep.Args(script="dyna_q.py", env_ids=("A-v0",), cluster=cluster, jobs=2)
+    with pytest.raises(SystemExit) as stopped:
+        sweep.run(args, [])
+    said = capsys.readouterr().out
+    assert queued == sweep.commands(args, []) and stopped.value.code == 1
+    assert said.count(": done") == 2 and said.count("FAILED, see its log") == 1
+
+
 @pytest.mark.parametrize("code", [0, 143])
 def test_the_array_of_the_page(code):
     """With stand-ins for srun and scontrol: task and seed of index 5, and a requeue after SIGTERM alone."""
