@@ -100,7 +100,7 @@ def test_a_fault_long_after_learning_began(script, num_envs, capsys):
     assert load(folder)["global_step"] == step + 24
 
 
-@pytest.mark.parametrize("fault", ["array", "options", "close raises"])
+@pytest.mark.parametrize("fault", ["array", "options", pytest.param("close raises", marks=ONCE)])
 def test_what_is_no_fault(script, fault):
     """Rewards of one element, an `episode` of the environment's own in info; options are None where there are none."""
     folder, plain = run(script, env_id=faulty(script, fault)), finished(script)
@@ -181,10 +181,10 @@ def test_a_picture_that_an_environment_cannot_draw(script, capsys, monkeypatch):
 GAMES = {"mbpo": {}, "dhmbpo": {}, "dreamer": {}, "dreamer_v3": {}, "muzero": {}, "world_models": {"render_obs": True}}
 
 
-@pytest.mark.stands_for_all("mbpo", "dreamer")
+@pytest.mark.stands_for_all("dreamer")
 @pytest.mark.skipif(ctypes.util.find_library("EGL") is None, reason="needs OpenGL")
 @pytest.mark.parametrize("name", GAMES)
-@pytest.mark.parametrize("chosen", [None, "egl"])
+@pytest.mark.parametrize("chosen", [pytest.param(None, marks=pytest.mark.slow), "egl"])
 def test_mujoco_is_filmed_where_opengl_is(name, chosen, monkeypatch):
     """Gymnasium's tasks, without a display: OpenGL is chosen before the first environment, or by the user."""
     monkeypatch.setenv("MUJOCO_GL", chosen) if chosen else monkeypatch.delenv("MUJOCO_GL", raising=False)
@@ -384,6 +384,7 @@ def test_a_checkpoint_that_was_replaced_meanwhile_is_not_continued(script, monke
 # === Continuing what there is ===
 
 
+@pytest.mark.stands_for_all("dyna_q", "muzero", "world_models")
 def test_resume_auto_continues_the_newest_run_of_its_kind(script, monkeypatch):
     """The same script, task and seed; where there is none, a run begins."""
     flags = flags_of(tiny(script, total_timesteps=24))
