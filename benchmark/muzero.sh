@@ -6,7 +6,8 @@ cartpole() { # 40K steps, evaluated over 100 episodes every 10K: minutes on one 
   for seed in 1 2 3; do
     python muzero.py --seed "$seed" --eval-episodes 100
   done
-  python benchmark/curves.py docs/muzero_cartpole.png runs/CartPole-v1__muzero__*
+  python benchmark/export.py results/muzero/CartPole-v1_10K.csv "bash benchmark/muzero.sh cartpole" runs/CartPole-v1__muzero__*
+  python benchmark/curves.py muzero_cartpole
 }
 
 pendulum() { # continuous actions; 10K steps are minutes on one core for each seed
