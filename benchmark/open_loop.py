@@ -3,10 +3,10 @@
 Run:  python benchmark/open_loop.py SCRIPT RUN [flags of the run]    measures: SCRIPT's rows of results/open_loop.csv
       python benchmark/open_loop.py                                  draws docs/open_loop.png from all rows
 RUN is a run folder, or a file of weights, for which the run's flags are given. The agent plays evaluation episodes;
-from many moments on the model alone predicts what comes, from the actions that were then taken. Its squared error is divided
-by that of predicting the mean of these moments: 0 = what came true, 1 = nothing is known but the mean. Of vectors each
-number is taken by itself, then the mean; of pictures the sum over all pixels. A mean prediction ends at 1 when nothing
-is known any more, a sampled one (the Dreamers, World Models) at 2: what is likely, and what came, both vary.
+from many moments on the model alone predicts what comes, from the actions that were then taken. Its squared error is
+divided by that of predicting the mean of these moments: 0 = what came true, 1 = nothing is known but the mean. Of
+vectors each number is taken by itself, then the mean; of pictures the sum over all pixels. A mean prediction ends at 1
+when nothing is known any more, a sampled one (the Dreamers, World Models) at 2: what is likely, and what came, vary.
 """
 
 import csv
