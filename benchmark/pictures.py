@@ -38,14 +38,11 @@ def maze_panel(trial, title: str, cell: int = 28) -> Image.Image:
     pen.text((2, 2), title, "black", FONT)
     for s, (y, x) in enumerate(np.ndindex(rows, columns)):
         box = (x * cell, y * cell + 22, (x + 1) * cell, (y + 1) * cell + 22)
-        shade = round(235 * (1 - q[s].max()))
+        value = q[s].max()
         colors = {"#": (40, 40, 40), "G": (90, 190, 90)}
-        pen.rectangle(
-            box,
-            colors.get(grid[y, x], (shade, shade + 20, 255) if q[s].max() > 1e-6 else (250, 250, 250)),
-            (215, 215, 215),
-        )
-        if grid[y, x] not in "#G" and q[s].max() - q[s].min() > 1e-6:
+        color = tuple(round(255 - by * value) for by in (175, 135, 0)) if value > 1e-6 else (250, 250, 250)
+        pen.rectangle(box, colors.get(grid[y, x], color), (215, 215, 215))
+        if grid[y, x] not in "#G" and value - q[s].min() > 1e-6:
             dx, dy = MOVES[int(q[s].argmax())]
             cx, cy = box[0] + cell / 2, box[1] + cell / 2
             tip, base = (cx + 8 * dx, cy + 8 * dy), (cx - 4 * dx, cy - 4 * dy)
@@ -57,11 +54,13 @@ def maze_panel(trial, title: str, cell: int = 28) -> Image.Image:
     return image
 
 
-def maze(until: int = 1000) -> None:
+def maze(until: int = 540) -> None:
     """Two learners with the same random numbers and real steps; one of them plans 50 updates a step."""
     import dyna_q_figures
 
-    trials = [dyna_q_figures.Trial(env_id="DynaMaze-v0", planning_steps=n, seed=6) for n in (0, 50)]
+    trials = [
+        dyna_q_figures.Trial(env_id="DynaMaze-v0", planning_steps=n, seed=9) for n in (0, 50)
+    ]  # equal until the goal is found
     ended, frames, since = [[], []], [], [0, 0]
     for step in range(1, until + 1):
         for i, trial in enumerate(trials):
@@ -70,14 +69,11 @@ def maze(until: int = 1000) -> None:
             if trial.dones[0]:
                 ended[i].append(since[i])
                 since[i] = 0
-        first = ended[1][0] if ended[1] else step
-        if step % 40 == 0 if step <= first - 20 else step <= first + 240 and step % 3 == 0:
+        if step % (3 if ended[1] else 25) == 0:
             panels = []
             for trial, n, lengths in zip(trials, (0, 50), ended, strict=True):
-                panel = maze_panel(
-                    trial, f"n = {n}" + (": learns from real steps alone" if n == 0 else " planned updates a step")
-                )
-                text = f"real step {step}, episodes so far: " + (", ".join(map(str, lengths[-5:])) or "none") + " steps"
+                panel = maze_panel(trial, f"n = {n}" + (": real steps alone" if n == 0 else " planned updates a step"))
+                text = f"real step {step}; newest episodes: " + ", ".join(map(str, lengths[-4:]))
                 ImageDraw.Draw(panel).text((2, panel.height - 18), text, "black", SMALL)
                 panels.append(panel)
             frame = Image.new("RGB", (2 * panels[0].width + 16, panels[0].height), "white")
@@ -129,7 +125,7 @@ def board(run: str, games: int = 3, size: int = 240) -> None:
                 visits, action = found.visit_counts[0].long().tolist(), found.action.item()
                 draw(f"MuZero ({'XO'[seat]}) searches: {sum(visits)} visits", visits)
             else:
-                draw("the other thinks")
+                draw("a random player moves")
                 action = int(rng.choice(np.flatnonzero(legal[0])))
             obs, rewards, terminations, _, infos = game.step(np.array([action]))
             if terminations[0]:
