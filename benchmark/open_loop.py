@@ -10,6 +10,7 @@ when nothing is known any more, a sampled one (the Dreamers, World Models) at 2:
 """
 
 import csv
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -123,6 +124,7 @@ def of_world_models(script, args, weights) -> dict:
     agent = script.Agent(script.make_spec(envs, args), args)
     agent.load_state_dict(weights, strict=False)  # where dreams begin is not needed
     policy = script.linear_policy(agent.controller[None], agent.model.spec.action_kind)
+    policy = functools.partial(policy, jobs=torch.zeros(1, dtype=torch.long), num_jobs=1)
     generator, tracks = torch.Generator().manual_seed(args.seed), []
     for seed in (1, 2):
         obs, _ = envs.reset(seed=seed)

@@ -6,6 +6,7 @@ Run:  python benchmark/pictures.py maze                              dyna_q_maze
 RUN is a run folder of muzero.py, WEIGHTS a round_N.pt of world_models.py.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -148,6 +149,7 @@ def dream(path: str, flags: list[str], warm_up: int = 60, length: int = 130) -> 
     agent.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=False)
     model, kind = agent.model, agent.model.spec.action_kind
     policy, generator = wm.linear_policy(agent.controller[None], kind), torch.Generator().manual_seed(args.seed)
+    policy = functools.partial(policy, jobs=torch.zeros(1, dtype=torch.long), num_jobs=1)
 
     def normal() -> torch.Tensor:
         return torch.randn(1, args.latent_size, generator=generator)
