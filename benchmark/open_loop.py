@@ -25,15 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 TABLE = ROOT / "results/open_loop.csv"
 CONTEXT, LENGTH = 5, 40  # observations before a prediction, and predicted steps (decisions)
-# script: how it is called in the picture, and how many decisions ahead it looks when it learns
+# script: how it is called in the picture, and the horizons that it learns with (World Models: whole episodes)
 LABELS = {
-    "dyna_q": ("dyna_q.py, slippery lake", 1),
-    "mbpo": ("mbpo.py, Pendulum", 1),
-    "dhmbpo": ("dhmbpo.py, HalfCheetah", 3),
-    "world_models": ("world_models.py, CarRacing (pixels)", 40),
-    "dreamer": ("dreamer.py, walker-walk (pixels)", 15),
-    "dreamer_v3": ("dreamer_v3.py, walker-walk (pixels)", 15),
-    "muzero": ("muzero.py, Pendulum", 5),
+    "dyna_q": ("dyna_q.py\nslippery cliff", (1,)),
+    "mbpo": ("mbpo.py\nPendulum", (1,)),
+    "dhmbpo": ("dhmbpo.py\nHalfCheetah", (3, 20)),
+    "world_models": ("world_models.py\nCarRacing, pixels", ()),
+    "dreamer": ("dreamer.py\nwalker-walk, pixels", (15,)),
+    "dreamer_v3": ("dreamer_v3.py\nwalker-walk, pixels", (15,)),
+    "muzero": ("muzero.py\nPendulum", (5,)),
 }
 running = SimpleNamespace(requested=False)  # a StopRequest that nobody makes
 
@@ -153,33 +153,30 @@ def of_world_models(script, args, weights) -> dict:
 
 
 def of_muzero(script, args, weights) -> dict:
-    """Values and rewards of the unrolled network; the value of a moment is the discounted return that came true."""
+    """Rewards of the unrolled network, which predicts no observation."""
     envs = script.make_vector_env(args, args.eval_episodes)
     agent = script.make_agent(envs, args)
     agent.load_state_dict(weights)
     script.compile_search()
     _, episodes = script.evaluate(agent, envs, args, torch.device("cpu"), lambda text: False)
-    longest = min(len(episode["obs"]) for episode in episodes)
-    names = "obs", "action", "reward", "realized"
-    batch = pieces([{name: episode[name][:longest] for name in names} for episode in episodes], LENGTH + 1)
-    latent, values, rewards = agent.initial(batch["obs"][0])[0], [], []
+    shortest = min(len(episode["obs"]) for episode in episodes)
+    names = "obs", "action", "reward"
+    batch = pieces([{name: episode[name][:shortest] for name in names} for episode in episodes], LENGTH + 1)
+    latent, rewards = agent.initial(batch["obs"][0])[0], []
     for action in batch["action"][:-1]:
-        latent, reward_logits = agent.network.dynamics(latent, action)
-        logits = reward_logits, agent.network.predict(latent)[1]
-        reward, value = (script.from_distribution(x, agent.bins) for x in logits)
-        rewards.append(reward)
-        values.append(value)
-    return {
-        "reward": (batch["reward"][:-1], torch.stack(rewards)),
-        "value": (batch["realized"][1:], torch.stack(values)),
-    }
+        latent, logits = agent.network.dynamics(latent, action)
+        rewards.append(script.from_distribution(logits, agent.bins))
+    return {"reward": (batch["reward"][:-1], torch.stack(rewards))}
 
 
 def of_dyna_q(script, args, weights) -> dict:
-    """Expected row and column in a lake by the table's counts, and by the environment's own: the best there is."""
+    """Expected row and column by the table's counts, and by the environment's own table: the best there is.
+
+    The actions are random ones here: those of a policy would give away where it was.
+    """
     envs = script.make_vector_env(args, 1)
-    world, q = script.known_dynamics(envs), weights["agent"]["q_table"].numpy()[0]
-    model, (S, A) = script.load_model(weights["replay"]), q.shape
+    world, model = script.known_dynamics(envs), script.load_model(weights["replay"])
+    (S, A), width = weights["agent"]["q_table"].shape[1:], world.shape[1]
     learned, true = np.zeros((2, S, A, S))
     for s in range(S):
         for a in range(A):
@@ -187,28 +184,27 @@ def of_dyna_q(script, args, weights) -> dict:
                 learned[s, a, model.next_states[0, s, a, k]] += count - model.terminations[0, s, a, k] if count else 0
             for probability, next_s, _, terminated in world.P[s][a]:
                 true[s, a, next_s] += probability * (not terminated)
-    width, tracks, rng = world.unwrapped.ncol, [], np.random.default_rng(args.seed)
-    for _ in range(300):
-        (s,), _ = envs.reset(seed=[int(rng.integers(2**31))], options={"reset_mask": np.ones(1, bool)})
-        track, done = {"obs": [], "action": [], "reward": []}, False
-        while not done:
-            a = q[s].argmax()
-            track["obs"].append([s // width, s % width, s])
-            track["action"].append(a)
-            (s,), reward, terminations, truncations, _ = envs.step(np.array([a]))
-            track["reward"].append(reward[0])
-            done = terminations[0] or truncations[0]
-        tracks.append({name: np.array(column, np.float32) for name, column in track.items()})
+    rng, tracks, done = np.random.default_rng(args.seed), [], True
+    for _ in range(20_000):
+        if done:
+            (s,), _ = envs.reset(seed=[int(rng.integers(2**31))], options={"reset_mask": np.ones(1, bool)})
+            tracks.append({"obs": [], "action": [], "reward": []})
+        a = rng.integers(A)
+        (next_s,), reward, terminations, truncations, _ = envs.step(np.array([a]))
+        for column, value in zip(tracks[-1].values(), (s, a, reward[0]), strict=True):
+            column.append(value)
+        s, done = next_s, terminations[0] or truncations[0]
+    tracks = [{name: np.array(column) for name, column in track.items()} for track in tracks]
     batch = pieces([track for track in tracks if len(track["reward"]) > LENGTH], LENGTH + 1)
-    truth, actions, cells = batch["obs"][1:, :, :2], batch["action"].long().numpy(), np.arange(S)
-    found, place = {}, torch.from_numpy(np.stack([cells // width, cells % width], 1)).double()
+    cells, found = torch.arange(S), {}
+    place = torch.stack([cells // width, cells % width], 1).double()
     for name, table in (("observation", learned), ("best possible", true)):
-        belief, expected = np.eye(S)[batch["obs"][0, :, 2].long().numpy()], []
-        for action in actions[:-1]:
+        belief, expected = np.eye(S)[batch["obs"][0].numpy()], []
+        for action in batch["action"][:-1].numpy():
             belief = np.einsum("bs,bst->bt", belief, table[:, action].swapaxes(0, 1))
             belief /= belief.sum(1, keepdims=True)  # these episodes went on
             expected.append(torch.from_numpy(belief) @ place)
-        found[name] = truth, torch.stack(expected)
+        found[name] = place[batch["obs"][1:]], torch.stack(expected)
     return found
 
 
@@ -243,32 +239,32 @@ def measure(name: str, run: str, flags: list[str]) -> None:
 
 
 def draw() -> None:
-    """Observations on the left, rewards on the right; a dot at the horizon that the script learns with."""
+    """Observations on the left, rewards on the right; dots at the horizons that a script learns with."""
     from matplotlib.figure import Figure
 
     curves = {}
     for row in csv.DictReader(line for line in open(TABLE) if not line.startswith("#")):
         curves.setdefault((row["script"], row["what"]), []).append(float(row["error"]))
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axis, shown in zip(figure.subplots(1, 2), (("observation", "best possible"), ("reward",)), strict=True):
-        for i, (name, (label, ahead)) in enumerate(LABELS.items()):
-            for what in shown:
-                if (name, what) in curves:
-                    error, best = curves[name, what], what == "best possible"
-                    steps = np.arange(1, len(error) + 1)
-                    own = f"{label}: the true table" if best else label
-                    axis.plot(steps, error, color=f"C{i}", linestyle=":" if best else "-", label=own)
-                    if not best:
-                        axis.plot(ahead, error[ahead - 1], "o", color=f"C{i}")
+    figure, handles = Figure(figsize=(11, 4.2), layout="constrained"), {}
+    for axis, what in zip(figure.subplots(1, 2, sharey=True), ("observation", "reward"), strict=True):
+        for i, (name, (label, horizons)) in enumerate(LABELS.items()):
+            if (name, what) in curves:
+                error = np.array(curves[name, what])
+                steps = np.arange(1, len(error) + 1)
+                handles[label] = axis.plot(steps, error, color=f"C{i}")[0]
+                axis.plot(horizons, error[np.array(horizons, int) - 1], "o", color=f"C{i}")
+        if what == "observation":
+            best = axis.plot(steps, curves["dyna_q", "best possible"], color="C0", linestyle=":")[0]
+            handles["the cliff's own table"] = best
         axis.axhline(1, color="k", linewidth=0.8)
-        axis.text(1.05, 1.1, "no better than the mean", fontsize=8)
-        axis.set(xscale="log", yscale="log", xlabel="decisions since the last observation", ylim=(3e-4, 30))
-        axis.set_title("what is observed" if "observation" in shown else "the reward")
-        axis.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"], minor=False)
+        axis.text(1, 1.15, "no better than the mean", fontsize=8)
+        axis.set(xscale="log", yscale="log", xlabel="decisions since the last observation", ylim=(1e-4, 40))
+        axis.set_title({"observation": "what is observed", "reward": "the reward"}[what])
+        axis.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="lower right")
     figure.axes[0].set_ylabel("squared error / that of the mean")
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right center")
     figure.savefig(ROOT / "docs/open_loop.png", dpi=110)
 
 

@@ -139,7 +139,7 @@ def board(run: str, games: int = 3, size: int = 240) -> None:
 
 
 @torch.no_grad()
-def dream(path: str, flags: list[str], warm_up: int = 60, length: int = 130) -> None:
+def dream(path: str, flags: list[str], warm_up: int = 60, length: int = 110) -> None:
     """C drives on a track; from frame `warm_up` on also in M's dream of that moment, which sees no frame more."""
     import world_models as wm
 
