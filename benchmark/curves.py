@@ -68,7 +68,7 @@ FIGURES = {
             [("walker-walk pixels", "DreamerV3")], until=100_000,
         ),
     ],
-    "muzero_cartpole": [Panel("CartPole-v1", [("muzero/CartPole-v1_10K", "muzero.py")])],
+    "muzero_cartpole": [Panel("CartPole-v1", [("muzero/CartPole-v1_2K", "20 episodes every 2K steps")])],
     "world_models_scores": [
         Panel(
             "CarRacing-v3, C in the real environment", [("world_models/CarRacing-v3_real", "real")],
