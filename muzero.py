@@ -1032,10 +1032,9 @@ def main(args: Args) -> str:
     agent, rb = make_agent(envs, args).to(device), ReplayBuffer(envs, args, device)
     target = deepcopy(agent).requires_grad_(False)
     optimizer = make_optimizer(agent, args)
-    counters = {"num_updates": 0}
+    counters = {"num_updates": 0, "owed": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act"))}
-    names = "replay", "update", "candidates"
-    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(names)}
+    rng |= {name: make_generator(device, args.seed, i) for i, name in enumerate(("replay", "update", "candidates"), 2)}
     steps = args.num_envs * args.action_repeat  # of environments in one turn of the loop
     dones, moves, eval_envs = np.ones(args.num_envs, bool), np.zeros(args.num_envs, np.int64), None
     allowed = np.ones((args.num_envs, agent.num_actions), bool)
@@ -1053,12 +1052,23 @@ def main(args: Args) -> str:
         if rows := checkpoint["parts"].get("open_episodes"):
             rows = {name: tensor.to(device) for name, tensor in rows.items()}
             rb.add(rows, rows["kind"].nonzero()[:, 0].cpu().numpy(), closing=True)
+        counters["owed"] *= args.save_buffer  # there is nothing to learn from yet
         checkpoint = rows = None  # what refers to the file keeps it on the disk
     step_fn, losses_fn = executables(args)
     size = f"{agent.num_actions} actions, {sum(p.numel() for p in agent.parameters()):,} parameters"
     print(f"{run.folder}: {device}, {size}, {args.search} search")
 
     while True:
+        while counters["owed"] and not run.stop.requested:  # deviation 11: acting waits
+            run.metrics = learn_once(agent, target, optimizer, rb, args, rng, step_fn, losses_fn)
+            counters["num_updates"] += 1
+            counters["owed"] -= 1
+            if counters["num_updates"] % args.target_network_frequency == 0:
+                target.load_state_dict(agent.state_dict())
+            if counters["num_updates"] % 100 == 0:
+                run.report()
+                if (clipped := run.metrics["losses/clipped_targets"]) > 0:
+                    run.say(f"{clipped:.1%} of the targets lie beyond --support-size {args.support_size}")
         if run.eval_due(dones):
             eval_envs = evaluate_and_log(agent, eval_envs, run, step_fn)
         if not run.goes_on(dones):
@@ -1085,17 +1095,8 @@ def main(args: Args) -> str:
         if dones.any():
             rb.add(closing_rows(agent, obs, dones, terminations, device), np.flatnonzero(dones), closing=True)
             run.log_episodes(infos, dones)
-        if rb.ready.any() and len(rb) * args.action_repeat >= args.learning_starts:  # deviation 11: acting waits
-            before = counters["num_updates"]
-            for _ in range(updates_due(run.step, args) - updates_due(run.step - steps, args)):
-                run.metrics = learn_once(agent, target, optimizer, rb, args, rng, step_fn, losses_fn)
-                counters["num_updates"] += 1
-                if counters["num_updates"] % args.target_network_frequency == 0:
-                    target.load_state_dict(agent.state_dict())
-            if counters["num_updates"] // 100 > before // 100:
-                run.report()
-                if (clipped := run.metrics["losses/clipped_targets"]) > 0:
-                    run.say(f"{clipped:.1%} of the targets lie beyond --support-size {args.support_size}")
+        if rb.ready.any() and len(rb) * args.action_repeat >= args.learning_starts:
+            counters["owed"] += updates_due(run.step, args) - updates_due(run.step - steps, args)
 
     envs.close()
     if eval_envs is not None:
@@ -1622,6 +1623,11 @@ def random_player(envs: BoardGame, games: np.ndarray, rng: np.random.Generator) 
 # === Evaluation ===
 
 
+def make_generator(device: torch.device, seed: int, stream: int) -> torch.Generator:
+    """Random numbers that neither another seed nor another stream of this one has."""
+    return torch.Generator(device).manual_seed(int(np.random.default_rng([seed, stream]).integers(2**63)))
+
+
 def evaluate(agent, envs, args: Args, device, tick: Callable, step_fn=recurrent, opponent=None, longest=3_000):
     """Plays args.eval_episodes greedily, without noise, on seeds of its own: training does not notice.
 
@@ -1632,7 +1638,7 @@ def evaluate(agent, envs, args: Args, device, tick: Callable, step_fn=recurrent,
     (T, ...) of the first 500 steps at most, of images of fewer.
     """
     rng, N = np.random.default_rng([args.seed, 99]), envs.num_envs
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = make_generator(device, args.seed, 99)
     quota = args.eval_episodes // N + (np.arange(N) < args.eval_episodes % N)  # by environment: short ones do not win
     returns, trajectories = [], {}
     searched = "action", "policy", "candidates", "value", "depth"
