@@ -12,7 +12,7 @@ At every environment step
   act            a search from the latent state of the observation, S (num_simulations) times: select (down the tree),
                  recurrent (a step of the model), expand_and_backup (a new node, and up again); its action is played
   add            the replay keeps observation, action and reward, and what the search found: its policy and root value
-and for each of the updates that are due (learn_once)
+and for each of the updates that are due
   sample         sequences of K (unroll_steps) + n (td_steps) steps, uniformly or by priority
   bootstrap_now  the values that their returns end in, by the target network as it is now (reanalyze: also policies)
   update         make_targets: the search's policies, n-step returns, rewards; compute_losses: the model unrolled K
@@ -140,10 +140,11 @@ class Args:
     # Search and acting
     search: Literal["gumbel", "puct"] = "gumbel"  # sequential halving, or the paper's search (deviation 6: not puct)
     num_simulations: Size | None = None  # simulations per search (S); default by task
-    num_candidates: Few = 8  # continuous actions: drawn at the root of a search (K)
+    num_candidates: Annotated[int, 2, 1024] = 8  # continuous actions: drawn at the root of a search (K)
     inner_candidates: Few = 2  # continuous actions: drawn at each node below the root
     max_considered_actions: Size = 16  # gumbel: actions at the root that sequential halving begins with
-    c_scale: Amount | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
+    c_scale: Positive | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
+    q_floor: Share | None = None  # least spread of Q that is rescaled to [0, 1], as a share of its size; by task
     dirichlet_alpha: Positive | None = None  # puct: concentration of the noise in the root's prior; default by task
     temperature_steps: tuple[Natural, Natural] | None = None  # puct: steps where temperature falls to 0.5, 0.25
     temperature_moves: Natural | None = None  # puct: moves of an episode before the temperature is 0; by task, or never
@@ -455,23 +456,28 @@ def softmax(x):
 
 
 @njit
-def rescale(q, low, high):
-    """Qn = (Q - low) / (high - low); 0 where these are equal up to rounding (deviation 2: the prior decides)."""
-    return (q - low) / (high - low) if high - low > 1e-5 * max(abs(low), abs(high), 1.0) else 0.0
+def rescale(q, bounds):
+    """Qn = (Q - low) / (high - low); 0 where these are equal up to rounding (deviation 2: the prior decides).
+
+    The denominator is at least `floor` times the largest |Q|, or 1: what is nearly equal is not torn apart.
+    """
+    low, high, floor = bounds
+    size = max(abs(low), abs(high), 1.0)
+    return (q - low) / max(high - low, floor * size) if high - low > 1e-5 * size else 0.0
 
 
 @njit
-def tree_bounds(nodes, n):
+def tree_bounds(nodes, n, floor):
     """Minimum and maximum of the Q that the n - 1 edges of a tree have at present (deviation 2: not ever had)."""
     low, high = np.inf, -np.inf
     for node in nodes[1:n]:
         q = node["reward"] + node["discount"] * node["value"]
         low, high = min(low, q), max(high, q)
-    return low, high
+    return low, high, floor
 
 
 @njit
-def puct_choice(node, edges, low, high):
+def puct_choice(node, edges, bounds):
     """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)); Qn of an unvisited action is 0.
 
     N_s is the node's count, 1 + sum over a of N (deviation 1).
@@ -481,14 +487,14 @@ def puct_choice(node, edges, low, high):
     for a, edge in enumerate(edges):
         score = edge["prior"] * factor / (1 + edge["visits"])
         if edge["visits"] > 0:
-            score += rescale(edge["q"], low, high)
+            score += rescale(edge["q"], bounds)
         if score > best and edge["logit"] > -np.inf:
             choice, best = a, score
     return choice
 
 
 @njit
-def improved_logits(node, edges, low, high, c_scale):
+def improved_logits(node, edges, bounds, c_scale):
     """Logits of Gumbel MuZero's improved policy pi', (A,): logits + (c_visit + max N) c_scale Qn.
 
     Q of an unvisited action is the mixed value (v + sum N * sum P Q / sum P) / (1 + sum N), with P and Q of the visited
@@ -503,17 +509,17 @@ def improved_logits(node, edges, low, high, c_scale):
     logits = np.empty(len(edges))
     for a, edge in enumerate(edges):
         logits[a] = edge["q"] if edge["visits"] > 0 else mixed
-    if low > high:
-        low, high = logits.min(), logits.max()
+    if bounds[0] > bounds[1]:
+        bounds = logits.min(), logits.max(), bounds[2]
     for a, edge in enumerate(edges):
-        logits[a] = edge["logit"] + (C_VISIT + most_visits) * c_scale * rescale(logits[a], low, high)
+        logits[a] = edge["logit"] + (C_VISIT + most_visits) * c_scale * rescale(logits[a], bounds)
     return logits
 
 
 @njit
-def gumbel_choice(node, edges, low, high, c_scale, gumbel, eligible):
+def gumbel_choice(node, edges, bounds, c_scale, gumbel, eligible):
     """Root: argmax of g + logits of pi' where N is `eligible`, see halving_visits. Below: of pi' - N / (1 + sum N)."""
-    scores = improved_logits(node, edges, low, high, c_scale)
+    scores = improved_logits(node, edges, bounds, c_scale)
     if node["depth"] > 0:
         scores = softmax(scores)
     for a, edge in enumerate(edges):
@@ -525,20 +531,21 @@ def gumbel_choice(node, edges, low, high, c_scale, gumbel, eligible):
 
 
 @njit
-def select(nodes, edges, n, puct, low, high, c_scale, gumbel, eligible, chosen):
+def select(nodes, edges, n, puct, bounds, c_scale, gumbel, eligible, chosen):
     """Down each tree by the choices of the search to the first edge without a child, where node n hangs from now on.
 
     chosen (2, B) becomes the row of the parent's latent state in (S + 1) * B, and the action.
     """
     for b in range(len(nodes)):
-        tree_low, tree_high = tree_bounds(nodes[b], n) if low > high and puct else (low, high)  # low > high: UNKNOWN
+        known = bounds[0] < bounds[1] or not puct  # Gumbel's search has them at each node
+        tree = bounds if known else tree_bounds(nodes[b], n, bounds[2])
         child = 0
         while True:
             s = child
             if puct:
-                a = puct_choice(nodes[b, s], edges[b, s], tree_low, tree_high)
+                a = puct_choice(nodes[b, s], edges[b, s], tree)
             else:
-                a = gumbel_choice(nodes[b, s], edges[b, s], low, high, c_scale, gumbel[b], eligible[b, n - 1])
+                a = gumbel_choice(nodes[b, s], edges[b, s], bounds, c_scale, gumbel[b], eligible[b, n - 1])
             child = edges[b, s, a]["child"]
             if child == 0:
                 break
@@ -587,7 +594,7 @@ def host(x) -> np.ndarray:
     return np.ascontiguousarray(x.cpu() if isinstance(x, torch.Tensor) else x, np.float64)
 
 
-def grow(model: Callable, root: tuple, legal, noise, args: Args, puct: bool, bounds: tuple) -> tuple:
+def grow(model: Callable, root: tuple, legal, noise, args: Args, puct: bool, value_range: tuple | None) -> tuple:
     """Nodes and edges of B trees after S simulations, from roots = latent (B, ...), logits (B, A) and value (B,).
 
     model(latent, action) gives latent state, reward, discount, policy logits and value, all but the first for the host.
@@ -596,6 +603,7 @@ def grow(model: Callable, root: tuple, legal, noise, args: Args, puct: bool, bou
     """
     latent, logits, value = root
     (B, A), N, legal = logits.shape, args.num_simulations + 1, host(legal) > 0
+    bounds = tuple(map(float, (*(value_range or UNKNOWN), args.q_floor)))
     legal |= ~legal.any(1, keepdims=True)  # a finished game, searched with the others, has no legal move
     logits = np.where(legal, host(logits), -np.inf)
     considered = (logits > -np.inf).sum(1).clip(max=args.max_considered_actions).tolist()
@@ -613,7 +621,7 @@ def grow(model: Callable, root: tuple, legal, noise, args: Args, puct: bool, bou
     on_device = on_host.to(latent.device)  # on a CPU the same memory again
     parent, action = on_device
     for n in range(1, N):
-        select(nodes, edges, n, puct, *bounds, args.c_scale, gumbel, eligible, chosen)
+        select(nodes, edges, n, puct, bounds, args.c_scale, gumbel, eligible, chosen)
         on_device.copy_(on_host)
         latents[n], *outputs = model(rows.index_select(0, parent), action)
         expand_and_backup(nodes, edges, n, *map(host, outputs))
@@ -625,7 +633,7 @@ def puct_search(model, root, legal, noise, temperature, args: Args, value_range:
 
     By the Gumbel noise: argmax over a of ln N / temperature + g; without it the most visited action is played.
     """
-    nodes, edges = grow(model, root, legal, noise, args, True, value_range or UNKNOWN)
+    nodes, edges = grow(model, root, legal, noise, args, True, value_range)
     visits = edges["visits"][:, 0]
     action = visits.argmax(1)
     if noise is not None:
@@ -638,10 +646,10 @@ def puct_search(model, root, legal, noise, temperature, args: Args, value_range:
 
 def gumbel_search(model, root, legal, noise, args: Args, value_range: tuple | None = None) -> SearchResult:
     """Gumbel MuZero's: policy pi'; of the most visited actions the best by g + logits of pi' is played."""
-    bounds = value_range or UNKNOWN
-    nodes, edges = grow(model, root, legal, noise, args, False, bounds)
+    nodes, edges = grow(model, root, legal, noise, args, False, value_range)
+    bounds = tuple(map(float, (*(value_range or UNKNOWN), args.q_floor)))
     roots = zip(nodes[:, 0], edges[:, 0], strict=True)
-    logits = np.stack([improved_logits(node, actions, *bounds, args.c_scale) for node, actions in roots])
+    logits = np.stack([improved_logits(node, actions, bounds, args.c_scale) for node, actions in roots])
     scores, visits = logits if noise is None else logits + host(noise[:, 1]), edges["visits"][:, 0]
     action = np.where(visits == visits.max(1, keepdims=True), scores, -np.inf).argmax(1)
     policy = np.exp(logits - logits.max(1, keepdims=True))
@@ -705,14 +713,6 @@ def temperature_of(moves: np.ndarray, global_step: int, args: Args) -> np.ndarra
     falls = sum(global_step >= step for step in args.temperature_steps)
     early = moves < (math.inf if args.temperature_moves is None else args.temperature_moves)
     return np.where(early, 0.5**falls, 0).astype(np.float32)
-
-
-@torch.no_grad()
-def closing_rows(agent: Agent, obs: np.ndarray, dones: np.ndarray, terminations: np.ndarray, device) -> dict:
-    """Replay rows (N, ...) that close episodes: final observations, and their values where they are not terminal."""
-    obs = torch.as_tensor(obs, device=device)
-    value = agent.initial(obs)[2].cpu() * torch.from_numpy(~terminations)  # deviation 4: truncated, not over
-    return {"obs": obs, "value": value, "kind": torch.from_numpy(np.where(terminations, TERMINATED, TRUNCATED) * dones)}
 
 
 # === Updates ===
@@ -780,13 +780,15 @@ class ReplayBuffer:
         self.capacity = args.buffer_size // args.action_repeat // self.num_envs
         self.span = args.unroll_steps + args.td_steps + 1
         self.td_steps, self.discount, self.alpha = args.td_steps, args.discount, args.priority_alpha
-        self.columns = dict.fromkeys(("kind", "age", "reward", "value"), ())  # shapes, in a row of numbers
-        self.columns |= {"action": (D,) if D else (), "policy": (A,), "legal": (A,), "candidates": (A, D)}
-        width, frame = sum(map(math.prod, self.columns.values())), space.shape[self.stack > 1 :]
+        shapes = {"kind": (), "age": (), "reward": (), "value": (), "action": (D,) if D else ()}
+        self.shapes = shapes | {"policy": (A,), "legal": (A,), "candidates": (A, D)}
+        rows, widths = (self.capacity, self.num_envs), [math.prod(shape) for shape in self.shapes.values()]
+        self.numbers = torch.zeros(*rows, sum(widths), device=device)  # of all columns but the observations
+        parts = zip(self.shapes.items(), self.numbers.split(widths, -1), strict=True)
+        self.data = {name: part.view(*rows, *shape) for (name, shape), part in parts}  # the same memory
         dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
-        self.obs = torch.zeros(self.capacity, self.num_envs, *frame, dtype=dtype, device=device)
-        self.numbers = torch.zeros(self.capacity, self.num_envs, width, device=device)
-        self.priority = torch.zeros(self.capacity, self.num_envs, device=device)  # 0 = not to be drawn
+        self.data["obs"] = torch.zeros(*rows, *space.shape[self.stack > 1 :], dtype=dtype, device=device)
+        self.priority = torch.zeros(*rows, device=device)  # 0 = not to be drawn
         self.ends = np.zeros(self.num_envs, np.int64)  # rows ever written; row i lives in slot i % capacity
         self.ready = np.zeros(self.num_envs, np.int64)  # rows before this one have a priority
         self.age = np.zeros(self.num_envs, np.int64)
@@ -801,11 +803,12 @@ class ReplayBuffer:
         The numbers of a row go to the device together.
         """
         slots, index = self._places(self.ends[envs], envs)
-        columns = {name: np.zeros((self.num_envs, *shape)) for name, shape in self.columns.items()} | rows
-        columns = [host((columns | {"age": self.age})[name]).reshape(self.num_envs, -1) for name in self.columns]
-        numbers = torch.from_numpy(np.concatenate(columns, 1, dtype=np.float32)[envs])
-        self.numbers[slots, index] = numbers.to(self.numbers.device)
-        self.obs[slots, index] = (rows["obs"][:, -1] if self.stack > 1 else rows["obs"])[index]  # the newest frame
+        columns = {name: np.zeros((self.num_envs, *shape)) for name, shape in self.shapes.items()}
+        columns |= rows | {"age": self.age}
+        numbers = np.concatenate([host(columns[name]).reshape(self.num_envs, -1) for name in self.shapes], 1)
+        self.numbers[slots, index] = torch.from_numpy(numbers[envs].astype(np.float32)).to(index.device)
+        newest = rows["obs"][:, -1] if self.stack > 1 else rows["obs"]
+        self.data["obs"][slots, index] = newest[index]
         for ahead in range(self.stack):  # the oldest rows have lost the frames before them
             self.priority[(slots + ahead) % self.capacity, index] = 0
         self.age[envs] = 0 if closing else self.age[envs] + 1
@@ -839,18 +842,16 @@ class ReplayBuffer:
     def window(self, slots: torch.Tensor, envs: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
         """Copies of rows (L, B) from slots (B,) on, without observations; a closing row ends what belongs together."""
         index = (slots + torch.arange(length, device=slots.device)[:, None]) % self.capacity
-        parts = self.numbers[index, envs].split([math.prod(shape) for shape in self.columns.values()], -1)
-        parts = zip(self.columns.items(), parts, strict=True)
-        return {name: part.reshape(*index.shape, *shape) for (name, shape), part in parts}
+        return {name: column[index, envs] for name, column in self.data.items() if name not in ("obs", "age")}
 
     def observations(self, slots: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
         """Copies (*slots.shape, ...), slots modulo the capacity; frames stacked, the first of an episode repeated."""
         slots, envs = slots % self.capacity, envs.expand_as(slots)
         if self.stack == 1:
-            return self.obs[slots, envs]
+            return self.data["obs"][slots, envs]
         back = torch.arange(self.stack - 1, -1, -1, device=slots.device)
-        back = torch.minimum(back, self.numbers[slots, envs, 1:2].long())  # no further than `age`
-        return self.obs[(slots[..., None] - back) % self.capacity, envs[..., None]]
+        back = torch.minimum(back, self.data["age"][slots, envs].long()[..., None])
+        return self.data["obs"][(slots[..., None] - back) % self.capacity, envs[..., None]]
 
     def sample(self, batch_size: int, beta: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Sequences (K + n + 1, B) drawn with P ~ p^alpha, and weights (B,) ~ P^-beta, the largest of them 1."""
@@ -866,12 +867,14 @@ class ReplayBuffer:
     def state_dict(self) -> dict:
         """The filled part, cloned: torch would save the whole storage behind a slice."""
         filled = min(int(self.ends.max()), self.capacity)
-        tensors = {name: getattr(self, name)[:filled].cpu().clone() for name in ("obs", "numbers", "priority")}
-        return tensors | {"ends": self.ends.tolist(), "ready": self.ready.tolist(), "age": self.age.tolist()}
+        tensors = self.data | {"priority": self.priority}
+        data = {name: tensor[:filled].cpu().clone() for name, tensor in tensors.items()}
+        return {"data": data} | {name: getattr(self, name).tolist() for name in ("ends", "ready", "age")}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("obs", "numbers", "priority"):
-            getattr(self, name)[: len(state[name])] = state[name].to(self.priority.device)
+        tensors = self.data | {"priority": self.priority}
+        for name, tensor in state["data"].items():
+            tensors[name][: len(tensor)] = tensor.to(self.priority.device)
         self.ends, self.ready, self.age = (np.array(state[name], np.int64) for name in ("ends", "ready", "age"))
 
 
@@ -933,8 +936,8 @@ def main(args: Args) -> str:
                 rows = reanalyze(target, rb, rows, num_reanalyzed, args, step_fn, rng["candidates"])
             if num_revalued:
                 rows = bootstrap_now(target, rb, rows, num_revalued, args.td_steps)
-            random = agent.random_actions((args.unroll_steps, args.batch_size), rng["update"])
-            run.metrics = update(agent, optimizer, rb, rows, random, args, losses_fn)
+            actions = agent.random_actions((args.unroll_steps, args.batch_size), rng["update"])
+            run.metrics = update(agent, optimizer, rb, rows, actions, args, losses_fn)
             counters["num_updates"] += 1
             counters["owed"] -= 1
             if counters["num_updates"] % args.target_network_frequency == 0:
@@ -988,7 +991,7 @@ DEFAULTS = {
     "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
     "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,  # deviation 10: uniform
     "two_player": False, "action_repeat": 1, "reanalyze_ratio": 0.0, "consistency_scale": 0.0,
-    "entropy_scale": 0.05,
+    "entropy_scale": 0.05, "q_floor": 0.0,
 }  # fmt: skip
 BOARD = {
     "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
@@ -1505,6 +1508,14 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, args.learning_rate, fused=True)
 
 
+@torch.no_grad()
+def closing_rows(agent: Agent, obs: np.ndarray, dones: np.ndarray, terminations: np.ndarray, device) -> dict:
+    """Replay rows (N, ...) that close episodes: final observations, and their values where they are not terminal."""
+    obs = torch.as_tensor(obs, device=device)
+    value = agent.initial(obs)[2].cpu() * torch.from_numpy(~terminations)  # deviation 4: truncated, not over
+    return {"obs": obs, "value": value, "kind": torch.from_numpy(np.where(terminations, TERMINATED, TRUNCATED) * dones)}
+
+
 def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, step_fn: Callable, rng) -> dict:
     """Sampled rows whose first `count` columns have policies of a search with the target network, without noise.
 
@@ -1717,8 +1728,10 @@ def evaluate_and_log(agent: Agent, envs, run: Run, step_fn: Callable):
 
 def load_agent(envs, args: Args, checkpoint: dict) -> Agent:
     """The agent of a checkpoint, and its search."""
+    check_memory(args, envs)
     agent = make_agent(envs, args)
-    agent.load_state_dict(checkpoint["parts"]["agent"])
+    with must_fit(args.evaluate or args.play):
+        agent.load_state_dict(checkpoint["parts"]["agent"])
     compile_search()
     return agent
 
@@ -1750,6 +1763,10 @@ def evaluate_run(args: Args) -> str:
 
 def play_against(args: Args) -> str:
     """A board game in the terminal against the agent of a run folder, whose searches show their visits."""
+    torch.set_num_threads(1)
+    check_bounds(args)
+    if args != Args(play=args.play, num_simulations=args.num_simulations):
+        fail("--play takes --num-simulations and no other setting")
     checkpoint = load_checkpoint(args.play, args)
     saved = Args(**checkpoint["args"])
     args = replace(saved, num_simulations=args.num_simulations or saved.num_simulations, play=args.play)
@@ -2258,6 +2275,8 @@ def check_args(args: Args) -> None:
              f"--td-steps need {rows}")  # fmt: skip
     if args.learning_starts > (most := min(args.total_timesteps, args.buffer_size // steps * steps)):
         fail(f"--learning-starts {args.learning_starts} must be within --total-timesteps and --buffer-size, {most}")
+    if updates_due(args.total_timesteps, args) == 0:
+        fail(f"--replay-ratio {args.replay_ratio} gives no update between --learning-starts and --total-timesteps")
     game = BOARD_GAMES.get(args.env_id, (0, 0, 1))
     most = math.inf if callable(game) else 2 * game[2] - 2  # one more could win
     if args.opening_moves > most:
@@ -2283,7 +2302,7 @@ def check_memory(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
     weights = 4 * sum(weight.numel() for weight in agent.parameters())
     num_bytes += weights
     if args.evaluate is None and args.play is None:
-        num_bytes += 4 * weights + rb.obs.nbytes + rb.numbers.nbytes + rb.priority.nbytes
+        num_bytes += 4 * weights + rb.numbers.nbytes + rb.data["obs"].nbytes + rb.priority.nbytes
         num_bytes += 16 * args.batch_size * (args.unroll_steps + 1) * (len(agent.bins) + latent_size)
     sizes = "--buffer-size, sizes of networks, batches and searches"
     require_memory(num_bytes, sizes, choose_device(args))
@@ -2319,7 +2338,7 @@ def compile_search(patience: float = 2.0) -> None:
     note.daemon = True
     note.start()
     zero, one = torch.zeros(1), torch.ones(1, 1)
-    args, root = Args(num_simulations=1, c_scale=0.1), (one, one, zero)
+    args, root = Args(num_simulations=1, c_scale=0.1, q_floor=0.0), (one, one, zero)
     gumbel_search(lambda latent, action: (latent, zero, zero, one, zero), root, one, None, args)
     note.cancel()
 
