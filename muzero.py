@@ -892,7 +892,8 @@ def main(args: Args) -> str:
     if args.evaluate is not None:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
-    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video, True)  # masks of actions are obeyed
+    if args.env_id not in BOARD_GAMES:
+        rehearse(functools.partial(make_vector_env, args, 1), args.capture_video, True)  # masks of actions are obeyed
     envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves)
     check_memory(args, envs)
     check_support(args, envs)

@@ -2393,7 +2393,7 @@ def test_play_against_a_run_by_piped_moves(monkeypatch, capsys):
         boards = [line for line in lines if re.fullmatch("( [.XO012345678] ?)+", line)]
         moves = [re.search(r"I play (\d) \(visits (.*); my value [+-][01]\.\d\d\)", line) for line in lines]
         moves = [move for move in moves if move]
-        assert len(boards) % 3 == 0 and boards[:3] != boards[-3:] and "one of 0 1 2" in lines[3 if begins == "y" else 7]
+        assert len(boards) % 3 == 0 and boards[:3] != boards[-3:] and "one of " in lines[3 if begins == "y" else 7]
         for move in moves:
             visits = dict(pair.split(": ") for pair in move[2].split(", "))
             assert sum(map(int, visits.values())) == 5 and move[1] in visits
