@@ -37,7 +37,7 @@ tables() { # FrozenLake and Taxi, a few minutes on one core for each seed
 
 physics() { # Acrobot and LunarLander
   for seed in 1 2 3; do
-    python muzero.py --env-id Acrobot-v1 --seed "$seed" --total-timesteps 60000
+    python muzero.py --env-id Acrobot-v1 --seed "$seed" --total-timesteps 30000
     python muzero.py --env-id LunarLander-v3 --seed "$seed"
   done
 }
