@@ -148,7 +148,7 @@ class Args:
     end_weight: Amount | None = None  # M: weight of terminations in the loss of the ends; default by task, 1 elsewhere
     pessimism: Amount | None = None  # M: weight of predicting too much reward; default by task, 1 elsewhere
     reward_window: Count = 1  # M: CarRacing's tiles are paid for over this many steps around the one that reaches them
-    holdout_ratio: Share = 0.05  # M: share of the episodes that M is tested on and not trained with
+    holdout_ratio: Share = 0.05  # M: share of the episodes, one at least, that M is tested on, not trained with
 
     # C, the controller, and its dream
     controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
@@ -887,7 +887,7 @@ def evolve(run: "Stages") -> bool:
         run.fitness.append((-scores).tolist())
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))  # deviation 11: the last mean, not the best
         run.count_unit()
-        run.unscored += int(lengths.sum())  # steps since the last evaluation
+        run.unscored = int(lengths.sum()) + (0 if due else run.unscored)  # steps since the last evaluation
         run.step += int(lengths.sum()) if args.controller_env == "real" else 0
         values = {"mean": scores.mean(), "best": scores.max(), "std": scores.std(), "sigma": es.sigma}
         run.log({f"controller/{name}": value for name, value in (values | {"length": lengths.mean()}).items()})
@@ -1143,9 +1143,10 @@ def fit_spaces(env: gym.Env, args: Args) -> gym.Env:
     if env.observation_space.shape[:2] != (64, 64):
         env = gym.wrappers.ResizeObservation(env, (64, 64))
     if kind == "box":
-        low, high = env.action_space.low, env.action_space.high
-        space = gym.spaces.Box(-1, 1, low.shape, np.float32)
-        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * (high - low) / 2).astype(low.dtype), space)
+        low, high = (bound.astype(float) for bound in (env.action_space.low, env.action_space.high))
+        space, kind = gym.spaces.Box(-1, 1, low.shape, np.float32), env.action_space.dtype
+        rounded = np.rint if kind.kind in "iu" else np.asarray
+        env = gym.wrappers.TransformAction(env, lambda a: rounded(low + (a + 1) * (high - low) / 2).astype(kind), space)
     return env
 
 
@@ -1207,7 +1208,6 @@ def log_scores(run: "Stages") -> None:
     if dreamed is not None:
         run.say(f"global_step={run.step}, dream: {dreamed.mean():.1f} +- {dreamed.std():.1f}")
         run.log({"dream/episodic_return": dreamed.mean(), "dream/episodic_return_std": dreamed.std()})
-    run.unscored = 0
     frames = decode_frames(run.agent, torch.stack(trace[:: max(len(trace) // 100, 1)]))
     warn_of_failure(write_gif, run.picture("dream.gif"), enlarged(frames))
     run.ticks -= 1
@@ -1945,6 +1945,7 @@ class Stages(Run):
     def count_unit(self) -> None:
         self.units_done += 1
         self.ticks += 1
+        self.learned = True
 
     def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Names the optimizer of the stage in progress, which a checkpoint then holds; a resume finds it as it was."""
@@ -1977,6 +1978,7 @@ class Stages(Run):
         self.progress.reset(total)
         self.progress.n = self.progress.initial = already
         self.progress.set_description(text)
+        self.progress.unit = {"collect": "step", "encode": "frame", "c": "generation"}.get(text, "update")
 
     def finish(self) -> None:
         """The stage in progress is done, the next one begins, or the next round; each round's weights are kept."""
@@ -2032,6 +2034,7 @@ def rewind(checkpoint: dict, args: Args) -> None:
         counters["stage"] = "collect"
     elif counters["stage"] == "finished" and (args.generations > saved["generations"] or args.rounds > saved["rounds"]):
         counters |= {"stage": "c", "units_done": saved["generations"], "ticks": counters["ticks"] - 1}
+        counters["unscored"] = 10**9  # the curves of the last evaluation are purged: it is made again
     saved |= {name: max(saved[name], getattr(args, name)) for name in ("generations", "rounds")}
     if counters["round"] == 1:
         counters["record_until"] = args.total_timesteps
@@ -2129,6 +2132,8 @@ def check_sizes(args: Args, spec: Spec) -> None:
         fail(
             f"--total-timesteps: {needed / 1e9:.0f} GB of frames do not fit on the disk, which has {free / 1e9:.0f} GB"
         )
+    if args.min_episode_length > spec.time_limit:
+        fail(f"--min-episode-length {args.min_episode_length}: episodes end after {spec.time_limit} steps")
     device, cpu = choose_device(args), torch.device("cpu")
     with torch.device("meta"):  # tensors that have shapes alone
         agent = Agent(spec, args)
