@@ -92,10 +92,8 @@ Seed = Annotated[int, 0, 2**53]
 Few = Annotated[int, 1, 1024]
 Size = Annotated[int, 1, 2**16]
 Share = Annotated[float, 0.0, 1.0]
-Part = Annotated[float, 1e-9, 1.0]
 Positive = Annotated[float, 1e-12, 1e9]
 Amount = Annotated[float, 0.0, 1e9]
-Real = Annotated[float, -1e9, 1e9]
 
 
 @dataclass
@@ -704,8 +702,7 @@ def collect(run: "Stages") -> bool:
     if run.stop.requested:
         return False
     if len(rb) < 2:
-        short = f"no episode of {args.min_episode_length} steps in {run.step}"
-        raise SystemExit(f"error: {short}: nothing to learn from")
+        raise SystemExit(f"error: no episode of {args.min_episode_length} steps in {run.step}: nothing to learn from")
     run.collected, returns = run.step, np.array(run.returns or [np.nan])
     text = f"{len(run.returns)} whole episodes recorded, {returns.mean():.1f} +- {returns.std():.1f}"
     run.say(f"round {run.round}, {run.step} environment steps: {text}")
@@ -751,8 +748,7 @@ def sees_new_scenery(run: "Stages", frames: np.ndarray) -> bool:
     for part in (frames[: run.frames_seen], frames[run.frames_seen :]):
         image = preprocess(torch.from_numpy(part[:: math.ceil(len(part) / 1000)].copy()).to(run.device))
         errors.append(float(((vae.decode(vae.encode(image)[0]) - image) ** 2).sum((1, 2, 3)).mean()))
-    old, new = errors
-    trains = new > 1.05 * old
+    trains, (old, new) = errors[1] > 1.05 * errors[0], errors
     run.say(f"V's error is {new:.1f} on new frames, {old:.1f} on old ones: it is {'' if trains else 'not '}trained on")
     return trains
 
@@ -1261,16 +1257,15 @@ def make_generator(device: torch.device, seed: int, stream: int) -> torch.Genera
 def load_run(folder: str, args: Args) -> dict:
     """The checkpoint of a run; while C is evolved, with what has changed since it was written (Stages.save)."""
     checkpoint = load_checkpoint(folder, args)
-    parts, counters = checkpoint["parts"], checkpoint["parts"].get("counters", {})
-    if set(counters) != set(Stages.COUNTERS.split()) or "agent" not in parts:
-        fail(f"{folder}/checkpoint.pt does not fit this script")
-    if counters["stage"] == "c" and os.path.exists(f"{folder}/c/checkpoint.pt"):
-        newer = load_checkpoint(f"{folder}/c", args)
-        same = newer["args"] == checkpoint["args"] and newer["parts"]["counters"]["round"] == counters["round"]
-        if same and newer["parts"]["counters"]["units_done"] >= counters["units_done"]:
-            counters |= newer["parts"]["counters"]
-            parts["agent"]["controller"] = newer["parts"]["controller"]
-            checkpoint["global_step"] = newer["global_step"]
+    with must_fit(folder):
+        parts = checkpoint["parts"]
+        counters, agent = {name: parts["counters"][name] for name in Stages.COUNTERS.split()}, parts["agent"]
+        if counters["stage"] == "c" and os.path.exists(f"{folder}/c/checkpoint.pt"):
+            newer = load_checkpoint(f"{folder}/c", args)
+            new, same = newer["parts"]["counters"], newer["args"] == checkpoint["args"]
+            if same and new["round"] == counters["round"] and new["units_done"] >= counters["units_done"]:
+                parts["counters"], agent["controller"] = new, newer["parts"]["controller"]
+                checkpoint["global_step"] = newer["global_step"]
     return checkpoint
 
 
@@ -1287,11 +1282,8 @@ def weights_of(folder: str, checkpoint: dict) -> dict:
 def load_agent(folder: str, checkpoint: dict, envs: gym.vector.VectorEnv, args: Args) -> Agent:
     """The networks and the controller of a run; one line if they are not of this script or of these environments."""
     agent = Agent(make_spec(envs, args), args).to(choose_device(args))
-    try:
+    with must_fit(folder):
         agent.load_state_dict(weights_of(folder, checkpoint))
-    except Exception as error:  # many types
-        reason = str(error).strip().splitlines()[-1].strip() or type(error).__name__
-        fail(f"{folder}/checkpoint.pt does not fit this script, or its environment has changed: {reason}")
     return agent
 
 
@@ -2060,7 +2052,6 @@ class Stages(Run):
             saving = self.units_done % save_every == 0
             if self.units_done % 100 == 0 or self.units_done == total or saving:
                 self.log(require_finite(metrics, self.step + self.units_done))
-                self.learned = True
             if saving and self.units_done < total:
                 self.save()
         require_finite(metrics, self.step + self.units_done)
