@@ -1035,7 +1035,7 @@ def test_a_fault_while_recording_loses_nothing(num_envs, capsys):
     Path("fault").touch()
     with pytest.raises(SystemExit) as stopped:
         world_models.main(tiny(world_models, **settings))
-    assert stopped.value.code == 1 and "step 18: no more" in capsys.readouterr().err
+    assert stopped.value.code == 1 and "step 18: RuntimeError: no more" in capsys.readouterr().err
     close_writers()
     (run_dir,) = Path.cwd().glob("runs/*")
     state = load(str(run_dir))
