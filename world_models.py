@@ -71,6 +71,8 @@ import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
 
 if __name__ == "__main__":
@@ -79,6 +81,7 @@ if __name__ == "__main__":
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -867,16 +870,11 @@ def evolve(run: "Stages") -> bool:
     run.begin("c", args.generations, run.units_done)
     while not run.stop.requested:
         at_end = run.units_done >= args.generations
-        due = run.units_done and run.units_done % args.eval_generations == 0 and run.unscored >= args.eval_frequency
-        due = args.eval_frequency and (due or at_end)
-        if args.checkpoint_frequency and (due or time.perf_counter() > run.next_save_time):
-            run.save()
-        if due:
-            log_scores(run)
+        run.pause(at_end)  # is C to be saved, or evaluated (log_scores)?
         if at_end or run.stop.requested:
             break
         candidates = es.ask()
-        returns, lengths = play_candidates(run, torch.tensor(np.stack(candidates), dtype=torch.float32))
+        returns, lengths = run.shared(play_candidates, torch.tensor(np.stack(candidates), dtype=torch.float32))
         if run.stop.requested:
             break
         scores = returns.reshape(args.population, args.episodes).mean(1)
@@ -886,7 +884,7 @@ def evolve(run: "Stages") -> bool:
         run.fitness.append((-scores).tolist())
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))  # deviation 11: the last mean, not the best
         run.count_unit()
-        run.unscored = int(lengths.sum()) + (0 if due else run.unscored)  # steps since the last evaluation
+        run.unscored = int(lengths.sum()) + (0 if run.scored else run.unscored)
         run.step += int(lengths.sum()) if args.controller_env == "real" else 0
         values = {"mean": scores.mean(), "best": scores.max(), "std": scores.std(), "sigma": es.sigma}
         run.log({f"controller/{name}": value for name, value in (values | {"length": lengths.mean()}).items()})
@@ -907,6 +905,7 @@ def main(args: Args) -> str:
     envs = make_vector_env(args, args.num_envs)
     spec = make_spec(envs, args)
     check_sizes(args, spec)
+    help_first(args, spec, envs)  # under torchrun only the first process gets further
     if checkpoint:
         rewind(checkpoint, args)
     run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
@@ -1950,6 +1949,8 @@ class Stages(Run):
         self.start: dict = {}  # where CMA-ES began: mean, sigma, generation
         self.fitness: list[list[float]] = []  # of all candidates of all generations since, as CMA-ES was told
         self.unscored = 0  # steps that C's candidates have made since the last evaluation
+        self.scored = False  # has C been evaluated as it is?
+        self.known = 0  # the round whose networks the other processes have
         self.saved_optimizer = deepcopy(checkpoint["parts"].get("optimizer")) if checkpoint else None
         self.next_save_time, self.only_c = 0.0, False  # of C, seconds of perf_counter; is the rest on the disk?
         rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
@@ -2013,6 +2014,34 @@ class Stages(Run):
         self.rb.cut_off()
         super().abort(fault)
 
+    def pause(self, at_end: bool) -> None:
+        """Between generations: saves and evaluates C where that is due."""
+        args, enough = self.args, self.unscored >= self.args.eval_frequency
+        due = at_end or (self.units_done and self.units_done % args.eval_generations == 0 and enough)
+        self.scored = bool(args.eval_frequency and due)
+        if args.checkpoint_frequency and (self.scored or time.perf_counter() > self.next_save_time):
+            self.save()
+        if self.scored:
+            log_scores(self)
+
+    def shared(self, play: Callable, weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """What play(run, weights) returns; under torchrun each process plays its share of the candidates."""
+        if not dist.is_initialized():
+            return play(self, weights)
+        networks = None if self.known == self.round else {k: x.cpu() for k, x in self.agent.state_dict().items()}
+        outcomes, self.known = [None] * dist.get_world_size(), self.round
+        with together():
+            dist.broadcast_object_list([(self.round, self.units_done, networks, weights)])
+            dist.gather_object(play(self, weights.tensor_split(len(outcomes))[0]), outcomes)
+        return tuple(np.concatenate(column) for column in zip(*outcomes, strict=True))
+
+    def close(self, weights: dict) -> str:
+        if dist.is_initialized():
+            with together():
+                dist.broadcast_object_list([None])
+            dist.destroy_process_group()
+        return super().close(weights)
+
     def begin(self, text: str, total: int, already: int) -> None:
         """Sets the progress bar to something new, of which some is already done."""
         self.progress.reset(total)
@@ -2056,6 +2085,43 @@ class Stages(Run):
                 self.save()
         require_finite(metrics, self.step + self.units_done)
         return self.units_done == total and not self.stop.requested
+
+
+@contextlib.contextmanager
+def together():
+    """Around what processes do together: the end of one of them is a line of the others."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SystemExit(
+            f"error: another process has ended, the last checkpoint is intact: {one_line(error)}"
+        ) from error
+
+
+def help_first(args: Args, spec: Spec, envs: gym.vector.VectorEnv) -> None:
+    """Under torchrun: all processes but the first play their shares of C's candidates for it, until it ends."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    if torch.cuda.is_available() and args.cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # V and M, which the first one trains, take their time
+    rank, number, device = dist.get_rank(), dist.get_world_size(), choose_device(args)
+    if args.population < number:
+        fail(f"--population {args.population}: fewer candidates than processes, {number}")
+    if not rank:
+        return
+    agent, stop = Agent(spec, args).to(device), StopRequest()
+    run, task = SimpleNamespace(args=args, spec=spec, envs=envs, agent=agent, device=device, stop=stop), [()]
+    while task[0] is not None:
+        with together():
+            dist.broadcast_object_list(task)
+            if task[0] is not None:
+                run.round, run.units_done, networks, weights = task[0]
+                agent.load_state_dict(networks or {}, strict=bool(networks))
+                dist.gather_object(play_candidates(run, weights.tensor_split(number)[rank]))
+    envs.close()
+    stop.exit()
+    raise SystemExit(0)
 
 
 def rewind(checkpoint: dict, args: Args) -> None:

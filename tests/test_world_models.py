@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -1556,6 +1557,62 @@ def test_killed_in_any_stage_and_resumed_equals_never_interrupted(monkeypatch, n
     assert differences(WHOLE[number][0], load(run_dir)) == []
     assert losses(run_dir) == WHOLE[number][1]
     assert_healthy(run_dir)
+
+
+def in_two_processes(**settings) -> tuple[str, list[int]]:
+    """A run as torchrun starts it; its folder, and the status of both processes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "WORLD_SIZE": "2"}
+    children = []
+    for rank in ("0", "1"):
+        children.append(os.fork())
+        if not children[-1]:
+            os.environ |= place | {"RANK": rank, "LOCAL_RANK": rank}
+            status = 99
+            try:
+                world_models.main(tiny(world_models, **settings))
+                status = 0
+            except SystemExit as stopped:
+                print(stopped, file=sys.stderr)
+                status = stopped.code if isinstance(stopped.code, int) else 1
+            finally:
+                os._exit(status)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return str(next(Path.cwd().glob("runs/*"), "")), statuses
+
+
+@pytest.mark.parametrize("where", ["dream", "real"])
+def test_two_processes_share_the_candidates(where):
+    """Both play half of the population; in dreams, which share their noise, C is that of one process. One folder."""
+    settings = {"population": 5, "generations": 3, "rounds": 2, "round_timesteps": 24, "controller_env": where}
+    run_dir, statuses = in_two_processes(**settings)
+    assert statuses == [0, 0] and len(list(Path("runs").iterdir())) == 1
+    found = load(run_dir)["parts"]
+    assert found["counters"]["stage"] == "finished" and np.shape(found["counters"]["fitness"]) == (3, 5)
+    if where == "dream":
+        alone = load(run(world_models, **settings))["parts"]
+        np.testing.assert_allclose(found["counters"]["fitness"], alone["counters"]["fitness"], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found["agent"]["controller"], alone["agent"]["controller"], rtol=1e-2, atol=1e-3)
+    assert in_two_processes(population=2)[1] == [0, 0] and in_two_processes(population=2, seed=-1)[1] == [2, 2]
+
+
+def test_the_end_of_another_process_is_a_line(monkeypatch, capfd):
+    """The first one ends with its last checkpoint intact, and goes on alone."""
+    settings, play = {"generations": 3, "checkpoint_frequency": 1, "eval_frequency": 1}, world_models.play_candidates
+
+    def killed(run, weights):
+        if run.units_done == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return play(run, weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world_models, "play_candidates", killed)
+        run_dir, statuses = in_two_processes(**settings)
+    assert statuses == [1, -signal.SIGKILL] and "another process has ended" in capfd.readouterr().err
+    assert load(f"{run_dir}/c")["parts"]["counters"]["units_done"] == 1
+    resume(world_models, run_dir, **settings)
+    assert load(run_dir)["parts"]["counters"]["stage"] == "finished"
 
 
 def test_stages_are_done_again_on_purpose(capsys):
