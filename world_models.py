@@ -1278,7 +1278,7 @@ def weights_of(folder: str, checkpoint: dict) -> dict:
     return torch.load(f"{folder}/round_{counters['round'] - 1}.pt", map_location="cpu", weights_only=True)
 
 
-def load_agent(folder: str, checkpoint: dict, envs: gym.vector.VectorEnv, args: Args) -> Agent:
+def trained_agent(folder: str, checkpoint: dict, envs: gym.vector.VectorEnv, args: Args) -> Agent:
     """The networks and the controller of a run; one line if they are not of this script or of these environments."""
     agent = Agent(make_spec(envs, args), args).to(choose_device(args))
     with must_fit(folder):
@@ -1292,7 +1292,7 @@ def evaluate_run(args: Args) -> str:
     refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed temperature")
     video, stop = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None, StopRequest()
     envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
-    agent = load_agent(args.evaluate, checkpoint, envs, args)
+    agent = trained_agent(args.evaluate, checkpoint, envs, args)
     real, dreamed = real_and_dream_scores(agent, envs, args, stop)
     envs.close()
     if not stop.requested:
@@ -1447,7 +1447,7 @@ def enter_dream(args: Args) -> str:
     folder, checkpoint = args.play, load_run(args.play, args)
     args = replace(Args(**checkpoint["args"]), cuda=args.cuda, seed=args.seed)
     envs = make_vector_env(args, 1)
-    agent, fps = load_agent(folder, checkpoint, envs, args), envs.metadata.get("render_fps", 30)
+    agent, fps = trained_agent(folder, checkpoint, envs, args), envs.metadata.get("render_fps", 30)
     envs.close()
     model, spec, device = agent.model, agent.model.spec, agent.controller.device
     generator = make_generator(device, args.seed, 18)

@@ -1594,7 +1594,12 @@ def test_two_processes_share_the_candidates(where):
         alone = load(run(world_models, **settings))["parts"]
         np.testing.assert_allclose(found["counters"]["fitness"], alone["counters"]["fitness"], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(found["agent"]["controller"], alone["agent"]["controller"], rtol=1e-2, atol=1e-3)
-    assert in_two_processes(population=2)[1] == [0, 0] and in_two_processes(population=2, seed=-1)[1] == [2, 2]
+
+
+def test_more_processes_than_candidates_are_refused(monkeypatch, capfd):
+    """In a line, before there is a folder."""
+    monkeypatch.setattr(world_models.dist, "get_world_size", lambda: 9)
+    assert in_two_processes() == ("", [2, 2]) and "fewer candidates than processes" in capfd.readouterr().err
 
 
 def test_the_end_of_another_process_is_a_line(monkeypatch, capfd):
