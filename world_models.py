@@ -2100,7 +2100,7 @@ def together():
 
 def help_first(args: Args, spec: Spec, envs: gym.vector.VectorEnv) -> None:
     """Under torchrun: all processes but the first play their shares of C's candidates for it, until it ends."""
-    if "WORLD_SIZE" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if torch.cuda.is_available() and args.cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
