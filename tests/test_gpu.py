@@ -75,7 +75,7 @@ SYNCS = {
         log_holdout_scores: live = int(
         holdout_scores: nll.append(float(
         holdout_scores: deaths += [float(
-        calibrate: dreamed = dream(
+        calibrate: dreamed, recorded = dreamed.cpu()
         decode_frames: return (agent.vae.decode(z)
         evolve: run.start = {"mean": controller.cpu()
         play_candidates: return tuple(tensor.cpu().numpy()
