@@ -1,9 +1,11 @@
 # /// script
-# requires-python = ">=3.11,<3.13"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [
 #     "dm_control==1.0.50", "gymnasium>=1.4", "moviepy>=2.2", "mujoco>=3.17,<4", "numpy>=2.1", "pygame-ce>=2.5",
 #     "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
 # ]
+# [tool.uv]  # dm_control asks for labmaze, which it does not need here and which ends with Python 3.12
+# override-dependencies = ["labmaze; python_version < '3.13'"]
 # ///
 """DHMBPO: SAC in a learned model, over two horizons: long rollouts find the states, short ones carry the gradient.
 

@@ -1,10 +1,12 @@
 # /// script
-# requires-python = ">=3.11,<3.13"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [
-#     "ale-py>=0.12", "box2d>=2.3.10", "dm_control==1.0.50", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2",
-#     "mujoco>=3.17,<4", "numpy>=2.1", "opencv-python-headless>=4.11", "pillow>=11", "pygame-ce>=2.5",
-#     "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
+#     "ale-py>=0.12", "box2d>=2.3.10; python_version < '3.14'", "dm_control==1.0.50", "gymnasium>=1.4",
+#     "matplotlib>=3.10", "moviepy>=2.2", "mujoco>=3.17,<4", "numpy>=2.1", "opencv-python-headless>=4.11",
+#     "pillow>=11", "pygame-ce>=2.5", "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",
 # ]
+# [tool.uv]  # dm_control asks for labmaze, which it does not need here and which ends with Python 3.12
+# override-dependencies = ["labmaze; python_version < '3.13'"]
 # ///
 """Dreamer (V1): a latent world model learned from pixels; actor and value learned by back-propagation through dreams.
 

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11,<3.13"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [
 #     "gymnasium>=1.4", "moviepy>=2.2", "numba>=0.68", "numpy>=2.1", "pygame-ce>=2.5", "tensorboard>=2.20",
 #     "torch>=2.6", "tqdm>=4.67", "tyro>=1.0",

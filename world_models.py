@@ -1,9 +1,9 @@
 # /// script
-# requires-python = ">=3.11,<3.13"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [
-#     "box2d>=2.3.10", "cma>=4.4", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2", "numpy>=2.1",
-#     "opencv-python-headless>=4.11", "pillow>=11", "pygame-ce>=2.5", "tensorboard>=2.20", "torch>=2.6", "tqdm>=4.67",
-#     "tyro>=1.0", "vizdoom>=1.3",
+#     "box2d>=2.3.10; python_version < '3.14'", "cma>=4.4", "gymnasium>=1.4", "matplotlib>=3.10", "moviepy>=2.2",
+#     "numpy>=2.1", "opencv-python-headless>=4.11", "pillow>=11", "pygame-ce>=2.5", "tensorboard>=2.20", "torch>=2.6",
+#     "tqdm>=4.67", "tyro>=1.0", "vizdoom>=1.3",
 # ]
 # ///
 """World Models: V (a VAE) and M (an LSTM) learn a dream from random play; C, one linear layer, is evolved on them.

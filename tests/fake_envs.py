@@ -1,5 +1,6 @@
 """Tiny environments for the tests, registered on import: `gym.make("fake_envs:TinyPixels-v0")` works in any process."""
 
+import ctypes
 import importlib
 import os
 import sys
@@ -197,12 +198,15 @@ def register(name: str, entry_point, max_episode_steps: int | None, **kwargs) ->
     gym.register(name, entry_point, max_episode_steps=max_episode_steps, kwargs=kwargs, **plain)
 
 
-class Faulty(gym.Wrapper):
-    """An environment that does `fault` at the 31st step of its life (at once, if `early`)."""
+WHEN = {"": 30, "Early": 0, "Quarter": 225, "Late": 900}  # how many steps are good
 
-    def __init__(self, env, fault: str, early: bool):
+
+class Faulty(gym.Wrapper):
+    """An environment that does `fault` after the first `last_good` steps of its life."""
+
+    def __init__(self, env, fault: str, last_good: int):
         super().__init__(env)
-        self.fault, self.last_good, self.total_steps = fault, 0 if early else 30, 0
+        self.fault, self.last_good, self.total_steps = fault, last_good, 0
 
     def reset(self, *, seed=None, options=None):
         assert self.fault != "options" or options is None or options["level"]
@@ -218,6 +222,11 @@ class Faulty(gym.Wrapper):
         if self.fault == "hang":
             open("hanging", "w").close()
             time.sleep(1e6)
+        if self.fault == "deaf":
+            open("hanging", "w").close()
+            ctypes.PyDLL(None).sleep(10**6)  # with the interpreter's lock: no handler and no other thread runs
+        if self.fault == "exit":
+            sys.exit("the road has ended")
         if self.fault == "die":
             os._exit(9)
         if self.fault == "raise":
@@ -233,9 +242,21 @@ class Faulty(gym.Wrapper):
         rewards = {"array": np.array([reward]), "none": None, "two": np.ones(2), "text": "1", "huge": 1e30}
         return obs, rewards.get(self.fault, reward), terminated, truncated, {"episode": self.total_steps}
 
+    def render(self):
+        if self.fault == "render" and self.total_steps > self.last_good:
+            raise RuntimeError("no light")
+        return self.env.render()
 
-def faulty(of: str, fault: str, early: bool, render_mode=None) -> gym.Env:
-    return Faulty(gym.make(f"fake_envs:{of}", render_mode=render_mode).unwrapped, fault, early)
+    def close(self):
+        if self.fault == "close":
+            time.sleep(1e6)
+        if self.fault == "close raises":
+            raise RuntimeError("the door is stuck")
+        super().close()
+
+
+def faulty(of: str, fault: str, last_good: int, render_mode=None) -> gym.Env:
+    return Faulty(gym.make(f"fake_envs:{of}", render_mode=render_mode).unwrapped, fault, last_good)
 
 
 def slow(**kwargs):
@@ -254,7 +275,12 @@ FAULTS = {
     "two": "reward must be numbers of shape (), not float64 of shape (2,)",
     "text": "reward must be numbers",
     "huge": "reward is not finite, or absurd: 1e+30",
+    "exit": "the road has ended",
     "die": "the process of an environment has died",
+    "deaf": "",
+    "render": "",
+    "close": "",
+    "close raises": "",
     "hang": "",
     "array": "",
     "options": "",
@@ -295,9 +321,9 @@ POINTS = {"Point"}
 for name in ("TinyPixels-v0", "MovingPixels-v0", "DiscreteCounter-v0", "Ladder-v0", "Point-v0"):
     register("Slow" + name, slow, 12)
     for fault in FAULTS:
-        for early in (False, True):
-            prefix = "Faulty" + "Early" * early + fault.title().replace(" ", "")
-            register(prefix + name, faulty, 12, of=name, fault=fault, early=early)
+        for when, last_good in WHEN.items():
+            prefix = "Faulty" + when + fault.title().replace(" ", "")
+            register(prefix + name, faulty, 12, of=name, fault=fault, last_good=last_good)
             POINTS.add(prefix + "Point")
 
 

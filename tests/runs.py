@@ -2,15 +2,21 @@
 
 import dataclasses
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -252,6 +258,17 @@ def run(script, **changes) -> str:
         os.chdir(here)
 
 
+FINISHED: dict[str, str] = {}  # the runs that `finished` has made
+
+
+def finished(script, **changes) -> str:
+    """A copy of what `run` leaves, which is made once: for tests that look at what comes after it."""
+    key = f"{script.__name__} {sorted(changes.items())}"
+    if key not in FINISHED:
+        FINISHED[key] = shutil.copytree(run(script, **changes), Path(tempfile.mkdtemp(), "run"))
+    return shutil.copytree(FINISHED[key], Path.cwd() / f"finished_{len(os.listdir())}" / "runs" / "run").as_posix()
+
+
 def resume(script, run_dir: str, **changes) -> str:
     return script.main(tiny(script, **changes | {"resume": run_dir}))
 
@@ -358,20 +375,84 @@ def flags_of(args) -> list[str]:
     return flags
 
 
-def hear_signals() -> None:
-    """Signals that the tests themselves were started to ignore (nohup) are not ignored by what they start."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+class Started:
+    """`python script.py flags` in a process and a session of its own, in the folder where it was begun.
+
+    It is forked from a process that has imported the packages already (conftest.py), numba's functions run as Python,
+    and alarms come ten times as early: all of that takes seconds each time. What it says goes into files beside the
+    folder.
+    """
+
+    count = 0
+
+    def __init__(self, script, *flags: str):
+        Started.count += 1
+        self.streams = [f"{os.getcwd()}.{Started.count}.{name}" for name in ("out", "err")]
+        path = str(ROOT / f"{script.__name__}.py")
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=be_a_script, args=([path, *flags], *self.streams))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def said(self) -> tuple[str, str]:
+        """Standard output and error so far."""
+        return tuple(Path(name).read_text() if os.path.exists(name) else "" for name in self.streams)
+
+    def wait_for(self, text: str) -> None:
+        """Until standard output or error has this text."""
+        wait_for(lambda: text in "".join(self.said()) or not self.process.is_alive())
+        assert text in "".join(self.said()), self.said()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """Waits for the end; what was said."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(f"still running: {self.said()}")
+        return self.said()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+
+def be_a_script(argv: list[str], out: str, err: str) -> None:
+    """Body of the process of Started: what the interpreter does with a script."""
+    os.setsid()
+    hear_signals()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream, name in ((sys.stdout, out), (sys.stderr, err)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    tests = [multiprocessing.parent_process().sentinel]
+    threading.Thread(target=lambda: (multiprocessing.connection.wait(tests), os._exit(1)), daemon=True).start()
+    numba.config.DISABLE_JIT = True
+    wait = signal.setitimer  # ten times as impatient
+    signal.setitimer = lambda which, seconds, interval=0.0: wait(which, seconds / 10, interval / 10)
+    sys.argv = argv
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def start(script, *flags: str) -> subprocess.Popen:
-    """The script in a process, and a session, of its own."""
+    """The same from nothing, with pipes: for what happens while packages are imported, and after the last line."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.Popen(
         [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, preexec_fn=hear_signals,
+        env=os.environ | {"PYTHONPATH": paths, "NUMBA_DISABLE_JIT": "1"}, preexec_fn=hear_signals,
     )  # fmt: skip
+
+
+def hear_signals() -> None:
+    """Signals that the tests themselves were started to ignore (nohup) are not ignored by what they start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def processes_in(folder: str) -> list[str]:

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import importlib
+import json
 import os
 import re
 import shutil
@@ -266,7 +267,8 @@ def test_undefined_globals_are_noticed():
 
 SIDE_EFFECTS = """
 import importlib, json, os, random, signal, sys, threading, warnings
-for name in json.loads(sys.argv.pop()):
+scripts, packages = map(json.loads, sys.argv[2:])
+for name in packages:
     importlib.import_module(name)
 import numpy, torch
 def state():
@@ -279,43 +281,64 @@ def state():
         "random": [random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()],
         "cwd": os.getcwd(), "argv": list(sys.argv),
     }
-before = state()
-script = importlib.import_module(sys.argv[1])
-after = state()
-print(json.dumps([[key for key in before if before[key] != after[key]], sorted(sys.modules)]))
+changed = {}
+for name in scripts:
+    before = state()
+    importlib.import_module(name)
+    after = state()
+    changed[name] = [key for key in before if before[key] != after[key]]
+print(json.dumps([changed, sorted(sys.modules)]))
 """
 
 
-@each_script
-def test_import_has_no_side_effect(path, tmp_path):
-    """No file, variable, thread, filter, signal, seed or switch; no parsing of argv; no simulator; nothing said."""
-    nodes = ast.parse(path.read_text()).body
+def top_level_imports() -> list[str]:
+    """What the scripts import where they begin."""
+    nodes = [node for path in SCRIPTS for node in ast.parse(path.read_text()).body]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    command = [sys.executable, "-c", SIDE_EFFECTS, path.stem, "--nonsense", json_list(names)]
+    return sorted(names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)})
+
+
+def test_imports_have_no_side_effects(tmp_path):
+    """No file, variable, thread, filter, signal, seed or switch; no parsing of argv; no simulator; nothing said."""
+    lists = json.dumps([path.stem for path in SCRIPTS]), json.dumps(top_level_imports())
+    command = [sys.executable, "-c", SIDE_EFFECTS, "--nonsense", *lists]
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    changed, modules = ast.literal_eval(done.stdout)
-    assert changed == []
+    changed, modules = json.loads(done.stdout)
+    assert changed == {path.stem: [] for path in SCRIPTS}
     assert not LAZY - {"PIL"} & set(modules)
 
 
-def json_list(names: set[str]) -> str:
-    return "[" + ", ".join(f'"{name}"' for name in sorted(names)) + "]"
+HELP = """
+import importlib, json, os, runpy, sys
+folders, packages = map(json.loads, sys.argv[1:])
+for name in packages:
+    importlib.import_module(name)
+for folder in folders:
+    if not os.fork():
+        os.chdir(folder)
+        os.dup2(os.open("../" + folder + ".out", os.O_WRONLY | os.O_CREAT), 1)
+        sys.argv = [folder + ".py", "--help"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert os.wait()[1] == 0, folder
+"""
 
 
-@each_script
-def test_copied_alone_it_shows_its_help(path, tmp_path):
-    """In an empty folder, away from the repository: --help works, lists the common flags and writes nothing."""
-    shutil.copy(path, tmp_path)
+def test_copied_alone_they_show_their_help(tmp_path):
+    """Each in an empty folder, away from the others: --help works, lists the common flags and writes nothing."""
+    names = [path.stem for path in SCRIPTS]
+    for path in SCRIPTS:
+        Path(path.stem).mkdir()
+        shutil.copy(path, path.stem)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"COLUMNS": "200"}
-    command = [sys.executable, "-B", path.name, "--help"]
+    command = [sys.executable, "-B", "-c", HELP, json.dumps(names), json.dumps(top_level_imports())]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    missing = [name for name in FLAGS if f"--{name.replace('_', '-')}" not in done.stdout]
-    assert not missing
-    assert os.listdir(tmp_path) == [path.name]
+    for name in names:
+        said = Path(f"{name}.out").read_text()
+        assert not [flag for flag in FLAGS if f"--{flag.replace('_', '-')}" not in said], name
+        assert os.listdir(name) == [f"{name}.py"]
 
 
 # === Packages ===

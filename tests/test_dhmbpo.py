@@ -1153,9 +1153,12 @@ dhmbpo.main(test_dhmbpo.tiny(env_id="Even-v0", eval_frequency={evaluation}))
 """
 
 
+LATE_KILLS = (24, "ensemble, epoch 3", 16), (40, "ensemble, epoch 1", 32), (28, "between", 24)
+
+
 @pytest.mark.parametrize(
     ("step", "text", "resumed_at"),
-    [(24, "ensemble, epoch 3", 16), (32, "update 5", 24), (40, "ensemble, epoch 1", 32), (28, "between", 24)],
+    [(32, "update 5", 24), *(pytest.param(*case, marks=pytest.mark.slow) for case in LATE_KILLS)],
 )
 def test_killed_at_once(step, text, resumed_at):
     """SIGKILL in a training, in a block, between blocks: the run goes on from its last checkpoint, to the same end."""

@@ -862,7 +862,7 @@ def assert_same_update(fast: tuple, eager: tuple, tolerance: float) -> None:
             torch.testing.assert_close(ours[name], plain[name], rtol=tolerance, atol=tolerance / 10)
 
 
-@pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("action_space", [DISCRETE, pytest.param(BOX, marks=pytest.mark.slow)], ids=["discrete", "box"])
 def test_compiled_losses_are_one_graph_each(action_space, monkeypatch):
     """Each loss is traced without a break; together they give the eager update (traced, not yet made into code)."""
     eager = updated(IMAGE, action_space=action_space, cont_head=True)

@@ -4,11 +4,10 @@ S&B is Sutton & Barto 2018, chapter 8. Expected numbers of the mazes and of Gymn
 comment says how they were measured.
 """
 
+import glob
 import heapq
 import math
 import os
-import subprocess
-import sys
 import types
 from collections import deque
 from itertools import product
@@ -24,11 +23,13 @@ from gymnasium.utils.env_checker import check_env
 from runs import (
     LAKE,
     TWO_ENVS,
+    Started,
     assert_healthy,
     command_line,
     copy_of,
     differences,
     error_of,
+    flags_of,
     load,
     losses,
     model_of,
@@ -1306,21 +1307,16 @@ def test_a_run_ends_with_arrows(capsys):
 # === Not compiled ===
 
 
-def test_it_runs_without_the_compiler(tmp_path):
+def test_it_runs_without_the_compiler():
     """NUMBA_DISABLE_JIT=1: the same run to the last bit, for a reader with a breakpoint."""
-    flags = ["--env-id", "DynaMaze-v0", "--total-timesteps", "400", "--eval-frequency", "200"]
-    flags += ["--eval-episodes", "1", "--max-episode-steps", "200"]
-    for changes in (["--kappa", "1e-3"], ["--prioritized"]):
-        tables = []
-        for disabled in ("0", "1"):
-            folder = tmp_path / f"{changes[0]}{disabled}"
-            folder.mkdir()
-            command = [sys.executable, dyna_q.__file__, *flags, *changes]
-            env = os.environ | {"NUMBA_DISABLE_JIT": disabled, "PYTHONPATH": str(Path(__file__).parent)}
-            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
-            tables.append(load(str(next(folder.glob("runs/*"))))["parts"])
-        assert differences(*tables) == []
+    settings = {"env_id": "DynaMaze-v0", "total_timesteps": 400, "eval_frequency": 200, "eval_episodes": 1}
+    for name, changes in {"plus": {"kappa": 1e-3}, "sweeping": {"prioritized": True}}.items():
+        args = Args(**settings, **changes, max_episode_steps=200, exp_name=name)
+        process = Started(dyna_q, *flags_of(args))
+        folder = dyna_q.main(args)
+        assert process.communicate()[1].count("Error") == process.returncode == 0
+        (other,) = set(glob.glob(f"runs/*{name}*")) - {folder}
+        assert differences(load(folder)["parts"], load(other)["parts"]) == []
 
 
 # === Model errors ===
@@ -1622,6 +1618,7 @@ def test_cliff_walking_is_value_iteration():
     assert expected_return(run.P, run.start, greedy(run.q[0]), 10_000) == -13
 
 
+@pytest.mark.slow
 def test_taxi_is_value_iteration():
     """Taxi-v4: Q on every pair in reach, and 7.93 on average over the starts, by exact evaluation."""
     run = train(Args(env_id="Taxi-v4", epsilon=1.0, planning_steps=30), 100_000)
