@@ -1638,7 +1638,7 @@ def test_the_first_line_says_what_a_run_will_take(kind, capsys, monkeypatch):
     clock = iter([0.0, 9.0, 10.0, 12.0])  # the first update takes longer
     monkeypatch.setattr(dreamer.time, "perf_counter", lambda: next(clock))
     standin = SimpleNamespace(args=args, device=CPU, step=0, folder="runs/x", say=print)
-    dreamer.announce(agent, rb, "raycast", standin)
+    dreamer.announce(agent, rb, args, "raycast", standin)
     assert all(parameter.grad is None for parameter in agent.parameters())
     first = capsys.readouterr().out.splitlines()[0]
     times = {100: 5.3, 500: 27.6, 600: 33.1}
