@@ -55,14 +55,16 @@ import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from itertools import pairwise
 from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -520,7 +522,11 @@ def lambda_return(rewards, values, discounts, mix) -> torch.Tensor:
 
 
 def percentile(x: torch.Tensor, share: float) -> torch.Tensor:
-    """The number below which a share of all x lies, interpolated linearly."""
+    """The number below which a share of all x lies, of all processes (torchrun), interpolated linearly."""
+    if dist.is_initialized():
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        x = torch.stack(parts)
     ordered = x.flatten().sort().values
     place = share * (len(ordered) - 1)
     below = min(int(place), len(ordered) - 2)
@@ -555,7 +561,7 @@ def behavior_loss(agent: Agent, batch: dict, states: tuple, dreams: tuple, args:
         discounts = model.discount(feat)
         returns = lambda_return(rewards, values, discounts, torch.full_like(values, args.td_lambda))  # (H, N)
         weights = discounts[:-1].cumprod(0)  # of the start, too: a dream from a terminal state weighs next to nothing
-        bounds = torch.stack([percentile(returns, 0.05), percentile(returns, 0.95)])
+        bounds = torch.stack([percentile(returns, share) for share in (0.05, 0.95)])
         agent.return_range.lerp_(bounds, RANGE_RATE)  # before it is used; from zeros
         low, high = agent.return_range
         advantage = (returns - values[:-1]) / (high - low).clamp(min=1)
@@ -667,10 +673,22 @@ class LaProp(nn.Module):
         return norms.norm()
 
 
+def average(tensors: list[torch.Tensor]) -> None:
+    """Under torchrun each becomes its mean over all processes; a process on its own leaves them alone."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
 def update(agent: Agent, optimizer: LaProp, batch: dict, noise: dict, args: Args, functions: tuple = LOSSES) -> tuple:
     """One gradient step of all networks. Detached metrics and the batch's new latents (T, B, ...); no host sync."""
     loss, (stoch, deter), metrics = compute_losses(agent, batch, noise, args, functions)
-    metrics["grad_norm/all"] = optimizer.step(torch.autograd.grad(loss, optimizer.learned))
+    gradients = torch.autograd.grad(loss, optimizer.learned)
+    average(gradients)
+    metrics["grad_norm/all"] = optimizer.step(gradients)
     with torch.no_grad():
         torch._foreach_lerp_(list(agent.slow_critic.parameters()), list(agent.critic.parameters()), SLOW_RATE)
     classes = stoch.detach().unflatten(-1, (STOCH, -1)).argmax(-1).to(torch.uint8)
@@ -755,18 +773,19 @@ class ReplayBuffer:
 
 
 def main(args: Args) -> str:
-    args = with_task_defaults(args)
+    whole = with_task_defaults(args)
+    args = join_ranks(whole, "num_envs batch_size buffer_size learning_starts")
     check_args(args)
     if args.evaluate is not None:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
     renderer = choose_renderer(args, checkpoint)
     rehearse(functools.partial(make_vector_env, args, renderer, 1), args.capture_video)
-    envs, repeat = make_vector_env(args, renderer, args.num_envs), args.action_repeat
+    envs = make_vector_env(args, renderer, args.num_envs)
     spaces = envs.single_observation_space, envs.single_action_space
     check_memory(args, *spaces)
-    run = Run(args, checkpoint)
-    device = run.device
+    run = (RankedRun if dist.is_initialized() else Run)(whole, checkpoint)
+    device, repeat = run.device, args.action_repeat * whole.num_envs // args.num_envs  # steps of all for one here
 
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
     agent = Agent(*spaces, args).to(device)
@@ -781,9 +800,9 @@ def main(args: Args) -> str:
         counters |= checkpoint["parts"]["counters"]
         checkpoint = None  # what refers to the file keeps it on the disk
     update_fn, envs.on_fault = make_update(agent, optimizer, args), run.abort
-    print(f"{run.folder}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
+    run.say(f"{run.folder}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
     if device.type == "cpu" and run.step == 0:
-        warn_if_slow(agent, spaces[0], args)
+        warn_if_slow(agent, spaces[0], args, run.say)
 
     dones, rewards, conts = np.ones(args.num_envs, bool), np.zeros(args.num_envs), np.ones(args.num_envs)
     state, eval_envs = agent.world_model.rssm.initial(args.num_envs), None
@@ -806,7 +825,10 @@ def main(args: Args) -> str:
 
     def train() -> None:
         """Makes the updates that are owed, unless the run is asked to stop."""
-        while counters["owed"] >= 1 and len(rb) >= args.learning_starts and not run.stop.requested:
+        mean = torch.tensor([counters["owed"], len(rb) >= args.learning_starts], dtype=torch.float64)
+        average([mean])  # all make the same updates, once each has what to learn from
+        counters["owed"], ready = mean.tolist()
+        while counters["owed"] >= 1 and ready == 1 and not run.stop.requested:
             batch, slots = rb.sample(args.batch_size, rng["replay"], device)
             run.metrics, latents = update_fn(batch, draw_noise(agent, args, rng["update"]))
             rb.refresh(slots, latents)
@@ -1820,6 +1842,106 @@ class Run:
         return self.folder
 
 
+def join_ranks(args: Args, shared: str) -> Args:
+    """Joins the processes that torchrun has started. Returns the settings of this one: its share of those named.
+
+    Each plays environments of its own, into a replay of its own, and learns from its share of every batch; gradients
+    are averaged, so that all have the same networks. A process on its own has everything.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    shares, before, saves = {name: getattr(args, name) // world for name in shared.split()}, world, 0
+    if args.resume is not None:
+        before, saves = load_checkpoint(args.resume, args, verify=False)["parts"].get("ranks", (1, 0))
+    if before != world:
+        fail(f"{args.resume} was made by {before} processes, not {world}: torchrun --nproc-per-node {before} ...")
+    for name, share in shares.items():
+        if share * world != getattr(args, name):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by {world} processes")
+    if world == 1:
+        return args
+    cuda = choose_device(args).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if rank and args.resume is not None:
+        shares["resume"] = f"{args.resume}/rank{rank}"
+        settle(shares["resume"], saves)
+    return replace(args, seed=args.seed ^ rank << 40, **shares)
+
+
+def agree(*values: float) -> list[float]:
+    """The largest of each value over all processes, once all are here."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def settle(folder: str, saves: int) -> None:
+    """What a process wrote for the newest checkpoint takes the place of what it wrote for the one before."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(f"{folder}/{saves}/checkpoint.pt", f"{folder}/checkpoint.pt")
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(f"{folder}/{saves}")
+
+
+class RankedRun(Run):
+    """A run of several processes, which step, learn, save and stop together.
+
+    The first, rank 0, evaluates and speaks. Every other has a folder in the run's, for its log and its checkpoints.
+    """
+
+    def __init__(self, args: Args, checkpoint: dict | None):
+        self.rank, folders = dist.get_rank(), [None]
+        self.ranks = checkpoint["parts"]["ranks"] if checkpoint else [dist.get_world_size(), 0]  # and saves so far
+        if self.rank == 0:
+            super().__init__(args, checkpoint)
+            folders = [self.folder]
+        dist.broadcast_object_list(folders)
+        if self.rank:
+            folder = f"{folders[0]}/rank{self.rank}"
+            os.makedirs(folder, exist_ok=True)
+            super().__init__(replace(args, resume=folder, track=False, save_model=False), checkpoint)
+            self.say = lambda line: None
+            Bar.__init__ = functools.partialmethod(Bar.__init__, disable=True)
+        self.asked, self.agreed = self.stop, copy(self.stop)  # what this process was asked; what all know of
+        self.stop, self.agreed.lost = self.agreed, self.asked.lost
+
+    def listen(self) -> None:
+        """All learn what one was asked (to stop) and what the first has done (an evaluation)."""
+        requested, self.next_eval = agree(self.asked.requested, self.next_eval)
+        self.stop, self.agreed.requested = self.agreed, int(requested)
+
+    def tick(self, doing: str) -> bool:
+        self.listen()
+        return super().tick(doing)
+
+    def goes_on(self, dones: np.ndarray) -> bool:
+        self.listen()
+        return super().goes_on(np.ones(self.args.num_envs))  # all save at once, whatever has ended
+
+    def eval_due(self, dones: np.ndarray) -> bool:
+        due = super().eval_due(dones) and self.rank == 0
+        if due:
+            self.stop = self.asked  # until all meet again
+        return due
+
+    def save(self) -> None:
+        """All write, the first one last: its file makes theirs the checkpoint."""
+        home, self.ranks[1] = self.folder, self.ranks[1] + 1
+        self.parts["ranks"], self.folder = self.ranks, home + f"/{self.ranks[1]}" * (self.rank > 0)
+        os.makedirs(self.folder, exist_ok=True)
+        for first in (False, True):
+            if first == (self.rank == 0):
+                super().save()
+            agree(0)
+        self.folder = home
+        settle(home, self.ranks[1])
+
+    def abort(self, fault: str) -> NoReturn:
+        """One process alone cannot save."""
+        raise SystemExit(f"error: {fault}; the last checkpoint stays as it is")
+
+
 def write_gif(path: str, frames: np.ndarray) -> None:
     """Animation of frames (T, H, W, 3) uint8; the 64 colours by octree, which keeps small bright things."""
     from PIL import Image
@@ -1891,7 +2013,7 @@ CPU_SIZED = (  # benchmark/dreamer_v3.sh cpu
 )
 
 
-def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args) -> None:
+def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args, say: Callable) -> None:
     """Without a GPU: times an update's passes on zeros and says if the run would take longer than a night."""
     shape, rssm = (args.batch_length, args.batch_size), agent.world_model.rssm
     dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
@@ -1906,7 +2028,7 @@ def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args) -> None:
     hours = seconds * updates / 3600
     if hours > 12:
         days = f"an update takes {seconds:.1f} s, the whole run about {hours / 24:.1f} days"
-        print(f"no GPU: {days}. CPU-sized: {CPU_SIZED}")
+        say(f"no GPU: {days}. CPU-sized: {CPU_SIZED}")
 
 
 def check_args(args: Args) -> None:
