@@ -772,6 +772,7 @@ def main(args: Args) -> str:
 
 
 LATE_IMPORTS = ["matplotlib", "PIL"]  # packages that are imported where they are used
+ATARI = r"ALE/|\w+NoFrameskip-v4$"  # ids of games
 SIZES = {  # what --size stands for; deviations 6 (the buffer) and 16
     "published": {"buffer_size": 500_000, "batch_size": 50, "batch_length": 50, "cnn_depth": 32, "dense_size": 400},
     "laptop": {"buffer_size": 250_000, "batch_size": 16, "batch_length": 32, "cnn_depth": 16, "dense_size": 200},
@@ -785,10 +786,11 @@ def is_dm_control(env_id: str) -> bool:
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given depends on the kind of environment."""
+    args = replace(args, env_id=re.sub(r"^dm_control/(.+)-v0$", r"\1", args.env_id))  # what Shimmy calls a task
     suite = is_dm_control(args.env_id)
     size = {"cuda": "published", "cpu": "laptop"}[choose_device(args).type] if args.size == "auto" else args.size
     defaults = {"action_repeat": 2 if suite else 1, "cont_head": not suite, **SIZES[size]}
-    defaults["max_episode_steps"] = 27_000 if args.env_id.startswith("ALE/") else 1_000
+    defaults["max_episode_steps"] = 27_000 if re.match(ATARI, args.env_id) else 1_000
     args = replace(args, size=size)
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
@@ -829,7 +831,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         if len(env.observation_space.shape) == 2:  # grey
             env = gym.wrappers.ReshapeObservation(env, (64, 64, 1))
     elif is_box and len(obs.shape) == 1:
-        env = gym.wrappers.DtypeObservation(env, np.float32)
+        with warnings.catch_warnings(action="ignore"):  # that bounds of float64 lose digits
+            env = gym.wrappers.DtypeObservation(env, np.float32)
     else:
         hint = "channels come last, and (obs * 255).astype(np.uint8) makes an image of floats"
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
@@ -994,7 +997,7 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
 
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, with all lives (deviation 12)."""
-    if not env_id.startswith("ALE/"):
+    if not re.match(ATARI, env_id):
         return make_gymnasium(env_id, **settings)
     try:
         import ale_py
@@ -2015,6 +2018,8 @@ def check_args(args: Args) -> None:
     least, most = args.batch_length * args.action_repeat, args.total_timesteps
     if not least <= args.learning_starts <= most:  # a sequence, the run
         fail(f"--learning-starts {args.learning_starts} must be from {least} (--batch-length) to {most}")
+    if not is_dm_control(args.env_id) and (args.obs_mode, args.renderer) != ("pixels", "auto"):
+        fail(f"--obs-mode and --renderer are for dm_control, {args.env_id} has its own")
     if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":

@@ -109,6 +109,7 @@ class Args:
     num_envs: Few = 1  # environments played side by side, each in its own process if more than one
     obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; a Gymnasium id has its own
     renderer: Literal["auto", "gl", "raycast"] = "auto"  # dm_control pixels: OpenGL, our ray-caster; auto = gl if there
+    max_episode_steps: Count | None = None  # time limit where there is none; default 1,000, Atari 27,000 decisions
     action_repeat: Few | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
 
     # replay, and how often to learn from it
@@ -874,6 +875,7 @@ def main(args: Args) -> str:
 
 
 LATE_IMPORTS = ["matplotlib", "PIL"]  # packages that are imported where they are used
+ATARI = r"ALE/|\w+NoFrameskip-v4$"  # ids of games
 
 
 def is_dm_control(env_id: str) -> bool:
@@ -883,8 +885,10 @@ def is_dm_control(env_id: str) -> bool:
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given depends on the kind of environment."""
-    repeat = 2 if is_dm_control(args.env_id) else 1  # deviation 3
-    return args if args.action_repeat is not None else replace(args, action_repeat=repeat)
+    args = replace(args, env_id=re.sub(r"^dm_control/(.+)-v0$", r"\1", args.env_id))  # what Shimmy calls a task
+    defaults = {"action_repeat": 2 if is_dm_control(args.env_id) else 1}  # deviation 3
+    defaults["max_episode_steps"] = 27_000 if re.match(ATARI, args.env_id) else 1_000
+    return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
 def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[], gym.Env]:
@@ -904,7 +908,7 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
             if env.spec.max_episode_steps is None:  # deviation 13: an evaluation must end
-                env = gym.wrappers.TimeLimit(env, 27_000 if args.env_id.startswith("ALE/") else 1000)
+                env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
         if pixels:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)
@@ -923,7 +927,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         if len(env.observation_space.shape) == 2:  # grey
             env = gym.wrappers.ReshapeObservation(env, (64, 64, 1))
     elif is_box and len(obs.shape) == 1:
-        env = gym.wrappers.DtypeObservation(env, np.float32)
+        with warnings.catch_warnings(action="ignore"):  # that bounds of float64 lose digits
+            env = gym.wrappers.DtypeObservation(env, np.float32)
     else:
         hint = "channels come last, and (obs * 255).astype(np.uint8) makes an image of floats"
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
@@ -1088,7 +1093,7 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
 
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, with all lives (deviation 12)."""
-    if not env_id.startswith("ALE/"):
+    if not re.match(ATARI, env_id):
         return make_gymnasium(env_id, **settings)
     try:
         import ale_py
@@ -2042,6 +2047,8 @@ def check_args(args: Args) -> None:
     decisions = args.total_timesteps // args.action_repeat  # nothing is learned before there are so many, and T more
     if decisions - args.num_envs * args.batch_length < args.learning_starts:
         fail(f"--learning-starts {args.learning_starts} sequences never come in {decisions} decisions")
+    if not is_dm_control(args.env_id) and (args.obs_mode, args.renderer) != ("pixels", "auto"):
+        fail(f"--obs-mode and --renderer are for dm_control, {args.env_id} has its own")
     if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":

@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.tensorboard import SummaryWriter
 
 import dreamer
+import dreamer_v3
 from dreamer import Args, EpisodeRecorder, ReplayBuffer
 
 IMAGE = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
@@ -1712,6 +1713,38 @@ def test_discrete_actions_may_begin_anywhere():
     """The agent counts from 0."""
     env = dreamer.fit_spaces(Spaces(VECTOR, gym.spaces.Discrete(3, start=5)), "x")
     assert stepped(env, [0, 2]) == [5, 7] and env.action_space == DISCRETE
+
+
+NAMES_OF_TASKS = {  # what is typed: the id it stands for, its time limit
+    "dm_control/cup-catch-v0": ("cup-catch", 1_000),
+    "ALE/Pong-v5": ("ALE/Pong-v5", 27_000),
+    "PongNoFrameskip-v4": ("PongNoFrameskip-v4", 27_000),
+}
+
+
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
+@pytest.mark.parametrize("env_id", NAMES_OF_TASKS)
+def test_names_of_tasks_elsewhere_are_understood(script, env_id):
+    """Shimmy's of a dm_control task, the old ones of Atari games, which get the same preprocessing as the new."""
+    args = script.with_task_defaults(script.Args(env_id=env_id))
+    assert (args.env_id, args.max_episode_steps) == NAMES_OF_TASKS[env_id]
+    if "Pong" in env_id:
+        assert script.make_env(args, "none")().observation_space.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
+def test_float64_observations_are_no_warning(script, recwarn):
+    """As every MuJoCo task of Gymnasium has them."""
+    env = script.fit_spaces(Spaces(gym.spaces.Box(-1e300, 1e300, (3,), np.float64), BOX), "x")
+    assert env.observation_space.dtype == np.float32 and not recwarn.list
+
+
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
+@pytest.mark.parametrize("flag", [{"obs_mode": "state"}, {"renderer": "raycast"}], ids=["obs_mode", "renderer"])
+def test_flags_of_dm_control_are_refused_elsewhere(script, flag, capsys):
+    """They would do nothing."""
+    args = tiny(script, env_id="fake_envs:Counter-v0", **flag)
+    assert "fake_envs:Counter-v0 has its own" in error_of(capsys, script.main, args)
 
 
 @pytest.mark.parametrize("shape", [(84, 84), (84, 84, 1), (64, 64, 4), (48, 96, 3), (64, 64)])
