@@ -803,7 +803,7 @@ def main(args: Args) -> str:
     update_fn, envs.on_fault = make_update(agent, optimizer, args), run.abort
     run.say(f"{run.folder}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
     if device.type == "cpu" and run.step == 0:
-        warn_if_slow(agent, spaces[0], args, run.say)
+        warn_if_slow(agent, rb, args, run)
 
     dones, rewards, conts = np.ones(args.num_envs, bool), np.zeros(args.num_envs), np.ones(args.num_envs)
     state, eval_envs = agent.world_model.rssm.initial(args.num_envs), None
@@ -2018,22 +2018,19 @@ CPU_SIZED = (  # benchmark/dreamer_v3.sh cpu
 )
 
 
-def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args, say: Callable) -> None:
+def warn_if_slow(agent: Agent, rb: ReplayBuffer, args: Args, run: "Run") -> None:
     """Without a GPU: times an update's passes on zeros and says if the run would take longer than a night."""
-    shape, rssm = (args.batch_length, args.batch_size), agent.world_model.rssm
-    dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
-    batch = {name: torch.zeros(shape) for name in ("reward", "cont", "is_first")}
-    batch["obs"] = torch.zeros(*shape, *obs_space.shape, dtype=dtype)
-    batch["action"] = torch.zeros(*shape, agent.action_dim)
-    batch |= {"stoch": torch.zeros(args.batch_size, STOCH), "deter": torch.zeros(args.batch_size, rssm.deter)}
-    copy, start = deepcopy(agent), time.perf_counter()
-    compute_losses(copy, batch, draw_noise(agent, args, torch.Generator()), args)[0].backward()
+    shape = args.batch_length, args.batch_size
+    batch = {name: tensor.new_zeros(*shape, *tensor.shape[1:]) for name, tensor in rb.data.items()}
+    batch |= {name: batch[name][0] for name in ("stoch", "deter")}
+    copied, start = deepcopy(agent), time.perf_counter()
+    compute_losses(copied, batch, draw_noise(agent, args, torch.Generator()), args)[0].backward()
     seconds = time.perf_counter() - start
-    updates = args.total_timesteps / args.action_repeat * args.train_ratio / (args.batch_size * args.batch_length)
-    hours = seconds * updates / 3600
+    learned = args.total_timesteps / args.action_repeat * args.train_ratio  # time steps
+    hours = seconds * learned / (run.args.batch_size * args.batch_length) / 3600
     if hours > 12:
         days = f"an update takes {seconds:.1f} s, the whole run about {hours / 24:.1f} days"
-        say(f"no GPU: {days}. CPU-sized: {CPU_SIZED}")
+        run.say(f"no GPU: {days}. CPU-sized: {CPU_SIZED}")
 
 
 def check_args(args: Args) -> None:

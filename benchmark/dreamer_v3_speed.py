@@ -6,6 +6,7 @@ installed. All have the same sizes, see the same random batch, compute in float3
 """
 
 import contextlib
+import importlib
 import json
 import os
 import statistics
@@ -69,10 +70,10 @@ def ours(bench: Args, batch: dict) -> tuple[Callable, int]:
 def r2dreamer(bench: Args, batch: dict) -> tuple[Callable, int]:
     """Its own update with the decoder's loss, without float16, from a replay that always has this batch."""
     sys.path.insert(0, bench.r2dreamer)
-    import dreamer as theirs
     from omegaconf import OmegaConf
     from tensordict import TensorDict
 
+    theirs = importlib.import_module("dreamer")  # the clone's
     size, key = dreamer_v3.SIZES[bench.size], "image" if bench.obs_mode == "pixels" else "numbers"
     model = OmegaConf.load(f"{bench.r2dreamer}/configs/model/_base_.yaml")
     model |= {"deter": size.deter, "hidden": size.units, "units": size.units, "discrete": size.classes}
@@ -106,10 +107,9 @@ def sheeprl(bench: Args, batch: dict) -> tuple[Callable, int]:
     from sheeprl.algos.dreamer_v3_5 import dreamer_v3_5 as theirs
 
     pixels, size = bench.obs_mode == "pixels", dreamer_v3.SIZES[bench.size]
-    encoded = [
-        f"algo.cnn_keys.encoder={'[rgb]' if pixels else '[]'}",
-        f"algo.mlp_keys.encoder={'[]' if pixels else '[x]'}",
-    ]
+    encoded = ["algo.cnn_keys.encoder=[rgb]", "algo.mlp_keys.encoder=[]"]
+    if not pixels:
+        encoded = ["algo.cnn_keys.encoder=[]", "algo.mlp_keys.encoder=[x]"]
     widths = [f"algo.dense_units={size.units}", f"algo.cnn_channels_multiplier={size.depth}"]
     widths += [f"algo.world_model.discrete_size={size.classes}"]
     widths += [f"algo.world_model.recurrent_model.recurrent_state_size={size.deter}"]

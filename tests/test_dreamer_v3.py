@@ -1335,7 +1335,8 @@ def test_a_run_of_days_is_said_at_its_start(capsys, monkeypatch, seconds, days):
     agent = make_agent(args)
     before, clock = {k: v.clone() for k, v in agent.state_dict().items()}, iter([0.0, seconds])
     monkeypatch.setattr(dreamer_v3.time, "perf_counter", lambda: next(clock))
-    dreamer_v3.warn_if_slow(agent, VECTOR, args, print)
+    rb = ReplayBuffer(args, VECTOR, agent, CPU)
+    dreamer_v3.warn_if_slow(agent, rb, args, types.SimpleNamespace(args=args, say=print))
     said = capsys.readouterr().out
     assert differences(before, dict(agent.state_dict())) == [] and all(p.grad is None for p in agent.parameters())
     assert (f"about {days} days. CPU-sized: python dreamer_v3.py" in said) if days else said == ""
