@@ -675,18 +675,18 @@ class ReplayBuffer:
 
 def main(args: Args) -> str:
     whole = with_task_defaults(args)
-    args = join_ranks(whole, "num_envs batch_size buffer_size")
+    args = join_ranks(whole, "num_envs batch_size buffer_size learning_starts")
     check_args(args)
     if args.evaluate is not None:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
     renderer = choose_renderer(args, checkpoint)
     rehearse(functools.partial(make_vector_env, args, renderer, 1), args.capture_video)
-    envs = make_vector_env(args, renderer, args.num_envs)
+    envs, repeat = make_vector_env(args, renderer, args.num_envs), args.action_repeat
     obs_space = envs.single_observation_space
     check_memory(args, obs_space, envs.single_action_space)
     run = (RankedRun if dist.is_initialized() else Run)(whole, checkpoint)
-    device, repeat = run.device, args.action_repeat * whole.num_envs // args.num_envs  # steps of all for one here
+    device = run.device
 
     # what a checkpoint holds: networks, optimizers, replay, counters, generators
     agent = Agent(obs_space, envs.single_action_space, args).to(device)
@@ -714,7 +714,7 @@ def main(args: Args) -> str:
 
     def train() -> None:
         """Makes the updates that are due, unless the run is asked to stop."""
-        due = updates_due(run.step, args) if filled() else 0
+        due = updates_due(run.step, whole) if filled() else 0
         while counters["num_updates"] < due and not run.stop.requested:
             batch = rb.sample(args.batch_size, args.batch_length, rng["replay"], device)
             run.metrics = update_fn(batch, draw_noise(agent, args, rng["update"]))
@@ -750,8 +750,8 @@ def main(args: Args) -> str:
             obs, rewards, terminations, truncations, infos = envs.step_wait()
         recorder.add(obs, action, rewards, terminations)
         dones = terminations | truncations
-        run.step += args.num_envs * repeat
-        run.progress.update(args.num_envs * repeat)
+        run.step += whole.num_envs * repeat
+        run.progress.update(whole.num_envs * repeat)
         played = recorder.decisions()  # of the open episodes; the prefill is learned from where it ends
         cut = dones | (played >= PIECE) | (not filled() and (rb.steps + played.sum()) * repeat >= args.learning_starts)
         for i in np.flatnonzero(cut):
@@ -2001,7 +2001,7 @@ def announce(agent: Agent, rb: ReplayBuffer, args: Args, renderer: str, run: "Ru
     line, total = f"size {args.size} on {device}, an update takes {seconds:.3f} s", args.total_timesteps
     for step in sorted({100_000, 500_000, total}):
         if run.step < step <= total:
-            hours = seconds * (updates_due(step, args) - updates_due(run.step, args)) / 3600
+            hours = seconds * (updates_due(step, run.args) - updates_due(run.step, run.args)) / 3600
             line += f"; {step / 1000:.0f}K steps: {hours:.1f} h of updates"
     published = re.search(rf"\b{args.env_id.replace('_', '-')} (\d+) (\d+)", PUBLISHED)
     if published and args.obs_mode == "pixels":

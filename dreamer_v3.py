@@ -782,11 +782,11 @@ def main(args: Args) -> str:
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
     renderer = choose_renderer(args, checkpoint)
     rehearse(functools.partial(make_vector_env, args, renderer, 1), args.capture_video)
-    envs = make_vector_env(args, renderer, args.num_envs)
+    envs, repeat = make_vector_env(args, renderer, args.num_envs), args.action_repeat
     spaces = envs.single_observation_space, envs.single_action_space
     check_memory(args, *spaces)
     run = (RankedRun if dist.is_initialized() else Run)(whole, checkpoint)
-    device, repeat = run.device, args.action_repeat * whole.num_envs // args.num_envs  # steps of all for one here
+    device = run.device
 
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
     agent = Agent(*spaces, args).to(device)
@@ -858,8 +858,8 @@ def main(args: Args) -> str:
             obs, rewards, terminations, truncations, infos = envs.step_wait()
         dones, conts = terminations | truncations, 1.0 - terminations
         decide(np.ones(args.num_envs, bool), is_first=False)
-        run.step += args.num_envs * repeat
-        run.progress.update(args.num_envs * repeat)
+        run.step += whole.num_envs * repeat
+        run.progress.update(whole.num_envs * repeat)
         if dones.any():
             run.log_episodes(infos, dones)
         if args.num_envs == 1 or run.step >= args.total_timesteps:

@@ -174,7 +174,7 @@ def test_processes_share_networks_and_have_the_rest_for_themselves(script, whole
     assert streams == set(first["rng"])
     logged, others = (scalars(folder) for folder in (whole_runs(script), f"{whole_runs(script)}/rank1"))
     assert [step for step, _ in logged["eval/episodic_return"]] == [48, 96]
-    assert not [tag for tag in others if tag.startswith(("eval", "open_loop"))] and "losses/model_loss" in others
+    assert not [tag for tag in others if tag.startswith(("eval", "open_loop"))] and "losses/reward_loss" in others
 
 
 @pytest.mark.slow
