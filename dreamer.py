@@ -831,8 +831,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         if len(env.observation_space.shape) == 2:  # grey
             env = gym.wrappers.ReshapeObservation(env, (64, 64, 1))
     elif is_box and len(obs.shape) == 1:
-        with warnings.catch_warnings(action="ignore"):  # that bounds of float64 lose digits
-            env = gym.wrappers.DtypeObservation(env, np.float32)
+        space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+        env = gym.wrappers.TransformObservation(env, np.float32, space)
     else:
         hint = "channels come last, and (obs * 255).astype(np.uint8) makes an image of floats"
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
