@@ -268,6 +268,18 @@ def test_a_fault_of_one_leaves_the_last_checkpoint(script):
 
 @pytest.mark.slow
 @each_script
+def test_episodes_may_end_at_different_times(script):
+    """Each process has its own; the updates, and so the weights, are the same."""
+    folder, _ = run_in_two(script, env_id="fake_envs:DeadlyPoint-v0", total_timesteps=120)
+    first, second = states(folder)
+    lengths = [scalars(path)["charts/episodic_length"] for path in (folder, f"{folder}/rank1")]
+    assert lengths[0] != lengths[1] and first["parts"]["counters"]["num_updates"] > 4
+    assert first["parts"]["counters"] == second["parts"]["counters"]
+    assert differences(first["parts"]["agent"], second["parts"]["agent"]) == []
+
+
+@pytest.mark.slow
+@each_script
 def test_sigterm_to_torchrun_leaves_a_checkpoint_of_all(script):
     """torchrun hands it to both; what they leave goes on."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORLD)]
