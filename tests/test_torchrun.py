@@ -4,6 +4,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ import dreamer_v3
 SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3}
 each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 WORLD = 2
+LOST = "Connection (closed|reset)"  # what a process says whose neighbour has gone
 
 
 def settings(script, **changes) -> dict:
@@ -65,7 +67,7 @@ def in_two(function) -> list:
     for process in ranks:
         process.start()
     for rank, process in enumerate(ranks):
-        process.join(60)
+        process.join(180)
         process.kill()
         path = Path(f"rank{rank}.result")
         results.append(pickle.loads(path.read_bytes()) if path.exists() else None)
@@ -209,7 +211,7 @@ def kill_at_the_third_save(rank: int, committed: bool, script, here: int) -> Non
 def test_a_kill_between_writes_leaves_one_whole_set(script, rank, committed, step, whole_runs):
     """The old one until the first process has written, then the new one: a resume goes on from either."""
     results = run_in_two(script, functools.partial(kill_at_the_third_save, rank, committed), resume=None)
-    assert results[rank] is None and "closed" in results[1 - rank]
+    assert results[rank] is None and re.search(LOST, results[1 - rank])
     (folder,) = map(str, Path("runs").absolute().iterdir())
     assert load(folder)["global_step"] == step
     run_in_two(script, resume=folder)
@@ -260,8 +262,8 @@ def test_another_number_of_processes_is_refused(script, whole_runs, monkeypatch,
 def test_a_fault_of_one_leaves_the_last_checkpoint(script):
     """One line, and nothing is written that the other does not have."""
     results = run_in_two(script, env_id="fake_envs:NanCounter-v0")
-    assert all("the last checkpoint stays as it is" in result or "closed" in result for result in results)
-    assert any("reward is not finite" in result for result in results)
+    assert all(re.search(f"reward is not finite.*; the last checkpoint stays as it is|{LOST}", line) for line in results)
+    assert any("reward" in line for line in results)
     (folder,) = map(str, Path("runs").absolute().iterdir())
     assert [state["global_step"] for state in states(folder)] == [48, 48]
 
