@@ -160,11 +160,11 @@ def main(bench: Args) -> None:
             step()
             wall[name].append(time.perf_counter() - start[0])
             cpu[name].append(time.process_time() - start[1])
-    result = {"torch": torch.__version__, "load": os.getloadavg()[0], **asdict(bench)}
+    result = {"torch": torch.__version__, "load": os.getloadavg()[0], "settings": asdict(bench), "updates": {}}
     for name, (_, parameters) in made.items():
         seconds, own = wall[name][3:], statistics.median(cpu[name][3:])
-        result[name] = {"parameters": parameters, "seconds_median": statistics.median(seconds)}
-        result[name] |= {"seconds_min": min(seconds), "cpu_seconds_median": own}
+        result["updates"][name] = {"parameters": parameters, "seconds_median": statistics.median(seconds)}
+        result["updates"][name] |= {"seconds_min": min(seconds), "cpu_seconds_median": own}
     print(json.dumps(result, indent=1))
 
 
