@@ -1875,6 +1875,8 @@ class RankedRun(Run):
             super().__init__(replace(args, resume=folder, track=False, save_model=False), checkpoint)
             self.say = lambda line: None
             Bar.__init__ = functools.partialmethod(Bar.__init__, disable=True)
+        if agree(*self.ranks) != self.ranks:
+            fail(f"{self.folder}/checkpoint.pt is older than those of the other processes")
         self.asked, self.agreed = self.stop, copy(self.stop)  # what this process was asked; what all know of
         self.stop, self.agreed.lost = self.agreed, self.asked.lost
 

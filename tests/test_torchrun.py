@@ -16,7 +16,7 @@ import pytest
 import test_dreamer
 import test_dreamer_v3
 import torch
-from runs import ROOT, TINY, TRAITS, differences, error_of, flags_of, hear_signals, load, scalars, wait_for
+from runs import ROOT, TINY, TRAITS, copy_of, differences, error_of, flags_of, hear_signals, load, scalars, wait_for
 
 import dreamer
 import dreamer_v3
@@ -255,6 +255,18 @@ def test_another_number_of_processes_is_refused(script, whole_runs, monkeypatch,
     assert "was made by 2 processes, not 3: torchrun" in error_of(capsys, script.main, resumed)
     alone = script.Args(**settings(script, num_envs=4))
     assert "--num-envs 4 cannot be shared by 3 processes" in error_of(capsys, script.main, alone)
+
+
+@pytest.mark.slow
+@each_script
+def test_files_of_different_saves_are_refused(script, whole_runs):
+    """In a line of the process whose file is old."""
+    folder = copy_of(whole_runs(script))
+    state = load(f"{folder}/rank1")
+    state["parts"]["ranks"][1] -= 1
+    torch.save(state, f"{folder}/rank1/checkpoint.pt")
+    first, second = run_in_two(script, resume=folder)
+    assert re.search(LOST, first) and second == "SystemExit: 2"
 
 
 @pytest.mark.slow
