@@ -57,6 +57,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below leaves no traceback
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -880,11 +883,13 @@ def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool
         try:
             return method(*args, **kwargs)
         except Exception as error:  # an environment may raise anything, and its process may die
-            envs.closed = True  # they cannot be: what is left of them ends with this process
+            envs.closed = True  # they cannot be any more
+            for process in getattr(envs, "processes", ()):
+                process.kill()
             envs.on_fault(f"{env_id}: {str(error) or 'the process of an environment has died'}")
 
     envs.on_fault = fail
-    for name in {"reset", "step", "step_async", "step_wait"} & set(dir(envs)):
+    for name in {"reset", "step", "step_async", "step_wait", "close"} & set(dir(envs)):
         setattr(envs, name, functools.partial(call, getattr(envs, name)))
     return envs
 
@@ -904,16 +909,20 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         envs = make_envs(video=f"{folder}/film.mp4" if film else None)
-        envs.on_fault = lambda line: fail(line + " (filmed: is OpenGL there? apt-get install -y libegl1 libgl1)" * film)
         _, infos = envs.reset(seed=[0], options={"reset_mask": np.ones(1, bool)})
         if "action_mask" not in infos:
             envs.action_space.seed(0)
             envs.step(envs.action_space.sample())
         elif not masks:
             print("warning: this environment has action masks, which this script does not obey", file=sys.stderr)
+        for env in getattr(envs.unwrapped, "envs", ()):
+            spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
+            if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
+                limit = env.get_wrapper_attr("_max_episode_steps")
+                print(f"{spec.id} has no time limit: its episodes are truncated after {limit} steps")
         envs.close()
         if film and not os.listdir(folder):
-            fail("a film could not be written")
+            fail("a film could not be written (is OpenGL there? apt-get install -y libegl1 libgl1)")
 
 
 class CheckedEnv(gym.Wrapper):
@@ -936,7 +945,12 @@ class CheckedEnv(gym.Wrapper):
         return self.checked("step", ("reward", "terminated", "truncated"), lambda: self.env.step(action))
 
     def close(self) -> None:
+        """What fails or does not return within five seconds is a warning."""
+        handler = signal.signal(signal.SIGALRM, too_long)
+        pending = signal.setitimer(signal.ITIMER_REAL, 5)
         warn_of_failure(super().close)
+        signal.setitimer(signal.ITIMER_REAL, *pending)
+        signal.signal(signal.SIGALRM, handler)
 
     def checked(self, method: str, names: tuple, play: Callable) -> tuple:
         """What play() returned: observation, numbers of these names, info."""
@@ -952,10 +966,16 @@ class CheckedEnv(gym.Wrapper):
                 finite("observation", flat, np.shape(flat))
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
             return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
-        except Exception as error:  # an environment may raise anything
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        except (Exception, SystemExit) as error:  # an environment may raise anything, and call sys.exit
+            if isinstance(error, StopNow):
+                raise
+            reason = one_line(error)
             returned = ", ".join(["observation", *names, "info"])
             raise gym.error.Error(f"step {self.steps}: {reason} ({method} must return {returned})") from error
+
+
+def too_long(signum: int, frame) -> NoReturn:
+    raise TimeoutError("the environment does not return")
 
 
 def finite(name: str, value, shape: tuple) -> np.ndarray:
@@ -976,6 +996,12 @@ class Film(gym.wrappers.RecordVideo):
         with warnings.catch_warnings(action="ignore"):  # that there are films in the folder
             super().__init__(env, folder, lambda episode: episode == 0, name_prefix=name, disable_logger=True)
 
+    def _capture_frame(self) -> None:
+        frames = len(self.recorded_frames)
+        warn_of_failure(super()._capture_frame)
+        if len(self.recorded_frames) == frames:
+            self.recording, self.recorded_frames = False, []
+
     def stop_recording(self) -> None:
         warn_of_failure(super().stop_recording)
         self.recording, self.recorded_frames = False, []
@@ -991,8 +1017,7 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
     except Exception as error:  # many types, by environment and settings
         where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if isinstance(error, ImportError) else ""
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        fail(f"cannot make {env_id!r} with {settings}: {reason}{where}")
+        fail(f"cannot make {env_id!r} with {settings}: {one_line(error)}{where}")
 
 
 def make_frames(env_id: str, **settings) -> gym.Env:
@@ -1446,26 +1471,43 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, in the first of its lines."""
+    return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
+
+
 def warn_of_failure(function: Callable, *args) -> None:
     """Makes what no run depends on, such as a picture: a failure is one line."""
     try:
         function(*args)
     except Exception as error:
         with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"warning: {function.__name__} failed: {str(error) or type(error).__name__}", file=sys.stderr)
+            print(f"warning: {function.__name__} failed: {one_line(error)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def must_fit(folder: str):
+    """Around what takes a checkpoint apart: if its inside is not what its outside says, this is one line."""
+    try:
+        yield
+    except Exception as error:  # many types
+        fail(f"{folder}/checkpoint.pt does not fit this script, or its environment has changed: {one_line(error)}")
 
 
 def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
-    """What ends the program or a thread: a failure of disk or memory, or Ctrl-C, in one line; all else as usual."""
-    if issubclass(kind, OSError | KeyboardInterrupt) or " allocate " in str(error):  # words of NumPy and PyTorch
+    """What ends the program or a thread: a failure of disk or memory in one line; all else as usual."""
+    if issubclass(kind, OSError) or " allocate " in str(error):  # words of NumPy and PyTorch
         if thread is None:  # TensorBoard's threads fail for the main thread, too
-            print(f"\nerror: {str(error) or kind.__name__}; the last checkpoint stays as it is", file=sys.stderr)
+            print(f"\nerror: {one_line(error)}; the last checkpoint stays as it is", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 def check_bounds(args: Args) -> None:
-    """Refuses in one line what is not within the bounds that stand beside each setting; nan never is."""
+    """Refuses in one line what is not within the bounds beside each setting (nan never is), and a missing package."""
+    for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
+        if importlib.util.find_spec(name) is None:
+            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
     for name, hint in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, name)
         if type(None) in get_args(hint):  # Count | None
@@ -1480,11 +1522,13 @@ def check_bounds(args: Args) -> None:
 def require_memory(num_bytes: float, setting: str, device: torch.device) -> None:
     """Refuses in one line what the device has no room for, before it is made."""
     if device.type == "cuda":
-        room = torch.cuda.mem_get_info(device)[1]
+        room = torch.cuda.mem_get_info(device)[0]
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with contextlib.suppress(OSError), open("/proc/meminfo") as file:  # Linux knows what of it is not in use
+            room = 1024 * int(re.search(r"MemAvailable: *(\d+)", file.read())[1])
     if num_bytes > room:
-        fail(f"{setting}: {num_bytes / 1e9:.1f} GB do not fit into the {room / 1e9:.1f} GB of {device}")
+        fail(f"{setting}: {num_bytes / 1e9:.1f} GB do not fit into the free {room / 1e9:.1f} GB of {device}")
 
 
 def parse_args() -> Args:
@@ -1500,7 +1544,9 @@ def parse_args() -> Args:
     for name, folder in given.items():
         folder = os.path.normpath(folder.removesuffix("checkpoint.pt"))  # "" is no folder that was forgotten
         saved = load_checkpoint(folder, args, verify=False)["args"]
-        args = replace(tyro.cli(Args, default=Args(**saved)), **{name: folder})
+        with must_fit(folder):
+            args = replace(tyro.cli(Args, default=Args(**saved)), **{name: folder})
+            check_bounds(args)
     return args
 
 
@@ -1588,6 +1634,10 @@ def new_folder(args: Args) -> str:
             name += "+"
 
 
+class StopNow(SystemExit):
+    """A second request to stop."""
+
+
 class StopRequest:
     """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once.
 
@@ -1603,7 +1653,7 @@ class StopRequest:
 
     def __call__(self, signum: int, frame) -> None:
         if self.requested:
-            raise SystemExit(128 + signum)
+            raise StopNow(128 + signum)
         self.requested = signum
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
@@ -1613,7 +1663,7 @@ class StopRequest:
         """An alarm: if the program is in a call of its environments, this call is left."""
         while frame is not None:
             if "vector_env" in frame.f_code.co_filename:
-                raise TimeoutError("the environment does not return")
+                too_long(signum, frame)
             frame = frame.f_back
 
     def lost(self, stream) -> None:
@@ -1655,9 +1705,6 @@ class Run:
             refuse_changes(args, checkpoint, FREE)
         if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
             fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
-        for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
-            if importlib.util.find_spec(name) is None:
-                fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1683,7 +1730,8 @@ class Run:
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
-        self.metrics, self.reported, self.saved = {}, (self.step, time.perf_counter()), None
+        self.metrics, self.learned, self.saved = {}, False, None
+        self.reported = self.step, time.perf_counter()
         owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
@@ -1691,12 +1739,9 @@ class Run:
     def keep(self, parts: dict, rng: dict) -> None:
         """Names what a checkpoint holds, see save_checkpoint; a resumed run finds its objects as they were saved."""
         self.parts, self.rng = parts, rng
-        try:
+        with must_fit(self.folder):
             if self.checkpoint:
                 self.restore(self.checkpoint)
-        except Exception as error:  # many types, where the inside of a checkpoint is not what its outside says
-            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-            fail(f"{self.folder}/checkpoint.pt does not fit this script, or its environment has changed: {reason}")
         self.checkpoint = None  # whoever keeps it keeps its file on the disk when it has been replaced
         pace = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "miniters": 0}  # a line now and then into a file
         steps = {"total": self.args.total_timesteps, "initial": self.step, "unit": "step"}
@@ -1763,6 +1808,7 @@ class Run:
         """Logs self.metrics, which must be finite, and steps per second, once for each environment step."""
         values, (last_step, last_time) = require_finite(self.metrics, self.step), self.reported
         now = time.perf_counter()
+        self.learned |= bool(values)
         if values and self.step > last_step:
             self.log(values | {"charts/SPS": (self.step - last_step) / (now - last_time)})
             self.reported = self.step, now
@@ -1807,6 +1853,8 @@ class Run:
         self.writer.close()
         if self.args.save_model:
             write_file(f"{self.folder}/{self.args.exp_name}.pt", weights)
+        if not self.learned:
+            self.say("no update was made")
         command = shlex.join(["python", sys.argv[0], "--resume", self.folder])
         self.say(f"checkpoint at step {self.step}; continue with: {command}")
         self.lock.close()

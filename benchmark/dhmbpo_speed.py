@@ -7,6 +7,7 @@ The floor is the counted arithmetic over the rate of a large matrix product, mea
 import argparse
 import functools
 import json
+import os
 import platform
 import sys
 import time
@@ -107,6 +108,7 @@ def main() -> None:
     result |= {"model_batch_size": args.model_batch_size, "matmul_gflops": rate / 1e9}
     for item, flops in work(obs_dim, action_dim, args).items():
         result |= {f"{item}_ms": 1e3 * found[item], f"{item}_floor_ms": 1e3 * flops / rate}
+    result["load"] = os.getloadavg()[0]  # processes that wanted to compute meanwhile, this one among them
     print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}, indent=1))
 
 

