@@ -1,61 +1,157 @@
-"""Evaluation curves of run folders as one PNG, and their last evaluation as a Markdown table.
+"""The learning curves of the docs, drawn from the evaluations in results/, with the published points in the same plot.
 
-Run:  python benchmark/curves.py docs/dreamer_cpu.png runs/cheetah-run__dreamer__*
-Runs of the same task and experiment are one curve: the mean over seeds, a thin line for each seed; experiments of the
-same task share a picture. Figures come from the event files.
+Run:  python benchmark/curves.py [picture ...]        all of FIGURES, or the named ones, into docs/
+A file of results has the columns seed, step (or generation), return, std. Lines with # say what was run; those in the
+middle of a file begin another group of runs. A group is one curve: a thin line for each seed, and their mean
+(interpolated) over the steps that all have; a band where only mean, lowest and highest of the seeds are known.
+`benchmark/export.py` writes such files.
 """
 
-import json
+import csv
 import sys
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from matplotlib.ticker import EngFormatter
+
+ROOT = Path(__file__).parent.parent
+SIZES = "laptop, ray-caster", "published size, OpenGL", None, "on a CPU, OpenGL", None
 
 
-def read_run(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, mean and standard deviation of the evaluations of a run."""
-    events = EventAccumulator(folder, size_guidance={"scalars": 0})
-    events.Reload()
-    mean, std = (events.Scalars(f"eval/episodic_return{suffix}") for suffix in ("", "_std"))
-    return np.array([e.step for e in mean]), np.array([e.value for e in mean]), np.array([e.value for e in std])
+@dataclass
+class Panel:
+    title: str
+    curves: list[
+        tuple[str, str | tuple]
+    ]  # (file in results/, label of its runs, or of each of its groups; None = left out)
+    published: list[tuple[str, str]] = field(default_factory=list)  # (task, method) in results/published.csv
+    until: float | None = None  # last published step shown
+    xlabel: str = "environment steps"
+    marks: dict[str, float] = field(default_factory=dict)  # horizontal lines
 
 
-def main(picture: str, folders: list[str]) -> None:
-    tasks = defaultdict(lambda: defaultdict(list))
-    for folder in sorted(folders):
-        task, experiment, seed, _ = Path(folder).name.split("__")
-        tasks[task][experiment].append((seed, *read_run(folder)))
-    figure = Figure(figsize=(5 * len(tasks), 3.5), layout="constrained")
-    for axis, (task, experiments) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
-        for i, (experiment, runs) in enumerate(experiments.items()):
-            shortest = min(len(steps) for _, steps, _, _ in runs)
-            for _, steps, mean, _ in runs:
-                assert (steps[:shortest] == runs[0][1][:shortest]).all(), f"{task}: evaluations at different steps"
-                axis.plot(steps, mean, color=f"C{i}", alpha=0.35, linewidth=1)
-            label = f"{experiment}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
-            average = np.mean([mean[:shortest] for _, _, mean, _ in runs], 0)
-            axis.plot(runs[0][1][:shortest], average, color=f"C{i}", label=label)
-        axis.set(title=task, xlabel="environment steps", ylabel="evaluation return")
-        axis.legend()
+TASKS = "Hopper", "HalfCheetah", "Humanoid"
+FIGURES = {
+    "mbpo_cheap": [
+        Panel(
+            "InvertedPendulum-v5",
+            [("mbpo/InvertedPendulum-v5", "MBPO"), ("mbpo/InvertedPendulum-v5_no_model", "no model")],
+        ),
+        Panel("Pendulum-v1", [("mbpo/Pendulum-v1", "MBPO")]),
+    ],
+    "mbpo_hopper": [Panel("Hopper-v5", [("mbpo/Hopper-v5", "mbpo.py")], [("Hopper", "MBPO")], until=40_000)],
+    "dhmbpo_returns": [
+        Panel(
+            f"{task}-v5",
+            [(f"dhmbpo/{task}-v5", "published settings"), (f"dhmbpo/{task}-v5_small_batches", "small batches")],
+            [(task, "DHMBPO T = 3"), (task, "MBPO beside DHMBPO")],
+        )
+        for task in TASKS
+    ],
+    "dreamer_cpu": [Panel("cartpole-swingup from state", [("dreamer/cartpole-swingup", (None, "small networks"))])],
+    "dreamer_walker_walk": [
+        Panel("walker-walk from pixels", [("dreamer/walker-walk", SIZES)], [("walker-walk", "Dreamer")], until=210_000)
+    ],
+    "dreamer_v3_returns": [
+        Panel(
+            "cartpole-swingup from state",
+            [("dreamer_v3/cartpole-swingup", "evaluations"), ("dreamer_v3/cartpole-swingup_training", "training")],
+            [("cartpole-swingup state", "DreamerV3")], until=100_000,
+        ),
+        Panel(
+            "walker-walk from pixels",
+            [("dreamer_v3/walker-walk", "evaluations"), ("dreamer_v3/walker-walk_training", "training")],
+            [("walker-walk pixels", "DreamerV3")], until=100_000,
+        ),
+    ],
+    "muzero_cartpole": [Panel("CartPole-v1", [("muzero/CartPole-v1_2K", "20 episodes every 2K steps")])],
+    "world_models_scores": [
+        Panel(
+            "CarRacing-v3, C in the real environment", [("world_models/CarRacing-v3_real", "real")],
+            [("CarRacing generations", "World Models")], until=50, xlabel="generation",
+        ),
+        Panel(
+            "TakeCover, C in its dream alone", [("world_models/VizdoomTakeCover-v1_dream", "real game")],
+            xlabel="generation", marks={"counts as solved": 750, "published": 1092},
+        ),
+    ],
+}  # fmt: skip
+
+
+def read(name: str) -> list[dict[str, list[tuple[float, float]]]]:
+    """The groups of results/<name>.csv: for each seed its points (step, return), the last of several at a step."""
+    lines = [line for line in (ROOT / "results" / f"{name}.csv").read_text().splitlines() if line]
+    header = next(line for line in lines if not line.startswith("#"))
+    groups = [[]]
+    for line in lines[lines.index(header) + 1 :]:
+        if not line.startswith("#"):
+            groups[-1].append(line)
+        elif groups[-1]:
+            groups.append([])
+    found = []
+    for group in groups:
+        points = defaultdict(dict)
+        for row in csv.DictReader([header, *group]):
+            points[row["seed"]][float(row.get("step") or row.get("generation"))] = float(row["return"])
+        found.append({seed: sorted(of.items()) for seed, of in points.items()})
+    return found
+
+
+def draw(axis: Axes, runs: dict[str, list[tuple[float, float]]], label: str, color: str) -> None:
+    """One group: thin lines and their mean, or mean and band."""
+    if "mean" in runs:
+        steps, mean = np.array(runs["mean"]).T
+        axis.fill_between(
+            steps, *(np.array(runs[edge])[:, 1] for edge in ("lowest", "highest")), color=color, alpha=0.2
+        )
+        axis.plot(steps, mean, color=color, label=f"{label}, 3 seeds: mean and range")
+        return
+    for points in runs.values():
+        axis.plot(
+            *np.array(points).T, color=color, alpha=0.45 if len(runs) > 1 else 1, linewidth=1, marker=".", markersize=4
+        )
+    lines = [np.array(points) for points in runs.values()]
+    first, last = max(line[0, 0] for line in lines), min(line[-1, 0] for line in lines)
+    steps = sorted({step for line in lines for step in line[:, 0] if first <= step <= last})
+    mean = np.mean([np.interp(steps, *line.T) for line in lines], 0)
+    number = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    axis.plot(steps, mean, color=color, linewidth=2, label=f"{label}, {number}")
+
+
+def published(axis: Axes, task: str, method: str, until: float | None) -> None:
+    lines = (line for line in open(ROOT / "results/published.csv") if not line.startswith("#"))
+    rows = [row for row in csv.DictReader(lines) if (row["task"], row["method"]) == (task, method)]
+    rows = [row for row in rows if until is None or float(row["step"]) <= until]
+    steps, mean, std = (np.array([float(row[key] or "nan") for row in rows]) for key in ("step", "return", "std"))
+    label = f"{method}, published" + (f", {rows[0]['seeds']} seeds" if rows[0]["seeds"] != "1" else "")
+    axis.errorbar(steps, mean, std, color="k", linestyle="--", marker="x", linewidth=1, capsize=2, label=label)
+
+
+def figure_of(panels: list[Panel]) -> Figure:
+    figure = Figure(figsize=(max(4.4 * len(panels), 5.5), 3.4), layout="constrained")
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        colors = iter(f"C{i}" for i in range(10))
+        for name, labels in panel.curves:
+            groups = read(name)
+            for runs, label in zip(groups, [labels] * len(groups) if isinstance(labels, str) else labels, strict=False):
+                if label:
+                    draw(axis, runs, label, next(colors))
+        for task, method in panel.published:
+            published(axis, task, method, panel.until)
+        for i, (label, value) in enumerate(panel.marks.items()):
+            axis.axhline(value, color="k", linestyle=("--", ":")[i], linewidth=0.8, label=label)
+        axis.set(title=panel.title, xlabel=panel.xlabel)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
-    print("| task | experiment | seed | steps | last evaluation (mean +- std over episodes) |\n|---|---|---|---|---|")
-    for task, experiments in tasks.items():
-        for experiment, runs in experiments.items():
-            for seed, steps, mean, std in runs:
-                print(f"| {task} | {experiment} | {seed} | {steps[-1]:,} | {mean[-1]:.1f} +- {std[-1]:.1f} |")
-            last = [mean[-1] for _, _, mean, _ in runs]
-            over = f"{np.mean(last):.1f} +- {np.std(last):.1f} over seeds"
-            print(f"| {task} | {experiment} | all {len(last)} | | {over} |")
-    for task, experiments in tasks.items():
-        for experiment, runs in experiments.items():
-            for seed, steps, mean, _ in runs:
-                points = dict(zip(steps.tolist(), mean.round(1).tolist(), strict=True))
-                print(json.dumps({"task": task, "experiment": experiment, "seed": seed, "returns": points}))
+        axis.legend(fontsize=7)
+    figure.axes[0].set_ylabel("return of an evaluation")
+    return figure
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    for picture in sys.argv[1:] or FIGURES:
+        figure_of(FIGURES[Path(picture).stem]).savefig(ROOT / "docs" / f"{Path(picture).stem}.png", dpi=110)

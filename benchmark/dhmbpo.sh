@@ -23,7 +23,7 @@ case "${1:-}" in
       done
     done
     ;;
-  figure) python benchmark/dhmbpo_figure.py docs/dhmbpo_returns.png ;;
+  figure) python benchmark/curves.py dhmbpo_returns ;;
   speed)
     python benchmark/dhmbpo_speed.py --threads 1 --no-cuda
     python benchmark/dhmbpo_speed.py --threads 1 --no-cuda --model-batch-size 512

@@ -8,7 +8,7 @@ cpu_sized() { # about 30 minutes on one core for each seed
       --total-timesteps 150000 --batch-size 16 --batch-length 16 --deter-size 100 --dense-size 100 \
       --model-lr 1e-3 --actor-lr 1e-4 --value-lr 1e-4 --buffer-size 60000
   done
-  python benchmark/curves.py docs/dreamer_cpu.png runs/cartpole-swingup__dreamer__*
+  python benchmark/export.py results/dreamer/cartpole-swingup.csv "bash benchmark/dreamer.sh cpu" runs/cartpole-swingup__dreamer__*
 }
 
 pixels() { # the laptop size: 4.5 hours on two quiet cores for each seed
@@ -21,7 +21,7 @@ published() { # the published settings; needs a GPU and OpenGL
   for seed in 1 2 3; do
     python dreamer.py --env-id walker-walk --size published --renderer gl --seed "$seed" --num-envs 2 --cudagraphs
   done
-  python benchmark/curves.py docs/dreamer_walker_walk.png runs/walker-walk__dreamer__*
+  python benchmark/export.py results/dreamer/walker-walk_published.csv "bash benchmark/dreamer.sh gpu" runs/walker-walk__dreamer__*
 }
 
 replay() { # minutes on one core for each run

@@ -10,7 +10,8 @@ laptop() { # task, action repeat, steps, seed: 0.16 s for an update on one core 
 
 cpu() { # 20,000 updates each
   for seed in 1 2 3; do laptop cartpole-swingup 4 160000 "$seed" "$@"; done
-  python benchmark/curves.py docs/dreamer_v3_cpu.png runs/cartpole-swingup__dreamer_v3__*
+  python benchmark/export.py results/dreamer_v3/cartpole-swingup.csv "bash benchmark/dreamer_v3.sh cpu" runs/cartpole-swingup__dreamer_v3__*
+  python benchmark/curves.py dreamer_v3_returns
 }
 
 walker() {

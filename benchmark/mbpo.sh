@@ -12,12 +12,17 @@ cheap() { # with and without a model: 10 to 15 minutes on one core for each run
   for seed in 1 2 3; do
     OMP_NUM_THREADS=1 python mbpo.py --env-id Pendulum-v1 --total-timesteps 2500 --seed "$seed" --eval-frequency 250
   done
-  python benchmark/curves.py docs/mbpo_cheap.png runs/{InvertedPendulum-v5,Pendulum-v1}__{mbpo,sac}__*
+  for task in InvertedPendulum-v5 Pendulum-v1; do
+    python benchmark/export.py "results/mbpo/$task.csv" "bash benchmark/mbpo.sh cheap" runs/"$task"__mbpo__*
+  done
+  python benchmark/export.py results/mbpo/InvertedPendulum-v5_no_model.csv "bash benchmark/mbpo.sh cheap" runs/InvertedPendulum-v5__sac__*
+  python benchmark/curves.py mbpo_cheap
 }
 
 hopper() { # an hour and more on one core
   OMP_NUM_THREADS=1 python mbpo.py --env-id Hopper-v5 --total-timesteps 20000 --eval-frequency 1000
-  python benchmark/curves.py docs/mbpo_hopper.png runs/Hopper-v5__mbpo__*
+  python benchmark/export.py results/mbpo/Hopper-v5.csv "bash benchmark/mbpo.sh hopper" runs/Hopper-v5__mbpo__*
+  python benchmark/curves.py mbpo_hopper
 }
 
 gpu() { # the published settings to the end
@@ -25,8 +30,8 @@ gpu() { # the published settings to the end
     for seed in 1 2 3; do
       python mbpo.py --env-id "$task" --seed "$seed" --eval-frequency 1000 --cudagraphs
     done
+    python benchmark/export.py "results/mbpo/${task}_full.csv" "bash benchmark/mbpo.sh gpu" runs/"$task"__mbpo__*
   done
-  python benchmark/curves.py docs/mbpo_mujoco.png runs/{Hopper-v5,HalfCheetah-v5}__mbpo__*
 }
 
 speed() {

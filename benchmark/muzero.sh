@@ -6,7 +6,12 @@ cartpole() { # 40K steps, evaluated over 100 episodes every 10K: minutes on one 
   for seed in 1 2 3; do
     python muzero.py --seed "$seed" --eval-episodes 100
   done
-  python benchmark/curves.py docs/muzero_cartpole.png runs/CartPole-v1__muzero__*
+  python benchmark/export.py results/muzero/CartPole-v1_10K.csv "bash benchmark/muzero.sh cartpole" runs/CartPole-v1__muzero__*
+  for seed in 1 2 3; do
+    python muzero.py --seed "$seed" --total-timesteps 20000 --eval-frequency 2000 --eval-episodes 20 --exp-name muzero_2K
+  done
+  python benchmark/export.py results/muzero/CartPole-v1_2K.csv "bash benchmark/muzero.sh cartpole" runs/CartPole-v1__muzero_2K__*
+  python benchmark/curves.py muzero_cartpole
 }
 
 pendulum() { # continuous actions; 10K steps are minutes on one core for each seed
