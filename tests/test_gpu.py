@@ -63,9 +63,8 @@ SYNCS = {
     """,
     "muzero": """
         act: reward, logits, value = decode(outputs.cpu().numpy())
-        grow: legal = legal.cpu().numpy()
+        closing_rows: value = agent.initial(obs)[2].cpu()
         host: return np.ascontiguousarray(x.cpu()
-        main: next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())
         ReplayBuffer.state_dict: data = {name: tensor[:filled].cpu()
         require_finite: values = dict(zip(metrics, torch.stack(scalars).tolist()
     """,
