@@ -54,8 +54,9 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 if __name__ == "__main__":
@@ -64,6 +65,7 @@ if __name__ == "__main__":
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -422,6 +424,8 @@ def model_loss(world_model: WorldModel, batch: dict, noise: torch.Tensor, args: 
     post = world_model.rssm.observe(world_model.embed(obs), batch["action"], batch["is_first"], noise)
     prior_mean, prior_std = world_model.rssm.prior(post["deter"])
     kl = kl_divergence(post["mean"], post["std"], prior_mean, prior_std).mean()
+    average([mean_kl := kl.detach().clone()])
+    kl = kl + (mean_kl - kl.detach())  # the mean over the whole batch, wherever its parts are
     kl_loss = kl.clamp(min=args.free_nats)  # no gradient below the free nats
     feat = torch.cat([post["stoch"], post["deter"]], -1)  # (L, B, F)
     image_loss = normal_loss(world_model.decode(feat), obs, world_model.obs_std)
@@ -577,12 +581,23 @@ def make_optimizers(agent: Agent, args: Args) -> dict[str, torch.optim.Adam]:
     return {name: torch.optim.Adam(net.parameters(), lr, **flags) for name, (net, lr) in learned.items()}
 
 
+def average(tensors: list[torch.Tensor]) -> None:
+    """Under torchrun each becomes its mean over all processes; a process on its own leaves them alone."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
 def update(agent: Agent, optimizers: dict, batch: dict, noise: dict, args: Args, functions: tuple = LOSSES) -> dict:
     """One gradient step of model, actor and value, all from the same parameters. Detached metrics, no host sync."""
     losses, metrics = compute_losses(agent, batch, noise, args, functions)
     for name, optimizer in optimizers.items():
         optimizer.zero_grad(set_to_none=True)
         losses[name].backward()  # each before the first step
+    average([parameter.grad for parameter in agent.parameters()])
     for name, optimizer in optimizers.items():
         parameters = optimizer.param_groups[0]["params"]
         metrics[f"grad_norm/{name}"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -664,7 +679,8 @@ class ReplayBuffer:
 
 
 def main(args: Args) -> str:
-    args = with_task_defaults(args)
+    whole = with_task_defaults(args)
+    args = join_ranks(whole, "num_envs batch_size buffer_size learning_starts")
     check_args(args)
     if args.evaluate is not None:
         return evaluate_run(args)
@@ -674,7 +690,7 @@ def main(args: Args) -> str:
     envs, repeat = make_vector_env(args, renderer, args.num_envs), args.action_repeat
     obs_space = envs.single_observation_space
     check_memory(args, obs_space, envs.single_action_space)
-    run = Run(args, checkpoint)
+    run = (RankedRun if dist.is_initialized() else Run)(whole, checkpoint)
     device = run.device
 
     # what a checkpoint holds: networks, optimizers, replay, counters, generators
@@ -695,7 +711,7 @@ def main(args: Args) -> str:
         checkpoint = episode = None  # what refers to the file keeps it on the disk
     update_fn = make_update(agent, optimizers, args)
     envs.on_fault = run.abort
-    announce(agent, rb, renderer, run)
+    announce(agent, rb, args, renderer, run)
 
     def filled() -> bool:
         """Is the random prefill there? After a resume without the saved replay it is played again."""
@@ -703,7 +719,7 @@ def main(args: Args) -> str:
 
     def train() -> None:
         """Makes the updates that are due, unless the run is asked to stop."""
-        due = updates_due(run.step, args) if filled() else 0
+        due = updates_due(run.step, whole) if filled() else 0
         while counters["num_updates"] < due and not run.stop.requested:
             batch = rb.sample(args.batch_size, args.batch_length, rng["replay"], device)
             run.metrics = update_fn(batch, draw_noise(agent, args, rng["update"]))
@@ -739,8 +755,8 @@ def main(args: Args) -> str:
             obs, rewards, terminations, truncations, infos = envs.step_wait()
         recorder.add(obs, action, rewards, terminations)
         dones = terminations | truncations
-        run.step += args.num_envs * repeat
-        run.progress.update(args.num_envs * repeat)
+        run.step += whole.num_envs * repeat
+        run.progress.update(whole.num_envs * repeat)
         played = recorder.decisions()  # of the open episodes; the prefill is learned from where it ends
         cut = dones | (played >= PIECE) | (not filled() and (rb.steps + played.sum()) * repeat >= args.learning_starts)
         for i in np.flatnonzero(cut):
@@ -761,6 +777,7 @@ def main(args: Args) -> str:
 
 
 LATE_IMPORTS = ["matplotlib", "PIL"]  # packages that are imported where they are used
+ATARI = r"ALE/|\w+NoFrameskip-v4$"  # ids of games
 SIZES = {  # what --size stands for; deviations 6 (the buffer) and 16
     "published": {"buffer_size": 500_000, "batch_size": 50, "batch_length": 50, "cnn_depth": 32, "dense_size": 400},
     "laptop": {"buffer_size": 250_000, "batch_size": 16, "batch_length": 32, "cnn_depth": 16, "dense_size": 200},
@@ -768,16 +785,17 @@ SIZES = {  # what --size stands for; deviations 6 (the buffer) and 16
 
 
 def is_dm_control(env_id: str) -> bool:
-    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
-    return re.search(r"-v\d+$", env_id) is None
+    """Gymnasium ids end in a version (-v0) or name a module (my_module:MyEnv); dm_control tasks do neither."""
+    return re.search(r":|-v\d+$", env_id) is None
 
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given depends on the kind of environment."""
+    args = replace(args, env_id=re.sub(r"^dm_control/(.+)-v0$", r"\1", args.env_id))  # what Shimmy calls a task
     suite = is_dm_control(args.env_id)
     size = {"cuda": "published", "cpu": "laptop"}[choose_device(args).type] if args.size == "auto" else args.size
     defaults = {"action_repeat": 2 if suite else 1, "cont_head": not suite, **SIZES[size]}
-    defaults["max_episode_steps"] = 27_000 if args.env_id.startswith("ALE/") else 1_000
+    defaults["max_episode_steps"] = 27_000 if re.match(ATARI, args.env_id) else 1_000
     args = replace(args, size=size)
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
@@ -818,7 +836,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         if len(env.observation_space.shape) == 2:  # grey
             env = gym.wrappers.ReshapeObservation(env, (64, 64, 1))
     elif is_box and len(obs.shape) == 1:
-        env = gym.wrappers.DtypeObservation(env, np.float32)
+        space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+        env = gym.wrappers.TransformObservation(env, np.float32, space)
     else:
         hint = "channels come last, and (obs * 255).astype(np.uint8) makes an image of floats"
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
@@ -1005,7 +1024,7 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
 
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, with all lives (deviation 12)."""
-    if not env_id.startswith("ALE/"):
+    if not re.match(ATARI, env_id):
         return make_gymnasium(env_id, **settings)
     try:
         import ale_py
@@ -1715,6 +1734,7 @@ class Run:
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.learned, self.saved = {}, False, None
         self.reported = self.step, time.perf_counter()
+        self.began = self.reported[1]  # of the newest evaluation
         owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
@@ -1785,6 +1805,7 @@ class Run:
         if due:
             self.goes_on(dones)
             self.progress.set_description("evaluating")
+            self.began = time.perf_counter()
         return due
 
     def report(self) -> None:
@@ -1810,6 +1831,7 @@ class Run:
 
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.began  # no time of training
         self.progress.set_description("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
@@ -1843,6 +1865,108 @@ class Run:
         self.lock.close()
         self.stop.exit()
         return self.folder
+
+
+def join_ranks(args: Args, shared: str) -> Args:
+    """Joins the processes that torchrun has started. Returns the settings of this one: its share of those named.
+
+    Each plays environments of its own, into a replay of its own, and learns from its share of every batch; gradients
+    are averaged, so that all have the same networks. A process on its own has everything.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    shares, before, saves = {name: getattr(args, name) // world for name in shared.split()}, world, 0
+    if args.resume is not None:
+        before, saves = load_checkpoint(args.resume, args, verify=False)["parts"].get("ranks", (1, 0))
+    if before != world:
+        fail(f"{args.resume} was made by {before} processes, not {world}: torchrun --nproc-per-node {before} ...")
+    for name, share in shares.items():
+        if share * world != getattr(args, name):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by {world} processes")
+    if world == 1:
+        return args
+    cuda = choose_device(args).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if rank and args.resume is not None:
+        shares["resume"] = f"{args.resume}/rank{rank}"
+        settle(shares["resume"], saves)
+    return replace(args, seed=args.seed ^ rank << 40, **shares)
+
+
+def agree(*values: float) -> list[float]:
+    """The largest of each value over all processes, once all are here."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def settle(folder: str, saves: int) -> None:
+    """What a process wrote for the newest checkpoint takes the place of what it wrote for the one before."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(f"{folder}/{saves}/checkpoint.pt", f"{folder}/checkpoint.pt")
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(f"{folder}/{saves}")
+
+
+class RankedRun(Run):
+    """A run of several processes, which step, learn, save and stop together.
+
+    The first, rank 0, evaluates and speaks. Every other has a folder in the run's, for its log and its checkpoints.
+    """
+
+    def __init__(self, args: Args, checkpoint: dict | None):
+        self.rank, folders = dist.get_rank(), [None]
+        self.ranks = checkpoint["parts"]["ranks"] if checkpoint else [dist.get_world_size(), 0]  # and saves so far
+        if self.rank == 0:
+            super().__init__(args, checkpoint)
+            folders = [self.folder]
+        dist.broadcast_object_list(folders)
+        if self.rank:
+            folder = f"{folders[0]}/rank{self.rank}"
+            os.makedirs(folder, exist_ok=True)
+            super().__init__(replace(args, resume=folder, track=False, save_model=False), checkpoint)
+            self.say = lambda line: None
+            Bar.__init__ = functools.partialmethod(Bar.__init__, disable=True)
+        if agree(*self.ranks) != self.ranks:
+            fail(f"{self.folder}/checkpoint.pt is older than those of the other processes")
+        self.asked, self.agreed = self.stop, copy(self.stop)  # what this process was asked; what all know of
+        self.stop, self.agreed.lost = self.agreed, self.asked.lost
+
+    def listen(self) -> None:
+        """All learn what one was asked (to stop) and what the first has done (an evaluation)."""
+        requested, self.next_eval = agree(self.asked.requested, self.next_eval)
+        self.stop, self.agreed.requested = self.agreed, int(requested)
+
+    def tick(self, doing: str) -> bool:
+        self.listen()
+        return super().tick(doing)
+
+    def goes_on(self, dones: np.ndarray) -> bool:
+        self.listen()
+        return super().goes_on(np.ones(self.args.num_envs))  # all save at once, whatever has ended
+
+    def eval_due(self, dones: np.ndarray) -> bool:
+        due = super().eval_due(dones) and self.rank == 0
+        if due:
+            self.stop = self.asked  # until all meet again
+        return due
+
+    def save(self) -> None:
+        """All write, the first one last: its file makes theirs the checkpoint."""
+        home, self.ranks[1] = self.folder, self.ranks[1] + 1
+        self.parts["ranks"], self.folder = self.ranks, home + f"/{self.ranks[1]}" * (self.rank > 0)
+        os.makedirs(self.folder, exist_ok=True)
+        for first in (False, True):
+            if first == (self.rank == 0):
+                super().save()
+            agree(0)
+        self.folder = home
+        settle(home, self.ranks[1])
+
+    def abort(self, fault: str) -> NoReturn:
+        """One process alone cannot save."""
+        raise SystemExit(f"error: {fault}; the last checkpoint stays as it is")
 
 
 def write_gif(path: str, frames: np.ndarray) -> None:
@@ -1918,10 +2042,9 @@ quadruped-walk 59 223, reacher-easy 125 430, reacher-hard 3 95, walker-run 83 46
 walker-walk 137 886"""
 
 
-def announce(agent: Agent, rb: ReplayBuffer, renderer: str, run: "Run") -> None:
+def announce(agent: Agent, rb: ReplayBuffer, args: Args, renderer: str, run: "Run") -> None:
     """The first line: size, what an update takes here (on zeros), when 100K and 500K steps come, what was published."""
-    args, device = run.args, run.device
-    shape = args.batch_length, args.batch_size
+    shape, device = (args.batch_length, args.batch_size), run.device
     batch = {name: tensor.new_zeros(*shape, *tensor.shape[1:]).to(device) for name, tensor in rb.data.items()}
     for _ in range(2):  # the first call has more to do
         start = time.perf_counter()
@@ -1933,7 +2056,7 @@ def announce(agent: Agent, rb: ReplayBuffer, renderer: str, run: "Run") -> None:
     line, total = f"size {args.size} on {device}, an update takes {seconds:.3f} s", args.total_timesteps
     for step in sorted({100_000, 500_000, total}):
         if run.step < step <= total:
-            hours = seconds * (updates_due(step, args) - updates_due(run.step, args)) / 3600
+            hours = seconds * (updates_due(step, run.args) - updates_due(run.step, run.args)) / 3600
             line += f"; {step / 1000:.0f}K steps: {hours:.1f} h of updates"
     published = re.search(rf"\b{args.env_id.replace('_', '-')} (\d+) (\d+)", PUBLISHED)
     if published and args.obs_mode == "pixels":
@@ -1950,6 +2073,8 @@ def check_args(args: Args) -> None:
     least, most = args.batch_length * args.action_repeat, args.total_timesteps
     if not least <= args.learning_starts <= most:  # a sequence, the run
         fail(f"--learning-starts {args.learning_starts} must be from {least} (--batch-length) to {most}")
+    if not is_dm_control(args.env_id) and (args.obs_mode, args.renderer) != ("pixels", "auto"):
+        fail(f"--obs-mode and --renderer are for dm_control, {args.env_id} has its own")
     if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":

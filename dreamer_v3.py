@@ -57,8 +57,9 @@ import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from itertools import pairwise
 from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
@@ -68,6 +69,7 @@ if __name__ == "__main__":
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -112,6 +114,7 @@ class Args:
     num_envs: Few = 1  # environments played side by side, each in its own process if more than one
     obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; a Gymnasium id has its own
     renderer: Literal["auto", "gl", "raycast"] = "auto"  # dm_control pixels: OpenGL, our ray-caster; auto = gl if there
+    max_episode_steps: Count | None = None  # time limit where there is none; default 1,000, Atari 27,000 decisions
     action_repeat: Few | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
 
     # replay, and how often to learn from it
@@ -525,7 +528,11 @@ def lambda_return(rewards, values, discounts, mix) -> torch.Tensor:
 
 
 def percentile(x: torch.Tensor, share: float) -> torch.Tensor:
-    """The number below which a share of all x lies, interpolated linearly."""
+    """The number below which a share of all x lies, of all processes (torchrun), interpolated linearly."""
+    if dist.is_initialized():
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        x = torch.stack(parts)
     ordered = x.flatten().sort().values
     place = share * (len(ordered) - 1)
     below = min(int(place), len(ordered) - 2)
@@ -560,7 +567,7 @@ def behavior_loss(agent: Agent, batch: dict, states: tuple, dreams: tuple, args:
         discounts = model.discount(feat)
         returns = lambda_return(rewards, values, discounts, torch.full_like(values, args.td_lambda))  # (H, N)
         weights = discounts[:-1].cumprod(0)  # of the start, too: a dream from a terminal state weighs next to nothing
-        bounds = torch.stack([percentile(returns, 0.05), percentile(returns, 0.95)])
+        bounds = torch.stack([percentile(returns, share) for share in (0.05, 0.95)])
         agent.return_range.lerp_(bounds, RANGE_RATE)  # before it is used; from zeros
         low, high = agent.return_range
         advantage = (returns - values[:-1]) / (high - low).clamp(min=1)
@@ -672,10 +679,22 @@ class LaProp(nn.Module):
         return norms.norm()
 
 
+def average(tensors: list[torch.Tensor]) -> None:
+    """Under torchrun each becomes its mean over all processes; a process on its own leaves them alone."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
 def update(agent: Agent, optimizer: LaProp, batch: dict, noise: dict, args: Args, functions: tuple = LOSSES) -> tuple:
     """One gradient step of all networks. Detached metrics and the batch's new latents (T, B, ...); no host sync."""
     loss, (stoch, deter), metrics = compute_losses(agent, batch, noise, args, functions)
-    metrics["grad_norm/all"] = optimizer.step(torch.autograd.grad(loss, optimizer.learned))
+    gradients = torch.autograd.grad(loss, optimizer.learned)
+    average(gradients)
+    metrics["grad_norm/all"] = optimizer.step(gradients)
     with torch.no_grad():
         torch._foreach_lerp_(list(agent.slow_critic.parameters()), list(agent.critic.parameters()), SLOW_RATE)
     classes = stoch.detach().unflatten(-1, (STOCH, -1)).argmax(-1).to(torch.uint8)
@@ -760,7 +779,8 @@ class ReplayBuffer:
 
 
 def main(args: Args) -> str:
-    args = with_task_defaults(args)
+    whole = with_task_defaults(args)
+    args = join_ranks(whole, "num_envs batch_size buffer_size learning_starts")
     check_args(args)
     if args.evaluate is not None:
         return evaluate_run(args)
@@ -770,7 +790,7 @@ def main(args: Args) -> str:
     envs, repeat = make_vector_env(args, renderer, args.num_envs), args.action_repeat
     spaces = envs.single_observation_space, envs.single_action_space
     check_memory(args, *spaces)
-    run = Run(args, checkpoint)
+    run = (RankedRun if dist.is_initialized() else Run)(whole, checkpoint)
     device = run.device
 
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
@@ -786,9 +806,9 @@ def main(args: Args) -> str:
         counters |= checkpoint["parts"]["counters"]
         checkpoint = None  # what refers to the file keeps it on the disk
     update_fn, envs.on_fault = make_update(agent, optimizer, args), run.abort
-    print(f"{run.folder}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
+    run.say(f"{run.folder}: {device}, renderer {renderer}, replay {rb.nbytes / 1e9:.2f} GB on {rb.device}")
     if device.type == "cpu" and run.step == 0:
-        warn_if_slow(agent, spaces[0], args)
+        warn_if_slow(agent, rb, args, run)
 
     dones, rewards, conts = np.ones(args.num_envs, bool), np.zeros(args.num_envs), np.ones(args.num_envs)
     state, eval_envs = agent.world_model.rssm.initial(args.num_envs), None
@@ -811,7 +831,10 @@ def main(args: Args) -> str:
 
     def train() -> None:
         """Makes the updates that are owed, unless the run is asked to stop."""
-        while counters["owed"] >= 1 and len(rb) >= args.learning_starts and not run.stop.requested:
+        mean = torch.tensor([counters["owed"], len(rb) >= args.learning_starts], dtype=torch.float64)
+        average([mean])  # all make the same updates, once each has what to learn from
+        counters["owed"], ready = mean.tolist()
+        while counters["owed"] >= 1 and ready == 1 and not run.stop.requested:
             batch, slots = rb.sample(args.batch_size, rng["replay"], device)
             run.metrics, latents = update_fn(batch, draw_noise(agent, args, rng["update"]))
             rb.refresh(slots, latents)
@@ -840,8 +863,8 @@ def main(args: Args) -> str:
             obs, rewards, terminations, truncations, infos = envs.step_wait()
         dones, conts = terminations | truncations, 1.0 - terminations
         decide(np.ones(args.num_envs, bool), is_first=False)
-        run.step += args.num_envs * repeat
-        run.progress.update(args.num_envs * repeat)
+        run.step += whole.num_envs * repeat
+        run.progress.update(whole.num_envs * repeat)
         if dones.any():
             run.log_episodes(infos, dones)
         if args.num_envs == 1 or run.step >= args.total_timesteps:
@@ -857,17 +880,20 @@ def main(args: Args) -> str:
 
 
 LATE_IMPORTS = ["matplotlib", "PIL"]  # packages that are imported where they are used
+ATARI = r"ALE/|\w+NoFrameskip-v4$"  # ids of games
 
 
 def is_dm_control(env_id: str) -> bool:
-    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
-    return re.search(r"-v\d+$", env_id) is None
+    """Gymnasium ids end in a version (-v0) or name a module (my_module:MyEnv); dm_control tasks do neither."""
+    return re.search(r":|-v\d+$", env_id) is None
 
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given depends on the kind of environment."""
-    repeat = 2 if is_dm_control(args.env_id) else 1  # deviation 3
-    return args if args.action_repeat is not None else replace(args, action_repeat=repeat)
+    args = replace(args, env_id=re.sub(r"^dm_control/(.+)-v0$", r"\1", args.env_id))  # what Shimmy calls a task
+    defaults = {"action_repeat": 2 if is_dm_control(args.env_id) else 1}  # deviation 3
+    defaults["max_episode_steps"] = 27_000 if re.match(ATARI, args.env_id) else 1_000
+    return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
 def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[], gym.Env]:
@@ -887,7 +913,7 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
             if env.spec.max_episode_steps is None:  # deviation 13: an evaluation must end
-                env = gym.wrappers.TimeLimit(env, 27_000 if args.env_id.startswith("ALE/") else 1000)
+                env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
         if pixels:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)
@@ -906,7 +932,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         if len(env.observation_space.shape) == 2:  # grey
             env = gym.wrappers.ReshapeObservation(env, (64, 64, 1))
     elif is_box and len(obs.shape) == 1:
-        env = gym.wrappers.DtypeObservation(env, np.float32)
+        space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+        env = gym.wrappers.TransformObservation(env, np.float32, space)
     else:
         hint = "channels come last, and (obs * 255).astype(np.uint8) makes an image of floats"
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
@@ -1093,7 +1120,7 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
 
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, with all lives (deviation 12)."""
-    if not env_id.startswith("ALE/"):
+    if not re.match(ATARI, env_id):
         return make_gymnasium(env_id, **settings)
     try:
         import ale_py
@@ -1740,6 +1767,7 @@ class Run:
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.learned, self.saved = {}, False, None
         self.reported = self.step, time.perf_counter()
+        self.began = self.reported[1]  # of the newest evaluation
         owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
@@ -1810,6 +1838,7 @@ class Run:
         if due:
             self.goes_on(dones)
             self.progress.set_description("evaluating")
+            self.began = time.perf_counter()
         return due
 
     def report(self) -> None:
@@ -1835,6 +1864,7 @@ class Run:
 
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.began  # no time of training
         self.progress.set_description("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
@@ -1868,6 +1898,108 @@ class Run:
         self.lock.close()
         self.stop.exit()
         return self.folder
+
+
+def join_ranks(args: Args, shared: str) -> Args:
+    """Joins the processes that torchrun has started. Returns the settings of this one: its share of those named.
+
+    Each plays environments of its own, into a replay of its own, and learns from its share of every batch; gradients
+    are averaged, so that all have the same networks. A process on its own has everything.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    shares, before, saves = {name: getattr(args, name) // world for name in shared.split()}, world, 0
+    if args.resume is not None:
+        before, saves = load_checkpoint(args.resume, args, verify=False)["parts"].get("ranks", (1, 0))
+    if before != world:
+        fail(f"{args.resume} was made by {before} processes, not {world}: torchrun --nproc-per-node {before} ...")
+    for name, share in shares.items():
+        if share * world != getattr(args, name):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by {world} processes")
+    if world == 1:
+        return args
+    cuda = choose_device(args).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if rank and args.resume is not None:
+        shares["resume"] = f"{args.resume}/rank{rank}"
+        settle(shares["resume"], saves)
+    return replace(args, seed=args.seed ^ rank << 40, **shares)
+
+
+def agree(*values: float) -> list[float]:
+    """The largest of each value over all processes, once all are here."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def settle(folder: str, saves: int) -> None:
+    """What a process wrote for the newest checkpoint takes the place of what it wrote for the one before."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(f"{folder}/{saves}/checkpoint.pt", f"{folder}/checkpoint.pt")
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(f"{folder}/{saves}")
+
+
+class RankedRun(Run):
+    """A run of several processes, which step, learn, save and stop together.
+
+    The first, rank 0, evaluates and speaks. Every other has a folder in the run's, for its log and its checkpoints.
+    """
+
+    def __init__(self, args: Args, checkpoint: dict | None):
+        self.rank, folders = dist.get_rank(), [None]
+        self.ranks = checkpoint["parts"]["ranks"] if checkpoint else [dist.get_world_size(), 0]  # and saves so far
+        if self.rank == 0:
+            super().__init__(args, checkpoint)
+            folders = [self.folder]
+        dist.broadcast_object_list(folders)
+        if self.rank:
+            folder = f"{folders[0]}/rank{self.rank}"
+            os.makedirs(folder, exist_ok=True)
+            super().__init__(replace(args, resume=folder, track=False, save_model=False), checkpoint)
+            self.say = lambda line: None
+            Bar.__init__ = functools.partialmethod(Bar.__init__, disable=True)
+        if agree(*self.ranks) != self.ranks:
+            fail(f"{self.folder}/checkpoint.pt is older than those of the other processes")
+        self.asked, self.agreed = self.stop, copy(self.stop)  # what this process was asked; what all know of
+        self.stop, self.agreed.lost = self.agreed, self.asked.lost
+
+    def listen(self) -> None:
+        """All learn what one was asked (to stop) and what the first has done (an evaluation)."""
+        requested, self.next_eval = agree(self.asked.requested, self.next_eval)
+        self.stop, self.agreed.requested = self.agreed, int(requested)
+
+    def tick(self, doing: str) -> bool:
+        self.listen()
+        return super().tick(doing)
+
+    def goes_on(self, dones: np.ndarray) -> bool:
+        self.listen()
+        return super().goes_on(np.ones(self.args.num_envs))  # all save at once, whatever has ended
+
+    def eval_due(self, dones: np.ndarray) -> bool:
+        due = super().eval_due(dones) and self.rank == 0
+        if due:
+            self.stop = self.asked  # until all meet again
+        return due
+
+    def save(self) -> None:
+        """All write, the first one last: its file makes theirs the checkpoint."""
+        home, self.ranks[1] = self.folder, self.ranks[1] + 1
+        self.parts["ranks"], self.folder = self.ranks, home + f"/{self.ranks[1]}" * (self.rank > 0)
+        os.makedirs(self.folder, exist_ok=True)
+        for first in (False, True):
+            if first == (self.rank == 0):
+                super().save()
+            agree(0)
+        self.folder = home
+        settle(home, self.ranks[1])
+
+    def abort(self, fault: str) -> NoReturn:
+        """One process alone cannot save."""
+        raise SystemExit(f"error: {fault}; the last checkpoint stays as it is")
 
 
 def write_gif(path: str, frames: np.ndarray) -> None:
@@ -1941,22 +2073,19 @@ CPU_SIZED = (  # benchmark/dreamer_v3.sh cpu
 )
 
 
-def warn_if_slow(agent: Agent, obs_space: gym.Space, args: Args) -> None:
+def warn_if_slow(agent: Agent, rb: ReplayBuffer, args: Args, run: "Run") -> None:
     """Without a GPU: times an update's passes on zeros and says if the run would take longer than a night."""
-    shape, rssm = (args.batch_length, args.batch_size), agent.world_model.rssm
-    dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
-    batch = {name: torch.zeros(shape) for name in ("reward", "cont", "is_first")}
-    batch["obs"] = torch.zeros(*shape, *obs_space.shape, dtype=dtype)
-    batch["action"] = torch.zeros(*shape, agent.action_dim)
-    batch |= {"stoch": torch.zeros(args.batch_size, STOCH), "deter": torch.zeros(args.batch_size, rssm.deter)}
-    copy, start = deepcopy(agent), time.perf_counter()
-    compute_losses(copy, batch, draw_noise(agent, args, torch.Generator()), args)[0].backward()
+    shape = args.batch_length, args.batch_size
+    batch = {name: tensor.new_zeros(*shape, *tensor.shape[1:]) for name, tensor in rb.data.items()}
+    batch |= {name: batch[name][0] for name in ("stoch", "deter")}
+    copied, start = deepcopy(agent), time.perf_counter()
+    compute_losses(copied, batch, draw_noise(agent, args, torch.Generator()), args)[0].backward()
     seconds = time.perf_counter() - start
-    updates = args.total_timesteps / args.action_repeat * args.train_ratio / (args.batch_size * args.batch_length)
-    hours = seconds * updates / 3600
+    learned = args.total_timesteps / args.action_repeat * args.train_ratio  # time steps
+    hours = seconds * learned / (run.args.batch_size * args.batch_length) / 3600
     if hours > 12:
         days = f"an update takes {seconds:.1f} s, the whole run about {hours / 24:.1f} days"
-        print(f"no GPU: {days}. CPU-sized: {CPU_SIZED}")
+        run.say(f"no GPU: {days}. CPU-sized: {CPU_SIZED}")
 
 
 def check_args(args: Args) -> None:
@@ -1970,6 +2099,8 @@ def check_args(args: Args) -> None:
     decisions = args.total_timesteps // args.action_repeat  # nothing is learned before there are so many, and T more
     if decisions - args.num_envs * args.batch_length < args.learning_starts:
         fail(f"--learning-starts {args.learning_starts} sequences never come in {decisions} decisions")
+    if not is_dm_control(args.env_id) and (args.obs_mode, args.renderer) != ("pixels", "auto"):
+        fail(f"--obs-mode and --renderer are for dm_control, {args.env_id} has its own")
     if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":

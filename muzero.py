@@ -14,7 +14,7 @@ At every environment step
   act            a search from the latent state of the observation, S (num_simulations) times: select (down the tree),
                  recurrent (a step of the model), expand_and_backup (a new node, and up again); its action is played
   add            the replay keeps observation, action and reward, and what the search found: its policy and root value
-and for each of the updates that are due (learn_once)
+and for each of the updates that are due
   sample         sequences of K (unroll_steps) + n (td_steps) steps, uniformly or by priority
   bootstrap_now  the values that their returns end in, by the target network as it is now (reanalyze: also policies)
   update         make_targets: the search's policies, n-step returns, rewards; compute_losses: the model unrolled K
@@ -29,31 +29,9 @@ Resume:     python muzero.py --resume runs/<run folder>
 Evaluate:   python muzero.py --evaluate runs/<run folder> [--capture-video]
 Play:       python muzero.py --play runs/<run folder of a board game>
 Watch:      tensorboard --logdir runs
-Deviations from the paper, each also named at the line it concerns:
-  1. A node's visits count its own expansion and its mean includes its own value (mctx); the paper's sums do not.
-  2. Q is rescaled by the minimum and maximum of the tree's present Q (Gumbel: of the node's), and counts 0 where these
-     are equal up to rounding; the paper's bounds are of all that was ever backed up.
-  3. AdamW at a constant learning rate, gradients clipped, small networks with layer and group norm whose heads begin at
-     0; not SGD with a schedule and batch norm. Vectors, of which the paper has none, enter as symlog.
-  4. After a truncation nothing is trained on, and the value there is that of the final observation; the paper's
-     pseudocode treats it as a termination.
-  5. Board games keep the reward head and the transform: a winning move earns its mover 1, values past the end are 0.
-     Self-play begins after a few random moves.
-  6. The default search is Gumbel's with few simulations (--search puct for the paper's), and Q counts less in it than
-     in Gumbel MuZero where the values of actions are nearly equal (c_scale in TASKS).
-  7. Images are four 96x96 frames in colour (EfficientZero's), not 32 with the actions between them; Atari games have
-     their minimal set of actions, not all 18.
-  8. With vectors, returns end in the target network's value now (as in Reanalyze), not in that of the search then.
-  9. The value loss weighs 0.25, as in Reanalyze; in the paper 1.
- 10. Replay is uniform but for Atari, where 0.001 is added to each priority and weights are divided by the largest of
-     their batch; the paper's is uniform for boards alone.
- 11. Acting and learning take turns in one process, with the newest weights; temperatures fall with environment steps.
- 12. Settings are by task (TASKS). Atari has EfficientZero's 5 rewards in a return, batches of 256 sequences and
-     dirichlet_alpha 0.3; the paper has 10, 1,024 and 0.25.
- 13. Continuous actions: 8 candidates at the root and 2 below it by the Gumbel search, the policy a normal behind tanh
-     with |mu| < 5 and sigma > 0.1; Sampled MuZero has 20 at every node. Half of the root's are drawn with three times
-     sigma, as in EfficientZero V2, and their prior is corrected for it by the density of the mixture.
- 14. Continuous actions also have EfficientZero's consistency loss and an entropy weight of 0.05 (paper: no such loss).
+Deviations from the paper, named again at their lines and explained in docs/muzero.md: 1 counts, 2 bounds of Q,
+3 optimizer and layers, 4 truncation, 5 board games, 6 Gumbel search, 7 frames, 8 target network now, 9 value loss,
+10 replay, 11 turns, 12 settings by task, 13 candidates, 14 losses of continuous actions.
 """
 
 from __future__ import annotations
@@ -164,10 +142,11 @@ class Args:
     # Search and acting
     search: Literal["gumbel", "puct"] = "gumbel"  # sequential halving, or the paper's search (deviation 6: not puct)
     num_simulations: Size | None = None  # simulations per search (S); default by task
-    num_candidates: Few = 8  # continuous actions: drawn at the root of a search (K)
+    num_candidates: Annotated[int, 2, 1024] = 8  # continuous actions: drawn at the root of a search (K)
     inner_candidates: Few = 2  # continuous actions: drawn at each node below the root
     max_considered_actions: Size = 16  # gumbel: actions at the root that sequential halving begins with
-    c_scale: Amount | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
+    c_scale: Positive | None = None  # gumbel: factor of Q, rescaled to [0, 1], in the improved policy; default by task
+    q_floor: Share | None = None  # least spread of Q that is rescaled to [0, 1], as a share of its size; by task
     dirichlet_alpha: Positive | None = None  # puct: concentration of the noise in the root's prior; default by task
     temperature_steps: tuple[Natural, Natural] | None = None  # puct: steps where temperature falls to 0.5, 0.25
     temperature_moves: Natural | None = None  # puct: moves of an episode before the temperature is 0; by task, or never
@@ -206,8 +185,8 @@ def scale_latent(latent: torch.Tensor) -> torch.Tensor:
 class VectorNetwork(nn.Module):
     """Representation, dynamics and prediction for vectors; the latent state is (B, D). ConvNetwork is that of images.
 
-    In a search it takes thousands of steps a second, so layers are used by their forward: a call looks for hooks first,
-    which is a fifth of the time of a step with one root, a sixth with 64.
+    Layers are used by their forward: a call looks for hooks first, which is a fifth of the time of a step of the search
+    with one root, a sixth with 64. action_dim 0: actions are discrete.
     """
 
     def __init__(self, obs_dim: int, num_actions: int, action_dim: int, num_bins: int, units: int):
@@ -233,7 +212,7 @@ class VectorNetwork(nn.Module):
         return scale_latent(latent + self.dynamics_out.forward(h)), self.reward.forward(h)
 
     def predict(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Policy, logits (B, A) or what gaussian takes (B, 2 D), and value logits (B, bins)."""
+        """Policy logits (B, A) and value logits (B, bins)."""
         for layer in self.head:
             latent = layer.forward(latent)
         return self.policy_value.forward(latent).split(self.outputs, -1)
@@ -242,21 +221,19 @@ class VectorNetwork(nn.Module):
 class Agent(nn.Module):
     """The networks, and what the search sees of them: numbers instead of distributions.
 
-    Actions are num_actions discrete ones, or as many candidates of action_dim numbers.
+    What depends on the kind of actions is a method; SampledAgent, behind main, is that of continuous ones.
     """
 
-    def __init__(self, network: nn.Module, num_actions: int, action_dim: int, args: Args):
+    action_dim = 0  # numbers that an action consists of, 0 = it is one of num_actions
+
+    def __init__(self, network: nn.Module, num_actions: int, args: Args):
         super().__init__()
-        self.network, self.num_actions, self.action_dim = network, num_actions, action_dim
-        self.num_narrow = num_actions - int(num_actions * WIDE_SHARE)  # candidates of a root that are not WIDE
+        self.network, self.num_actions = network, num_actions
         for layer in (network.reward, network.policy_value):  # deviation 3: policy uniform, value 0 at first
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         bins = torch.arange(-args.support_size, args.support_size + 1.0)
         self.register_buffer("bins", bins, persistent=False)  # of distributions, see transform
-        nodes, weights = np.polynomial.hermite_e.hermegauss(32)
-        quadrature = torch.tensor(np.stack([nodes, weights / weights.sum()]), dtype=torch.float32)
-        self.register_buffer("quadrature", quadrature, persistent=False)  # see entropy
         if args.consistency_scale:
             n, units = network.latent_size, args.hidden_size
             layers = [[nn.Linear(n, units), nn.LayerNorm(units), nn.SiLU(), nn.Linear(units, n)] for _ in range(2)]
@@ -268,21 +245,39 @@ class Agent(nn.Module):
         policy, value_logits = self.network.predict(latent)
         return latent, policy, from_distribution(value_logits, self.bins)
 
+    def offer(self, latent: torch.Tensor, policy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a search knows of latent states, and the prior logits of their actions."""
+        return latent, policy
 
-def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor, noise: torch.Tensor | None = None):
+    def chosen(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latent states and actions for the network, of what was offered and the number of the action."""
+        return latent, action
+
+    def log_policy(self, policy: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """Logarithm of the chance (..., A) that a policy gives to each action."""
+        return policy.log_softmax(-1)
+
+    def random_actions(self, shape: tuple, generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(self.num_actions, shape, generator=generator, device=generator.device)
+
+    def draws(self, batch: int, args: Args, generator: torch.Generator, greedy: bool = False):
+        """What `offer` needs besides, for the root and each simulation of a search: nothing."""
+        return itertools.repeat(())
+
+    def played(self, latent: torch.Tensor, result: SearchResult) -> SearchResult:
+        """What a search from these latent states has found, with actions as the environment takes them."""
+        return result
+
+
+def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor, *draw: torch.Tensor):
     """One step of the model, r, s' = g(s, a); p, v = f(s'): s', and outputs (B, A + 2), see decode.
 
-    In one tensor, because on a GPU each copy to the host costs as much as the network. With continuous actions the
-    latent state comes and goes with candidates: `action` is the number of one, noise (B, K, D) draws those of s'.
+    In one tensor, because on a GPU each copy to the host costs as much as the network.
     """
-    if agent.action_dim:
-        latent, candidates = split_candidates(agent, latent)
-        action = candidates[torch.arange(len(action), device=action.device), action].tanh()
-    latent, reward_logits = agent.network.dynamics(latent, action)
+    latent, reward_logits = agent.network.dynamics(*agent.chosen(latent, action))
     policy, value_logits = agent.network.predict(latent)
     expected = torch.stack([reward_logits, value_logits], 1).softmax(-1) @ agent.bins
-    if agent.action_dim:
-        latent, policy = with_candidates(latent, policy, noise), policy[:, :0]
+    latent, policy = agent.offer(latent, policy, *draw)
     return latent, torch.cat([policy, expected], 1)
 
 
@@ -290,67 +285,6 @@ def decode(outputs):
     """Reward (B,), policy (B, A), value (B,) of outputs (B, A + 2), whose last two columns are transformed."""
     numbers = inverse_transform(outputs[:, -2:])
     return numbers[:, 0], outputs[:, :-2], numbers[:, 1]
-
-
-# Continuous actions (Sampled MuZero): an action is a = tanh(u), u normal. A search knows K candidates at each node, by
-# number; they stand behind the node's latent state, and their prior is log pi - log beta, if they were drawn from beta.
-
-
-def action_sizes(envs, args: Args) -> tuple[int, int]:
-    """Actions that a search chooses from (A, or K candidates), and numbers that a continuous one consists of (or 0)."""
-    space = envs.single_action_space
-    return (int(space.n), 0) if isinstance(space, gym.spaces.Discrete) else (args.num_candidates, space.shape[0])
-
-
-def gaussian(policy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation (..., D) of u, 0 and 1.4 at first, from the network's (..., 2 D) (deviation 13: bounds)."""
-    mu, sigma = policy.chunk(2, -1)
-    return 5 * torch.tanh(mu / 5), F.softplus(sigma + 1) + 0.1
-
-
-def with_candidates(latent: torch.Tensor, policy: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Latent states (B, D') with candidates behind them: u = mu + sigma noise, noise (B, K, D); |tanh u| < 0.999."""
-    mu, sigma = gaussian(policy)
-    candidates = (mu[:, None] + sigma[:, None] * noise).clamp(-3.8, 3.8)
-    return torch.cat([latent, candidates.flatten(1)], 1)
-
-
-def split_candidates(agent: Agent, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What with_candidates has joined: latent states (B, D') and candidates u (B, K, D)."""
-    size = agent.num_actions * agent.action_dim
-    return latent[:, :-size], latent[:, -size:].unflatten(1, (agent.num_actions, agent.action_dim))
-
-
-def candidate_logits(noise: torch.Tensor, share: float) -> torch.Tensor:
-    """log pi - log beta (...) of candidates u = mu + sigma noise, noise (..., D), but for a constant.
-
-    beta is pi, a `share` of it with WIDE sigma; mu, sigma and the slope of tanh cancel.
-    """
-    log_pi = -0.5 * (noise**2).sum(-1)
-    log_wide = -0.5 * ((noise / WIDE) ** 2).sum(-1) - noise.shape[-1] * math.log(WIDE)
-    return log_pi - torch.logaddexp(log_pi + math.log(1 - share), log_wide + math.log(share))
-
-
-def log_slope(u: torch.Tensor) -> torch.Tensor:
-    """ln(1 - tanh(u)^2), the logarithm of the slope of tanh."""
-    return 2 * (math.log(2) - u - F.softplus(-2 * u))
-
-
-def log_density(policy: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """log pi (..., K) of actions tanh(u), u (..., K, D): sum over d of log N(u; mu, sigma) - ln(1 - tanh(u)^2)."""
-    mu, sigma = (x.unsqueeze(-2) for x in gaussian(policy))
-    normal = -0.5 * ((u - mu) / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
-    return (normal - log_slope(u)).sum(-1)
-
-
-def entropy(policy: torch.Tensor, quadrature: torch.Tensor) -> torch.Tensor:
-    """Entropy (...) of actions tanh(u): sum over d of ln(2 pi e sigma^2) / 2 + E ln(1 - tanh(u)^2).
-
-    quadrature: numbers and weights of a standard normal variable, (2, n).
-    """
-    mu, sigma = gaussian(policy)
-    slopes = log_slope(mu[..., None] + sigma[..., None] * quadrature[0]) @ quadrature[1]
-    return (0.5 + 0.5 * math.log(2 * math.pi) + sigma.log() + slopes).sum(-1)
 
 
 # === Targets and losses ===
@@ -431,10 +365,9 @@ def make_targets(rows: dict[str, torch.Tensor], unroll_steps: int, td_steps: int
     }
 
 
-def cross_entropy(logits: torch.Tensor, target: torch.Tensor, u: torch.Tensor | None = None) -> torch.Tensor:
-    """- sum of target log pi, nats (...): pi = softmax(logits) (..., n), or the density at u (..., K, D)."""
-    log_pi = log_density(logits, u) if u is not None and u.shape[-1] else logits.log_softmax(-1)
-    return -(target * log_pi).sum(-1)
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """- sum of target log softmax(logits), nats (...), both (..., n)."""
+    return -(target * logits.log_softmax(-1)).sum(-1)
 
 
 def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targets: dict, weights: torch.Tensor, args):
@@ -455,7 +388,7 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     shape = len(latents), len(weights)
     logits, value_logits = logits.unflatten(0, shape), value_logits.unflatten(0, shape)
     returns, rewards = two_hot(targets["returns"], args.support_size), two_hot(targets["rewards"], args.support_size)
-    policy_terms = cross_entropy(logits, targets["policies"], targets["candidates"]) * targets["policy_mask"]
+    policy_terms = -(targets["policies"] * agent.log_policy(logits, targets["candidates"])).sum(-1)
     value_terms = cross_entropy(value_logits, returns) * targets["value_mask"]  # (K + 1, B)
     reward_terms = cross_entropy(torch.stack(reward_logits), rewards) * targets["reward_mask"]  # (K, B)
     scale = torch.full((len(latents), 1), 1 / len(actions), device=weights.device)
@@ -464,15 +397,13 @@ def compute_losses(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, targe
     def total(terms: torch.Tensor) -> torch.Tensor:
         return ((terms * scale[-len(terms) :]).sum(0) * weights).mean()
 
-    policy_loss, value_loss, reward_loss = total(policy_terms), total(value_terms), total(reward_terms)
-    loss = policy_loss + args.value_scale * value_loss + reward_loss
+    policy_loss, value_loss = total(policy_terms * targets["policy_mask"]), total(value_terms)
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "reward_loss": total(reward_terms)}
+    loss = policy_loss + args.value_scale * value_loss + metrics["reward_loss"]
     values = from_distribution(value_logits[0].detach(), agent.bins)
-    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "reward_loss": reward_loss}
     if agent.action_dim:
-        entropies = entropy(logits, agent.quadrature) * targets["policy_mask"]  # (K + 1, B)
-        loss = loss - args.entropy_scale * total(entropies)
-        sigma, wide = gaussian(logits[0])[1], targets["policies"][0, :, agent.num_narrow :]
-        metrics |= {"entropy": entropies[0].mean(), "sigma": sigma.mean(), "wide_share": wide.sum(-1).mean()}
+        entropies, more = agent.entropy_terms(logits, targets)
+        loss, metrics = loss - args.entropy_scale * total(entropies), metrics | more
     if args.consistency_scale:
         with torch.no_grad():
             seen = agent.projector(agent.network.represent(targets["obs"].flatten(0, 1)))
@@ -520,33 +451,35 @@ UNKNOWN = (math.inf, -math.inf)  # bounds of Q that a search finds in its tree
 @njit
 def softmax(x):
     """exp(x) / sum exp(x), (A,), in place of x: new arrays cost a tenth to a quarter of Gumbel's search in the tree."""
-    top, total = x.max(), 0.0
-    for a in range(len(x)):
-        x[a] = math.exp(x[a] - top)
-        total += x[a]
-    for a in range(len(x)):
-        x[a] /= total
+    x -= x.max()
+    np.exp(x, x)
+    x /= x.sum()
     return x
 
 
 @njit
-def rescale(q, low, high):
-    """Qn = (Q - low) / (high - low); 0 where these are equal up to rounding (deviation 2: the prior decides)."""
-    return (q - low) / (high - low) if high - low > 1e-5 * max(abs(low), abs(high), 1.0) else 0.0
+def rescale(q, bounds):
+    """Qn = (Q - low) / (high - low); 0 where these are equal up to rounding (deviation 2: the prior decides).
+
+    The denominator is at least `floor` times the largest |Q|, or 1: what is nearly equal is not torn apart.
+    """
+    low, high, floor = bounds
+    size = max(abs(low), abs(high), 1.0)
+    return (q - low) / max(high - low, floor * size) if high - low > 1e-5 * size else 0.0
 
 
 @njit
-def tree_bounds(nodes, n):
+def tree_bounds(nodes, n, floor):
     """Minimum and maximum of the Q that the n - 1 edges of a tree have at present (deviation 2: not ever had)."""
     low, high = np.inf, -np.inf
     for node in nodes[1:n]:
         q = node["reward"] + node["discount"] * node["value"]
         low, high = min(low, q), max(high, q)
-    return low, high
+    return low, high, floor
 
 
 @njit
-def puct_choice(node, edges, low, high):
+def puct_choice(node, edges, bounds):
     """argmax over a of Qn + P sqrt(N_s) / (1 + N) (c1 + ln((N_s + c2 + 1) / c2)); Qn of an unvisited action is 0.
 
     N_s is the node's count, 1 + sum over a of N (deviation 1).
@@ -556,14 +489,14 @@ def puct_choice(node, edges, low, high):
     for a, edge in enumerate(edges):
         score = edge["prior"] * factor / (1 + edge["visits"])
         if edge["visits"] > 0:
-            score += rescale(edge["q"], low, high)
+            score += rescale(edge["q"], bounds)
         if score > best and edge["logit"] > -np.inf:
             choice, best = a, score
     return choice
 
 
 @njit
-def improved_logits(node, edges, low, high, c_scale):
+def improved_logits(node, edges, bounds, c_scale):
     """Logits of Gumbel MuZero's improved policy pi', (A,): logits + (c_visit + max N) c_scale Qn.
 
     Q of an unvisited action is the mixed value (v + sum N * sum P Q / sum P) / (1 + sum N), with P and Q of the visited
@@ -578,17 +511,17 @@ def improved_logits(node, edges, low, high, c_scale):
     logits = np.empty(len(edges))
     for a, edge in enumerate(edges):
         logits[a] = edge["q"] if edge["visits"] > 0 else mixed
-    if low > high:
-        low, high = logits.min(), logits.max()
+    if bounds[0] > bounds[1]:
+        bounds = logits.min(), logits.max(), bounds[2]
     for a, edge in enumerate(edges):
-        logits[a] = edge["logit"] + (C_VISIT + most_visits) * c_scale * rescale(logits[a], low, high)
+        logits[a] = edge["logit"] + (C_VISIT + most_visits) * c_scale * rescale(logits[a], bounds)
     return logits
 
 
 @njit
-def gumbel_choice(node, edges, low, high, c_scale, gumbel, eligible):
+def gumbel_choice(node, edges, bounds, c_scale, gumbel, eligible):
     """Root: argmax of g + logits of pi' where N is `eligible`, see halving_visits. Below: of pi' - N / (1 + sum N)."""
-    scores = improved_logits(node, edges, low, high, c_scale)
+    scores = improved_logits(node, edges, bounds, c_scale)
     if node["depth"] > 0:
         scores = softmax(scores)
     for a, edge in enumerate(edges):
@@ -600,20 +533,21 @@ def gumbel_choice(node, edges, low, high, c_scale, gumbel, eligible):
 
 
 @njit
-def select(nodes, edges, n, puct, low, high, c_scale, gumbel, eligible, chosen):
+def select(nodes, edges, n, puct, bounds, c_scale, gumbel, eligible, chosen):
     """Down each tree by the choices of the search to the first edge without a child, where node n hangs from now on.
 
     chosen (2, B) becomes the row of the parent's latent state in (S + 1) * B, and the action.
     """
     for b in range(len(nodes)):
-        tree_low, tree_high = tree_bounds(nodes[b], n) if low > high and puct else (low, high)  # low > high: UNKNOWN
+        known = bounds[0] < bounds[1] or not puct  # Gumbel's search has them at each node
+        tree = bounds if known else tree_bounds(nodes[b], n, bounds[2])
         child = 0
         while True:
             s = child
             if puct:
-                a = puct_choice(nodes[b, s], edges[b, s], tree_low, tree_high)
+                a = puct_choice(nodes[b, s], edges[b, s], tree)
             else:
-                a = gumbel_choice(nodes[b, s], edges[b, s], low, high, c_scale, gumbel[b], eligible[b, n - 1])
+                a = gumbel_choice(nodes[b, s], edges[b, s], bounds, c_scale, gumbel[b], eligible[b, n - 1])
             child = edges[b, s, a]["child"]
             if child == 0:
                 break
@@ -646,6 +580,8 @@ def expand_and_backup(nodes, edges, n, reward, discount, logits, value):
 
 
 class SearchResult(NamedTuple):
+    """What a search found, on the host."""
+
     action: torch.Tensor  # (B,) to be played, or (B, D)
     policy: torch.Tensor  # (B, A) the training target: visit distribution, or Gumbel's improved policy pi'
     value: torch.Tensor  # (B,) mean of the root, its own value included
@@ -660,7 +596,7 @@ def host(x) -> np.ndarray:
     return np.ascontiguousarray(x.cpu() if isinstance(x, torch.Tensor) else x, np.float64)
 
 
-def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, bounds: tuple) -> tuple:
+def grow(model: Callable, root: tuple, legal, noise, args: Args, puct: bool, value_range: tuple | None) -> tuple:
     """Nodes and edges of B trees after S simulations, from roots = latent (B, ...), logits (B, A) and value (B,).
 
     model(latent, action) gives latent state, reward, discount, policy logits and value, all but the first for the host.
@@ -668,13 +604,13 @@ def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, b
     Dirichlet, which the paper's search mixes into the root's prior, and Gumbel; None = 0.
     """
     latent, logits, value = root
-    (B, A), N, puct = logits.shape, args.num_simulations + 1, args.search == "puct"
-    legal = legal.cpu().numpy()
-    legal = legal | ~legal.any(1, keepdims=True)  # a finished game, searched with the others, has no legal move
+    (B, A), N, legal = logits.shape, args.num_simulations + 1, host(legal) > 0
+    bounds = tuple(map(float, (*(value_range or UNKNOWN), args.q_floor)))
+    legal |= ~legal.any(1, keepdims=True)  # a finished game, searched with the others, has no legal move
     logits = np.where(legal, host(logits), -np.inf)
     considered = (logits > -np.inf).sum(1).clip(max=args.max_considered_actions).tolist()
     eligible = np.stack([halving_visits(m, args.num_simulations) for m in considered])  # (B, S)
-    dirichlet, gumbel = np.zeros((2, B, A)) if noise is None else host(noise.transpose(0, 1))
+    dirichlet, gumbel = np.zeros((2, B, A)) if noise is None else map(host, (noise[:, 0], noise[:, 1]))
     nodes, edges = np.zeros((B, N), NODE), np.zeros((B, N, A), EDGE)
     expand_and_backup(nodes, edges, 0, np.zeros(B), np.zeros(B), logits, host(value))  # no edge leads to the root
     if puct and noise is not None:
@@ -687,37 +623,46 @@ def grow(model: Callable, root: tuple, legal: torch.Tensor, noise, args: Args, b
     on_device = on_host.to(latent.device)  # on a CPU the same memory again
     parent, action = on_device
     for n in range(1, N):
-        select(nodes, edges, n, puct, *bounds, args.c_scale, gumbel, eligible, chosen)
+        select(nodes, edges, n, puct, bounds, args.c_scale, gumbel, eligible, chosen)
         on_device.copy_(on_host)
         latents[n], *outputs = model(rows.index_select(0, parent), action)
         expand_and_backup(nodes, edges, n, *map(host, outputs))
     return nodes, edges
 
 
-def search(model, root, legal, noise, temperature, args: Args, bounds: tuple = UNKNOWN) -> SearchResult:
-    """What the trees that have grown say at their roots, see grow; without noise the best action is played.
+def puct_search(model, root, legal, noise, temperature, args: Args, value_range: tuple | None = None) -> SearchResult:
+    """The paper's search: policy N / S; action drawn in proportion to N^(1 / temperature), temperature (B,).
 
-    puct: policy N / S; action drawn in proportion to N^(1 / temperature), temperature (B,), by argmax over a of
-    ln N / temperature + g. gumbel: policy pi'; action the best by g + logits of pi' of the most visited ones.
+    By the Gumbel noise: argmax over a of ln N / temperature + g; without it the most visited action is played.
     """
-    nodes, edges = grow(model, root, legal, noise, args, bounds)
-    visits, gumbel = edges["visits"][:, 0], 0.0 if noise is None else host(noise[:, 1])
-    if args.search == "puct":
-        policy, action = visits / args.num_simulations, visits.argmax(1)
-        if noise is not None:
-            temperature = host(temperature)
-            with np.errstate(divide="ignore"):
-                scores = np.log(visits) / np.maximum(temperature, 1e-3)[:, None] + gumbel
-            action = np.where(temperature > 0, scores.argmax(1), action)
-    else:
-        roots = zip(nodes[:, 0], edges[:, 0], strict=True)
-        logits = np.stack([improved_logits(node, actions, *bounds, args.c_scale) for node, actions in roots])
-        action = np.where(visits == visits.max(1, keepdims=True), logits + gumbel, -np.inf).argmax(1)
-        policy = np.exp(logits - logits.max(1, keepdims=True))
-        policy /= policy.sum(1, keepdims=True)
-    numbers = policy, nodes["value"][:, 0], visits, edges["q"][:, 0], nodes["depth"][:, 1:].mean(1)
-    action, *numbers = (torch.from_numpy(x).to(root[2].device) for x in (action, *numbers))
-    return SearchResult(action, *(x.to(root[2]) for x in numbers), root[2].new_empty(*policy.shape, 0))
+    nodes, edges = grow(model, root, legal, noise, args, True, value_range)
+    visits = edges["visits"][:, 0]
+    action = visits.argmax(1)
+    if noise is not None:
+        temperature = host(temperature)
+        with np.errstate(divide="ignore"):
+            scores = np.log(visits) / np.maximum(temperature, 1e-3)[:, None] + host(noise[:, 1])
+        action = np.where(temperature > 0, scores.argmax(1), action)
+    return summarize(nodes, edges, action, visits / args.num_simulations, root[2].dtype)
+
+
+def gumbel_search(model, root, legal, noise, args: Args, value_range: tuple | None = None) -> SearchResult:
+    """Gumbel MuZero's: policy pi'; of the most visited actions the best by g + logits of pi' is played."""
+    nodes, edges = grow(model, root, legal, noise, args, False, value_range)
+    bounds = tuple(map(float, (*(value_range or UNKNOWN), args.q_floor)))
+    roots = zip(nodes[:, 0], edges[:, 0], strict=True)
+    logits = np.stack([improved_logits(node, actions, bounds, args.c_scale) for node, actions in roots])
+    scores, visits = logits if noise is None else logits + host(noise[:, 1]), edges["visits"][:, 0]
+    action = np.where(visits == visits.max(1, keepdims=True), scores, -np.inf).argmax(1)
+    policy = np.exp(logits - logits.max(1, keepdims=True))
+    return summarize(nodes, edges, action, policy / policy.sum(1, keepdims=True), root[2].dtype)
+
+
+def summarize(nodes, edges, action: np.ndarray, policy: np.ndarray, dtype: torch.dtype) -> SearchResult:
+    """What trees say at their roots."""
+    numbers = policy, nodes["value"][:, 0], edges["visits"][:, 0], edges["q"][:, 0], nodes["depth"][:, 1:].mean(1)
+    numbers = (torch.from_numpy(x).to(dtype) for x in numbers)
+    return SearchResult(torch.from_numpy(action), *numbers, torch.empty(*policy.shape, 0))
 
 
 @functools.cache
@@ -737,55 +682,25 @@ def halving_visits(num_actions: int, num_simulations: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def act(agent: Agent, obs, legal, noise, temperature, args, step_fn=recurrent, draws: tuple = ()) -> SearchResult:
+def act(agent: Agent, obs, legal, noise, temperature, args, step_fn=recurrent, draws=None) -> SearchResult:
     """Searches from observations (B, ...) with legal actions (B, A); without noise (B, 2, A) greedily.
 
-    temperature (B,) is that of the paper's search; in a game of two players the bounds of Q are known. Continuous
-    actions: `draws` of draw_candidates.
+    temperature (B,) is that of the paper's search; in a game of two players the bounds of Q are known. Only the
+    observations need be on the agent's device. `draws` of Agent.draws, where actions are continuous.
     """
-    (latent, logits, value), discount = agent.initial(obs), np.full(len(obs), args.discount)
-    next_noise = itertools.repeat(())
-    if draws:
-        inner = np.where(np.arange(agent.num_actions) < args.inner_candidates, 0, -np.inf)
-        latent, next_noise = with_candidates(latent, logits, draws[0][0]), zip(draws[0][1:])
-        logits, inner = draws[1], np.tile(inner, (len(obs), 1))
-    root = latent, logits, value
+    draws, discount = iter(draws or itertools.repeat(())), np.full(len(obs), args.discount)
+    latent, policy, value = agent.initial(obs)
+    latent, logits = agent.offer(latent, policy, *next(draws))
 
     def model(latent: torch.Tensor, action: torch.Tensor) -> tuple:
-        latent, outputs = step_fn(agent, latent, action, *next(next_noise))
+        latent, outputs = step_fn(agent, latent, action, *next(draws))
         reward, logits, value = decode(outputs.cpu().numpy())
-        return latent, reward, discount, inner if draws else logits, value
+        return latent, reward, discount, logits, value
 
-    result = search(model, root, legal, noise, temperature, args, (-1.0, 1.0) if args.two_player else UNKNOWN)
-    if not draws:
-        return result
-    _, candidates = split_candidates(agent, latent)
-    rows = torch.arange(len(obs), device=candidates.device)
-    return result._replace(action=candidates[rows, result.action].tanh(), candidates=candidates)
-
-
-def draw_candidates(agent: Agent, batch: int, args: Args, generator: torch.Generator, greedy=False) -> tuple:
-    """What candidates of a search are made of, (S + 1, B, K, D), and logits of the root's prior (B, K).
-
-    The last of a root's candidates have WIDE sigma (deviation 13). Greedily none has, and the first is the mode.
-    Discrete actions: nothing.
-    """
-    if not agent.action_dim:
-        return ()
-    shape = args.num_simulations + 1, batch, agent.num_actions, agent.action_dim
-    noise = torch.randn(shape, generator=generator, device=generator.device)
-    if greedy:
-        noise[0, :, 0] = 0
-        return noise, torch.zeros(shape[1:3], device=noise.device)
-    noise[0, :, agent.num_narrow :] *= WIDE
-    return noise, candidate_logits(noise[0], WIDE_SHARE)
-
-
-def random_actions(agent: Agent, shape: tuple, generator: torch.Generator) -> torch.Tensor:
-    """Actions (*shape) or (*shape, D), uniformly."""
-    if agent.action_dim:
-        return 2 * torch.rand(*shape, agent.action_dim, generator=generator, device=generator.device) - 1
-    return torch.randint(agent.num_actions, shape, generator=generator, device=generator.device)
+    inputs, value_range = (model, (latent, logits, value), legal, noise), (-1.0, 1.0) if args.two_player else None
+    if args.search == "puct":
+        return agent.played(latent, puct_search(*inputs, temperature, args, value_range))
+    return agent.played(latent, gumbel_search(*inputs, args, value_range))
 
 
 def draw_noise(legal: np.ndarray, args: Args, rng: np.random.Generator) -> np.ndarray:
@@ -802,25 +717,7 @@ def temperature_of(moves: np.ndarray, global_step: int, args: Args) -> np.ndarra
     return np.where(early, 0.5**falls, 0).astype(np.float32)
 
 
-@torch.no_grad()
-def closing_rows(agent: Agent, obs: np.ndarray, dones: np.ndarray, terminations: np.ndarray, device) -> dict:
-    """Replay rows (N, ...) that close episodes: final observations, and their values where they are not terminal."""
-    obs = torch.as_tensor(obs, device=device)
-    value = agent.initial(obs)[2] * torch.as_tensor(~terminations, device=device)  # deviation 4: truncated, not over
-    kind = torch.as_tensor(np.where(terminations, TERMINATED, TRUNCATED) * dones, device=device)
-    return {"obs": obs, "value": value, "kind": kind.to(torch.uint8)}
-
-
 # === Updates ===
-
-
-def make_optimizer(agent: Agent, args: Args) -> torch.optim.AdamW:
-    """AdamW (deviation 3: not SGD, no schedule); only matrices and kernels decay."""
-    groups = [
-        {"params": [p for p in agent.parameters() if p.dim() > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in agent.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, args.learning_rate, fused=True)
 
 
 def bootstrap_now(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_steps: int) -> dict:
@@ -840,32 +737,14 @@ def bootstrap_now(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_st
     return rows | {"value": value}
 
 
-def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, step_fn: Callable, rng) -> dict:
-    """Sampled rows whose first `count` columns have policies of a search with the target network, without noise.
-
-    It starts from the observations at k = 0 ... K; continuous actions have new candidates, by the generator rng.
-    """
-    slots, envs, length = rows["slots"][:count], rows["envs"][:count], args.unroll_steps + 1
-    obs = rb.observations(slots + torch.arange(length, device=slots.device)[:, None], envs).flatten(0, 1)
-    legal = rows["legal"][:length, :count].flatten(0, 1)
-    found = [
-        act(target, *inputs, None, None, args, step_fn, draw_candidates(target, len(inputs[0]), args, rng))
-        for inputs in zip(obs.split(REANALYZED_AT_ONCE), legal.split(REANALYZED_AT_ONCE), strict=True)
-    ]
-    new = {name: rows[name].clone() for name in ("policy", "candidates")}
-    for name, column in new.items():
-        column[:length, :count] = torch.cat([getattr(x, name) for x in found]).unflatten(0, (length, count))
-    return rows | new
-
-
 def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions, args: Args, losses_fn) -> dict:
     """One update on sampled rows (K + n + 1, B), then the priorities of their first steps. No host sync.
 
-    Past the end of an episode the actions are random_actions (K, B). Returns detached scalars.
+    Past the end of an episode the actions are random_actions (K, B) or (K, B, D). Returns detached scalars.
     """
     targets = make_targets(rows, args.unroll_steps, args.td_steps, args.discount)
-    goes_on = targets["policy_mask"][:-1][(...,) + (None,) * (random_actions.dim() - 2)]  # (K, B) or (K, B, 1)
-    actions = torch.where(goes_on, rows["action"][: args.unroll_steps], random_actions)
+    goes_on = targets["policy_mask"][:-1].view(*random_actions.shape[:2], *[1] * (random_actions.dim() - 2))
+    actions = torch.where(goes_on, rows["action"][: args.unroll_steps].to(random_actions.dtype), random_actions)
     obs = rb.observations(rows["slots"], rows["envs"])
     if args.consistency_scale:
         steps = torch.arange(1, len(actions) + 1, device=actions.device)[:, None]
@@ -880,19 +759,6 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
     return metrics
 
 
-def learn_once(agent: Agent, target: Agent, optimizer, rb: ReplayBuffer, args, rng: dict, step_fn, losses_fn) -> dict:
-    """An update on a sampled batch, the first sequences of which are searched and valued anew."""
-    num_reanalyzed = math.ceil(args.reanalyze_ratio * args.batch_size)
-    num_revalued = args.batch_size if args.bootstrap == "target" else num_reanalyzed  # deviation 8: target network now
-    rows = rb.sample(args.batch_size, PRIORITY_BETA, rng["replay"])
-    if num_reanalyzed:
-        rows = reanalyze(target, rb, rows, num_reanalyzed, args, step_fn, rng["candidates"])
-    if num_revalued:
-        rows = bootstrap_now(target, rb, rows, num_revalued, args.td_steps)
-    actions = random_actions(agent, (args.unroll_steps, args.batch_size), rng["update"])
-    return update(agent, optimizer, rb, rows, actions, args, losses_fn)
-
-
 def updates_due(global_step: int, args: Args) -> int:
     """Updates that a run has made once it is at this step: tied to environment steps, whatever the number of envs."""
     return max(0, int((global_step - args.learning_starts) * args.replay_ratio))
@@ -904,55 +770,56 @@ def updates_due(global_step: int, args: Args) -> int:
 class ReplayBuffer:
     """Sequences as they were played: a ring of rows (capacity, N) for each of N environments, on the device.
 
-    A row is a step: observation, action, its reward, search policy and root value. A closing row follows the last step
-    of an episode: the final observation and its value, `kind` TERMINATED or TRUNCATED. Steps are drawn by priority, as
-    soon as the K + n rows after them exist or their episode is closed. Of stacked frames each is stored once;
-    `age`, steps since the episode began, tells how far back they go.
+    A row is a step: observation, and numbers: action, its reward, legal actions, and of the search policy, root value
+    and candidates. A closing row follows the last step of an episode: the final observation and its value, `kind`
+    TERMINATED or TRUNCATED. Steps are drawn by priority, as soon as the K + n rows after them exist or their episode is
+    closed. Of stacked frames each is stored once; `age`, steps since the episode began, tells how far back they go.
     """
 
-    def __init__(self, envs, args: Args, device: torch.device):
-        space, (num_actions, action_dim) = envs.single_observation_space, action_sizes(envs, args)
+    def __init__(self, envs, agent: Agent, args: Args, device: torch.device):
+        space, A, D = envs.single_observation_space, agent.num_actions, agent.action_dim
         self.num_envs, self.stack = envs.num_envs, space.shape[0] if space.dtype == np.uint8 else 1
         self.capacity = args.buffer_size // args.action_repeat // self.num_envs
         self.span = args.unroll_steps + args.td_steps + 1
         self.td_steps, self.discount, self.alpha = args.td_steps, args.discount, args.priority_alpha
-        frame = space.shape[1:] if self.stack > 1 else space.shape
+        shapes = {"kind": (), "age": (), "reward": (), "value": (), "action": (D,) if D else ()}
+        self.shapes = shapes | {"policy": (A,), "legal": (A,), "candidates": (A, D)}
+        rows, widths = (self.capacity, self.num_envs), [math.prod(shape) for shape in self.shapes.values()]
+        self.numbers = torch.zeros(*rows, sum(widths), device=device)  # of all columns but the observations
+        parts = zip(self.shapes.items(), self.numbers.split(widths, -1), strict=True)
+        self.data = {name: part.view(*rows, *shape) for (name, shape), part in parts}  # the same memory
         dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
-        columns = {
-            "obs": (frame, dtype), "reward": ((), torch.float32),
-            "action": ((action_dim,), torch.float32) if action_dim else ((), torch.long),
-            "policy": ((num_actions,), torch.float32), "value": ((), torch.float32),
-            "legal": ((num_actions,), torch.bool), "kind": ((), torch.uint8), "age": ((), torch.long),
-            "candidates": ((num_actions, action_dim), torch.float32),
-        }  # fmt: skip
-        self.data = {
-            name: torch.zeros(self.capacity, self.num_envs, *shape, dtype=dtype, device=device)
-            for name, (shape, dtype) in columns.items()
-        }
-        self.priority = torch.zeros(self.capacity, self.num_envs, device=device)  # 0 = not to be drawn
+        self.data["obs"] = torch.zeros(*rows, *space.shape[self.stack > 1 :], dtype=dtype, device=device)
+        self.priority = torch.zeros(*rows, device=device)  # 0 = not to be drawn
         self.ends = np.zeros(self.num_envs, np.int64)  # rows ever written; row i lives in slot i % capacity
         self.ready = np.zeros(self.num_envs, np.int64)  # rows before this one have a priority
+        self.age = np.zeros(self.num_envs, np.int64)
 
     def __len__(self) -> int:
         """Rows that can be drawn or soon will be."""
         return int(np.minimum(self.ends, self.capacity).sum())
 
-    def add(self, rows: dict[str, torch.Tensor], envs: np.ndarray, closing: bool = False) -> None:
-        """Appends one row to each of the environments `envs` (M,); tensors (N, ...), missing columns are 0."""
-        device = self.priority.device
-        if self.stack > 1:
-            rows = rows | {"obs": rows["obs"][:, -1]}  # the newest frame
-        slots, index = (torch.from_numpy(x).to(device) for x in (self.ends[envs] % self.capacity, envs))
-        for name, column in self.data.items():
-            if name != "age":
-                column[slots, index] = rows[name][index] if name in rows else column.new_zeros(())
-        before = (slots - 1) % self.capacity
-        goes_on = (self.data["kind"][before, index] == STEP) & torch.from_numpy(self.ends[envs] > 0).to(device)
-        self.data["age"][slots, index] = torch.where(goes_on, self.data["age"][before, index] + 1, 0)
+    def add(self, rows: dict, envs: np.ndarray, closing: bool = False) -> None:
+        """Appends one row to each of the environments `envs` (M,), of rows (N, ...); missing columns are 0.
+
+        The numbers of a row go to the device together.
+        """
+        slots, index = self._places(self.ends[envs], envs)
+        columns = {name: np.zeros((self.num_envs, *shape)) for name, shape in self.shapes.items()}
+        columns |= rows | {"age": self.age}
+        numbers = np.concatenate([host(columns[name]).reshape(self.num_envs, -1) for name in self.shapes], 1)
+        self.numbers[slots, index] = torch.from_numpy(numbers[envs].astype(np.float32)).to(index.device)
+        newest = rows["obs"][:, -1] if self.stack > 1 else rows["obs"]
+        self.data["obs"][slots, index] = newest[index]
         for ahead in range(self.stack):  # the oldest rows have lost the frames before them
             self.priority[(slots + ahead) % self.capacity, index] = 0
+        self.age[envs] = 0 if closing else self.age[envs] + 1
         self.ends[envs] += 1
         self._make_ready(envs, closing)
+
+    def _places(self, rows: np.ndarray, envs: np.ndarray) -> torch.Tensor:
+        """Slots and environments (2, M) on the device."""
+        return torch.from_numpy(np.stack([rows % self.capacity, envs])).to(self.priority.device)
 
     def _make_ready(self, envs: np.ndarray, closing: bool) -> None:
         """First priorities, p = |nu - z|: search value minus return, of the steps whose targets are now complete."""
@@ -960,12 +827,12 @@ class ReplayBuffer:
         new = [np.arange(*pair) for pair in zip(self.ready[envs], limit, strict=True)]  # empty, unless ready < limit
         of = np.repeat(envs, [len(rows) for rows in new])
         self.ready[envs] = np.maximum(self.ready[envs], self.ends[envs] if closing else limit)
-        if len(of):
-            slots, index = (torch.from_numpy(x).to(self.priority.device) for x in (np.concatenate(new), of))
-            slots = slots % self.capacity
-            if self.alpha == 0:  # uniform replay
-                self.priority[slots, index] = 1.0
-                return
+        if not len(of):
+            return
+        slots, index = self._places(np.concatenate(new), of)
+        if self.alpha == 0:  # uniform replay
+            self.priority[slots, index] = 1.0
+        else:
             rows = self.window(slots, index, self.td_steps + 1)
             returns = n_step_returns(rows["reward"], rows["value"], rows["kind"], self.td_steps, self.discount)
             self.set_priority(slots, index, rows["value"][0] - returns[0])
@@ -985,7 +852,7 @@ class ReplayBuffer:
         if self.stack == 1:
             return self.data["obs"][slots, envs]
         back = torch.arange(self.stack - 1, -1, -1, device=slots.device)
-        back = torch.minimum(back, self.data["age"][slots, envs][..., None])
+        back = torch.minimum(back, self.data["age"][slots, envs].long()[..., None])
         return self.data["obs"][(slots[..., None] - back) % self.capacity, envs[..., None]]
 
     def sample(self, batch_size: int, beta: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -1004,13 +871,13 @@ class ReplayBuffer:
         filled = min(int(self.ends.max()), self.capacity)
         tensors = self.data | {"priority": self.priority}
         data = {name: tensor[:filled].cpu().clone() for name, tensor in tensors.items()}
-        return {"data": data, "ends": self.ends.tolist(), "ready": self.ready.tolist()}
+        return {"data": data} | {name: getattr(self, name).tolist() for name in ("ends", "ready", "age")}
 
     def load_state_dict(self, state: dict) -> None:
+        tensors = self.data | {"priority": self.priority}
         for name, tensor in state["data"].items():
-            target = self.priority if name == "priority" else self.data[name]
-            target[: len(tensor)] = tensor.to(target.device)
-        self.ends, self.ready = np.array(state["ends"], np.int64), np.array(state["ready"], np.int64)
+            tensors[name][: len(tensor)] = tensor.to(self.priority.device)
+        self.ends, self.ready, self.age = (np.array(state[name], np.int64) for name in ("ends", "ready", "age"))
 
 
 # === Training ===
@@ -1027,21 +894,23 @@ def main(args: Args) -> str:
     if args.evaluate is not None:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
-    rehearse(functools.partial(make_vector_env, args, 1), args.capture_video, True)  # masks of actions are obeyed
+    if args.env_id not in BOARD_GAMES:
+        rehearse(functools.partial(make_vector_env, args, 1), args.capture_video, True)  # masks of actions are obeyed
     envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves)
     check_memory(args, envs)
     check_support(args, envs)
     compile_search()
     run = Run(args, checkpoint)
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
-    agent, rb = make_agent(envs, args).to(device), ReplayBuffer(envs, args, device)
-    target = deepcopy(agent).requires_grad_(False)
-    optimizer = make_optimizer(agent, args)
-    counters = {"num_updates": 0}
+    agent = make_agent(envs, args).to(device)
+    target, optimizer = deepcopy(agent).requires_grad_(False), make_optimizer(agent, args)
+    rb = ReplayBuffer(envs, agent, args, device)
+    counters = {"num_updates": 0, "owed": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act"))}
-    names = "replay", "update", "candidates"
-    rng |= {name: torch.Generator(device).manual_seed(args.seed + i) for i, name in enumerate(names)}
+    rng |= {name: make_generator(device, args.seed, i) for i, name in enumerate(("replay", "update", "candidates"), 2)}
     steps = args.num_envs * args.action_repeat  # of environments in one turn of the loop
+    num_reanalyzed = math.ceil(args.reanalyze_ratio * args.batch_size)  # the first ones of a batch
+    num_revalued = args.batch_size if args.bootstrap == "target" else num_reanalyzed  # deviation 8: target network now
     dones, moves, eval_envs = np.ones(args.num_envs, bool), np.zeros(args.num_envs, np.int64), None
     allowed = np.ones((args.num_envs, agent.num_actions), bool)
 
@@ -1056,14 +925,30 @@ def main(args: Args) -> str:
     if checkpoint:
         counters |= checkpoint["parts"]["counters"]
         if rows := checkpoint["parts"].get("open_episodes"):
-            rows = {name: tensor.to(device) for name, tensor in rows.items()}
-            rb.add(rows, rows["kind"].nonzero()[:, 0].cpu().numpy(), closing=True)
+            rb.add(rows | {"obs": rows["obs"].to(device)}, np.flatnonzero(rows["kind"]), closing=True)
+        counters["owed"] *= args.save_buffer  # there is nothing to learn from yet
         checkpoint = rows = None  # what refers to the file keeps it on the disk
     step_fn, losses_fn = executables(args)
     size = f"{agent.num_actions} actions, {sum(p.numel() for p in agent.parameters()):,} parameters"
     print(f"{run.folder}: {device}, {size}, {args.search} search")
 
     while True:
+        while counters["owed"] and not run.stop.requested:  # deviation 11: acting waits
+            rows = rb.sample(args.batch_size, PRIORITY_BETA, rng["replay"])
+            if num_reanalyzed:
+                rows = reanalyze(target, rb, rows, num_reanalyzed, args, step_fn, rng["candidates"])
+            if num_revalued:
+                rows = bootstrap_now(target, rb, rows, num_revalued, args.td_steps)
+            actions = agent.random_actions((args.unroll_steps, args.batch_size), rng["update"])
+            run.metrics = update(agent, optimizer, rb, rows, actions, args, losses_fn)
+            counters["num_updates"] += 1
+            counters["owed"] -= 1
+            if counters["num_updates"] % args.target_network_frequency == 0:
+                target.load_state_dict(agent.state_dict())
+            if counters["num_updates"] % 100 == 0:
+                run.report()
+                if (clipped := run.metrics["losses/clipped_targets"]) > 0:
+                    run.say(f"{clipped:.1%} of the targets lie beyond --support-size {args.support_size}")
         if run.eval_due(dones):
             eval_envs = evaluate_and_log(agent, eval_envs, run, step_fn)
         if not run.goes_on(dones):
@@ -1074,15 +959,11 @@ def main(args: Args) -> str:
             allowed = legal_actions(infos, allowed)
             moves[dones] = 0
         noise, temperature = draw_noise(allowed, args, rng["act"]), temperature_of(moves, run.step, args)
-        obs, legal, noise, temperature = (torch.as_tensor(x, device=device) for x in (obs, allowed, noise, temperature))
-        draws = draw_candidates(agent, args.num_envs, args, rng["candidates"])
-        result = act(agent, obs, legal, noise, temperature, args, step_fn, draws)
-        next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())  # host sync
-        step_rows = {
-            "obs": obs, "legal": legal, "action": result.action, "policy": result.policy, "value": result.value,
-            "reward": torch.as_tensor(rewards, device=device, dtype=torch.float32), "candidates": result.candidates,
-        }  # fmt: skip
-        rb.add(step_rows, np.arange(args.num_envs))
+        obs, draws = torch.as_tensor(obs, device=device), agent.draws(args.num_envs, args, rng["candidates"])
+        result = act(agent, obs, allowed, noise, temperature, args, step_fn, draws)
+        next_obs, rewards, terminations, truncations, infos = envs.step(result.action.numpy())
+        found = {name: getattr(result, name) for name in ("action", "policy", "value", "candidates")}
+        rb.add(found | {"obs": obs, "legal": allowed, "reward": rewards}, np.arange(args.num_envs))
         obs, dones, allowed = next_obs, terminations | truncations, legal_actions(infos, allowed)
         moves += 1
         run.step += steps
@@ -1090,17 +971,8 @@ def main(args: Args) -> str:
         if dones.any():
             rb.add(closing_rows(agent, obs, dones, terminations, device), np.flatnonzero(dones), closing=True)
             run.log_episodes(infos, dones)
-        if rb.ready.any() and len(rb) * args.action_repeat >= args.learning_starts:  # deviation 11: acting waits
-            before = counters["num_updates"]
-            for _ in range(updates_due(run.step, args) - updates_due(run.step - steps, args)):
-                run.metrics = learn_once(agent, target, optimizer, rb, args, rng, step_fn, losses_fn)
-                counters["num_updates"] += 1
-                if counters["num_updates"] % args.target_network_frequency == 0:
-                    target.load_state_dict(agent.state_dict())
-            if counters["num_updates"] // 100 > before // 100:
-                run.report()
-                if (clipped := run.metrics["losses/clipped_targets"]) > 0:
-                    run.say(f"{clipped:.1%} of the targets lie beyond --support-size {args.support_size}")
+        if rb.ready.any() and len(rb) * args.action_repeat >= args.learning_starts:
+            counters["owed"] += updates_due(run.step, args) - updates_due(run.step - steps, args)
 
     envs.close()
     if eval_envs is not None:
@@ -1122,7 +994,7 @@ DEFAULTS = {
     "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
     "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,  # deviation 10: uniform
     "two_player": False, "action_repeat": 1, "reanalyze_ratio": 0.0, "consistency_scale": 0.0,
-    "entropy_scale": 0.05,
+    "entropy_scale": 0.05, "q_floor": 0.0,
 }  # fmt: skip
 BOARD = {
     "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
@@ -1165,8 +1037,8 @@ def task_name(env_id: str) -> str:
 
 
 def is_dm_control(env_id: str) -> bool:
-    """Gymnasium ids end in a version (-v0); dm_control tasks do not."""
-    return re.search(r"-v\d+$", env_id) is None
+    """Gymnasium ids end in a version (-v0) or name a module (my_module:MyEnv); dm_control tasks do neither."""
+    return re.search(r":|-v\d+$", env_id) is None
 
 
 def with_task_defaults(args: Args) -> Args:
@@ -1535,18 +1407,152 @@ class ConvNetwork(nn.Module):
         return self.policy_value(self.head(latent)).split(self.outputs, -1)
 
 
+class SampledAgent(Agent):
+    """Continuous actions (Sampled MuZero): an action is a = tanh(u), u normal; a policy is what `gaussian` takes.
+
+    A search knows num_actions candidates u at each node, by number. They stand behind the node's latent state, and
+    their prior is log pi - log beta, if they were drawn from beta.
+    """
+
+    def __init__(self, network: nn.Module, num_actions: int, args: Args, action_dim: int):
+        super().__init__(network, num_actions, args)
+        self.action_dim = action_dim
+        self.num_narrow = num_actions - int(num_actions * WIDE_SHARE)  # candidates of a root that are not WIDE
+        nodes, weights = np.polynomial.hermite_e.hermegauss(32)
+        quadrature = torch.tensor(np.stack([nodes, weights / weights.sum()]), dtype=torch.float32)
+        self.register_buffer("quadrature", quadrature, persistent=False)  # see entropy
+
+    def offer(self, latent: torch.Tensor, policy: torch.Tensor, noise: torch.Tensor, prior: torch.Tensor):
+        """Candidates u = mu + sigma noise, noise (B, K, D), behind latent states (B, D'); |tanh u| < 0.999."""
+        mu, sigma = gaussian(policy)
+        candidates = (mu[:, None] + sigma[:, None] * noise).clamp(-3.8, 3.8)
+        return torch.cat([latent, candidates.flatten(1)], 1), prior
+
+    def split(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `offer` has joined: latent states (B, D') and candidates u (B, K, D)."""
+        size = self.num_actions * self.action_dim
+        return latent[:, :-size], latent[:, -size:].unflatten(1, (self.num_actions, self.action_dim))
+
+    def chosen(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latent, candidates = self.split(latent)
+        return latent, candidates[torch.arange(len(action), device=action.device), action].tanh()
+
+    def draws(self, batch: int, args: Args, generator: torch.Generator, greedy: bool = False) -> list[tuple]:
+        """Noise (B, K, D) and logits of the prior (B, K) for the root of a search and for each simulation.
+
+        The last of a root's candidates have WIDE sigma (deviation 13). Greedily none has, and the first is the mode.
+        """
+        device, K = generator.device, self.num_actions
+        noise = torch.randn(args.num_simulations + 1, batch, K, self.action_dim, generator=generator, device=device)
+        inner = torch.zeros(batch, K, device=device)
+        inner[:, args.inner_candidates :] = -torch.inf
+        if greedy:
+            noise[0, :, 0] = 0
+        else:
+            noise[0, :, self.num_narrow :] *= WIDE
+        root = torch.zeros_like(inner) if greedy else candidate_logits(noise[0], WIDE_SHARE)
+        return [(noise[0], root), *((x, inner) for x in noise[1:])]
+
+    def played(self, latent: torch.Tensor, result: SearchResult) -> SearchResult:
+        candidates = self.split(latent)[1].cpu()
+        action = candidates[torch.arange(len(candidates)), result.action].tanh()
+        return result._replace(action=action, candidates=candidates)
+
+    def random_actions(self, shape: tuple, generator: torch.Generator) -> torch.Tensor:
+        """Actions (*shape, D), uniformly."""
+        return 2 * torch.rand(*shape, self.action_dim, generator=generator, device=generator.device) - 1
+
+    def log_policy(self, policy: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """log pi (..., K) of candidates u (..., K, D): sum over d of log N(u; mu, sigma) - ln(1 - tanh(u)^2)."""
+        mu, sigma = (x.unsqueeze(-2) for x in gaussian(policy))
+        normal = -0.5 * ((candidates - mu) / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
+        return (normal - log_slope(candidates)).sum(-1)
+
+    def entropy(self, policy: torch.Tensor) -> torch.Tensor:
+        """Entropy (...) of actions tanh(u): sum over d of ln(2 pi e sigma^2) / 2 + E ln(1 - tanh(u)^2)."""
+        mu, sigma = gaussian(policy)
+        slopes = log_slope(mu[..., None] + sigma[..., None] * self.quadrature[0]) @ self.quadrature[1]
+        return (0.5 + 0.5 * math.log(2 * math.pi) + sigma.log() + slopes).sum(-1)
+
+    def entropy_terms(self, policy: torch.Tensor, targets: dict) -> tuple[torch.Tensor, dict]:
+        """Entropies of policies (K + 1, B, 2 D), and what is logged of those at k = 0."""
+        entropies, sigma = self.entropy(policy) * targets["policy_mask"], gaussian(policy[0])[1]
+        wide = targets["policies"][0, :, self.num_narrow :].sum(-1)  # weight of the wide candidates
+        return entropies, {"entropy": entropies[0].mean(), "sigma": sigma.mean(), "wide_share": wide.mean()}
+
+
+def gaussian(policy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation (..., D) of u, 0 and 1.4 at first, from the network's (..., 2 D) (deviation 13: bounds)."""
+    mu, sigma = policy.chunk(2, -1)
+    return 5 * torch.tanh(mu / 5), F.softplus(sigma + 1) + 0.1
+
+
+def candidate_logits(noise: torch.Tensor, share: float) -> torch.Tensor:
+    """log pi - log beta (...) of candidates u = mu + sigma noise, noise (..., D), but for a constant.
+
+    beta is pi, a `share` of it with WIDE sigma; mu, sigma and the slope of tanh cancel.
+    """
+    log_pi = -0.5 * (noise**2).sum(-1)
+    log_wide = -0.5 * ((noise / WIDE) ** 2).sum(-1) - noise.shape[-1] * math.log(WIDE)
+    return log_pi - torch.logaddexp(log_pi + math.log(1 - share), log_wide + math.log(share))
+
+
+def log_slope(u: torch.Tensor) -> torch.Tensor:
+    """ln(1 - tanh(u)^2), the logarithm of the slope of tanh."""
+    return 2 * (math.log(2) - u - F.softplus(-2 * u))
+
+
+def make_optimizer(agent: Agent, args: Args) -> torch.optim.AdamW:
+    """AdamW (deviation 3: not SGD, no schedule); only matrices and kernels decay."""
+    groups = [
+        {"params": [p for p in agent.parameters() if p.dim() > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in agent.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, args.learning_rate, fused=True)
+
+
+@torch.no_grad()
+def closing_rows(agent: Agent, obs: np.ndarray, dones: np.ndarray, terminations: np.ndarray, device) -> dict:
+    """Replay rows (N, ...) that close episodes: final observations, and their values where they are not terminal."""
+    obs = torch.as_tensor(obs, device=device)
+    value = agent.initial(obs)[2].cpu() * torch.from_numpy(~terminations)  # deviation 4: truncated, not over
+    return {"obs": obs, "value": value, "kind": torch.from_numpy(np.where(terminations, TERMINATED, TRUNCATED) * dones)}
+
+
+def reanalyze(target: Agent, rb: ReplayBuffer, rows: dict, count: int, args: Args, step_fn: Callable, rng) -> dict:
+    """Sampled rows whose first `count` columns have policies of a search with the target network, without noise.
+
+    It starts from the observations at k = 0 ... K; continuous actions have new candidates, by the generator rng.
+    """
+    slots, envs, length = rows["slots"][:count], rows["envs"][:count], args.unroll_steps + 1
+    obs = rb.observations(slots + torch.arange(length, device=slots.device)[:, None], envs).flatten(0, 1)
+    legal = rows["legal"][:length, :count].flatten(0, 1)
+    found = [
+        act(target, *inputs, None, None, args, step_fn, target.draws(len(inputs[0]), args, rng))
+        for inputs in zip(obs.split(REANALYZED_AT_ONCE), legal.split(REANALYZED_AT_ONCE), strict=True)
+    ]
+    new = {name: rows[name].clone() for name in ("policy", "candidates")}
+    for name, column in new.items():
+        column[:length, :count] = torch.cat([getattr(x, name) for x in found]).unflatten(0, (length, count))
+    return rows | new
+
+
 def make_agent(envs, args: Args) -> Agent:
     """The networks that fit the environments' spaces."""
     shape, num_bins = envs.single_observation_space.shape, 2 * args.support_size + 1
-    num_actions, action_dim = action_sizes(envs, args)
+    actions, units = envs.single_action_space, args.hidden_size
+    if isinstance(actions, gym.spaces.Box):
+        network = VectorNetwork(shape[0], 0, actions.shape[0], num_bins, units)
+        return SampledAgent(network, args.num_candidates, args, actions.shape[0])
+    num_actions = int(actions.n)
     if len(shape) == 1:
-        network = VectorNetwork(shape[0], num_actions, action_dim, num_bins, args.hidden_size)
+        network = VectorNetwork(shape[0], num_actions, 0, num_bins, units)
     else:
         size = (6, 6) if len(shape) == 4 else shape[1:]  # of the latent state: images, grids
         one_hot = torch.eye(num_actions)[:, :, None, None].expand(-1, -1, *size)  # a plane for each action
         planes = getattr(envs, "action_planes", one_hot)  # on a board: where the move is made
-        network = ConvNetwork(shape, planes, num_bins, args.hidden_size, args.num_blocks)
-    return Agent(network, num_actions, action_dim, args)
+        network = ConvNetwork(shape, planes, num_bins, units, args.num_blocks)
+    return Agent(network, num_actions, args)
 
 
 class BoardGame:
@@ -1649,6 +1655,11 @@ def random_player(envs: BoardGame, games: np.ndarray, rng: np.random.Generator) 
 # === Evaluation ===
 
 
+def make_generator(device: torch.device, seed: int, stream: int) -> torch.Generator:
+    """Random numbers that neither another seed nor another stream of this one has."""
+    return torch.Generator(device).manual_seed(int(np.random.default_rng([seed, stream]).integers(2**63)))
+
+
 def evaluate(agent, envs, args: Args, device, tick: Callable, step_fn=recurrent, opponent=None, longest=3_000):
     """Plays args.eval_episodes greedily, without noise, on seeds of its own: training does not notice.
 
@@ -1659,7 +1670,7 @@ def evaluate(agent, envs, args: Args, device, tick: Callable, step_fn=recurrent,
     (T, ...) of the first 500 steps at most, of images of fewer.
     """
     rng, N = np.random.default_rng([args.seed, 99]), envs.num_envs
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = make_generator(device, args.seed, 99)
     quota = args.eval_episodes // N + (np.arange(N) < args.eval_episodes % N)  # by environment: short ones do not win
     returns, trajectories = [], {}
     searched = "action", "policy", "candidates", "value", "depth"
@@ -1670,10 +1681,9 @@ def evaluate(agent, envs, args: Args, device, tick: Callable, step_fn=recurrent,
         if dones.any():
             obs, infos = envs.reset(seed=rng.integers(2**31, size=N).tolist(), options={"reset_mask": dones})
             legal, lengths[dones], sums[dones] = legal_actions(infos, legal), 0, 0
-        draws = draw_candidates(agent, N, args, generator, greedy=True)
-        inputs = (torch.as_tensor(x, device=device) for x in (obs, legal))
-        result = act(agent, *inputs, None, None, args, step_fn, draws)
-        row = {name: getattr(result, name).cpu().numpy() for name in searched} | {"obs": obs}
+        draws = agent.draws(N, args, generator, greedy=True)
+        result = act(agent, torch.as_tensor(obs, device=device), legal, None, None, args, step_fn, draws)
+        row = {name: getattr(result, name).numpy() for name in searched} | {"obs": obs}
         if opponent:
             theirs = np.flatnonzero(np.asarray(envs.moves) % 2 != seat)
             row["action"][theirs] = opponent(envs, theirs, rng)
@@ -1721,8 +1731,10 @@ def evaluate_and_log(agent: Agent, envs, run: Run, step_fn: Callable):
 
 def load_agent(envs, args: Args, checkpoint: dict) -> Agent:
     """The agent of a checkpoint, and its search."""
+    check_memory(args, envs)
     agent = make_agent(envs, args)
-    agent.load_state_dict(checkpoint["parts"]["agent"])
+    with must_fit(args.evaluate or args.play):
+        agent.load_state_dict(checkpoint["parts"]["agent"])
     compile_search()
     return agent
 
@@ -1754,6 +1766,10 @@ def evaluate_run(args: Args) -> str:
 
 def play_against(args: Args) -> str:
     """A board game in the terminal against the agent of a run folder, whose searches show their visits."""
+    torch.set_num_threads(1)
+    check_bounds(args)
+    if args != Args(play=args.play, num_simulations=args.num_simulations):
+        fail("--play takes --num-simulations and no other setting")
     checkpoint = load_checkpoint(args.play, args)
     saved = Args(**checkpoint["args"])
     args = replace(saved, num_simulations=args.num_simulations or saved.num_simulations, play=args.play)
@@ -1773,7 +1789,7 @@ def play_against(args: Args) -> str:
                     print("one of", *moves)
                 action = int(move)
             else:
-                result = act(agent, torch.as_tensor(obs), torch.as_tensor(legal), None, None, args)
+                result = act(agent, torch.as_tensor(obs), legal, None, None, args)
                 action, visits = result.action.item(), result.visit_counts[0].long().tolist()
                 counts = ", ".join(f"{a}: {n}" for a, n in enumerate(visits) if n)
                 print(f"I play {action} (visits {counts}; my value {result.value.item():+.2f})")
@@ -1823,7 +1839,7 @@ def open_loop_errors(agent: Agent, trajectories: list[dict], length: int) -> dic
                 reward, value = (from_distribution(x, agent.bins) for x in (reward_logits, value_logits))
                 sums["reward"][k] += np.abs(reward.cpu().numpy() - track["reward"][k - 1 : k - 1 + starts]).sum()
             policy, u = (torch.as_tensor(track[x][k : k + starts], device=device) for x in ("policy", "candidates"))
-            divergence = torch.xlogy(policy, policy).sum(-1) + cross_entropy(logits, policy, u)
+            divergence = torch.xlogy(policy, policy).sum(-1) - (policy * agent.log_policy(logits, u)).sum(-1)
             sums["policy"][k] += divergence.sum().item()
             sums["value"][k] += np.abs(value.cpu().numpy() - track["realized"][k : k + starts]).sum()
             counts[k] += starts
@@ -2122,6 +2138,7 @@ class Run:
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.learned, self.saved = {}, False, None
         self.reported = self.step, time.perf_counter()
+        self.began = self.reported[1]  # of the newest evaluation
         owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
@@ -2192,6 +2209,7 @@ class Run:
         if due:
             self.goes_on(dones)
             self.progress.set_description("evaluating")
+            self.began = time.perf_counter()
         return due
 
     def report(self) -> None:
@@ -2217,6 +2235,7 @@ class Run:
 
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.began  # no time of training
         self.progress.set_description("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
@@ -2262,6 +2281,8 @@ def check_args(args: Args) -> None:
              f"--td-steps need {rows}")  # fmt: skip
     if args.learning_starts > (most := min(args.total_timesteps, args.buffer_size // steps * steps)):
         fail(f"--learning-starts {args.learning_starts} must be within --total-timesteps and --buffer-size, {most}")
+    if updates_due(args.total_timesteps, args) == 0:
+        fail(f"--replay-ratio {args.replay_ratio} gives no update between --learning-starts and --total-timesteps")
     game = BOARD_GAMES.get(args.env_id, (0, 0, 1))
     most = math.inf if callable(game) else 2 * game[2] - 2  # one more could win
     if args.opening_moves > most:
@@ -2273,15 +2294,24 @@ def check_args(args: Args) -> None:
 
 
 def check_memory(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
-    """Refuses what the device cannot hold: weights, their copies and moments, the replay, the rows of an update."""
+    """Refuses what the device cannot hold: trees and latent states of a search; weights; what learning needs besides.
+
+    That is copies and moments of the weights, the replay and the rows of an update.
+    """
     with torch.device("meta"):  # tensors that have shapes alone
         agent = make_agent(envs, args)
-    replay = sum(column.nbytes for column in ReplayBuffer(envs, args, torch.device("meta")).data.values())
-    num_floats = 5 * sum(weight.numel() for weight in agent.parameters())
-    num_floats += 4 * args.batch_size * (args.unroll_steps + 1) * (len(agent.bins) + agent.network.latent_size)
-    num_floats += args.num_envs * (args.num_simulations + 1) * (agent.network.latent_size + 10 * agent.num_actions)
+        rb = ReplayBuffer(envs, agent, args, torch.device("meta"))
+    A, latent_size = agent.num_actions, agent.network.latent_size
+    roots = max(envs.num_envs, min(args.eval_episodes, 100), REANALYZED_AT_ONCE * (args.reanalyze_ratio > 0))
+    floats = latent_size + 2 * A * agent.action_dim  # of a node, candidates and their noise included
+    num_bytes = roots * (args.num_simulations + 1) * (NODE.itemsize + A * EDGE.itemsize + 4 * floats)
+    weights = 4 * sum(weight.numel() for weight in agent.parameters())
+    num_bytes += weights
+    if args.evaluate is None and args.play is None:
+        num_bytes += 4 * weights + rb.numbers.nbytes + rb.data["obs"].nbytes + rb.priority.nbytes
+        num_bytes += 16 * args.batch_size * (args.unroll_steps + 1) * (len(agent.bins) + latent_size)
     sizes = "--buffer-size, sizes of networks, batches and searches"
-    require_memory(replay + 4 * num_floats, sizes, choose_device(args))
+    require_memory(num_bytes, sizes, choose_device(args))
 
 
 def check_support(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
@@ -2314,8 +2344,8 @@ def compile_search(patience: float = 2.0) -> None:
     note.daemon = True
     note.start()
     zero, one = torch.zeros(1), torch.ones(1, 1)
-    args, root = Args(num_simulations=1, c_scale=0.1), (one, one, zero)
-    search(lambda latent, action: (latent, zero, zero, one, zero), root, one.bool(), None, None, args)
+    args, root = Args(num_simulations=1, c_scale=0.1, q_floor=0.0), (one, one, zero)
+    gumbel_search(lambda latent, action: (latent, zero, zero, one, zero), root, one, None, args)
     note.cancel()
 
 

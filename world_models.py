@@ -26,10 +26,9 @@ Resume:     python world_models.py --resume runs/<run folder> [--from-stage m]
 Evaluate:   python world_models.py --evaluate runs/<run folder> [--capture-video]
 Watch:      tensorboard --logdir runs; curves stand at environment steps + all updates and generations made
 In the stages some common flags mean:
-  total_timesteps       environment steps of collect; a resume with more goes on recording and learns V, M, C anew
+  total_timesteps       counts what collect records; a resume with more goes on recording and learns V, M, C anew
   checkpoint_frequency  counts environment steps, frames of V, sequences of M; C saves as often as it costs 5 %
-  eval_frequency        0 = no evaluation; otherwise after every eval_generations generations and at the end
-  save_buffer           without it the recorded data is not in the checkpoint: a run interrupted before C starts over
+  eval_frequency        counts the steps that C's candidates make where they are evolved, in dreams too
 Deviations from the reference code, each also marked at the line it concerns:
   1. Random actions of CarRacing are held random numbers (there: randomly initialised networks).
   2. Frames are scaled to [0, 1] as they are (there stretched in contrast, and black turns white by an overflow);
@@ -72,6 +71,8 @@ import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
 
 if __name__ == "__main__":
@@ -80,6 +81,7 @@ if __name__ == "__main__":
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -93,10 +95,8 @@ Seed = Annotated[int, 0, 2**53]
 Few = Annotated[int, 1, 1024]
 Size = Annotated[int, 1, 2**16]
 Share = Annotated[float, 0.0, 1.0]
-Part = Annotated[float, 1e-9, 1.0]
 Positive = Annotated[float, 1e-12, 1e9]
 Amount = Annotated[float, 0.0, 1e9]
-Real = Annotated[float, -1e9, 1e9]
 
 
 @dataclass
@@ -138,7 +138,6 @@ class Args:
     vae_epochs: Count = 10  # V: passes over all frames
     vae_batch_size: Count = 100  # V: frames per batch
     vae_lr: Positive = 1e-4  # V: learning rate
-    vae_excess: Amount = 0.05  # V is trained on in later rounds if its error is larger on the new frames, by this share
     kl_tolerance: Amount = 0.5  # V: nats per latent dimension, summed over them, below which a frame's KL costs nothing
 
     # M, the mixture-density LSTM
@@ -153,7 +152,7 @@ class Args:
     end_weight: Amount | None = None  # M: weight of terminations in the loss of the ends; default by task, 1 elsewhere
     pessimism: Amount | None = None  # M: weight of predicting too much reward; default by task, 1 elsewhere
     reward_window: Count = 1  # M: CarRacing's tiles are paid for over this many steps around the one that reaches them
-    holdout_ratio: Share = 0.05  # M: share of the episodes that M is tested on and not trained with
+    holdout_ratio: Share = 0.05  # M: share of the episodes, one at least, that M is tested on, not trained with
 
     # C, the controller, and its dream
     controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
@@ -165,7 +164,7 @@ class Args:
     generations: Count = 1_800  # C: generations; may be raised on a resume
     sigma: Positive = 0.1  # C: standard deviation of the first generation's weights
     idle_limit: Natural = 0  # real episodes of C end after so many steps without reward, 0 = never (deviation 12)
-    eval_generations: Count = 10  # C: generations between evaluations, none at all with --eval-frequency 0
+    eval_generations: Count = 10  # C: generations between evaluations at least, beside eval_frequency
 
 
 # === Networks ===
@@ -397,15 +396,14 @@ def dream_step(model: MDNRNN, z, action, first, state, uniform, normal, temperat
 
 
 @torch.no_grad()
-def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, seed: int, args: Args, stop=None, trace=None):
-    """Returns and lengths (num_jobs,) of dreams that all step together.
+def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, generator, args: Args, stop=None, trace=None):
+    """Returns and lengths (num_jobs,) of dreams that all step together, of dream_length steps or the time limit's.
 
     Job j dreams dream j % num_dreams: jobs of one dream begin in the same place and share their noise (deviation 9), as
     real episodes share a seed; so in evolve each of P candidates plays E dreams, P * E jobs. Dreams that have ended are
     taken out every 50 steps. A list `trace` gets z of the first one.
     """
     model, device = agent.model, agent.controller.device
-    generator = torch.Generator(device).manual_seed(seed)
     normal = functools.partial(torch.randn, num_dreams, args.latent_size, generator=generator, device=device)
     start = torch.randint(model.NUM_STARTS, (num_dreams,), generator=generator, device=device)
     at_rest = torch.rand(num_dreams, generator=generator, device=device) < args.at_rest
@@ -417,7 +415,7 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, seed: 
     first, state = (c == 0).all(1).float(), (h[None], c[None])  # a zero state is that of an episode's first step
     returns, lengths = torch.zeros(num_jobs, device=device), torch.zeros(num_jobs, device=device)
     alive = torch.ones(num_jobs, device=device)
-    for t in range(args.dream_length):
+    for t in range(args.dream_length or model.spec.time_limit):
         if t % 50 == 0 and t:
             kept = alive.nonzero().squeeze(1)  # host sync
             if not len(kept) or (stop and stop.requested):
@@ -460,22 +458,25 @@ def play(agent: Agent, envs, policy: Callable, seeds: np.ndarray, generator, sto
     its last step (deviation 12: not by default).
     """
     device, num_envs, model = agent.controller.device, envs.num_envs, agent.model
-    (kind, _, limit, *_), latent_size = model.spec, agent.vae.mu.out_features
+    (kind, action_dim, limit, *_), latent_size = model.spec, agent.vae.mu.out_features
     jobs, queue = np.full(num_envs, -1), iter(range(len(seeds)))  # the job of each environment, and those not begun
     returns, lengths = np.full(len(seeds), np.nan), np.zeros(len(seeds), int)  # of the jobs
     total, steps, idle = np.zeros(num_envs), np.zeros(num_envs, int), np.zeros(num_envs, int)  # of episodes in progress
-    dones, state = np.ones(num_envs, bool), model.initial(num_envs)
+    dones, state, actions = np.ones(num_envs, bool), model.initial(num_envs), np.zeros((num_envs, action_dim))
     while np.isnan(returns).any() and not stop.requested:
         if dones.any():
             for i in np.flatnonzero(dones):
-                jobs[i] = next(queue, -1)  # without a job left, an environment plays on uncounted
+                jobs[i] = next(queue, -1)
                 total[i] = steps[i] = idle[i] = 0
-            obs, _ = envs.reset(seed=[int(seed) for seed in seeds[jobs]], options={"reset_mask": dones})
-        noise = torch.randn(num_envs, latent_size, generator=generator, device=device)
-        played = torch.as_tensor(jobs % len(seeds), device=device)  # -1, uncounted, acts for the last job
-        own = functools.partial(policy, jobs=played, num_jobs=len(seeds))
-        action, state = act(agent, obs, dones, state, noise, own)
-        obs, rewards, terminations, truncations, _ = envs.step(env_action(action.cpu().numpy(), kind))  # host sync
+            own_seeds = [int(seeds[job]) if job >= 0 else None for job in jobs]  # without a job and a seed one rests
+            obs, _ = envs.reset(seed=own_seeds, options={"reset_mask": dones})
+        busy = np.flatnonzero(jobs >= 0)
+        noise = torch.randn(num_envs, latent_size, generator=generator, device=device)[busy]
+        own = functools.partial(policy, jobs=torch.as_tensor(jobs[busy], device=device), num_jobs=len(seeds))
+        action, new = act(agent, obs[busy], dones[busy], tuple(x[:, busy] for x in state), noise, own)
+        actions[busy] = action.cpu().numpy()  # host sync
+        state = tuple(x.index_copy(1, torch.as_tensor(busy, device=device), y) for x, y in zip(state, new, strict=True))
+        obs, rewards, terminations, truncations, _ = envs.step(env_action(actions, kind))
         total, steps, idle = total + rewards, steps + 1, np.where(rewards > 0, 0, idle + 1)
         given_up = (idle == idle_limit) & (idle_limit > 0)
         total += np.where(given_up & ~terminations, rewards * (limit - steps), 0)
@@ -495,16 +496,17 @@ def env_action(action: np.ndarray, kind: str) -> np.ndarray:
 class HeldActions:
     """Random actions (N, A), each held for 1 to max_hold steps: white noise would hardly move anything.
 
-    A `share` of them is random, the others are left to C.
+    In later rounds a share `explore` of them is random, the others are those of controllers drawn around C.
     """
 
-    def __init__(self, num: int, spec: Spec, max_hold: int, rng: np.random.Generator, share: float = 1.0):
-        self.spec, self.max_hold, self.rng, self.share = spec, max_hold, rng, share
-        self.is_random = np.ones(num, bool)
-        self.actions, self.left = np.zeros((num, spec.action_dim), np.float32), np.zeros(num, int)
+    def __init__(self, num: int, agent: Agent, args: Args, rng: np.random.Generator, round_number: int = 1):
+        self.agent, self.spec, self.args, self.rng = agent, agent.model.spec, args, rng
+        self.share = args.explore if round_number > 1 else 1.0
+        self.is_random, self.weights = np.ones(num, bool), agent.controller.expand(num, -1, -1).clone()
+        self.actions, self.left = np.zeros((num, self.spec.action_dim), np.float32), np.zeros(num, int)
 
     def __call__(self, restart: np.ndarray | bool = False) -> np.ndarray:
-        """The next actions; those where an episode begins are drawn anew."""
+        """The next held actions; where an episode begins they are drawn anew, and so is its controller."""
         new = (self.left == 0) | restart
         actions = self.rng.uniform(-1, 1, self.actions.shape).astype(np.float32)
         if self.spec.action_kind == "discrete":
@@ -515,13 +517,17 @@ class HeldActions:
             actions[:, 2] *= self.rng.random(len(new)) < 0.1
         self.actions = np.where(new[:, None], actions, self.actions)
         self.is_random = np.where(new, self.rng.random(len(new)) < self.share, self.is_random)
-        self.left = np.where(new, self.rng.integers(1, self.max_hold + 1, len(new)), self.left) - 1
+        self.left = np.where(new, self.rng.integers(1, self.args.max_hold + 1, len(new)), self.left) - 1
+        for i in np.flatnonzero(restart) if self.share < 1 else ():
+            noise = self.rng.standard_normal(self.agent.controller.shape, np.float32)
+            self.weights[i] = self.agent.controller + self.args.record_sigma * torch.from_numpy(noise).to(self.weights)
         return self.actions
 
-    def mix(self, own: torch.Tensor, jobs: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """C's actions (jobs, A), and the held ones where those are random."""
-        is_random, actions = (torch.from_numpy(x).to(own.device)[jobs] for x in (self.is_random[:, None], self.actions))
-        return torch.where(is_random, actions, own)
+    def policy(self, features: torch.Tensor, jobs: torch.Tensor | slice = slice(None), num_jobs: int = 0):
+        """Actions (jobs, A): the held ones where those are random, elsewhere those of the drawn controllers."""
+        held = torch.from_numpy(self.actions).to(features)[jobs]
+        is_random = torch.from_numpy(self.is_random).to(features.device)[jobs, None]
+        return torch.where(is_random, held, controller_action(features, self.weights[jobs], self.spec.action_kind))
 
 
 # === Updates ===
@@ -546,11 +552,6 @@ def update_model(model: MDNRNN, optimizer, batch: dict, args: Args) -> dict:
     return metrics
 
 
-def model_learning_rate(update: int, args: Args) -> float:
-    """From model_lr towards 1e-5, geometrically; constant with a decay of 1."""
-    return 1e-5 + (args.model_lr - 1e-5) * args.model_lr_decay**update
-
-
 # === Replay buffer ===
 
 
@@ -561,16 +562,28 @@ class ReplayBuffer:
     action of an episode is not kept (TakeCover's is black).
     """
 
-    def __init__(self, frames):
-        self.frames = frames  # rows (64, 64, 3) uint8, see ArrayFile
+    def __init__(self, frames, num_envs: int = 1, min_length: int = 2):
+        self.frames, self.min_length = frames, min_length  # rows (64, 64, 3) uint8, see ArrayFile
         self.episodes: list[tuple[np.ndarray, np.ndarray]] = []  # actions (T, A), rewards (T,)
         self.terminated: list[bool] = []
+        self.open: list[list[tuple]] = [[] for _ in range(num_envs)]  # (frame, action, reward) of episodes in progress
 
     def __len__(self) -> int:
         return sum(len(rewards) for _, rewards in self.episodes)
 
+    def close(self, i: int, terminated: bool) -> None:
+        """The episode of environment i has ended: it is kept unless it is too short. Did its last step terminate?"""
+        if len(self.open[i]) >= self.min_length:
+            self.add(*(np.stack(column) for column in zip(*self.open[i], strict=True)), terminated)
+        self.open[i] = []
+
+    def cut_off(self) -> None:
+        """Recording ends here: what is there of the episodes in progress is kept, as not terminated."""
+        for i in range(len(self.open)):
+            self.close(i, False)
+
     def add(self, frames: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: bool) -> None:
-        """Keeps an episode: frames (T, 64, 64, 3) uint8, actions (T, A), rewards (T,); did its last step terminate?"""
+        """Keeps an episode: frames (T, 64, 64, 3) uint8, actions (T, A), rewards (T,)."""
         self.frames.append(frames)
         self.episodes.append((actions.astype(np.float32), rewards.astype(np.float32)))
         self.terminated.append(bool(terminated))
@@ -591,14 +604,11 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         """Takes the episodes back; the file of frames loses what was recorded later."""
-        lengths = state["lengths"]
-        if not lengths:
-            return
-        self.frames.cut(sum(lengths))
-        self.terminated = list(state["terminated"])
-        columns = (state[name].numpy().copy() for name in ("action", "reward"))
-        cuts = np.cumsum(lengths)[:-1]
-        self.episodes = list(zip(*(np.split(column, cuts) for column in columns), strict=True))
+        if state["lengths"]:
+            self.frames.cut(sum(state["lengths"]))
+            self.terminated, cuts = list(state["terminated"]), np.cumsum(state["lengths"])[:-1]
+            columns = (np.split(state[name].numpy().copy(), cuts) for name in ("action", "reward"))
+            self.episodes = list(zip(*columns, strict=True))
 
 
 def learnable_rewards(rewards: np.ndarray, spec: Spec, window: int) -> np.ndarray:
@@ -623,11 +633,9 @@ class Latents:
         first[spans[:, 0]], last[spans[:, 1] - 1] = 1, 1
         terminated[spans[:, 1] - 1] = rb.terminated  # deviation 5: not where an episode was cut off
         action = np.concatenate([actions for actions, _ in rb.episodes])
-        reward = np.concatenate(
-            [learnable_rewards(rewards, spec, args.reward_window) for _, rewards in rb.episodes]
-        ).astype(np.float32)
+        reward = np.concatenate([learnable_rewards(r, spec, args.reward_window) for _, r in rb.episodes])
         data = {"action": action, "reward": reward, "first": first, "last": last, "terminated": terminated}
-        self.data = {name: torch.from_numpy(array).to(device) for name, array in data.items()}
+        self.data = {name: torch.from_numpy(array.astype(np.float32)).to(device) for name, array in data.items()}
         self.data |= {"mu": rows[:, 0], "logvar": rows[:, 1]}  # float16
         held_out = max(int(args.holdout_ratio * len(spans)), 1)
         order = np.random.default_rng(7).permutation(len(spans))  # the same for whoever looks at these episodes
@@ -659,81 +667,45 @@ class Latents:
 # run.updates makes the updates that are left, pass after pass over the batches. Interrupted stages return False.
 
 
-def recording_player(run: "Stages") -> Callable:
-    """(frames, where an episode begins) -> held random actions (N, A), in later rounds mixed with those of controllers
-    drawn around C, one for each episode."""
-    args, agent, num_envs, rng = run.args, run.agent, run.args.num_envs, run.rng["actions"]
-    kind, held = run.spec.action_kind, HeldActions(num_envs, run.spec, args.max_hold, rng, run.random_share)
-    weights, state = torch.zeros(num_envs, *agent.controller.shape, device=run.device), agent.model.initial(num_envs)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(run.device)
-
-    def policy(features: torch.Tensor) -> torch.Tensor:
-        return held.mix(controller_action(features, weights, kind))
-
-    def player(obs: np.ndarray, dones: np.ndarray) -> np.ndarray:
-        nonlocal state
-        actions = held(dones)
-        if run.round == 1:
-            return actions
-        for i in np.flatnonzero(dones):
-            weights[i] = agent.controller + args.record_sigma * normal(*agent.controller.shape)
-        own, state = act(agent, obs, dones, state, normal(num_envs, args.latent_size), policy)
-        return own.cpu().numpy()
-
-    return player
-
-
 @torch.no_grad()
 def collect(run: "Stages") -> bool:
     """Records episodes until the run has made record_until environment steps."""
-    args, rb, num_envs, player = run.args, run.rb, run.args.num_envs, recording_player(run)
-    tracks: list[list[tuple]] = [[] for _ in range(num_envs)]  # of the episodes in progress
+    args, rb, agent, num_envs, rng = run.args, run.rb, run.agent, run.args.num_envs, run.rng["actions"]
+    held, state = HeldActions(num_envs, agent, args, rng, run.round), agent.model.initial(num_envs)
     idle, dones, last_report = np.zeros(num_envs, int), np.ones(num_envs, bool), (run.step, time.perf_counter())
-
-    def store(i: int, terminated: bool) -> None:
-        if len(tracks[i]) >= args.min_episode_length:
-            rb.add(*(np.stack(column) for column in zip(*tracks[i], strict=True)), terminated)
-        tracks[i] = []
-
-    needed, free = (run.record_until - run.step) * rb.frames.row_bytes, shutil.disk_usage(run.folder).free
-    if needed > free:
-        run.say(f"the frames need up to {needed / 1e9:.0f} GB, the disk has {free / 1e9:.0f} GB left")
     run.begin("collect", run.record_until, run.step)
-    while True:
-        ending = run.stop.requested or run.step >= run.record_until
-        for i in range(num_envs if ending else 0):
-            store(i, False)  # cut off, not terminated
-        if ending or (run.step >= run.next_save and (dones.all() or num_envs > 1)):
+    while run.step < run.record_until and not run.stop.requested:
+        if run.step >= run.next_save and (dones.all() or num_envs > 1):
             run.save()
-        if ending:
-            break
         if dones.any():
             seeds = run.rng["reset"].integers(2**31, size=num_envs).tolist()
             obs, _ = run.envs.reset(seed=seeds, options={"reset_mask": dones})
-        actions = player(obs, dones)
+        actions = held(dones)
+        if run.round > 1:
+            noise = torch.from_numpy(rng.standard_normal((num_envs, args.latent_size), np.float32)).to(run.device)
+            own, state = act(agent, obs, dones, state, noise, held.policy)
+            actions = own.cpu().numpy()
         next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, run.spec.action_kind))
-        for i, track in enumerate(tracks):
-            track.append((obs[i].copy(), actions[i], rewards[i]))
+        for i in range(num_envs):
+            rb.open[i].append((obs[i].copy(), actions[i], rewards[i]))
         obs, ended, idle = next_obs, terminations | truncations, np.where(rewards > 0, 0, idle * ~dones + 1)
         dones = ended | ((idle == args.idle_limit) & (args.idle_limit > 0))
         run.step += num_envs
         run.progress.update(num_envs)
         for i in np.flatnonzero(dones):  # what a given-up episode had left is paid like its last step
-            rest = 0 if ended[i] else rewards[i] * (run.spec.time_limit - len(tracks[i]))
-            run.returns.append(float(sum(reward for *_, reward in tracks[i]) + rest))
-            store(i, terminations[i])
+            rest = 0 if ended[i] else rewards[i] * (run.spec.time_limit - len(rb.open[i]))
+            run.returns.append(float(sum(reward for *_, reward in rb.open[i]) + rest))
+            rb.close(i, terminations[i])
         if ended.any():
             run.log_episodes(infos, ended)
             now = time.perf_counter()
             run.log({"charts/SPS": (run.step - last_report[0]) / (now - last_report[1])})
             last_report = run.step, now
+    rb.cut_off()
     if run.stop.requested:
         return False
     if len(rb) < 2:
-        short = f"no episode of {args.min_episode_length} steps in {run.step}"
-        raise SystemExit(f"error: {short}: nothing to learn from")
+        raise SystemExit(f"error: no episode of {args.min_episode_length} steps in {run.step}: nothing to learn from")
     run.collected, returns = run.step, np.array(run.returns or [np.nan])
     text = f"{len(run.returns)} whole episodes recorded, {returns.mean():.1f} +- {returns.std():.1f}"
     run.say(f"round {run.round}, {run.step} environment steps: {text}")
@@ -765,24 +737,21 @@ def train_vae(run: "Stages") -> bool:
         noise = torch.randn(batch_size, args.latent_size, generator=run.rng["v"], device=run.device)
         return update_vae(vae, optimizer, image, noise, args)
 
-    finished = run.updates(math.ceil(per_pass * args.vae_epochs * new), batch_size, one_pass, update)
-    if finished:
-        run.frames_seen = len(frames)
-        rows = np.random.default_rng([args.seed, 8]).choice(len(frames), min(len(frames), 12), replace=False)
-        warn_of_failure(log_reconstructions, run, frames[np.sort(rows)])
-    return finished
+    if not run.updates(math.ceil(per_pass * args.vae_epochs * new), batch_size, one_pass, update):
+        return False
+    run.frames_seen = len(frames)
+    warn_of_failure(log_reconstructions, run, frames)
+    return True
 
 
 @torch.no_grad()
 def sees_new_scenery(run: "Stages", frames: np.ndarray) -> bool:
-    """Is V's error, on 1,000 frames each, larger on those that it was not trained on, by more than vae_excess?"""
+    """Is V's error, on 1,000 frames each, larger on those that it was not trained on, by more than 5 %?"""
     vae, errors = run.agent.vae, []
-    for start, end in ((0, run.frames_seen), (run.frames_seen, len(frames))):
-        rows = np.unique(np.linspace(start, end - 1, 1000).astype(int))
-        image = preprocess(torch.from_numpy(frames[rows]).to(run.device))
+    for part in (frames[: run.frames_seen], frames[run.frames_seen :]):
+        image = preprocess(torch.from_numpy(part[:: math.ceil(len(part) / 1000)].copy()).to(run.device))
         errors.append(float(((vae.decode(vae.encode(image)[0]) - image) ** 2).sum((1, 2, 3)).mean()))
-    old, new = errors
-    trains = new > (1 + run.args.vae_excess) * old
+    trains, (old, new) = errors[1] > 1.05 * errors[0], errors
     run.say(f"V's error is {new:.1f} on new frames, {old:.1f} on old ones: it is {'' if trains else 'not '}trained on")
     return trains
 
@@ -825,8 +794,8 @@ def train_model(run: "Stages") -> bool:
         rng = np.random.default_rng([args.seed, 3, run.round, number])
         return latents.batches(latents.train, args.sequence_length, args.model_batch_size, rng)
 
-    def update(pieces: np.ndarray) -> dict:
-        optimizer.param_groups[0]["lr"] = model_learning_rate(run.units_done, args)
+    def update(pieces: np.ndarray) -> dict:  # the rate falls from model_lr towards 1e-5, not at all with a decay of 1
+        optimizer.param_groups[0]["lr"] = 1e-5 + (args.model_lr - 1e-5) * args.model_lr_decay**run.units_done
         return update_model(model, optimizer, latents.batch(pieces, run.rng["m"]), args)
 
     if not run.updates(args.model_updates, args.model_batch_size, one_pass, update):
@@ -866,13 +835,12 @@ def play_candidates(run: "Stages", weights: torch.Tensor) -> tuple[np.ndarray, n
     policy = linear_policy(weights.view(-1, *controller.shape).to(run.device), run.spec.action_kind)
     rng = np.random.default_rng([args.seed, 6, run.round, run.units_done])
     seeds = rng.integers(2**31, size=args.episodes)  # deviation 9: the same for all candidates
-    if args.controller_env == "dream":
-        num_jobs, seed = len(weights) * args.episodes, int(seeds[0])
-        outcome = dream(run.agent, policy, num_jobs, args.episodes, seed, args, run.stop)
-        return tuple(tensor.cpu().numpy() for tensor in outcome)
-    generator = torch.Generator(run.device).manual_seed(int(seeds[0]))
-    seeds = np.tile(seeds, len(weights))
-    return play(run.agent, run.envs, policy, seeds, generator, run.stop, args.idle_limit)
+    generator, num_jobs = torch.Generator(run.device).manual_seed(int(seeds[0])), len(weights) * args.episodes
+    if args.controller_env == "real":
+        seeds = np.tile(seeds, len(weights))
+        return play(run.agent, run.envs, policy, seeds, generator, run.stop, args.idle_limit)
+    outcome = dream(run.agent, policy, num_jobs, args.episodes, generator, args, run.stop)
+    return tuple(tensor.cpu().numpy() for tensor in outcome)
 
 
 def evolve(run: "Stages") -> bool:
@@ -884,7 +852,6 @@ def evolve(run: "Stages") -> bool:
         run.fitness = []
         run.start = {"mean": controller.cpu().clone(), "sigma": args.sigma, "generation": 0}
         if args.controller_env == "dream" and not calibrate(run):
-            run.save()
             return False
 
     def cma_es() -> "cma.CMAEvolutionStrategy":
@@ -903,32 +870,26 @@ def evolve(run: "Stages") -> bool:
     run.begin("c", args.generations, run.units_done)
     while not run.stop.requested:
         at_end = run.units_done >= args.generations
-        due = run.units_done and (at_end or run.units_done % args.eval_generations == 0)
-        if args.checkpoint_frequency and (due or time.perf_counter() > run.next_save_time):
-            run.save()
-        if args.eval_frequency and due:
-            log_scores(run)
+        run.pause(at_end)  # is C to be saved, or evaluated (log_scores)?
         if at_end or run.stop.requested:
             break
         candidates = es.ask()
-        returns, lengths = play_candidates(run, torch.tensor(np.stack(candidates), dtype=torch.float32))
+        returns, lengths = run.shared(play_candidates, torch.tensor(np.stack(candidates), dtype=torch.float32))
         if run.stop.requested:
             break
         scores = returns.reshape(args.population, args.episodes).mean(1)
         if not np.isfinite(scores).all():
-            number = run.units_done + 1
-            raise SystemExit(f"error: not finite in generation {number}: returns; the last checkpoint is intact")
+            raise SystemExit(f"error: not finite: generation {run.units_done + 1}; the last checkpoint is intact")
         es.tell(candidates, -scores)  # deviation 10: nothing for large weights
         run.fitness.append((-scores).tolist())
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))  # deviation 11: the last mean, not the best
         run.count_unit()
+        run.unscored = int(lengths.sum()) + (0 if run.scored else run.unscored)
         run.step += int(lengths.sum()) if args.controller_env == "real" else 0
         values = {"mean": scores.mean(), "best": scores.max(), "std": scores.std(), "sigma": es.sigma}
         run.log({f"controller/{name}": value for name, value in (values | {"length": lengths.mean()}).items()})
         run.say(f"generation {run.units_done}: mean {scores.mean():.1f}, best {scores.max():.1f}, sigma {es.sigma:.4f}")
         run.progress.update()
-    if run.stop.requested:
-        run.save()
     return not run.stop.requested
 
 
@@ -939,28 +900,25 @@ def main(args: Args) -> str:
         return evaluate_run(args)
     if args.play is not None:
         return enter_dream(args)
-    checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
+    checkpoint = load_run(args.resume, args) if args.resume is not None else None
     rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
     envs = make_vector_env(args, args.num_envs)
     spec = make_spec(envs, args)
-    if args.dream_length is None:
-        args = replace(args, dream_length=spec.time_limit)
-    if args.controller_env == "dream" and not args.heads:
-        fail("dreams need an M that predicts ends and rewards: --heads True, with --resume and --from-stage m")
+    check_sizes(args, spec)
+    help_first(args, spec, envs)  # under torchrun only the first process gets further
     if checkpoint:
         rewind(checkpoint, args)
     run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
     envs.on_fault = run.abort
     checkpoint = None  # what refers to the file keeps it on the disk
-    if run.device.type == "cpu":
-        keep_freed_memory()
-    v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (run.agent.vae, run.agent.model))
-    cost = f"; {price(args, spec)}" if run.device.type == "cpu" else ""
-    print(f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {run.agent.controller.numel():,}{cost}")
+    keep_freed_memory()
+    print(introduction(run))
 
     stages = {"collect": collect, "v": train_vae, "m": train_model, "c": evolve}
     while run.stage != "finished" and stages[run.stage](run):
         run.finish()
+    if run.stop.requested:
+        run.save()
 
     envs.close()
     return run.close(run.agent.state_dict())
@@ -1160,6 +1118,18 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         fail(f"cannot make {env_id!r} with {settings}: {one_line(error)}{where}")
 
 
+class Resting(gym.Wrapper):
+    """An environment that stands still after a reset without a seed, until the next one with a seed."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self.rests, space = seed is None, self.observation_space
+        return (np.zeros(space.shape, space.dtype), {}) if self.rests else self.env.reset(seed=seed)
+
+    def step(self, action):
+        still = np.zeros(self.observation_space.shape, self.observation_space.dtype), 0.0, False, False, {}
+        return still if self.rests else self.env.step(action)
+
+
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
     """Thunk of one environment: observations (64, 64, 3) uint8, its own actions or a box [-1, 1]."""
     main_process = os.getpid()
@@ -1171,7 +1141,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
         if env.spec.max_episode_steps is None:
             env = gym.wrappers.TimeLimit(env, TIME_LIMITS.get(task_name(args.env_id), 10_000))
         env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
-        return fit_spaces(Film(env, video) if video else env, args)
+        return Resting(fit_spaces(Film(env, video) if video else env, args))
 
     return thunk
 
@@ -1193,9 +1163,10 @@ def fit_spaces(env: gym.Env, args: Args) -> gym.Env:
     if env.observation_space.shape[:2] != (64, 64):
         env = gym.wrappers.ResizeObservation(env, (64, 64))
     if kind == "box":
-        low, high = env.action_space.low, env.action_space.high
-        space = gym.spaces.Box(-1, 1, low.shape, np.float32)
-        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * (high - low) / 2).astype(low.dtype), space)
+        low, high = (bound.astype(float) for bound in (env.action_space.low, env.action_space.high))
+        space, kind = gym.spaces.Box(-1, 1, low.shape, np.float32), env.action_space.dtype
+        rounded = np.rint if kind.kind in "iu" else np.asarray
+        env = gym.wrappers.TransformAction(env, lambda a: rounded(low + (a + 1) * (high - low) / 2).astype(kind), space)
     return env
 
 
@@ -1216,12 +1187,9 @@ def make_spec(envs: gym.vector.VectorEnv, args: Args) -> Spec:
     """The task as the networks see it, from the spaces of its environments."""
     space = envs.single_action_space
     kind = kind_of_action(space, args)
-    if kind == "thirds":
-        action_dim = 1
-    else:
-        action_dim = int(space.n) if kind == "discrete" else space.shape[0]
+    action_dim = {"thirds": 1, "discrete": getattr(space, "n", 0)}.get(kind) or space.shape[0]
     limit = envs.get_attr("_max_episode_steps")[0]
-    return Spec(kind, action_dim, int(limit), end_head=args.heads, reward_head=args.heads and kind != "thirds")
+    return Spec(kind, int(action_dim), int(limit), end_head=args.heads, reward_head=args.heads and kind != "thirds")
 
 
 def make_pictures(args: Args, film: bool) -> gym.Env:
@@ -1267,12 +1235,37 @@ def log_scores(run: "Stages") -> None:
 
 def real_and_dream_scores(agent: Agent, envs, args: Args, stop: "StopRequest", trace: list | None = None) -> tuple:
     """Returns of eval_episodes real episodes and of 100 dreams of such (None if M predicts no ends), on own seeds."""
-    policy = linear_policy(agent.controller[None], agent.model.spec.action_kind)
+    policy, device = linear_policy(agent.controller[None], agent.model.spec.action_kind), agent.controller.device
     seeds = np.random.default_rng([args.seed, 99]).integers(2**31, size=args.eval_episodes)
-    generator = torch.Generator(agent.controller.device).manual_seed(args.seed)
-    real, _ = play(agent, envs, policy, seeds, generator, stop)
-    dreamed, _ = dream(agent, policy, 100, 100, args.seed, like_episodes(args, agent.model.spec), stop, trace)
+    real, _ = play(agent, envs, policy, seeds, make_generator(device, args.seed, 13), stop)
+    generator = make_generator(device, args.seed, 14)
+    dreamed, _ = dream(agent, policy, 100, 100, generator, like_episodes(args), stop, trace)
     return real, dreamed.cpu().numpy() if agent.model.spec.end_head else None
+
+
+def like_episodes(args: Args) -> Args:
+    """Settings of dreams to compare with real episodes: they begin at rest and last as long."""
+    return replace(args, at_rest=1.0, dream_length=None)
+
+
+def make_generator(device: torch.device, seed: int, stream: int) -> torch.Generator:
+    """Random numbers that neither another seed nor another stream of this one has."""
+    return torch.Generator(device).manual_seed(int(np.random.default_rng([seed, stream]).integers(2**63)))
+
+
+def load_run(folder: str, args: Args) -> dict:
+    """The checkpoint of a run; while C is evolved, with what has changed since it was written (Stages.save)."""
+    checkpoint = load_checkpoint(folder, args)
+    with must_fit(folder):
+        parts = checkpoint["parts"]
+        counters, agent = {name: parts["counters"][name] for name in Stages.COUNTERS.split()}, parts["agent"]
+        if counters["stage"] == "c" and os.path.exists(f"{folder}/c/checkpoint.pt"):
+            newer = load_checkpoint(f"{folder}/c", args)
+            new, same = newer["parts"]["counters"], newer["args"] == checkpoint["args"]
+            if same and new["round"] == counters["round"] and new["units_done"] >= counters["units_done"]:
+                parts["counters"], agent["controller"] = new, newer["parts"]["controller"]
+                checkpoint["global_step"] = newer["global_step"]
+    return checkpoint
 
 
 def weights_of(folder: str, checkpoint: dict) -> dict:
@@ -1285,16 +1278,21 @@ def weights_of(folder: str, checkpoint: dict) -> dict:
     return torch.load(f"{folder}/round_{counters['round'] - 1}.pt", map_location="cpu", weights_only=True)
 
 
+def trained_agent(folder: str, checkpoint: dict, envs: gym.vector.VectorEnv, args: Args) -> Agent:
+    """The networks and the controller of a run; one line if they are not of this script or of these environments."""
+    agent = Agent(make_spec(envs, args), args).to(choose_device(args))
+    with must_fit(folder):
+        agent.load_state_dict(weights_of(folder, checkpoint))
+    return agent
+
+
 def evaluate_run(args: Args) -> str:
     """Plays the controller of a run folder and prints its returns; with args.capture_video one episode is filmed."""
-    checkpoint = load_checkpoint(args.evaluate, args)
-    weights = weights_of(args.evaluate, checkpoint)
+    checkpoint = load_run(args.evaluate, args)
     refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed temperature")
-    device, stop = choose_device(args), StopRequest()
-    video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
+    video, stop = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None, StopRequest()
     envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
-    agent = Agent(make_spec(envs, args), args).to(device)
-    agent.load_state_dict(weights)
+    agent = trained_agent(args.evaluate, checkpoint, envs, args)
     real, dreamed = real_and_dream_scores(agent, envs, args, stop)
     envs.close()
     if not stop.requested:
@@ -1307,51 +1305,47 @@ def evaluate_run(args: Args) -> str:
     return args.evaluate
 
 
-def like_episodes(args: Args, spec: Spec) -> Args:
-    """Settings of dreams to compare with real episodes: they begin at rest and last as long."""
-    return replace(args, at_rest=1.0, dream_length=spec.time_limit)
-
-
 def calibrate(run: "Stages") -> bool:
     """Is the dream like the real environment? Says so before anything is evolved in it; False if interrupted.
 
     Plays 100 dreams as this round's episodes were played, and compares the returns.
     """
-    args, controller, kind = run.args, run.agent.controller, run.spec.action_kind
-    generator = torch.Generator(run.device).manual_seed(args.seed)
-    noise = torch.randn(100, *controller.shape, generator=generator, device=run.device)
-    weights = controller + args.record_sigma * noise
-    held = HeldActions(100, run.spec, args.max_hold, np.random.default_rng([args.seed, 97]), run.random_share)
+    held = HeldActions(100, run.agent, run.args, np.random.default_rng([run.args.seed, 97]), run.round)
+    restart, generator = np.ones(100, bool), make_generator(run.device, run.args.seed, 15)
 
-    def policy(features: torch.Tensor, jobs: torch.Tensor, num_jobs: int) -> torch.Tensor:
-        held()
-        return held.mix(controller_action(features, weights[jobs], kind), jobs)
+    def policy(*features_and_jobs) -> torch.Tensor:
+        held(restart)
+        restart[:] = False
+        return held.policy(*features_and_jobs)
 
-    settings = like_episodes(args, run.spec)
-    dreamed = dream(run.agent, policy, 100, 100, args.seed, settings, run.stop)[0].cpu().numpy()
+    dreamed, _ = dream(run.agent, policy, 100, 100, generator, like_episodes(run.args), run.stop)
     if run.stop.requested:
         return False
-    recorded = np.array(run.returns or [np.nan])
-    ratio, error, alike = compare(dreamed, recorded)
+    dreamed, recorded = dreamed.cpu().numpy(), np.array(run.returns or [np.nan])
+    ratio, error, verdict = compare(dreamed, recorded)
     both = [f"{returns.mean():.1f} +- {returns.std():.1f}" for returns in (dreamed, recorded)]
     run.say(f"calibration: as recorded, dream {both[0]}, real {both[1]}: {ratio:.2f} +- {error:.2f} times as much")
-    if not alike:
-        advice = "raise --total-timesteps, --rounds, --vae-epochs or --model-updates, or change --temperature"
-        run.say(f"calibration: the dream is NOT like the real environment: {advice}, before trusting it")
+    if verdict:
+        run.say(f"calibration: {verdict}")
     scores = {"calibration/recording_dream": dreamed.mean(), "calibration/recording_real": recorded.mean()}
     run.log({name: value for name, value in scores.items() if math.isfinite(value)})
     return True
 
 
-def compare(dreamed: np.ndarray, recorded: np.ndarray) -> tuple[float, float, bool]:
-    """Mean dreamed return over mean recorded return; its standard error; is the dream like the real environment?
+def compare(dreamed: np.ndarray, recorded: np.ndarray) -> tuple[float, float, str]:
+    """Mean dreamed return over mean recorded return; its standard error; what speaks against the dream, if anything.
 
-    Not where the ratio is outside 0.7 to 1.4, by more than its error, or more than 4 errors away from 1.
+    That is a ratio outside 0.7 to 1.4, or more than 4 errors away from 1. It says nothing if its error is above 0.35.
     """
     mean, variance = recorded.mean(), [returns.var() / len(returns) for returns in (dreamed, recorded)]
     ratio = dreamed.mean() / mean
     error = math.sqrt(variance[0] + ratio**2 * variance[1]) / abs(mean)
-    return ratio, error, 0.7 - error <= ratio <= 1.4 + error and abs(ratio - 1) <= 4 * error
+    if not error <= 0.35:
+        return ratio, error, "this ratio says NOTHING: returns spread too widely around a mean too near zero"
+    if 0.7 <= ratio <= 1.4 and abs(ratio - 1) <= 4 * error:
+        return ratio, error, ""
+    advice = "raise --total-timesteps, --rounds, --vae-epochs or --model-updates, or change --temperature"
+    return ratio, error, f"the dream is NOT like the real environment: {advice}, before trusting it"
 
 
 def log_holdout_scores(run: "Stages", latents: Latents) -> None:
@@ -1367,7 +1361,7 @@ def log_holdout_scores(run: "Stages", latents: Latents) -> None:
 @torch.no_grad()
 def holdout_scores(model: MDNRNN, latents: Latents, args: Args) -> dict[str, float]:
     """M on the held-out episodes, with the true past: likelihood, and deaths true, predicted and found."""
-    rng, generator = np.random.default_rng(args.seed), torch.Generator(latents.data["mu"].device).manual_seed(args.seed)
+    rng, generator = np.random.default_rng([args.seed, 9]), make_generator(latents.data["mu"].device, args.seed, 16)
     nll, deaths = [], np.zeros(3)
     for pieces in latents.batches(latents.holdout, args.sequence_length, args.model_batch_size, rng):
         batch = latents.batch(pieces, generator)
@@ -1396,7 +1390,7 @@ def log_open_dream(run: "Stages", latents: Latents) -> None:
     starts = np.array([start for start, end in spans if end - start > length])[:8]
     if length <= context:
         return
-    generator = torch.Generator(run.device).manual_seed(run.args.seed)
+    generator = make_generator(run.device, run.args.seed, 17)
     batch = latents.batch(np.stack([starts, starts + length], 1), generator)
     normal = torch.randn(batch["z"].shape, generator=generator, device=run.device)
     uniform = torch.rand(normal.shape, generator=generator, device=run.device)
@@ -1428,12 +1422,14 @@ def open_loop(model: MDNRNN, batch: dict, uniform, normal, temperature: float, c
     return torch.stack(path)
 
 
+@torch.no_grad()
 def log_reconstructions(run: "Stages", frames: np.ndarray) -> None:
-    """Frames (N, 64, 64, 3) above what V makes of their means, as PNG and in the log."""
+    """Twelve frames above what V makes of their means, as PNG."""
     from PIL import Image, ImageDraw
 
-    with torch.no_grad():
-        mu, _ = run.agent.vae.encode(preprocess(torch.from_numpy(frames.copy()).to(run.device)))
+    rows = np.random.default_rng([run.args.seed, 8]).choice(len(frames), min(len(frames), 12), replace=False)
+    frames = frames[np.sort(rows)]
+    mu, _ = run.agent.vae.encode(preprocess(torch.from_numpy(frames).to(run.device)))
     rows, gap = (frames, decode_frames(run.agent, mu)), ((0, 0), (1, 1), (1, 1), (0, 0))
     pairs = enlarged(np.concatenate([np.pad(row, gap, constant_values=255) for row in rows], 1), 2)
     image = np.pad(np.concatenate(list(pairs), 1), ((0, 0), (90, 0), (0, 0)), constant_values=255)
@@ -1448,15 +1444,13 @@ def enter_dream(args: Args) -> str:
     """A window in which M dreams and the keyboard acts: c hands over to C and back, r begins anew, escape ends."""
     import pygame
 
-    folder, checkpoint = args.play, load_checkpoint(args.play, args)
-    args, weights = replace(Args(**checkpoint["args"]), cuda=args.cuda, seed=args.seed), weights_of(folder, checkpoint)
+    folder, checkpoint = args.play, load_run(args.play, args)
+    args = replace(Args(**checkpoint["args"]), cuda=args.cuda, seed=args.seed)
     envs = make_vector_env(args, 1)
-    spec, fps = make_spec(envs, args), envs.metadata.get("render_fps", 30)
+    agent, fps = trained_agent(folder, checkpoint, envs, args), envs.metadata.get("render_fps", 30)
     envs.close()
-    agent = Agent(spec, args).to(choose_device(args))
-    agent.load_state_dict(weights)
-    model, device = agent.model, agent.controller.device
-    generator = torch.Generator(device).manual_seed(args.seed)
+    model, spec, device = agent.model, agent.model.spec, agent.controller.device
+    generator = make_generator(device, args.seed, 18)
     pygame.init()
     window, font, clock = pygame.display.set_mode((512, 552)), pygame.font.Font(None, 28), pygame.time.Clock()
     pressed, own, z, state = set(), True, None, None
@@ -1790,6 +1784,7 @@ class Run:
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.learned, self.saved = {}, False, None
         self.reported = self.step, time.perf_counter()
+        self.began = self.reported[1]  # of the newest evaluation
         owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
@@ -1860,6 +1855,7 @@ class Run:
         if due:
             self.goes_on(dones)
             self.progress.set_description("evaluating")
+            self.began = time.perf_counter()
         return due
 
     def report(self) -> None:
@@ -1885,6 +1881,7 @@ class Run:
 
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
+        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.began  # no time of training
         self.progress.set_description("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
@@ -1923,7 +1920,7 @@ class Run:
 STAGES = ("collect", "v", "m", "c", "finished")
 STAGE_SETTINGS = {  # what a run repeated --from-stage may change
     "collect": "num_envs max_hold min_episode_length save_buffer round_timesteps record_sigma explore idle_limit",
-    "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr vae_excess kl_tolerance",
+    "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr kl_tolerance",
     "m": "hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr model_lr_decay heads "
     "end_weight pessimism reward_window holdout_ratio",
     "c": "controller_env num_envs temperature dream_length at_rest population episodes generations sigma idle_limit "
@@ -1937,25 +1934,30 @@ class Stages(Run):
     Curves stand at the environment steps plus `ticks`: one for each update, generation, and end of C.
     """
 
+    COUNTERS = "stage round units_done ticks began collected record_until returns frames_seen start fitness unscored"
+
     def __init__(self, args: Args, checkpoint: dict | None, spec: Spec, envs: gym.vector.VectorEnv):
         step, ticks = (checkpoint["global_step"], checkpoint["parts"]["counters"]["ticks"]) if checkpoint else (0, 0)
         super().__init__(args, checkpoint and checkpoint | {"global_step": step + ticks})
         self.step = step
         self.next_save = next_multiple(step, args.checkpoint_frequency) if checkpoint else 0
         self.spec, self.envs, self.agent = spec, envs, Agent(spec, args).to(self.device)
-        self.rb = ReplayBuffer(frames_file(self.folder))
+        self.rb = ReplayBuffer(frames_file(self.folder), args.num_envs, args.min_episode_length)
         self.latents = ArrayFile(f"{self.folder}/latents.bin", (2, args.latent_size), np.float16)  # mu, logvar
         self.stage, self.round, self.units_done = "collect", 1, 0  # units: updates, frames or generations
         self.ticks, self.began = 0, {"collect": 0}  # ticks when each stage of this round began
-        self.collected, self.recorded_until = 0, 0  # environment steps when recording ended, and when it will
+        self.collected, self.record_until = 0, args.total_timesteps  # steps when recording ended, and when it will
         self.returns: list[float] = []  # of the episodes that this round has recorded
         self.frames_seen = 0  # frames that V was trained on
         self.start: dict = {}  # where CMA-ES began: mean, sigma, generation
         self.fitness: list[list[float]] = []  # of all candidates of all generations since, as CMA-ES was told
+        self.unscored = 0  # steps that C's candidates have made since the last evaluation
+        self.scored = False  # has C been evaluated as it is?
+        self.known = 0  # the round whose networks the other processes have
         self.saved_optimizer = deepcopy(checkpoint["parts"].get("optimizer")) if checkpoint else None
-        self.next_save_time = 0.0  # of C, seconds of perf_counter
+        self.next_save_time, self.only_c = 0.0, False  # of C, seconds of perf_counter; is the rest on the disk?
         rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
-        rng |= {name: torch.Generator(self.device).manual_seed(args.seed + i) for i, name in enumerate(("v", "m"))}
+        rng |= {name: make_generator(self.device, args.seed, i) for i, name in ((11, "v"), (12, "m"))}
         if checkpoint:  # without what is to be learned, or recorded, anew
             parts = checkpoint["parts"]
             parts["agent"] = self.agent.state_dict() | parts["agent"]
@@ -1966,22 +1968,12 @@ class Stages(Run):
         if not len(self.rb):
             self.rb.frames.cut(0)
 
-    @property
-    def record_until(self) -> int:
-        return self.args.total_timesteps if self.round == 1 else self.recorded_until
-
-    @property
-    def random_share(self) -> float:
-        """Share of the held actions that are random in what this round records."""
-        return self.args.explore if self.round > 1 else 1.0
-
     def state_dict(self) -> dict:
         """How far the run has come, for a checkpoint."""
-        names = "stage round units_done ticks began collected recorded_until returns frames_seen start fitness"
-        return {name: getattr(self, name) for name in names.split()}
+        return {name: getattr(self, name) for name in self.COUNTERS.split()}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        vars(self).update(deepcopy({name: state[name] for name in self.COUNTERS.split()}))
 
     def log(self, values: dict[str, float]) -> None:
         """What is logged before a stage's first unit stands where that unit will."""
@@ -1997,6 +1989,7 @@ class Stages(Run):
     def count_unit(self) -> None:
         self.units_done += 1
         self.ticks += 1
+        self.learned = True
 
     def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Names the optimizer of the stage in progress, which a checkpoint then holds; a resume finds it as it was."""
@@ -2005,16 +1998,59 @@ class Stages(Run):
             optimizer.load_state_dict(self.saved_optimizer)
 
     def save(self) -> None:
-        """A checkpoint of the stage in progress. Where generations are short, writing takes a twentieth of the time."""
-        begin, self.saved = time.perf_counter(), None  # there may be many of one environment step
-        super().save()
-        self.next_save_time = time.perf_counter() + 20 * (time.perf_counter() - begin)
+        """A checkpoint of the stage in progress, in a folder of its own what changes while C is evolved (see load_run).
+
+        Where generations are short, writing takes a twentieth of the time.
+        """
+        begin, self.saved, folder = time.perf_counter(), None, f"{self.folder}/c"
+        if self.only_c:
+            self.writer.flush()
+            os.makedirs(folder, exist_ok=True)
+            save_checkpoint(folder, self.args, self.step, {"counters": self, "controller": self.agent.controller}, {})
+        else:  # there may be many of one environment step
+            super().save()
+            shutil.rmtree(folder, ignore_errors=True)
+        self.only_c, end = self.stage == "c", time.perf_counter()
+        self.next_save_time = end + 20 * (end - begin)
+
+    def abort(self, fault: str) -> NoReturn:
+        self.rb.cut_off()
+        super().abort(fault)
+
+    def pause(self, at_end: bool) -> None:
+        """Between generations: saves and evaluates C where that is due."""
+        args, enough = self.args, self.unscored >= self.args.eval_frequency
+        due = at_end or (self.units_done and self.units_done % args.eval_generations == 0 and enough)
+        self.scored = bool(args.eval_frequency and due)
+        if args.checkpoint_frequency and (self.scored or time.perf_counter() > self.next_save_time):
+            self.save()
+        if self.scored:
+            log_scores(self)
+
+    def shared(self, play: Callable, weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """What play(run, weights) returns; under torchrun each process plays its share of the candidates."""
+        if not dist.is_initialized():
+            return play(self, weights)
+        networks = None if self.known == self.round else {k: x.cpu() for k, x in self.agent.state_dict().items()}
+        outcomes, self.known = [None] * dist.get_world_size(), self.round
+        with together():
+            dist.broadcast_object_list([(self.round, self.units_done, networks, weights)])
+            dist.gather_object(play(self, weights.tensor_split(len(outcomes))[0]), outcomes)
+        return tuple(np.concatenate(column) for column in zip(*outcomes, strict=True))
+
+    def close(self, weights: dict) -> str:
+        if dist.is_initialized():
+            with together():
+                dist.broadcast_object_list([None])
+            dist.destroy_process_group()
+        return super().close(weights)
 
     def begin(self, text: str, total: int, already: int) -> None:
         """Sets the progress bar to something new, of which some is already done."""
         self.progress.reset(total)
         self.progress.n = self.progress.initial = already
         self.progress.set_description(text)
+        self.progress.unit = {"collect": "step", "encode": "frame", "c": "generation"}.get(text, "update")
 
     def finish(self) -> None:
         """The stage in progress is done, the next one begins, or the next round; each round's weights are kept."""
@@ -2024,8 +2060,8 @@ class Stages(Run):
         self.stage, self.units_done = STAGES[STAGES.index(self.stage) + 1], 0
         if self.stage == "finished" and self.round < self.args.rounds:
             self.stage, self.round, self.returns = "collect", self.round + 1, []
-            self.recorded_until = self.step + self.args.round_timesteps
-        self.began[self.stage] = self.ticks
+            self.record_until = self.step + self.args.round_timesteps
+        self.began[self.stage], self.only_c, self.unscored = self.ticks, False, 0
         self.parts.pop("optimizer", None)
         self.save()
 
@@ -2048,13 +2084,47 @@ class Stages(Run):
             saving = self.units_done % save_every == 0
             if self.units_done % 100 == 0 or self.units_done == total or saving:
                 self.log(require_finite(metrics, self.step + self.units_done))
-                self.learned = True
             if saving and self.units_done < total:
                 self.save()
-        if self.stop.requested:
-            require_finite(metrics, self.step + self.units_done)
-            self.save()
+        require_finite(metrics, self.step + self.units_done)
         return self.units_done == total and not self.stop.requested
+
+
+@contextlib.contextmanager
+def together():
+    """Around what processes do together: the end of one of them is a line of the others."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SystemExit(
+            f"error: another process has ended, the last checkpoint is intact: {one_line(error)}"
+        ) from error
+
+
+def help_first(args: Args, spec: Spec, envs: gym.vector.VectorEnv) -> None:
+    """Under torchrun: all processes but the first play their shares of C's candidates for it, until it ends."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if torch.cuda.is_available() and args.cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # V and M, which the first one trains, take their time
+    rank, number, device = dist.get_rank(), dist.get_world_size(), choose_device(args)
+    if args.population < number:
+        fail(f"--population {args.population}: fewer candidates than processes, {number}")
+    if not rank:
+        return
+    agent, stop = Agent(spec, args).to(device), StopRequest()
+    run, task = SimpleNamespace(args=args, spec=spec, envs=envs, agent=agent, device=device, stop=stop), [()]
+    while task[0] is not None:
+        with together():
+            dist.broadcast_object_list(task)
+            if task[0] is not None:
+                run.round, run.units_done, networks, weights = task[0]
+                agent.load_state_dict(networks or {}, strict=bool(networks))
+                dist.gather_object(play_candidates(run, weights.tensor_split(number)[rank]))
+    envs.close()
+    stop.exit()
+    raise SystemExit(0)
 
 
 def rewind(checkpoint: dict, args: Args) -> None:
@@ -2073,7 +2143,10 @@ def rewind(checkpoint: dict, args: Args) -> None:
         counters["stage"] = "collect"
     elif counters["stage"] == "finished" and (args.generations > saved["generations"] or args.rounds > saved["rounds"]):
         counters |= {"stage": "c", "units_done": saved["generations"], "ticks": counters["ticks"] - 1}
+        counters["unscored"] = 10**9  # the curves of the last evaluation are purged: it is made again
     saved |= {name: max(saved[name], getattr(args, name)) for name in ("generations", "rounds")}
+    if counters["round"] == 1:
+        counters["record_until"] = args.total_timesteps
     if counters["stage"] == "collect" and counters["round"] == 1 and "replay" not in parts:
         forget(checkpoint, "collect")  # there is nothing to go on with
     recorded, frames = sum(parts.get("replay", {"lengths": ()})["lengths"]), frames_file(args.resume)
@@ -2089,7 +2162,7 @@ def forget(checkpoint: dict, stage: str) -> None:
     stage_of = {"vae": "v", "model": "m", "controller": "c", "reset": "collect", "actions": "collect"}
     parts["agent"] = {k: tensor for k, tensor in parts["agent"].items() if stage_of[k.split(".")[0]] not in gone}
     checkpoint["rng"] = {k: state for k, state in checkpoint["rng"].items() if stage_of.get(k, k) not in gone}
-    counters |= {"stage": stage, "units_done": 0, "ticks": counters["began"][stage]}
+    counters |= {"stage": stage, "units_done": 0, "ticks": counters["began"][stage], "unscored": 0}
     if "v" in gone:
         counters["frames_seen"] = 0
     if "collect" in gone:
@@ -2136,19 +2209,52 @@ def frames_file(run_dir: str) -> ArrayFile:
     return ArrayFile(f"{run_dir}/frames.bin", (64, 64, 3), np.uint8)
 
 
-def price(args: Args, spec: Spec) -> str:
-    """Hours of one core for all rounds, by the rates of docs/world_models.md, at other sizes by their square."""
+def introduction(run: Stages) -> str:
+    """Where the run writes, its size, and on a CPU its price: hours of one core for all rounds.
+
+    The rates are those of docs/world_models.md, at other sizes by their square.
+    """
+    args, agent, spec = run.args, run.agent, run.spec
+    v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (agent.vae, agent.model))
+    text = f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {agent.controller.numel():,}"
+    if run.device.type != "cpu":
+        return text
     frames = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
     depth, size = (args.vae_depth / 32) ** 2, (args.hidden_size / 256) ** 2
     steps = args.population * args.episodes * args.generations * args.rounds
-    dreams = args.controller_env == "dream"
+    dreamed = steps * (args.dream_length or spec.time_limit) / 64_200 * size
     hours = {
         "V": frames * args.vae_epochs / 299 * depth,
         "M": args.rounds * args.model_updates * args.model_batch_size * args.sequence_length / 26_500 * size,
-        "C": steps * args.dream_length / 64_200 * size if dreams else steps * spec.time_limit / 138,
+        "C": dreamed if args.controller_env == "dream" else steps * spec.time_limit / 138,
     }
     parts = ", ".join(f"{name} {seconds / 3600:.1f}" for name, seconds in hours.items())
-    return f"at most about so many hours of one core: {parts}; minutes: bash benchmark/world_models.sh small"
+    return f"{text}; at most about so many hours of one core: {parts}; minutes: bash benchmark/world_models.sh small"
+
+
+def check_sizes(args: Args, spec: Spec) -> None:
+    """Refuses what the disk or the device cannot hold: frames; weights, latents and batches; dreams and CMA-ES."""
+    frames = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
+    missing = frames - (frames_file(args.resume).num_rows() if args.resume else 0)
+    needed, free = missing * 64 * 64 * 3, shutil.disk_usage(args.resume or ".").free
+    if needed > free:
+        fail(
+            f"--total-timesteps: {needed / 1e9:.0f} GB of frames do not fit on the disk, which has {free / 1e9:.0f} GB"
+        )
+    if args.min_episode_length > spec.time_limit:
+        fail(f"--min-episode-length {args.min_episode_length}: episodes end after {spec.time_limit} steps")
+    device, cpu = choose_device(args), torch.device("cpu")
+    with torch.device("meta"):  # tensors that have shapes alone
+        agent = Agent(spec, args)
+    outputs, weights = agent.model.head.out_features, sum(weight.numel() for weight in agent.parameters())
+    sequences = args.sequence_length * args.model_batch_size * (8 * args.hidden_size + 4 * outputs)
+    images = args.vae_batch_size * (6 * 64 * 64 + 6_000 * args.vae_depth)
+    latents = frames * (args.latent_size + spec.action_dim + 4)
+    require_memory(4 * (4 * weights + latents + max(sequences, images)), "sizes of V, M and their batches", device)
+    jobs, size = args.population * args.episodes, agent.controller.numel()
+    dreams = jobs * (2 * outputs + 8 * args.hidden_size + size) * (args.controller_env == "dream")
+    require_memory(4 * dreams, "--population and --episodes", device)
+    require_memory(8 * (3 * size**2 + 4 * args.population * size), "CMA-ES of so many weights of C", cpu)
 
 
 def keep_freed_memory() -> None:
@@ -2169,6 +2275,8 @@ def check_args(args: Args) -> None:
         fail("--rounds needs what earlier rounds recorded, which --no-save-buffer does not keep")
     if args.from_stage and not args.resume:
         fail("--from-stage needs --resume")
+    if args.controller_env == "dream" and not args.heads:
+        fail("dreams need an M that predicts ends and rewards: --heads True, with --resume and --from-stage m")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command behind docs/dreamer_v3.md, from the repository root: bash benchmark/dreamer_v3.sh cpu|walker|pixels|published|speed
+# Every command behind docs/dreamer_v3.md, from the repository root: bash benchmark/dreamer_v3.sh cpu|walker|pixels|published|speed|laptop_speed
 set -euo pipefail
 
 laptop() { # task, action repeat, steps, seed: 0.16 s for an update on one core of a two-core machine
@@ -30,39 +30,17 @@ published() { # the settings of the published curves; needs a GPU and OpenGL
   done
 }
 
-speed() { # seconds of an update, median of 10
-  python - "$@" <<'END'
-import statistics, sys, time
-import gymnasium as gym, numpy as np, torch, tyro
-import dreamer_v3
+speed() { # seconds of an update; beside others: speed --r2dreamer FOLDER --sheeprl
+  for mode in state pixels; do python benchmark/dreamer_v3_speed.py --obs-mode "$mode" "$@"; done
+}
 
-torch.set_num_threads(1)
-vector, image = gym.spaces.Box(-np.inf, np.inf, (24,), np.float32), gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
-small = {"batch_length": 32, "imag_last": 8}
-flags = tyro.cli(dreamer_v3.Args)
-for size, space, settings in (
-    ("laptop", vector, small), ("1m", vector, {}), ("laptop", image, small | {"batch_size": 8}), ("1m", image, {}),
-):
-    args = dreamer_v3.replace(flags, size=size, **settings)
-    device, shape = dreamer_v3.choose_device(args), (args.batch_length, args.batch_size)
-    agent = dreamer_v3.Agent(space, gym.spaces.Box(-1, 1, (6,), np.float32), args).to(device)
-    update, generator = dreamer_v3.make_update(agent, dreamer_v3.LaProp(agent, args), args), torch.Generator(device)
-    obs = torch.randint(256, (*shape, 64, 64, 3), dtype=torch.uint8) if space is image else torch.randn(*shape, 24)
-    batch = {name: torch.ones(shape) for name in ("reward", "cont")} | {"is_first": torch.zeros(shape)}
-    batch |= {"obs": obs, "action": torch.randn(*shape, 6), "deter": torch.zeros(args.batch_size, dreamer_v3.SIZES[size].deter)}
-    batch["stoch"] = torch.zeros(args.batch_size, dreamer_v3.STOCH, dtype=torch.uint8)
-    batch, seconds = {name: tensor.to(device) for name, tensor in batch.items()}, []
-    for _ in range(16):
-        start = time.perf_counter()
-        metrics, _ = update(batch, dreamer_v3.draw_noise(agent, args, generator))
-        metrics["losses/dyn_loss"].item()
-        seconds.append(time.perf_counter() - start)
-    kind = "pixels" if space is image else "state"
-    print(f"{device} {size} {kind} {shape[1]} x {shape[0]}: {statistics.median(seconds[6:]):.4f} s")
-END
+laptop_speed() { # of the CPU-sized recipe
+  set -- --size laptop --batch-length 32 --imag-last 8 "$@"
+  python benchmark/dreamer_v3_speed.py --obs-mode state "$@"
+  python benchmark/dreamer_v3_speed.py --obs-mode pixels --batch-size 8 "$@"
 }
 
 case "${1:-}" in
-  cpu | walker | pixels | published | speed) "$@" ;;
+  cpu | walker | pixels | published | speed | laptop_speed) "$@" ;;
   *) grep -m 1 "bash benchmark" "$0"; exit 2 ;;
 esac

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command behind docs/muzero.md, from the repository root: bash benchmark/muzero.sh cartpole|pendulum|swingup|boards|atari|speed
+# Every command behind docs/muzero.md, from the repository root: bash benchmark/muzero.sh cartpole|pendulum|swingup|tables|physics|boards|atari|speed
 set -euo pipefail
 
 cartpole() { # 40K steps, evaluated over 100 episodes every 10K: minutes on one core for each seed
@@ -26,6 +26,20 @@ swingup() { # dm_control from state, 100K steps: hours on one core for each seed
     python muzero.py --env-id cartpole-swingup --seed "$seed"
   done
   python benchmark/export.py results/muzero/cartpole-swingup.csv "muzero.py --env-id cartpole-swingup" runs/cartpole-swingup__muzero__*
+}
+
+tables() { # FrozenLake and Taxi, a few minutes on one core for each seed
+  for seed in 1 2 3; do
+    python muzero.py --env-id FrozenLake-v1 --seed "$seed" --total-timesteps 20000 --eval-frequency 5000 --eval-episodes 100
+    python muzero.py --env-id Taxi-v4 --seed "$seed" --total-timesteps 30000 --eval-frequency 10000 --eval-episodes 50
+  done
+}
+
+physics() { # Acrobot and LunarLander
+  for seed in 1 2 3; do
+    python muzero.py --env-id Acrobot-v1 --seed "$seed" --total-timesteps 30000
+    python muzero.py --env-id LunarLander-v3 --seed "$seed"
+  done
 }
 
 boards() { # self-play, then random, perfect and MCTS players from both seats, and every reply in tic-tac-toe
@@ -55,6 +69,8 @@ case "${1:-}" in
   cartpole) cartpole ;;
   pendulum) pendulum ;;
   swingup) swingup ;;
+  tables) tables ;;
+  physics) physics ;;
   boards) boards ;;
   atari) atari ;;
   speed) speed ;;

@@ -83,8 +83,7 @@ def search_speed(batch: int, num_actions: int, args: muzero.Args, step_fn: Calla
         torch.nn.init.normal_(layer.weight, std=0.1)
     legal = np.ones((batch, num_actions), bool)
     noise = muzero.draw_noise(legal, args, np.random.default_rng(0))
-    inputs = [torch.randn(batch, 8), torch.from_numpy(legal), torch.from_numpy(noise), torch.ones(batch)]
-    inputs = [x.to(device) for x in inputs]
+    inputs = torch.randn(batch, 8).to(device), legal, noise, np.ones(batch)
     seconds = best_seconds(lambda: muzero.act(agent, *inputs, args, step_fn), device, stretches)
     return batch * args.num_simulations / seconds
 
@@ -152,7 +151,7 @@ def update_speed(args: muzero.Args, losses_fn: Callable, stretches: int) -> floa
     device = muzero.choose_device(args)
     envs = muzero.make_vector_env(args, args.num_envs)
     agent = muzero.make_agent(envs, args).to(device)
-    optimizer, rb = muzero.make_optimizer(agent, args), muzero.ReplayBuffer(envs, args, device)
+    optimizer, rb = muzero.make_optimizer(agent, args), muzero.ReplayBuffer(envs, agent, args, device)
     rows = {
         "obs": torch.randn(args.num_envs, 4, device=device),
         "policy": torch.full((args.num_envs, 2), 0.5, device=device),

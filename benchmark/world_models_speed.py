@@ -107,7 +107,7 @@ def dream_rate(args: world_models.Args, spec: world_models.Spec, device: torch.d
     nn.init.constant_(agent.model.head.bias[-2:], -9.0)
     weights = torch.randn(args.population, *agent.controller.shape, device=device)
     policy, jobs = world_models.linear_policy(weights, spec.action_kind), args.population * args.episodes
-    dreams = agent, policy, jobs, args.episodes, 1, args
+    dreams = agent, policy, jobs, args.episodes, torch.Generator(device), args
     return jobs * args.dream_length / seconds(lambda: world_models.dream(*dreams), device, 3)
 
 
@@ -115,7 +115,7 @@ def collection_rate(args: world_models.Args, steps: int = 500) -> float:
     """Steps per wall-clock second of one environment with held random actions."""
     envs = world_models.make_vector_env(args, 1)
     spec = world_models.make_spec(envs, args)
-    held = world_models.HeldActions(1, spec, args.max_hold, np.random.default_rng(1))
+    held = world_models.HeldActions(1, world_models.Agent(spec, args), args, np.random.default_rng(1))
     envs.reset(seed=[1])
     start, dones = time.perf_counter(), np.zeros(1, bool)
     for i in range(steps):

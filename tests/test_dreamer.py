@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.tensorboard import SummaryWriter
 
 import dreamer
+import dreamer_v3
 from dreamer import Args, EpisodeRecorder, ReplayBuffer
 
 IMAGE = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
@@ -1469,7 +1470,8 @@ def test_a_run_made_by_ray_casting_stays_with_it(monkeypatch):
 def test_missing_simulators_are_named(capsys, monkeypatch, env_id, package):
     """The pip command of a simulator that is not installed."""
     monkeypatch.setitem(sys.modules, package, None)
-    line = error_of(capsys, dreamer.main, tiny(dreamer, env_id=env_id, obs_mode="state"))
+    settings = {"obs_mode": "state"} if package == "dm_control" else {}
+    line = error_of(capsys, dreamer.main, tiny(dreamer, env_id=env_id, **settings))
     assert f"pip install {package}" in line
 
 
@@ -1638,7 +1640,7 @@ def test_the_first_line_says_what_a_run_will_take(kind, capsys, monkeypatch):
     clock = iter([0.0, 9.0, 10.0, 12.0])  # the first update takes longer
     monkeypatch.setattr(dreamer.time, "perf_counter", lambda: next(clock))
     standin = SimpleNamespace(args=args, device=CPU, step=0, folder="runs/x", say=print)
-    dreamer.announce(agent, rb, "raycast", standin)
+    dreamer.announce(agent, rb, args, "raycast", standin)
     assert all(parameter.grad is None for parameter in agent.parameters())
     first = capsys.readouterr().out.splitlines()[0]
     times = {100: 5.3, 500: 27.6, 600: 33.1}
@@ -1712,6 +1714,40 @@ def test_discrete_actions_may_begin_anywhere():
     """The agent counts from 0."""
     env = dreamer.fit_spaces(Spaces(VECTOR, gym.spaces.Discrete(3, start=5)), "x")
     assert stepped(env, [0, 2]) == [5, 7] and env.action_space == DISCRETE
+
+
+NAMES_OF_TASKS = {  # what is typed: the id it stands for, its time limit
+    "dm_control/cup-catch-v0": ("cup-catch", 1_000),
+    "ALE/Pong-v5": ("ALE/Pong-v5", 27_000),
+    "PongNoFrameskip-v4": ("PongNoFrameskip-v4", 27_000),
+}
+
+
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
+@pytest.mark.parametrize("env_id", NAMES_OF_TASKS)
+def test_names_of_tasks_elsewhere_are_understood(script, env_id):
+    """Shimmy's of a dm_control task, the old ones of Atari games, which get the same preprocessing as the new."""
+    args = script.with_task_defaults(script.Args(env_id=env_id))
+    assert (args.env_id, args.max_episode_steps) == NAMES_OF_TASKS[env_id]
+    if "Pong" in env_id:
+        assert script.make_env(args, "none")().observation_space.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
+def test_float64_observations_are_no_warning(script, recwarn):
+    """As every MuJoCo task of Gymnasium has them; whatever their bounds."""
+    for low in (-1e300, -np.pi):
+        env = script.fit_spaces(Spaces(gym.spaces.Box(low, np.pi, (3,), np.float64), BOX), "x")
+    obs, _ = env.reset(seed=1)
+    assert obs.dtype == env.observation_space.dtype == np.float32 and obs.shape == (3,) and not recwarn.list
+
+
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
+@pytest.mark.parametrize("flag", [{"obs_mode": "state"}, {"renderer": "raycast"}], ids=["obs_mode", "renderer"])
+def test_flags_of_dm_control_are_refused_elsewhere(script, flag, capsys):
+    """They would do nothing."""
+    args = tiny(script, env_id="fake_envs:Counter-v0", **flag)
+    assert "fake_envs:Counter-v0 has its own" in error_of(capsys, script.main, args)
 
 
 @pytest.mark.parametrize("shape", [(84, 84), (84, 84, 1), (64, 64, 4), (48, 96, 3), (64, 64)])

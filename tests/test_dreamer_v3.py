@@ -1286,6 +1286,16 @@ def test_what_follows_a_resume_in_mid_episode_is_a_new_one():
     assert torch.equal(after["data"]["obs"][:, :33], before["data"]["obs"])
 
 
+def test_an_episode_without_end_is_learned_from_and_cut_off():
+    """Entries are learned from as they are played; the flag's limit ends training episodes and evaluations."""
+    gym.register("EndlessV3-v0", lambda: gym.make("fake_envs:DiscreteCounter-v0").unwrapped)
+    settings = {"env_id": "EndlessV3-v0", "total_timesteps": 60, "eval_frequency": 60, "eval_episodes": 1}
+    run_dir = run(dreamer_v3, **settings, max_episode_steps=50)
+    assert load(run_dir)["parts"]["counters"]["num_updates"] > 5
+    assert scalars(run_dir)["charts/episodic_length"] == [(50, 50.0)]
+    assert scalars(run_dir)["eval/episodic_return"] == [(60, sum(range(51)))]
+
+
 def test_refills_a_replay_that_was_not_saved():
     """The policy plays until learning_starts sequences are there again."""
     run_dir = run(dreamer_v3, save_buffer=False)
@@ -1325,7 +1335,8 @@ def test_a_run_of_days_is_said_at_its_start(capsys, monkeypatch, seconds, days):
     agent = make_agent(args)
     before, clock = {k: v.clone() for k, v in agent.state_dict().items()}, iter([0.0, seconds])
     monkeypatch.setattr(dreamer_v3.time, "perf_counter", lambda: next(clock))
-    dreamer_v3.warn_if_slow(agent, VECTOR, args)
+    rb = ReplayBuffer(args, VECTOR, agent, CPU)
+    dreamer_v3.warn_if_slow(agent, rb, args, types.SimpleNamespace(args=args, say=print))
     said = capsys.readouterr().out
     assert differences(before, dict(agent.state_dict())) == [] and all(p.grad is None for p in agent.parameters())
     assert (f"about {days} days. CPU-sized: python dreamer_v3.py" in said) if days else said == ""

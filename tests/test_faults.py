@@ -327,8 +327,8 @@ def test_the_checkpoint_comes_before_the_evaluation(script, monkeypatch):
     by_generation = script.__name__ == "world_models"
     monkeypatch.setattr(script, "log_scores" if by_generation else "evaluate", fail)
     with pytest.raises(RuntimeError, match="the evaluation failed"):
-        run(script, eval_frequency=24, checkpoint_frequency=24)
-    state = load(str(next(Path.cwd().glob("run_0/runs/*"))))
+        run(script, eval_frequency=1 if by_generation else 24, checkpoint_frequency=24)
+    state = load(str(next(Path.cwd().glob("run_0/runs/*/c" if by_generation else "run_0/runs/*"))))
     assert state["parts"]["counters"]["units_done"] == 1 if by_generation else state["global_step"] == 24
 
 

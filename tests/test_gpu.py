@@ -63,9 +63,8 @@ SYNCS = {
     """,
     "muzero": """
         act: reward, logits, value = decode(outputs.cpu().numpy())
-        grow: legal = legal.cpu().numpy()
+        closing_rows: value = agent.initial(obs)[2].cpu()
         host: return np.ascontiguousarray(x.cpu()
-        main: next_obs, rewards, terminations, truncations, infos = envs.step(result.action.cpu().numpy())
         ReplayBuffer.state_dict: data = {name: tensor[:filled].cpu()
         require_finite: values = dict(zip(metrics, torch.stack(scalars).tolist()
     """,
@@ -75,7 +74,7 @@ SYNCS = {
         log_holdout_scores: live = int(
         holdout_scores: nll.append(float(
         holdout_scores: deaths += [float(
-        calibrate: dreamed = dream(
+        calibrate: dreamed, recorded = dreamed.cpu()
         decode_frames: return (agent.vae.decode(z)
         evolve: run.start = {"mean": controller.cpu()
         play_candidates: return tuple(tensor.cpu().numpy()
@@ -181,7 +180,7 @@ def test_variants_give_the_numbers_of_the_cpu(variant):
     """What else the scripts can do, evaluations included."""
     name, changes = VARIANTS[variant]
     script, settings = importlib.import_module(name), SETTINGS[name] | changes | {"eval_frequency": 12}
-    cpu, bound = outcome(run(script, **settings)), 0.0 if name in GRAPHED else 1e-6
+    cpu, bound = outcome(run(script, **settings)), 0.0 if name in GRAPHED else 1e-5  # float32 returns of 32 to 64
     for ways in [{}, {"cudagraphs": True}] if name in GRAPHED else [{}]:
         with pretended_gpu(script):
             assert largest_difference(cpu, outcome(run(script, **settings, cuda=True, **ways))) <= bound

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -66,12 +67,7 @@ def hand_model(rewards, values, discount, dtype=F64):
     return model, prior.log()[None]
 
 
-def puct_search(model, root, legal, noise, temperature, args, bounds=muzero.UNKNOWN):
-    return muzero.search(model, root, legal, noise, temperature, replace(args, search="puct"), bounds)
-
-
-def gumbel_search(model, root, legal, noise, args, bounds=muzero.UNKNOWN):
-    return muzero.search(model, root, legal, noise, None, replace(args, search="gumbel"), bounds)
+puct_search, gumbel_search = muzero.puct_search, muzero.gumbel_search
 
 
 def hand_search(
@@ -123,14 +119,14 @@ def test_puct_scores_by_hand(num_simulations):
     (model, logits), args = hand_model((0.5, 0, 0), (0.1, 0.2, 0.8), 0.9), make_args(num_simulations=num_simulations)
     root = torch.zeros(1, 1, dtype=F64), logits, torch.tensor([0.3], dtype=F64)
     legal = torch.ones(1, 3, dtype=torch.bool)
-    nodes, edges = muzero.grow(model, root, legal, None, replace(args, search="puct"), muzero.UNKNOWN)
-    low, high = muzero.tree_bounds(nodes[0], num_simulations + 1)
+    nodes, edges = muzero.grow(model, root, legal, None, args, True, None)
+    bounds = muzero.tree_bounds(nodes[0], num_simulations + 1, 0.0)
     visits, q, count = edges[0, 0]["visits"], edges[0, 0]["q"], nodes[0, 0]["count"]
-    qn = [muzero.rescale(q[a], low, high) if visits[a] > 0 else 0.0 for a in range(3)]
+    qn = [muzero.rescale(q[a], bounds) if visits[a] > 0 else 0.0 for a in range(3)]
     u = edges[0, 0]["prior"] * math.sqrt(count) * (1.25 + math.log((count + 19653) / 19652)) / (1 + visits)
     assert qn == pytest.approx(SCORES[num_simulations][0], abs=5e-7)
     assert u.tolist() == pytest.approx(SCORES[num_simulations][1], abs=5e-7)
-    assert muzero.puct_choice(nodes[0, 0], edges[0, 0], low, high) == np.argmax(qn + u)
+    assert muzero.puct_choice(nodes[0, 0], edges[0, 0], bounds) == np.argmax(qn + u)
 
 
 TWO_PLAYERS = ((0, 0, 0), (0.4, -0.5, 0.1), -1.0)
@@ -141,12 +137,12 @@ def test_two_players_by_hand():
     visits = {1: (0, 1, 0), 2: (0, 2, 0), 3: (0, 3, 0), 4: (0, 4, 0), 5: (0, 4, 1), 8: (0, 6, 2), 50: (8, 26, 16)}
     means = {1: 0.25, 2: 0, 3: 0.125, 4: 0, 5: -0.016667, 8: 0, 50: 0.019608}
     for num_simulations, expected in visits.items():
-        result = hand_search(puct_search, num_simulations, 0.0, TWO_PLAYERS, bounds=(-1.0, 1.0))
+        result = hand_search(puct_search, num_simulations, 0.0, TWO_PLAYERS, value_range=(-1.0, 1.0))
         assert result.visit_counts[0].tolist() == list(expected)
         assert result.value.item() == pytest.approx(means[num_simulations], abs=5e-7)
     assert result.qvalues[0].tolist() == pytest.approx((-0.0375, 0.015385, 0.05625), abs=5e-7)
     for num_simulations, expected, mean in ((8, [1, 4, 3], -0.211111), (50, [11, 24, 15], -0.272549)):
-        result = hand_search(puct_search, num_simulations, 0.0, (*TWO_PLAYERS[:2], 1.0), bounds=(-1.0, 1.0))
+        result = hand_search(puct_search, num_simulations, 0.0, (*TWO_PLAYERS[:2], 1.0), value_range=(-1.0, 1.0))
         assert result.visit_counts[0].tolist() == expected
         assert result.value.item() == pytest.approx(mean, abs=5e-7)
 
@@ -252,8 +248,7 @@ class Problem:
         self.discount = torch.from_numpy(np.where(rng.random((M, A)) < 0.1, 0.0, d))
         self.logits = torch.from_numpy(2 * rng.normal(size=(M, A)))
         self.value = torch.from_numpy(scale * rng.normal(size=M))
-        self.value_range = (-3.0, 3.0) if two_players else None
-        self.bounds = self.value_range or muzero.UNKNOWN
+        self.value_range, self.floor = (-3.0, 3.0) if two_players else None, 0.0
         self.start = torch.from_numpy(rng.integers(M, size=batch))
         legal = rng.random((batch, A)) < 0.6
         legal[np.arange(batch), rng.integers(A, size=batch)] = True
@@ -305,6 +300,11 @@ def all_q(node: Node) -> list[float]:
     return [node.Q[a] for a in node.children] + [q for child in node.children.values() for q in all_q(child)]
 
 
+def plain_rescale(q, low: float, high: float, floor: float):
+    size = max(1, abs(low), abs(high))
+    return (q - low) / max(high - low, floor * size) if high - low > 1e-5 * size else 0 * q
+
+
 def plain_puct(problem: Problem, row: int, num_simulations: int, fraction=0.25):
     root = Node(problem, problem.start[row].item())
     legal = problem.legal[row].numpy()
@@ -319,7 +319,7 @@ def plain_puct(problem: Problem, row: int, num_simulations: int, fraction=0.25):
         for a in range(len(node.N)):
             if node is root and not legal[a]:
                 continue
-            q = (node.Q[a] - low) / (high - low) if node.N[a] and high - low > 1e-5 * max(1, abs(low), abs(high)) else 0
+            q = plain_rescale(node.Q[a], low, high, problem.floor) if node.N[a] else 0
             p = noisy[a] if node is root else node.prior()[a]
             score = q + p * math.sqrt(total) / (1 + node.N[a]) * (1.25 + math.log((total + 19653) / 19652))
             if score > best_score:
@@ -331,17 +331,15 @@ def plain_puct(problem: Problem, row: int, num_simulations: int, fraction=0.25):
     return root
 
 
-def plain_scores(node: Node, value_range, c_visit=50.0, c_scale=0.1) -> np.ndarray:
+def plain_scores(node: Node, problem: Problem, c_visit=50.0, c_scale=0.1) -> np.ndarray:
     """logits + sigma(completed Q)."""
     visited, prior, value = node.N > 0, node.prior(), node.raw_value
     if visited.any():
         mean = sum(prior[a] * node.Q[a] for a in np.flatnonzero(visited)) / max(prior[visited].sum(), 1e-30)
         value = (node.raw_value + node.N.sum() * mean) / (1 + node.N.sum())
     completed = np.where(visited, node.Q, value)
-    low, high = value_range or (completed.min(), completed.max())
-    flat = high - low <= 1e-5 * max(1, abs(low), abs(high))
-    completed = np.zeros_like(completed) if flat else (completed - low) / (high - low)
-    return node.logits + (c_visit + node.N.max()) * c_scale * completed
+    low, high = problem.value_range or (completed.min(), completed.max())
+    return node.logits + (c_visit + node.N.max()) * c_scale * plain_rescale(completed, low, high, problem.floor)
 
 
 def plain_gumbel(problem: Problem, row: int, num_simulations: int, max_considered=16):
@@ -351,7 +349,7 @@ def plain_gumbel(problem: Problem, row: int, num_simulations: int, max_considere
     root.logits[~legal] = -1e300
 
     def interior(node):
-        scores = plain_scores(node, problem.value_range)
+        scores = plain_scores(node, problem)
         pi = np.exp(scores - scores.max())
         return int(np.argmax(pi / pi.sum() - node.N / (1 + node.N.sum())))
 
@@ -362,13 +360,13 @@ def plain_gumbel(problem: Problem, row: int, num_simulations: int, max_considere
             for _ in range(survivors):
                 if spent < num_simulations:
                     behind = [a for a in np.flatnonzero(legal) if root.N[a] == rounds]
-                    scores = g + plain_scores(root, problem.value_range)
+                    scores = g + plain_scores(root, problem)
                     first = max(behind, key=lambda a: scores[a])
                     plain_simulation(problem, root, lambda node: first if node is root else interior(node))  # noqa: B023
                     spent += 1
             rounds += 1
         survivors = max(min(2, survivors), survivors // 2)
-    scores = plain_scores(root, problem.value_range)
+    scores = plain_scores(root, problem)
     most = [a for a in np.flatnonzero(legal) if root.N[a] == root.N.max()]
     pi = np.where(legal, np.exp(scores - scores[legal].max()), 0)
     return root, pi / pi.sum(), max(most, key=lambda a: g[a] + scores[a])
@@ -391,7 +389,7 @@ def test_puct_equals_a_plain_recursion(num_actions, num_simulations, two_players
         problem.noise,
         temperature,
         args,
-        problem.bounds,
+        problem.value_range,
     )
     for row in range(6):
         root = plain_puct(problem, row, num_simulations)
@@ -407,7 +405,7 @@ def test_gumbel_equals_a_plain_recursion(num_actions, num_simulations, two_playe
     """Visits, Q, improved policy and action of every root of a batch."""
     problem = Problem(num_actions * 1000 + num_simulations, num_actions, two_players, 6, mask)
     args, rows = make_args(num_simulations=num_simulations, c_scale=0.1), torch.arange(6)
-    result = gumbel_search(problem, problem.roots(rows), problem.legal, problem.noise, args, problem.bounds)
+    result = gumbel_search(problem, problem.roots(rows), problem.legal, problem.noise, args, problem.value_range)
     for row in range(6):
         root, policy, action = plain_gumbel(problem, row, num_simulations)
         assert result.visit_counts[row].tolist() == root.N.tolist()
@@ -415,6 +413,23 @@ def test_gumbel_equals_a_plain_recursion(num_actions, num_simulations, two_playe
         np.testing.assert_allclose(result.policy[row], policy, rtol=1e-7, atol=1e-12)
         assert result.action[row] == action
     assert not result.policy[~problem.legal].any()
+
+
+@pytest.mark.parametrize("floor", [0.5, 0.9])
+def test_a_floor_under_the_spread_of_q(floor):
+    """Both searches with a share of the largest |Q|, or of 1, as the least spread that is rescaled."""
+    problem, rows, differs = Problem(12, 5, False, 6, True), torch.arange(6), False
+    problem.floor, args = floor, make_args(num_simulations=30, c_scale=0.1, q_floor=floor)
+    inputs = problem, problem.roots(rows), problem.legal, problem.noise
+    paper, gumbel = puct_search(*inputs, torch.zeros(6), args), gumbel_search(*inputs, args)
+    without = gumbel_search(*inputs, replace(args, q_floor=0.0))
+    for row in range(6):
+        assert paper.visit_counts[row].tolist() == plain_puct(problem, row, 30).N.tolist()
+        root, policy, _ = plain_gumbel(problem, row, 30)
+        assert gumbel.visit_counts[row].tolist() == root.N.tolist()
+        np.testing.assert_allclose(gumbel.policy[row], policy, rtol=1e-7, atol=1e-12)
+        differs |= not np.allclose(without.policy[row], policy)
+    assert differs
 
 
 @pytest.mark.parametrize("search", ["puct", "gumbel"])
@@ -439,10 +454,10 @@ def test_a_row_of_a_batch_equals_the_same_row_alone(search):
 @pytest.mark.parametrize("search", ["puct", "gumbel"])
 def test_actions_without_a_chance_are_never_tried(search):
     """A logit of -inf closes an action at any node, not at the root alone."""
-    problem, args = Problem(7, 5, False, 6, True), make_args(num_simulations=60, search=search)
+    problem, args = Problem(7, 5, False, 6, True), make_args(num_simulations=60)
     problem.logits[torch.arange(40) % 2 == 0, 1:3] = -torch.inf
     roots, legal = problem.roots(torch.arange(6)), problem.legal
-    nodes, edges = muzero.grow(problem, roots, legal, problem.noise, args, muzero.UNKNOWN)
+    nodes, edges = muzero.grow(problem, roots, legal, problem.noise, args, search == "puct", None)
     closed = edges["logit"] == -np.inf
     assert closed[:, 1:].any() and not edges["visits"][closed].any() and not edges["child"][closed].any()
     assert (edges["visits"][:, 0].sum(1) == 60).all() and (nodes["depth"] > 1).any()
@@ -452,9 +467,9 @@ def test_trees_are_consistent():
     """Every node hangs where its parent says; counts are sums of visits; means are those of the returns below."""
     problem = Problem(8, 4, True, 5, True)
     for search in ("puct", "gumbel"):
-        args = make_args(num_simulations=40, search=search)
+        args, puct = make_args(num_simulations=40), search == "puct"
         roots, legal = problem.roots(torch.arange(5)), problem.legal
-        nodes, edges = muzero.grow(problem, roots, legal, problem.noise, args, (-3.0, 3.0))
+        nodes, edges = muzero.grow(problem, roots, legal, problem.noise, args, puct, (-3.0, 3.0))
         assert (nodes["count"] == 1 + edges["visits"].sum(2)).all()
         for b, n in itertools.product(range(5), range(1, 41)):
             parent, action = nodes["parent"][b, n], nodes["action"][b, n]
@@ -507,11 +522,11 @@ def test_compiling_is_said_and_survives_a_disk_that_cannot_be_written(monkeypatc
         time.sleep(0.5)
         return search(*inputs)
 
-    search = muzero.search
+    search = muzero.gumbel_search
     monkeypatch.setattr(type(muzero.select), "enable_caching", unwritable)
     muzero.compile_search(60.0)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(muzero, "search", slow)
+    monkeypatch.setattr(muzero, "gumbel_search", slow)
     muzero.compile_search(0.1)
     assert "compiling the search" in capsys.readouterr().err
 
@@ -800,8 +815,8 @@ def fill(rb: muzero.ReplayBuffer, num_steps: int, seed: int = 0, mean_length: in
 
 def make_rb(num_envs=3, capacity=300, shape=(2,), dtype=np.float32, action_dim=0, **changes) -> muzero.ReplayBuffer:
     args = {"buffer_size": capacity, "unroll_steps": 2, "td_steps": 3, "priority_alpha": 1.0} | changes
-    args = make_args(**args)
-    return muzero.ReplayBuffer(TinyVector(num_envs, shape, dtype, action_dim), args, CPU)
+    args, envs = make_args(**args), TinyVector(num_envs, shape, dtype, action_dim)
+    return muzero.ReplayBuffer(envs, muzero.make_agent(envs, args) if len(shape) == 1 else vector_agent()[0], args, CPU)
 
 
 @pytest.mark.parametrize(("capacity", "action_dim"), [(300, 0), (90, 0), (90, 2)])
@@ -1112,10 +1127,15 @@ def policy_of(mu, sigma) -> torch.Tensor:
     return torch.cat([5 * torch.atanh(mu / 5), torch.log(torch.expm1(sigma - 0.1)) - 1], -1)
 
 
+def one_number() -> muzero.SampledAgent:
+    """Its methods for policies take any number of dimensions."""
+    return vector_agent(1)[0].double()
+
+
 @pytest.mark.parametrize("times", DENSITIES)
 def test_density_by_hand(times):
     """mu 0.3, sigma 0.5 or three times that; the policy begins with mean 0 and deviation 1.413."""
-    found = muzero.log_density(policy_of([0.3], [0.5 * times]), torch.atanh(ACTIONS)[:, None])
+    found = one_number().log_policy(policy_of([0.3], [0.5 * times]), torch.atanh(ACTIONS)[:, None])
     np.testing.assert_allclose(found, DENSITIES[times], atol=6e-7)
     mu, sigma = muzero.gaussian(torch.zeros(1, 2))
     assert mu.item() == 0 and sigma.item() == pytest.approx(1.413262)
@@ -1127,19 +1147,19 @@ def test_density_of_two_numbers_against_torch():
     tanh = torch.distributions.TanhTransform(cache_size=1)
     theirs = torch.distributions.TransformedDistribution(torch.distributions.Normal(mu, sigma), tanh)
     expected = theirs.log_prob(tanh(u)).sum(-1)
-    torch.testing.assert_close(muzero.log_density(policy_of(mu, sigma), u), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(one_number().log_policy(policy_of(mu, sigma), u), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_entropy_by_hand_and_by_sampling():
     """mu 0.3, sigma 0.5: 0.426249, not the 0.725791 of u; a wide one of two numbers against 200,000 draws."""
-    quadrature = vector_agent()[0].quadrature.double()
-    torch.testing.assert_close(quadrature[1].sum(), torch.tensor(1.0, dtype=F64))
-    assert muzero.entropy(policy_of([0.3], [0.5]), quadrature).item() == pytest.approx(0.426249, abs=1e-6)
+    agent = one_number()
+    torch.testing.assert_close(agent.quadrature[1].sum(), torch.tensor(1.0, dtype=F64))
+    assert agent.entropy(policy_of([0.3], [0.5])).item() == pytest.approx(0.426249, abs=1e-6)
     policy, generator = policy_of([2.0, -0.5], [3.0, 0.2]), torch.Generator().manual_seed(0)
     mu, sigma = muzero.gaussian(policy)
     u = mu + sigma * torch.randn(200_000, 2, generator=generator, dtype=F64)
-    sampled = -muzero.log_density(policy, u).mean().item()
-    assert muzero.entropy(policy, quadrature).item() == pytest.approx(sampled, abs=0.03)
+    sampled = -agent.log_policy(policy, u).mean().item()
+    assert agent.entropy(policy).item() == pytest.approx(sampled, abs=0.03)
 
 
 def test_prior_of_candidates_by_hand():
@@ -1169,7 +1189,8 @@ def test_policy_loss_by_hand():
     """w = (.1 .2 .6 .1): value and gradients; it is least at the weighted mean and deviation of u."""
     u, w = torch.atanh(torch.tensor([0.2, -0.5, 0.5, 0.9], dtype=F64))[:, None], torch.tensor([0.1, 0.2, 0.6, 0.1])
     mu, sigma = (torch.tensor([x], dtype=F64, requires_grad=True) for x in (0.3, 0.5))
-    loss = muzero.cross_entropy(policy_of(mu, sigma), w, u)
+    agent = one_number()
+    loss = -(w * agent.log_policy(policy_of(mu, sigma), u)).sum()
     assert loss.item() == pytest.approx(0.465315, abs=1e-6)
     gradients = torch.autograd.grad(loss, (mu, sigma))
     assert [x.item() for x in gradients] == pytest.approx([-0.348871, -0.559298], abs=1e-5)
@@ -1177,7 +1198,7 @@ def test_policy_loss_by_hand():
     deviation = (w[:, None] * (u - mean) ** 2).sum(0).sqrt()
     assert (mean.item(), deviation.item()) == pytest.approx((0.387218, 0.558843), abs=1e-6)
     mu, sigma = mean.clone().requires_grad_(), deviation.clone().requires_grad_()
-    gradients = torch.autograd.grad(muzero.cross_entropy(policy_of(mu, sigma), w, u), (mu, sigma))
+    gradients = torch.autograd.grad((w * agent.log_policy(policy_of(mu, sigma), u)).sum(), (mu, sigma))
     assert [x.item() for x in gradients] == pytest.approx([0, 0], abs=1e-6)
 
 
@@ -1221,20 +1242,21 @@ def test_a_search_over_candidates_is_a_function_of_their_noise(search):
     """
     (agent, args), generator = sampled_agent(search=search), torch.Generator().manual_seed(0)
     obs, legal = observations("vectors", 5), torch.ones(5, 6, dtype=torch.bool)
-    noise, logits = muzero.draw_candidates(agent, 5, args, generator)
+    draws = agent.draws(5, args, generator)
+    noise, logits = torch.stack([x for x, _ in draws]), draws[0][1]
     assert noise.shape == (13, 5, 6, 2) and torch.equal(logits, muzero.candidate_logits(noise[0], 0.5))
     assert 1.5 < noise[0, :, 3:].std() / noise[1:].std() < 4.5
     chosen = []
 
-    def step_fn(agent, latent, action, noise):
+    def step_fn(agent, latent, action, *draw):
         chosen.append(action.clone())
-        return muzero.recurrent(agent, latent, action, noise)
+        return muzero.recurrent(agent, latent, action, *draw)
 
-    result = muzero.act(agent, obs, legal, None, None, args, step_fn, (noise, logits))
+    result = muzero.act(agent, obs, legal, None, None, args, step_fn, draws)
     for row in range(5):
         some = slice(row, row + 1)
-        draws = noise[:, some], logits[some]
-        alone = muzero.act(agent, obs[some], legal[some], None, None, args, muzero.recurrent, draws)
+        mine = [(x[some], prior[some]) for x, prior in draws]
+        alone = muzero.act(agent, obs[some], legal[some], None, None, args, muzero.recurrent, mine)
         for name in ("action", "policy", "candidates", "visit_counts"):
             torch.testing.assert_close(getattr(alone, name)[0], getattr(result, name)[row], rtol=1e-4, atol=1e-5)
     with torch.no_grad():
@@ -1250,18 +1272,18 @@ def test_a_search_over_candidates_is_a_function_of_their_noise(search):
 def test_the_model_steps_along_the_candidate_that_was_chosen():
     """Its number stands for tanh(u); the latent state of the next node has candidates of its own behind it."""
     (agent, args), generator = sampled_agent(), torch.Generator().manual_seed(0)
-    (noise, _), number = muzero.draw_candidates(agent, 3, args, generator), torch.tensor([0, 5, 2])
+    draws, number = agent.draws(3, args, generator), torch.tensor([0, 5, 2])
     with torch.no_grad():
         latent, policy, _ = agent.initial(observations("vectors", 3))
-        joined = muzero.with_candidates(latent, policy, noise[0])
-        apart, u = muzero.split_candidates(agent, joined)
+        joined, prior = agent.offer(latent, policy, *draws[0])
+        apart, u = agent.split(joined)
         assert torch.equal(apart, latent) and u.shape == (3, 6, 2)
-        found, outputs = muzero.recurrent(agent, joined, number, noise[1])
+        found, outputs = muzero.recurrent(agent, joined, number, *draws[1])
         expected, reward_logits = agent.network.dynamics(latent, u[torch.arange(3), number].tanh())
         policy, value_logits = agent.network.predict(expected)
-    assert torch.equal(found, muzero.with_candidates(expected, policy, noise[1]))
+    assert torch.equal(found, agent.offer(expected, policy, *draws[1])[0]) and prior is draws[0][1]
     reward, logits, value = muzero.decode(outputs)
-    assert logits.shape == (3, 0)
+    assert logits.tolist() == [[0, 0, *[-math.inf] * 4]] * 3
     torch.testing.assert_close(reward, muzero.from_distribution(reward_logits, agent.bins), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(value, muzero.from_distribution(value_logits, agent.bins), rtol=1e-4, atol=1e-5)
 
@@ -1269,21 +1291,21 @@ def test_the_model_steps_along_the_candidate_that_was_chosen():
 def test_greedy_candidates_hold_the_mode():
     """Without noise and without wide ones, all with the same prior."""
     (agent, args), generator = sampled_agent(), torch.Generator().manual_seed(0)
-    noise, logits = muzero.draw_candidates(agent, 50, args, generator, greedy=True)
-    assert not noise[0, :, 0].any() and not logits.any()
-    assert noise[0, :, 1:].std().item() == pytest.approx(1, abs=0.1)
-    assert muzero.draw_candidates(vector_agent()[0], 50, args, generator) == ()
+    noise, logits = agent.draws(50, args, generator, greedy=True)[0]
+    assert not noise[:, 0].any() and not logits.any()
+    assert noise[:, 1:].std().item() == pytest.approx(1, abs=0.1)
+    assert next(vector_agent()[0].draws(50, args, generator)) == ()
 
 
 def test_search_and_loss_find_the_best_action_of_a_bandit():
     """One state, reward -(a - 0.3)^2, the true model: after 300 improvements the policy's mode is 0.3."""
-    policy = torch.zeros(1, 2, requires_grad=True)
+    policy, agent = torch.zeros(1, 2, requires_grad=True), vector_agent(1, num_candidates=6)[0]
     optimizer, generator = torch.optim.Adam([policy], 0.03), torch.Generator().manual_seed(0)
     args, rng, B, K = make_args(num_simulations=8), np.random.default_rng(0), 8, 6
     for _ in range(300):
         noise = torch.randn(B, K, 1, generator=generator)
         noise[:, 3:] *= muzero.WIDE
-        u = muzero.with_candidates(torch.zeros(B, 0), policy.detach().expand(B, -1), noise).unflatten(1, (K, 1))
+        u = agent.split(agent.offer(torch.zeros(B, 0), policy.detach().expand(B, -1), noise, None)[0])[1]
         zero, none = torch.zeros(B), torch.zeros(B, K)
 
         def model(latent, action, u=u, zero=zero, none=none):
@@ -1292,7 +1314,7 @@ def test_search_and_loss_find_the_best_action_of_a_bandit():
         root = torch.zeros(B, 1), muzero.candidate_logits(noise, 0.5), zero
         gumbel = torch.from_numpy(muzero.draw_noise(np.ones((B, K), bool), args, rng))
         result = gumbel_search(model, root, torch.ones(B, K, dtype=torch.bool), gumbel, args)
-        loss = muzero.cross_entropy(policy.expand(B, -1), result.policy, u).mean()
+        loss = -(result.policy * agent.log_policy(policy.expand(B, -1), u)).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1305,7 +1327,7 @@ def test_losses_of_continuous_actions_against_a_loop():
     agent, args = sampled_agent(unroll_steps=2, entropy_scale=0.07, consistency_scale=1.5)
     obs, _, targets, weights = sequence_batch(agent, args)
     generator = torch.Generator().manual_seed(0)
-    actions = muzero.random_actions(agent, (2, 6), generator)
+    actions = agent.random_actions((2, 6), generator)
     assert actions.shape == (2, 6, 2) and actions.abs().max() < 1 and actions.min() < 0
     targets["candidates"] = torch.randn(3, 6, 6, 2, generator=generator)
     targets["obs"], targets["obs_mask"] = torch.randn(2, 6, 2, generator=generator), torch.rand(3, 6) < 0.7
@@ -1323,9 +1345,9 @@ def test_losses_of_continuous_actions_against_a_loop():
             if targets["policy_mask"][k, b]:
                 policy, scale = agent.network.predict(latent)[0][0], weights[b].item() * (1 if k == 0 else 1 / 2) / 6
                 for a in range(6):
-                    density = muzero.log_density(policy, targets["candidates"][k, b, a : a + 1])
+                    density = agent.log_policy(policy, targets["candidates"][k, b, a : a + 1])
                     sums["policy"] -= scale * targets["policies"][k, b, a].item() * density.item()
-                sums["entropy"] += scale * muzero.entropy(policy, agent.quadrature).item()
+                sums["entropy"] += scale * agent.entropy(policy).item()
     parts = {name: metrics[f"losses/{name}_loss"].item() for name in ("policy", "value", "reward", "consistency")}
     assert parts["policy"] == pytest.approx(sums["policy"], rel=1e-4)
     assert parts["consistency"] == pytest.approx(sums["consistency"], rel=1e-4)
@@ -1362,7 +1384,7 @@ def test_reanalysis_renews_candidates_with_their_weights():
     fill(rb, 60)
     rows, generator = rb.sample(8, 1.0, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(5)
     fresh = muzero.reanalyze(agent, rb, rows, 5, args, muzero.recurrent, generator)
-    draws = muzero.draw_candidates(agent, 15, args, generator.manual_seed(5))
+    draws = agent.draws(15, args, generator.manual_seed(5))
     obs = rb.observations((rows["slots"][:5] + torch.arange(3)[:, None]) % rb.capacity, rows["envs"][:5].expand(3, 5))
     legal = rows["legal"][:3, :5].flatten(0, 1)
     result = muzero.act(agent, obs.flatten(0, 1), legal, None, None, args, muzero.recurrent, draws)
@@ -1383,7 +1405,7 @@ def test_update_of_continuous_actions():
         found.update(actions=actions, **targets)
         return muzero.compute_losses(agent, obs, actions, targets, weights, args)
 
-    random = muzero.random_actions(agent, (2, 64), torch.Generator().manual_seed(1))
+    random = agent.random_actions((2, 64), torch.Generator().manual_seed(1))
     muzero.update(agent, muzero.make_optimizer(agent, args), rb, rows, random, args, losses_fn)
     over = (rows["kind"][:2].cumsum(0) > 0)[..., None]
     assert over.any() and torch.equal(found["actions"], torch.where(over, random, rows["action"][:2]))
@@ -1449,7 +1471,7 @@ def test_update(monkeypatch):
     assert all(torch.equal(kept[name], tensor) for name, tensor in rows.items())
     assert all(value.isfinite() and not value.requires_grad for value in metrics.values())
     over = (rows["kind"][:2] != muzero.STEP).cumsum(0) > 0
-    assert over.any() and torch.equal(seen["actions"], torch.where(over, 2, rows["action"][:2]))
+    assert over.any() and torch.equal(seen["actions"], torch.where(over, 2, rows["action"][:2].long()))
     assert torch.equal(seen["obs"], rb.observations(rows["slots"], rows["envs"]))
     values = target.initial(seen["obs"])[2]
     expected = before.clone()
@@ -1546,7 +1568,8 @@ def test_reanalyze_searches_again_with_the_target_network(search, monkeypatch):
             obs = rb.data["obs"][slot, env][None]
             result = muzero.act(agent, obs, rows["legal"][k, b][None], None, None, args)
             torch.testing.assert_close(fresh["policy"][k, b], result.policy[0], rtol=1e-3, atol=1e-4)
-            assert not fresh["policy"][k, b][~rows["legal"][k, b]].any() or not rows["legal"][k, b].any()
+            closed = rows["legal"][k, b] == 0
+            assert closed.all() or not fresh["policy"][k, b][closed].any()
 
 
 def test_updates_are_tied_to_environment_steps():
@@ -2008,7 +2031,7 @@ def test_captured_model_equals_eager(search, action_dim):
         legal, obs = np.ones((B, agent.num_actions), bool), rng.normal(size=(B, 2)).astype(np.float32)
         inputs = obs, legal, muzero.draw_noise(legal, args, rng), np.ones(B, np.float32)
         inputs = [torch.from_numpy(x).cuda() for x in inputs]
-        draws = muzero.draw_candidates(agent, B, args, generator)
+        draws = agent.draws(B, args, generator)
         both = (muzero.act(agent, *inputs, args, step_fn, draws) for step_fn in (graphed, muzero.recurrent))
         for a, b in zip(*both, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -2151,7 +2174,9 @@ def test_muzero_logs_everything_and_moves_all_parameters(kind):
     tags = scalars(run_dir)
     assert expected <= set(tags), expected - set(tags)
     beyond = {f"open_loop/{name}_error_{k}" for name in ("value", "policy", "reward") for k in (2, 4)}
-    assert set(tags) <= expected | beyond and beyond <= set(tags)
+    if "DeadlyPoint" not in args.env_id:  # whose episodes may be too short
+        assert beyond <= set(tags)
+    assert set(tags) <= expected | beyond
     assert image_tags(run_dir) == set()  # stored once, as a file
     assert f"open_loop_error_{args.total_timesteps // 24 * 24}.png" in os.listdir(run_dir)
     assert_healthy(run_dir)
@@ -2178,7 +2203,7 @@ def test_muzero_replay_holds_what_was_played(name, length, num_envs):
     count = torch.arange(replay["ends"][0])[:, None].expand(-1, num_envs) % (length + 1)
     assert replay["ends"] == [48 + 48 // length] * num_envs == replay["ready"]
     closing = count == length
-    assert (data["obs"][..., 1] == count).all() and torch.equal(data["age"], count)
+    assert (data["obs"][..., 1] == count).all() and (data["age"] == count).all()
     assert (data["reward"] == torch.where(closing, 0, count + 1)).all()
     kind = muzero.TRUNCATED if name == "" else muzero.TERMINATED
     assert (data["kind"] == torch.where(closing, kind, muzero.STEP)).all()
@@ -2207,13 +2232,13 @@ def test_muzero_stores_what_its_searches_found(monkeypatch):
     run_dir, openings = run(muzero, **FOUR_ENVS | {"env_id": "tictactoe", "total_timesteps": 100}), []
     replay = load(run_dir)["parts"]["replay"]
     assert len(results) == 25 and all(noise.any() for noise in noises)
-    assert not any(torch.equal(*pair) for pair in zip(noises[:-1], noises[1:], strict=True))
+    assert not any(np.array_equal(*pair) for pair in zip(noises[:-1], noises[1:], strict=True))
     for i, end in enumerate(replay["ends"]):
         data = {name: column[:end, i] for name, column in replay["data"].items()}
         data = {name: column[data["kind"] == muzero.STEP] for name, column in data.items()}
         for name in ("action", "policy", "value"):
-            assert torch.equal(data[name], torch.stack([getattr(result, name)[i] for result in results])), name
-        assert torch.equal(data["legal"], data["obs"].sum(1).flatten(1) == 0) and not data["legal"].all()
+            assert torch.equal(data[name], torch.stack([getattr(result, name)[i] for result in results]).float()), name
+        assert torch.equal(data["legal"] > 0, data["obs"].sum(1).flatten(1) == 0) and not data["legal"].all()
         openings.append(data["obs"].flatten(1).sum(1).numpy() - [count[i] for count in moves])
     starts = np.array(moves).T == 0
     assert all((opening[1:] == opening[:-1])[~start[1:]].all() for opening, start in zip(openings, starts, strict=True))
@@ -2255,6 +2280,75 @@ def test_muzero_resumes_continuous_actions_to_the_bit():
     assert data["action"].abs().max() <= 1 and data["candidates"].abs().max() > 1
     played = (data["candidates"].tanh() == data["action"][:, :, None]).all(-1).any(-1)
     assert played[data["kind"] == muzero.STEP].all()
+
+
+def test_muzero_stops_between_two_updates_and_resumes_to_the_bit(monkeypatch):
+    """A turn of updates looks at the stop request after each of them; what it owes is made first after the resume."""
+    settings, update, calls = {"replay_ratio": 5.0, "total_timesteps": 36}, muzero.update, []
+    whole = run(muzero, **settings)
+
+    def stopped_update(*inputs):
+        calls.append(None)
+        if len(calls) == 57:  # the second one of step 24, at the end of an episode
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*inputs)
+
+    monkeypatch.setattr(muzero, "update", stopped_update)
+    with pytest.raises(SystemExit, match="143"):
+        run(muzero, **settings)
+    (part,) = Path("run_1").glob("runs/*")
+    assert load(part)["parts"]["counters"] == {"num_updates": 57, "owed": 3} and load(part)["global_step"] == 24
+    resume(muzero, str(part), **settings)
+    states = [{name: load(folder)[name] for name in ("parts", "rng", "global_step")} for folder in (whole, part)]
+    assert differences(*states) == [] and len(calls) == 120
+
+
+def test_seeds_share_no_stream():
+    """Of twenty neighbouring seeds and six streams each, none begins where another does."""
+    generators = [muzero.make_generator(CPU, seed, stream) for seed in range(20) for stream in (2, 3, 4, 5, 6, 99)]
+    assert len({generator.initial_seed() for generator in generators}) == 120
+    rng = {name: state for name, state in load(run(muzero, total_timesteps=24))["rng"].items() if name != "act"}
+    assert set(rng) == {"reset", "replay", "update", "candidates"}
+
+
+def test_memory_is_that_of_the_arrays(monkeypatch):
+    """What is refused before it is made: trees and latent states, weights, and for learning the replay and more."""
+    asked, args = [], make_args(num_simulations=30, num_envs=4, eval_episodes=6, hidden_size=16, batch_size=1)
+    monkeypatch.setattr(muzero, "require_memory", lambda num_bytes, *rest: asked.append(num_bytes))
+    for action_dim in (0, 2):
+        envs = TinyVector(4, action_dim=action_dim)
+        agent = muzero.make_agent(envs, args)
+        muzero.check_memory(replace(args, evaluate="x"), envs)
+        A, weights = agent.num_actions, 4 * sum(p.numel() for p in agent.parameters())
+        tree = np.zeros((6, 31), muzero.NODE).nbytes + np.zeros((6, 31, A), muzero.EDGE).nbytes
+        candidates = 4 * 6 * 31 * A * action_dim
+        assert asked[-1] == weights + tree + 4 * 6 * 31 * 16 + 2 * candidates
+        muzero.check_memory(args, envs)
+        rb = muzero.ReplayBuffer(envs, agent, args, CPU)
+        replay = sum(column.nbytes for column in rb.data.values()) + rb.priority.nbytes
+        assert asked[-1] - asked[-2] - 4 * weights - replay == 16 * 6 * (len(agent.bins) + 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"replay_ratio": 1e-6}, "--replay-ratio 1e-06 gives no update"),
+        ({"learning_starts": 40_000}, "gives no update between --learning-starts and --total-timesteps"),
+        ({"learning_starts": 40_001}, "--learning-starts 40001 must be within"),
+        ({"c_scale": 0.0}, "--c-scale must be at least"),
+        ({"num_candidates": 1}, "--num-candidates must be at least 2"),
+    ],
+)
+def test_settings_that_cannot_learn_are_refused(changes, line, capsys):
+    assert line in error_of(capsys, muzero.check_args, make_args(**changes))
+
+
+def test_a_checkpoint_of_other_sizes_is_one_line(capsys, monkeypatch):
+    """The environment shows something else than when the agent was trained."""
+    run_dir = run(muzero)
+    monkeypatch.setattr(muzero, "make_vector_env", lambda *rest: TinyVector(2, shape=(7,)))
+    args = replace(muzero.Args(**load(run_dir)["args"]), evaluate=run_dir)
+    assert "does not fit this script, or its environment has changed" in error_of(capsys, muzero.evaluate_run, args)
 
 
 def test_muzero_keeps_open_episodes_as_truncated():
@@ -2299,7 +2393,7 @@ def test_play_against_a_run_by_piped_moves(monkeypatch, capsys):
         boards = [line for line in lines if re.fullmatch("( [.XO012345678] ?)+", line)]
         moves = [re.search(r"I play (\d) \(visits (.*); my value [+-][01]\.\d\d\)", line) for line in lines]
         moves = [move for move in moves if move]
-        assert len(boards) % 3 == 0 and boards[:3] != boards[-3:] and "one of 0 1 2" in lines[3 if begins == "y" else 7]
+        assert len(boards) % 3 == 0 and boards[:3] != boards[-3:] and "one of " in lines[3 if begins == "y" else 7]
         for move in moves:
             visits = dict(pair.split(": ") for pair in move[2].split(", "))
             assert sum(map(int, visits.values())) == 5 and move[1] in visits
@@ -2319,6 +2413,8 @@ def test_play_ends_with_the_input_and_wants_a_game(monkeypatch, capsys):
     out = done.stdout
     assert done.returncode == 0 and not done.stderr.replace(COMPILING, "").strip(), done.stderr
     assert " 0  1  2  3  4  5  6" in out and " .  .  .  X  .  .  ." in out and out.count("I play") == 1
+    line = error_of(capsys, command_line, monkeypatch, muzero, "--play", run_dir, "--search", "puct")
+    assert "--play takes --num-simulations and no other setting" in line
     line = error_of(capsys, command_line, monkeypatch, muzero, "--play", run(muzero))
     assert "fake_envs:DiscreteCounter-v0 is no game of two players" in line
 

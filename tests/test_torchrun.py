@@ -1,0 +1,313 @@
+"""Several processes that train one agent, as torchrun starts them: what they do together and what they leave behind."""
+
+import functools
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_dreamer
+import test_dreamer_v3
+import torch
+from runs import ROOT, TINY, TRAITS, copy_of, differences, error_of, flags_of, hear_signals, load, scalars, wait_for
+
+import dreamer
+import dreamer_v3
+
+SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3}
+each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+WORLD = 2
+LOST = "Connection (closed|reset)"  # what a process says whose neighbour has gone
+
+
+def settings(script, **changes) -> dict:
+    """A tiny run of two environments, one for each process: several checkpoints, all at ends of episodes."""
+    common = {"num_envs": WORLD, "batch_size": 4, "total_timesteps": 96, "eval_frequency": 48}
+    return TINY[script.__name__] | TRAITS[script.__name__]["quick"] | common | changes
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Back to float32 after a test that computes in float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.float)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# === Two processes without torchrun: forked, with the variables that it sets ===
+
+
+def as_rank(rank: int, port: int, folder: str, function) -> None:
+    """In a process of its own: function(rank), whose result, or last words, becomes a file."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        result = function(rank)
+    except BaseException as error:
+        result = f"{type(error).__name__}: {error}"
+    Path(f"rank{rank}.result").write_bytes(pickle.dumps(result))
+
+
+def in_two(function) -> list:
+    """What function(rank) returns, for each rank; None if it was killed."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context, results = multiprocessing.get_context("forkserver"), []
+    ranks = [context.Process(target=as_rank, args=(i, port, os.getcwd(), function)) for i in range(WORLD)]
+    for process in ranks:
+        process.start()
+    for rank, process in enumerate(ranks):
+        process.join(180)
+        process.kill()
+        path = Path(f"rank{rank}.result")
+        results.append(pickle.loads(path.read_bytes()) if path.exists() else None)
+        path.unlink(missing_ok=True)
+    return results
+
+
+def main_of(name: str, changes: dict, plant, rank: int) -> str:
+    """A whole run; returns its folder. plant(script, rank) may change the script before."""
+    script = SCRIPTS[name]
+    if plant is not None:
+        plant(script, rank)
+    return os.path.abspath(script.main(script.Args(**settings(script, **changes))))
+
+
+def run_in_two(script, plant=None, **changes) -> list:
+    """The results of both."""
+    return in_two(functools.partial(main_of, script.__name__, changes, plant))
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """The folder of a run of 96 steps, of each script, made once."""
+    made = {}
+
+    def folder_of(script) -> str:
+        if script not in made:
+            here = os.getcwd()
+            os.chdir(tmp_path_factory.mktemp(script.__name__))
+            made[script], _ = run_in_two(script)
+            os.chdir(here)
+        return made[script]
+
+    return folder_of
+
+
+def states(run_dir: str) -> list[dict]:
+    """The checkpoints of both, without what may differ: settings, the number of checkpoints before."""
+    found = [load(folder) for folder in (run_dir, f"{run_dir}/rank1")]
+    assert found[0]["parts"].pop("ranks") == found[1]["parts"].pop("ranks")
+    return [state | {"args": None} for state in found]
+
+
+# === The same mathematics ===
+
+
+def share(tensors: dict, rank: int | None, starts: int = 0) -> dict:
+    """A process's half of a batch (T, B, ...), which begins with latents (B, ...), or of noise (T, B, ...), of which
+    that for dreams is (H, starts B, ...)."""
+    if rank is None:
+        return tensors
+    found = {}
+    for name, tensor in tensors.items():
+        if name in ("stoch", "deter"):
+            found[name] = tensor.chunk(WORLD)[rank]
+        else:
+            rows = tensor.unflatten(1, (starts if starts and name in ("prior", "action") else 1, -1))
+            found[name] = rows.chunk(WORLD, 2)[rank].flatten(1, 2)
+    return found
+
+
+def updates_of(name: str, changes: dict, rank: int | None) -> list[np.ndarray]:
+    """Parameters before and after four updates: of one process, or of one of two with half of each batch."""
+    script, kit = SCRIPTS[name], {"dreamer": test_dreamer, "dreamer_v3": test_dreamer_v3}[name]
+    args = kit.tiny_args(batch_size=4, **changes)
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double  # in float32 a gradient of 0 but for rounding moves a weight either way
+    if rank is not None:
+        script.join_ranks(args, "batch_size")
+    agent, found = kit.make_agent(args), []
+    optimizer = script.make_optimizers(agent, args) if script is dreamer else script.LaProp(agent, args)
+    for i in range(5):
+        found.append(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]).numpy())
+        batch, noise = kit.make_batch(agent, args, seed=i), kit.make_noise(agent, args, seed=i)
+        script.update(agent, optimizer, share(batch, rank), share(noise, rank, args.batch_length), args)
+    return [found[0], found[-1]]
+
+
+# Two of the batches have a KL above these free nats, two below, and of most one half is on the other side.
+UPDATES = {
+    "dreamer": {"cont_head": True, "max_grad_norm": 1.0, "free_nats": 1.6},
+    "dreamer_v3": {"warmup": 1, "learning_rate": 1e-3},
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), UPDATES.items(), ids=UPDATES)
+def test_two_processes_learn_what_one_learns_from_the_whole_batch(name, changes, float64):
+    """All parameters are those of one process but for rounding, and have moved far more."""
+    updates = functools.partial(updates_of, name, changes)
+    (before, after), (_, first), (_, second) = updates(None), *in_two(updates)
+    assert np.array_equal(first, second)
+    assert np.abs(first - after).max() < 1e-12 < 1e-4 < np.abs(after - before).max()
+
+
+# === Whole runs ===
+
+
+@each_script
+def test_processes_share_networks_and_have_the_rest_for_themselves(script, whole_runs):
+    """Equal weights, optimizers, counters; other experience, other random numbers; the first evaluates."""
+    first, second = states(whole_runs(script))
+    assert first["global_step"] == second["global_step"] == 96 and first["parts"]["counters"]["num_updates"] > 4
+    own = {path.split("/")[2] for path in differences(first, second) if path.startswith("/parts")}
+    assert own and own <= {"replay", "open_episodes"}
+    streams = {path.split("/")[2] for path in differences(first["rng"], second["rng"], "/rng")}
+    assert streams == set(first["rng"])
+    logged, others = (scalars(folder) for folder in (whole_runs(script), f"{whole_runs(script)}/rank1"))
+    assert [step for step, _ in logged["eval/episodic_return"]] == [48, 96]
+    assert not [tag for tag in others if tag.startswith(("eval", "open_loop"))] and "losses/reward_loss" in others
+
+
+@pytest.mark.slow
+@each_script
+def test_stopped_and_resumed_is_bit_equal(script, whole_runs):
+    """The states of both processes."""
+    folder, _ = run_in_two(script, total_timesteps=48)
+    run_in_two(script, resume=folder)
+    assert differences(states(folder), states(whole_runs(script))) == []
+
+
+def kill_at_the_third_save(rank: int, committed: bool, script, here: int) -> None:
+    """Kills this process once it has written, or once its file counts."""
+    count, function = [0], "settle" if committed else "save_checkpoint"
+    original = getattr(script, function)
+
+    def last(*args, **kwargs):
+        count[0] += 1
+        if count[0] == 3 and committed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(*args, **kwargs)
+        if count[0] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == here:
+        setattr(script, function, last)
+
+
+@pytest.mark.slow
+@each_script
+@pytest.mark.parametrize(("rank", "committed", "step"), [(1, False, 24), (0, False, 48), (1, True, 48)])
+def test_a_kill_between_writes_leaves_one_whole_set(script, rank, committed, step, whole_runs):
+    """The old one until the first process has written, then the new one: a resume goes on from either."""
+    results = run_in_two(script, functools.partial(kill_at_the_third_save, rank, committed), resume=None)
+    assert results[rank] is None and re.search(LOST, results[1 - rank])
+    (folder,) = map(str, Path("runs").absolute().iterdir())
+    assert load(folder)["global_step"] == step
+    run_in_two(script, resume=folder)
+    assert differences(states(folder), states(whole_runs(script))) == []
+
+
+def interrupt(script, rank: int) -> None:
+    """The second process is asked to stop in the middle of a block of updates."""
+    count, update = [0], script.update
+
+    def update_and_signal(*args, **kwargs):
+        count[0] += 1
+        if count[0] == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args, **kwargs)
+
+    script.update = update_and_signal
+
+
+@pytest.mark.slow
+@each_script
+def test_a_stop_of_one_is_a_stop_of_all(script):
+    """After the same update, with a checkpoint of both, from which a resume goes on."""
+    assert run_in_two(script, interrupt) == ["SystemExit: 143"] * 2
+    (folder,) = map(str, Path("runs").absolute().iterdir())
+    first, second = states(folder)
+    assert first["parts"]["counters"]["num_updates"] == second["parts"]["counters"]["num_updates"] == 3
+    assert first["global_step"] == second["global_step"] < 96
+    run_in_two(script, resume=folder)
+    first, second = states(folder)
+    assert first["global_step"] == second["global_step"] == 96
+    assert differences(first["parts"]["agent"], second["parts"]["agent"]) == []
+
+
+@each_script
+def test_another_number_of_processes_is_refused(script, whole_runs, monkeypatch, capsys):
+    """In one line, whether there are fewer or more; and what they cannot share."""
+    resumed = script.Args(**settings(script, resume=whole_runs(script)))
+    assert "was made by 2 processes, not 1: torchrun" in error_of(capsys, script.main, resumed)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "was made by 2 processes, not 3: torchrun" in error_of(capsys, script.main, resumed)
+    alone = script.Args(**settings(script, num_envs=4))
+    assert "--num-envs 4 cannot be shared by 3 processes" in error_of(capsys, script.main, alone)
+
+
+@pytest.mark.slow
+@each_script
+def test_files_of_different_saves_are_refused(script, whole_runs):
+    """In a line of the process whose file is old."""
+    folder = copy_of(whole_runs(script))
+    state = load(f"{folder}/rank1")
+    state["parts"]["ranks"][1] -= 1
+    torch.save(state, f"{folder}/rank1/checkpoint.pt")
+    first, second = run_in_two(script, resume=folder)
+    assert re.search(LOST, first) and second == "SystemExit: 2"
+
+
+@pytest.mark.slow
+@each_script
+def test_a_fault_of_one_leaves_the_last_checkpoint(script):
+    """One line, and nothing is written that the other does not have."""
+    results = run_in_two(script, env_id="fake_envs:NanCounter-v0")
+    said = f"reward is not finite.*; the last checkpoint stays as it is|{LOST}"
+    assert all(re.search(said, line) for line in results) and any("reward" in line for line in results)
+    (folder,) = map(str, Path("runs").absolute().iterdir())
+    assert [state["global_step"] for state in states(folder)] == [48, 48]
+
+
+@pytest.mark.slow
+@each_script
+def test_episodes_may_end_at_different_times(script):
+    """Each process has its own; the updates, and so the weights, are the same."""
+    folder, _ = run_in_two(script, env_id="fake_envs:DeadlyPoint-v0", total_timesteps=120)
+    first, second = states(folder)
+    lengths = [scalars(path)["charts/episodic_length"] for path in (folder, f"{folder}/rank1")]
+    assert lengths[0] != lengths[1] and first["parts"]["counters"]["num_updates"] > 4
+    assert first["parts"]["counters"] == second["parts"]["counters"]
+    assert differences(first["parts"]["agent"], second["parts"]["agent"]) == []
+
+
+@pytest.mark.slow
+@each_script
+def test_sigterm_to_torchrun_leaves_a_checkpoint_of_all(script):
+    """torchrun hands it to both; what they leave goes on."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORLD)]
+    command = [*torchrun, str(ROOT / f"{script.__name__}.py")]
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    begin = functools.partial(subprocess.Popen, env=os.environ | paths, preexec_fn=hear_signals)
+    flags = flags_of(script.Args(**settings(script, total_timesteps=10**6, eval_frequency=0)))
+    process = begin([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: "episodic_return" in process.stdout.readline())
+    process.send_signal(signal.SIGTERM)
+    assert "checkpoint at step" in process.communicate(timeout=60)[0] and process.returncode != 0
+    (folder,) = map(str, Path("runs").absolute().iterdir())
+    step = load(folder)["global_step"]
+    assert 24 <= step == load(f"{folder}/rank1")["global_step"]
+    process = begin([*command, "--resume", folder, "--total-timesteps", str(step + 24)])
+    assert process.wait(120) == 0
+    assert [state["global_step"] for state in states(folder)] == [step + 24] * 2
