@@ -786,7 +786,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             try:
                 env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
             except ImportError as error:
-                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
+                package = "pip install dm_control==1.0.50 'mujoco>=3.17,<4' (from Python 3.13 on with --no-deps)"
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             render = {"render_mode": "rgb_array"} if video else {}

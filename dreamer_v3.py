@@ -908,7 +908,7 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
             try:
                 env = gym.wrappers.TimeLimit(DrawnTask(args.env_id, renderer, 64 if pixels else 240), 1000)
             except ImportError as error:
-                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
+                package = "pip install dm_control==1.0.50 'mujoco>=3.17,<4' (from Python 3.13 on with --no-deps)"
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
