@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import test_dreamer
 import test_dreamer_v3
+import test_muzero
 import torch
 from runs import ROOT, TINY, TRAITS, copy_of, differences, error_of, flags_of, hear_signals, load, scalars, wait_for
 
 import dreamer
 import dreamer_v3
+import muzero
 
-SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3}
+SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3, "muzero": muzero}
 each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 WORLD = 2
 LOST = "Connection (closed|reset)"  # what a process says whose neighbour has gone
@@ -162,6 +164,64 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batch(name, changes,
     assert np.abs(first - after).max() < 1e-12 < 1e-4 < np.abs(after - before).max()
 
 
+def replays() -> list[muzero.ReplayBuffer]:
+    """One of four environments, and two that are its halves: the second's episodes are shorter, its errors larger."""
+    rb, halves = test_muzero.make_rb(4, 600), [test_muzero.make_rb(2) for _ in range(WORLD)]
+    for seed, half in enumerate(halves):
+        test_muzero.fill(half, 60, seed, mean_length=30 - 25 * seed)
+        half.priority *= 1 + seed
+    rb.data = {name: torch.cat([half.data[name] for half in halves], 1).double() for name in rb.data}
+    rb.priority = torch.cat([half.priority for half in halves], 1).double()
+    for i, half in enumerate(halves):
+        half.data = {name: column[:, 2 * i : 2 * i + 2] for name, column in rb.data.items()}  # the same memory
+        half.priority = rb.priority[:, 2 * i : 2 * i + 2]
+    return [rb, *halves]
+
+
+def searched_updates_of(rank: int | None) -> list[np.ndarray]:
+    """As updates_of, of batches drawn from two replays by priority: weights of samples are divided by the largest.
+
+    Of one process, which has it all in one replay, the weights are those of its definition, with P by hand.
+    """
+    changes = {"consistency_scale": 1.0, "max_grad_norm": 1.0, "learning_rate": 1e-2}
+    agent, args = test_muzero.vector_agent(unroll_steps=2, td_steps=3, batch_size=8, **changes)
+    whole, *halves = replays()
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    agent.double()
+    if rank is not None:
+        muzero.join_ranks(args, "batch_size")
+    optimizer, found, weights = muzero.make_optimizer(agent, args), [], []
+    for i in range(5):
+        found.append(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]).numpy())
+        actions, parts = torch.randint(3, (2, 8), generator=torch.Generator().manual_seed(i)), []
+        for part in range(WORLD) if rank is None else [rank]:
+            chances = halves[part].priority ** halves[part].alpha
+            parts.append(halves[part].sample(4, 1.0, torch.Generator().manual_seed(10 * i + part)))
+            if rank is None:
+                drawn = chances[parts[-1]["slots"], parts[-1]["envs"]]
+                parts[-1] |= {"envs": parts[-1]["envs"] + 2 * part, "weights": WORLD * chances.sum() / drawn}
+        rows = {name: torch.cat([part[name] for part in parts], -1) for name in ("slots", "envs", "weights")}
+        rows |= {name: torch.cat([part[name] for part in parts], 1) for name in parts[0] if name not in rows}
+        rows["weights"] /= rows["weights"].max() if rank is None else 1
+        weights.append(rows["weights"].numpy())
+        replay, actions = (whole, actions) if rank is None else (halves[rank], actions.chunk(WORLD, 1)[rank])
+        muzero.update(agent, optimizer, replay, rows, actions, args, muzero.compute_losses)
+    priorities = [half.priority.numpy() for half in (halves if rank is None else [halves[rank]])]
+    return [found[0], found[-1], np.concatenate(weights), *priorities]
+
+
+def test_two_processes_search_what_one_learns_from_both_replays(float64):
+    """Weights of samples, of the networks, and the new priorities of each replay."""
+    one, first, second = searched_updates_of(None), *in_two(searched_updates_of)
+    assert np.array_equal(first[1], second[1])
+    assert np.abs(first[1] - one[1]).max() < 1e-12 < 1e-4 < np.abs(one[1] - one[0]).max()
+    both = np.concatenate([first[2].reshape(5, 4), second[2].reshape(5, 4)], 1)
+    np.testing.assert_allclose(both, one[2].reshape(5, 8), rtol=1e-12)
+    for priorities, (mine,) in zip(one[3:], (first[3:], second[3:]), strict=True):
+        np.testing.assert_allclose(mine, priorities, rtol=1e-9)
+
+
 # === Whole runs ===
 
 
@@ -290,6 +350,18 @@ def test_episodes_may_end_at_different_times(script):
     assert lengths[0] != lengths[1] and first["parts"]["counters"]["num_updates"] > 4
     assert first["parts"]["counters"] == second["parts"]["counters"]
     assert differences(first["parts"]["agent"], second["parts"]["agent"]) == []
+
+
+@pytest.mark.slow
+def test_processes_play_against_themselves():
+    """muzero.py on boards, by priority and searched anew: games end at different times, the networks are the same."""
+    changes = {"td_steps": 9, "support_size": 1, "reanalyze_ratio": 0.5, "priority_alpha": 1.0, "num_envs": 4}
+    folder, _ = run_in_two(muzero, env_id="tictactoe", total_timesteps=200, buffer_size=400, **changes)
+    first, second = states(folder)
+    assert differences(first["parts"]["replay"], second["parts"]["replay"])
+    assert first["parts"]["counters"] == second["parts"]["counters"] == {"num_updates": 47, "owed": 0}
+    for part in ("agent", "target", "optimizer"):
+        assert differences(first["parts"][part], second["parts"][part]) == []
 
 
 @pytest.mark.slow
