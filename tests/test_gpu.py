@@ -180,7 +180,7 @@ def test_variants_give_the_numbers_of_the_cpu(variant):
     """What else the scripts can do, evaluations included."""
     name, changes = VARIANTS[variant]
     script, settings = importlib.import_module(name), SETTINGS[name] | changes | {"eval_frequency": 12}
-    cpu, bound = outcome(run(script, **settings)), 0.0 if name in GRAPHED else 1e-6
+    cpu, bound = outcome(run(script, **settings)), 0.0 if name in GRAPHED else 1e-5  # float32 returns of 32 to 64
     for ways in [{}, {"cudagraphs": True}] if name in GRAPHED else [{}]:
         with pretended_gpu(script):
             assert largest_difference(cpu, outcome(run(script, **settings, cuda=True, **ways))) <= bound

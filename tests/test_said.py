@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import signal
+import time
 import types
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from runs import run, tiny
 
@@ -41,3 +43,20 @@ def test_an_environment_without_a_time_limit_is_named(script, capsys, monkeypatc
     script.rehearse(lambda video: envs, False)
     limit = envs.envs[0].get_wrapper_attr("_max_episode_steps")
     assert f"Endless-v0 has no time limit: its episodes are truncated after {limit} steps" in capsys.readouterr().out
+
+
+def test_steps_per_second_are_those_of_training(script):
+    """An evaluation of 100 seconds does not count."""
+    quiet = lambda *args, **kwargs: None  # noqa: E731
+    run = types.SimpleNamespace(step=5, reported=(3, 7.0), began=time.perf_counter() - 100, say=quiet, log=quiet)
+    run.args, run.progress = types.SimpleNamespace(eval_frequency=2), types.SimpleNamespace(set_description=quiet)
+    script.Run.log_evaluation(run, np.ones(2))
+    assert run.next_eval == 6 and run.reported[0] == 3 and 107 <= run.reported[1] < 110
+
+
+def test_an_id_that_names_a_module_is_not_one_of_dm_control(script):
+    """With a version or without."""
+    if not hasattr(script, "is_dm_control"):
+        pytest.skip("plays none of its tasks")
+    ids = "walker-walk", "my_tasks:Reach", "my_tasks:Reach-v0", "CartPole-v1"
+    assert [script.is_dm_control(env_id) for env_id in ids] == [True, False, False, False]
