@@ -25,6 +25,8 @@ import muzero
 
 SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3, "muzero": muzero}
 each_learner = pytest.mark.parametrize("learner", SCRIPTS.values(), ids=SCRIPTS)
+learners = [dreamer, dreamer_v3, pytest.param(muzero, marks=pytest.mark.slow)]
+each_in_time = pytest.mark.parametrize("learner", learners, ids=SCRIPTS)  # some stand for all where seconds count
 WORLD = 2
 LOST = "Connection (closed|reset)"  # what a process says whose neighbour has gone
 
@@ -78,7 +80,7 @@ def in_two(function) -> list:
 
 
 def main_of(name: str, changes: dict, plant, rank: int) -> str:
-    """A whole run; returns its folder. plant(learner, rank) may change the learner before."""
+    """A whole run; returns its folder. plant(learner, rank) may change the script before."""
     learner = SCRIPTS[name]
     if plant is not None:
         plant(learner, rank)
@@ -225,7 +227,7 @@ def test_two_processes_search_what_one_learns_from_both_replays(float64):
 # === Whole runs ===
 
 
-@each_learner
+@each_in_time
 def test_processes_share_networks_and_have_the_rest_for_themselves(learner, whole_runs):
     """Equal weights, optimizers, counters; other experience, other random numbers; the first evaluates."""
     first, second = states(whole_runs(learner))
@@ -306,7 +308,7 @@ def test_a_stop_of_one_is_a_stop_of_all(learner):
     assert differences(first["parts"]["agent"], second["parts"]["agent"]) == []
 
 
-@each_learner
+@each_in_time
 def test_another_number_of_processes_is_refused(learner, whole_runs, monkeypatch, capsys):
     """In one line, whether there are fewer or more; and what they cannot share."""
     resumed = learner.Args(**settings(learner, resume=whole_runs(learner)))
@@ -355,8 +357,8 @@ def test_episodes_may_end_at_different_times(learner):
 @pytest.mark.slow
 def test_processes_play_against_themselves():
     """muzero.py on boards, by priority and searched anew: games end at different times, the networks are the same."""
-    changes = {"td_steps": 9, "support_size": 1, "reanalyze_ratio": 0.5, "priority_alpha": 1.0, "num_envs": 4}
-    folder, _ = run_in_two(muzero, env_id="tictactoe", total_timesteps=200, buffer_size=400, **changes)
+    changes = {"td_steps": 9, "support_size": 1, "reanalyze_ratio": 0.5, "priority_alpha": 1.0, "opening_moves": 0}
+    folder, _ = run_in_two(muzero, env_id="tictactoe", total_timesteps=200, buffer_size=400, num_envs=4, **changes)
     first, second = states(folder)
     assert differences(first["parts"]["replay"], second["parts"]["replay"])
     assert first["parts"]["counters"] == second["parts"]["counters"] == {"num_updates": 47, "owed": 0}
