@@ -877,7 +877,7 @@ class ReplayBuffer:
         slots, envs = drawn // self.num_envs, drawn % self.num_envs
         weights = chances[drawn] ** -beta
         largest = weights.amax()
-        if dist.is_initialized():  # torchrun: P of the joint batch, to which each process adds as much of its replay
+        if dist.is_initialized():  # torchrun: P in the joint batch, of which each replay gives as much
             weights, largest = weights * cdf[-1] ** beta, largest * cdf[-1] ** beta
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return self.window(slots, envs, self.span) | {"slots": slots, "envs": envs, "weights": weights / largest}

