@@ -55,9 +55,9 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from copy import copy, deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
+from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below leaves no traceback
@@ -127,10 +127,10 @@ class Args:
     batch_length: Count | None = None  # time steps per sequence (L)
 
     # networks
-    cnn_depth: Count | None = None  # channels of the first convolution; the others are multiples of it
-    stoch_size: Count = 30  # size of the stochastic part of the latent state
-    deter_size: Count = 200  # size of the deterministic part of the latent state and of the RSSM's hidden layers
-    dense_size: Count | None = None  # units per hidden layer of reward, continuation, value, actor, vector observations
+    cnn_depth: Size | None = None  # channels of the first convolution; the others are multiples of it
+    stoch_size: Size = 30  # size of the stochastic part of the latent state
+    deter_size: Size = 200  # size of the deterministic part of the latent state and of the RSSM's hidden layers
+    dense_size: Size | None = None  # units per hidden layer of reward, continuation, value, actor, vector observations
 
     # world model
     free_nats: Amount = 3.0  # nats of KL between posterior and prior, averaged over the batch, that cost nothing
@@ -812,7 +812,7 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
             try:
                 env = gym.wrappers.TimeLimit(DrawnTask(args.env_id, renderer, 64 if pixels else 240), 1000)
             except ImportError as error:
-                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
+                package = "pip install dm_control==1.0.50 'mujoco>=3.17,<4' (from Python 3.13 on with --no-deps)"
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
@@ -1173,9 +1173,12 @@ def choose_renderer(args: Args, checkpoint: dict | None) -> str:
     if checkpoint and wanted == "auto" and checkpoint["parts"]["counters"]["renderer"] != "none":
         wanted = checkpoint["parts"]["counters"]["renderer"]
     pictures = is_dm_control(args.env_id) and (args.obs_mode == "pixels" or args.capture_video)
-    if not pictures or wanted == "raycast":
+    if not pictures:
+        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+        return "none"
+    if wanted == "raycast":
         os.environ["MUJOCO_GL"] = "disable"
-        return "raycast" if pictures else "none"
+        return "raycast"
     backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa", "glfw"]
     probe = [sys.executable, "-c", "from dm_control import _render; _render.Renderer(64, 64).make_current()"]
     for backend in backends:
@@ -1388,7 +1391,8 @@ def evaluate_run(args: Args) -> str:
     video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
     envs = make_vector_env(args, renderer, args.eval_episodes, video)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    agent.load_state_dict(checkpoint["parts"]["agent"])
+    with must_fit(args.evaluate):
+        agent.load_state_dict(checkpoint["parts"]["agent"])
     returns, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
     print_returns(args, checkpoint, returns)
@@ -1598,10 +1602,21 @@ def load_checkpoint(run_dir: str, args: Args, verify: bool = True) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # many types, for a missing, damaged or foreign file
         fail(f"no readable checkpoint at {path} ({type(error).__name__})")
-    ours = isinstance(state, dict) and state.get("version") == 2
-    if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
+    saved = state.get("args", {}) if isinstance(state, dict) and state.get("version") == 2 else {}
+    hints = get_type_hints(Args)
+    if damaged or set(saved) != set(hints) or not all(is_a(saved[name], hint) for name, hint in hints.items()):
         fail(f"{path} is damaged or was written by another script or version")
     return state | {"inode": inode}
+
+
+def is_a(value, hint) -> bool:
+    """Whether a setting's value is of its type; what is inside a tuple check_bounds looks at."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if type(None) in inner:  # Count | None
+        return value is None or is_a(value, inner[0])
+    if inner and kind is not tuple:  # Literal
+        return value in inner
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
@@ -1734,7 +1749,7 @@ class Run:
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.learned, self.saved = {}, False, None
         self.reported = self.step, time.perf_counter()
-        self.began = self.reported[1]  # of the newest evaluation
+        self.eval_began = self.reported[1]  # of the newest evaluation
         owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
@@ -1805,7 +1820,7 @@ class Run:
         if due:
             self.goes_on(dones)
             self.progress.set_description("evaluating")
-            self.began = time.perf_counter()
+            self.eval_began = time.perf_counter()
         return due
 
     def report(self) -> None:
@@ -1831,7 +1846,7 @@ class Run:
 
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
-        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.began  # no time of training
+        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
         self.progress.set_description("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})

@@ -62,9 +62,9 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Annotated, NoReturn, get_args, get_type_hints
+from typing import Annotated, NoReturn, get_args, get_origin, get_type_hints
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below leaves no traceback
@@ -760,7 +760,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             try:
                 env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
             except ImportError as error:
-                package = "Python < 3.13 and pip install dm_control==1.0.50 'mujoco>=3.17,<4'"
+                package = "pip install dm_control==1.0.50 'mujoco>=3.17,<4' (from Python 3.13 on with --no-deps)"
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             render = {"render_mode": "rgb_array"} if video else {}
@@ -1254,10 +1254,21 @@ def load_checkpoint(run_dir: str, args: Args, verify: bool = True) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # many types, for a missing, damaged or foreign file
         fail(f"no readable checkpoint at {path} ({type(error).__name__})")
-    ours = isinstance(state, dict) and state.get("version") == 2
-    if damaged or not ours or set(state.get("args", ())) != {field.name for field in fields(args)}:
+    saved = state.get("args", {}) if isinstance(state, dict) and state.get("version") == 2 else {}
+    hints = get_type_hints(Args)
+    if damaged or set(saved) != set(hints) or not all(is_a(saved[name], hint) for name, hint in hints.items()):
         fail(f"{path} is damaged or was written by another script or version")
     return state | {"inode": inode}
+
+
+def is_a(value, hint) -> bool:
+    """Whether a setting's value is of its type; what is inside a tuple check_bounds looks at."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if type(None) in inner:  # Count | None
+        return value is None or is_a(value, inner[0])
+    if inner and kind is not tuple:  # Literal
+        return value in inner
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def refuse_changes(args: Args, checkpoint: dict, free: str) -> None:
@@ -1390,7 +1401,7 @@ class Run:
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.learned, self.saved = {}, False, None
         self.reported = self.step, time.perf_counter()
-        self.began = self.reported[1]  # of the newest evaluation
+        self.eval_began = self.reported[1]  # of the newest evaluation
         owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
@@ -1461,7 +1472,7 @@ class Run:
         if due:
             self.goes_on(dones)
             self.progress.set_description("evaluating")
-            self.began = time.perf_counter()
+            self.eval_began = time.perf_counter()
         return due
 
     def report(self) -> None:
@@ -1487,7 +1498,7 @@ class Run:
 
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
-        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.began  # no time of training
+        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
         self.progress.set_description("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})

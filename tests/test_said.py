@@ -48,7 +48,7 @@ def test_an_environment_without_a_time_limit_is_named(script, capsys, monkeypatc
 def test_steps_per_second_are_those_of_training(script):
     """An evaluation of 100 seconds does not count."""
     quiet = lambda *args, **kwargs: None  # noqa: E731
-    run = types.SimpleNamespace(step=5, reported=(3, 7.0), began=time.perf_counter() - 100, say=quiet, log=quiet)
+    run = types.SimpleNamespace(step=5, reported=(3, 7.0), eval_began=time.perf_counter() - 100, say=quiet, log=quiet)
     run.args, run.progress = types.SimpleNamespace(eval_frequency=2), types.SimpleNamespace(set_description=quiet)
     script.Run.log_evaluation(run, np.ones(2))
     assert run.next_eval == 6 and run.reported[0] == 3 and 107 <= run.reported[1] < 110
