@@ -58,8 +58,9 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
@@ -69,6 +70,7 @@ if __name__ == "__main__":
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -737,6 +739,16 @@ def bootstrap_now(target: Agent, rb: ReplayBuffer, rows: dict, count: int, td_st
     return rows | {"value": value}
 
 
+def average(tensors: list[torch.Tensor]) -> None:
+    """Under torchrun each becomes its mean over all processes; a process on its own leaves them alone."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
 def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions, args: Args, losses_fn) -> dict:
     """One update on sampled rows (K + n + 1, B), then the priorities of their first steps. No host sync.
 
@@ -752,6 +764,7 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
     optimizer.zero_grad(set_to_none=True)
     loss, metrics, values = losses_fn(agent, obs, actions, targets, rows["weights"], args)
     loss.backward()
+    average([parameter.grad for parameter in agent.parameters()])
     metrics["grad_norm/agent"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
     if rb.alpha > 0:
@@ -863,8 +876,11 @@ class ReplayBuffer:
         drawn = torch.searchsorted(cdf, u * cdf[-1], right=True).clamp(max=len(cdf) - 1)
         slots, envs = drawn // self.num_envs, drawn % self.num_envs
         weights = chances[drawn] ** -beta
-        rows = self.window(slots, envs, self.span)
-        return rows | {"slots": slots, "envs": envs, "weights": weights / weights.amax()}
+        largest = weights.amax()
+        if dist.is_initialized():  # torchrun: P in the joint batch, of which each replay gives as much
+            weights, largest = weights * cdf[-1] ** beta, largest * cdf[-1] ** beta
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return self.window(slots, envs, self.span) | {"slots": slots, "envs": envs, "weights": weights / largest}
 
     def state_dict(self) -> dict:
         """The filled part, cloned: torch would save the whole storage behind a slice."""
@@ -886,8 +902,9 @@ class ReplayBuffer:
 def main(args: Args) -> str:
     if args.play is not None:
         return play_against(args)
-    args = with_task_defaults(args)
-    check_args(args)
+    whole = with_task_defaults(args)
+    check_args(whole)
+    args = join_ranks(whole, "num_envs batch_size buffer_size learning_starts")
     device = choose_device(args)
     if device.type == "cpu":
         torch.set_num_threads(1)  # many small operations: more threads only wait for each other
@@ -900,7 +917,7 @@ def main(args: Args) -> str:
     check_memory(args, envs)
     check_support(args, envs)
     compile_search()
-    run = Run(args, checkpoint)
+    run = (RankedRun if dist.is_initialized() else Run)(whole, checkpoint)
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
     agent = make_agent(envs, args).to(device)
     target, optimizer = deepcopy(agent).requires_grad_(False), make_optimizer(agent, args)
@@ -908,7 +925,7 @@ def main(args: Args) -> str:
     counters = {"num_updates": 0, "owed": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "act"))}
     rng |= {name: make_generator(device, args.seed, i) for i, name in enumerate(("replay", "update", "candidates"), 2)}
-    steps = args.num_envs * args.action_repeat  # of environments in one turn of the loop
+    steps = whole.num_envs * args.action_repeat  # of environments in one turn of the loop
     num_reanalyzed = math.ceil(args.reanalyze_ratio * args.batch_size)  # the first ones of a batch
     num_revalued = args.batch_size if args.bootstrap == "target" else num_reanalyzed  # deviation 8: target network now
     dones, moves, eval_envs = np.ones(args.num_envs, bool), np.zeros(args.num_envs, np.int64), None
@@ -930,10 +947,10 @@ def main(args: Args) -> str:
         checkpoint = rows = None  # what refers to the file keeps it on the disk
     step_fn, losses_fn = executables(args)
     size = f"{agent.num_actions} actions, {sum(p.numel() for p in agent.parameters()):,} parameters"
-    print(f"{run.folder}: {device}, {size}, {args.search} search")
+    run.say(f"{run.folder}: {device}, {size}, {args.search} search")
 
     while True:
-        while counters["owed"] and not run.stop.requested:  # deviation 11: acting waits
+        while counters["owed"] and not run.tick(f"update {counters['num_updates'] + 1}"):  # deviation 11: acting waits
             rows = rb.sample(args.batch_size, PRIORITY_BETA, rng["replay"])
             if num_reanalyzed:
                 rows = reanalyze(target, rb, rows, num_reanalyzed, args, step_fn, rng["candidates"])
@@ -971,8 +988,10 @@ def main(args: Args) -> str:
         if dones.any():
             rb.add(closing_rows(agent, obs, dones, terminations, device), np.flatnonzero(dones), closing=True)
             run.log_episodes(infos, dones)
-        if rb.ready.any() and len(rb) * args.action_repeat >= args.learning_starts:
-            counters["owed"] += updates_due(run.step, args) - updates_due(run.step - steps, args)
+        filled = rb.ready.any() and len(rb) * args.action_repeat >= args.learning_starts
+        average([ready := torch.tensor(float(filled))])  # all make the same updates, once each has what to learn from
+        if ready == 1:
+            counters["owed"] += updates_due(run.step, whole) - updates_due(run.step - steps, whole)
 
     envs.close()
     if eval_envs is not None:
@@ -1717,9 +1736,10 @@ def evaluate_and_log(agent: Agent, envs, run: Run, step_fn: Callable):
         envs = make_vector_env(args, min(args.eval_episodes, 100), video)
         envs.on_fault = run.abort
     opponent = random_player if args.two_player else None
-    returns, trajectories = evaluate(agent, envs, args, run.device, run.tick, step_fn, opponent)
+    tick = functools.partial(Run.tick, run)  # of this process alone
+    returns, trajectories = evaluate(agent, envs, args, run.device, tick, step_fn, opponent)
     if opponent:  # what the values of self-play are about
-        _, trajectories = evaluate(agent, envs, args, run.device, run.tick, step_fn)
+        _, trajectories = evaluate(agent, envs, args, run.device, tick, step_fn)
     if not run.stop.requested:
         run.log_evaluation(returns)
         warn_of_failure(log_diagnostics, agent, trajectories, run)
@@ -2280,6 +2300,108 @@ class Run:
         self.lock.close()
         self.stop.exit()
         return self.folder
+
+
+def join_ranks(args: Args, shared: str) -> Args:
+    """Joins the processes that torchrun has started. Returns the settings of this one: its share of those named.
+
+    Each plays environments of its own, into a replay of its own, and learns from its share of every batch; gradients
+    are averaged, so that all have the same networks. A process on its own has everything.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    shares, before, saves = {name: getattr(args, name) // world for name in shared.split()}, world, 0
+    if args.resume is not None:
+        before, saves = load_checkpoint(args.resume, args, verify=False)["parts"].get("ranks", (1, 0))
+    if before != world:
+        fail(f"{args.resume} was made by {before} processes, not {world}: torchrun --nproc-per-node {before} ...")
+    for name, share in shares.items():
+        if share * world != getattr(args, name):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by {world} processes")
+    if world == 1:
+        return args
+    cuda = choose_device(args).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if rank and args.resume is not None:
+        shares["resume"] = f"{args.resume}/rank{rank}"
+        settle(shares["resume"], saves)
+    return replace(args, seed=args.seed ^ rank << 40, **shares)
+
+
+def agree(*values: float) -> list[float]:
+    """The largest of each value over all processes, once all are here."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def settle(folder: str, saves: int) -> None:
+    """What a process wrote for the newest checkpoint takes the place of what it wrote for the one before."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(f"{folder}/{saves}/checkpoint.pt", f"{folder}/checkpoint.pt")
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(f"{folder}/{saves}")
+
+
+class RankedRun(Run):
+    """A run of several processes, which step, learn, save and stop together.
+
+    The first, rank 0, evaluates and speaks. Every other has a folder in the run's, for its log and its checkpoints.
+    """
+
+    def __init__(self, args: Args, checkpoint: dict | None):
+        self.rank, folders = dist.get_rank(), [None]
+        self.ranks = checkpoint["parts"]["ranks"] if checkpoint else [dist.get_world_size(), 0]  # and saves so far
+        if self.rank == 0:
+            super().__init__(args, checkpoint)
+            folders = [self.folder]
+        dist.broadcast_object_list(folders)
+        if self.rank:
+            folder = f"{folders[0]}/rank{self.rank}"
+            os.makedirs(folder, exist_ok=True)
+            super().__init__(replace(args, resume=folder, track=False, save_model=False), checkpoint)
+            self.say = lambda line: None
+            Bar.__init__ = functools.partialmethod(Bar.__init__, disable=True)
+        if agree(*self.ranks) != self.ranks:
+            fail(f"{self.folder}/checkpoint.pt is older than those of the other processes")
+        self.asked, self.agreed = self.stop, copy(self.stop)  # what this process was asked; what all know of
+        self.stop, self.agreed.lost = self.agreed, self.asked.lost
+
+    def listen(self) -> None:
+        """All learn what one was asked (to stop) and what the first has done (an evaluation)."""
+        requested, self.next_eval = agree(self.asked.requested, self.next_eval)
+        self.stop, self.agreed.requested = self.agreed, int(requested)
+
+    def tick(self, doing: str) -> bool:
+        self.listen()
+        return super().tick(doing)
+
+    def goes_on(self, dones: np.ndarray) -> bool:
+        self.listen()
+        return super().goes_on(np.ones(self.args.num_envs))  # all save at once, whatever has ended
+
+    def eval_due(self, dones: np.ndarray) -> bool:
+        due = super().eval_due(dones) and self.rank == 0
+        if due:
+            self.stop = self.asked  # until all meet again
+        return due
+
+    def save(self) -> None:
+        """All write, the first one last: its file makes theirs the checkpoint."""
+        home, self.ranks[1] = self.folder, self.ranks[1] + 1
+        self.parts["ranks"], self.folder = self.ranks, home + f"/{self.ranks[1]}" * (self.rank > 0)
+        os.makedirs(self.folder, exist_ok=True)
+        for first in (False, True):
+            if first == (self.rank == 0):
+                super().save()
+            agree(0)
+        self.folder = home
+        settle(home, self.ranks[1])
+
+    def abort(self, fault: str) -> NoReturn:
+        """One process alone cannot save."""
+        raise SystemExit(f"error: {fault}; the last checkpoint stays as it is")
 
 
 def check_args(args: Args) -> None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -1995,7 +1995,7 @@ def test_support_is_checked_against_the_largest_return(capsys):
 def test_a_flag_wins_over_the_task():
     assert make_args().support_size == 20 and make_args(support_size=30).support_size == 30
     assert make_args(env_id="ALE/Pong-v5").batch_size == 256 and make_args(env_id="tictactoe").gamma == 1.0
-    names = {field.name for field in muzero.fields(muzero.Args)}
+    names = {field.name for field in fields(muzero.Args)}
     for task in (muzero.DEFAULTS, muzero.ATARI, muzero.BOARD, *muzero.TASKS.values()):
         assert set(task) <= names
 

@@ -15,22 +15,26 @@ import numpy as np
 import pytest
 import test_dreamer
 import test_dreamer_v3
+import test_muzero
 import torch
 from runs import ROOT, TINY, TRAITS, copy_of, differences, error_of, flags_of, hear_signals, load, scalars, wait_for
 
 import dreamer
 import dreamer_v3
+import muzero
 
-SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3}
-each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3, "muzero": muzero}
+each_learner = pytest.mark.parametrize("learner", SCRIPTS.values(), ids=SCRIPTS)
+learners = [dreamer, dreamer_v3, pytest.param(muzero, marks=pytest.mark.slow)]
+each_in_time = pytest.mark.parametrize("learner", learners, ids=SCRIPTS)  # some stand for all where seconds count
 WORLD = 2
 LOST = "Connection (closed|reset)"  # what a process says whose neighbour has gone
 
 
-def settings(script, **changes) -> dict:
+def settings(learner, **changes) -> dict:
     """A tiny run of two environments, one for each process: several checkpoints, all at ends of episodes."""
     common = {"num_envs": WORLD, "batch_size": 4, "total_timesteps": 96, "eval_frequency": 48}
-    return TINY[script.__name__] | TRAITS[script.__name__]["quick"] | common | changes
+    return TINY[learner.__name__] | TRAITS[learner.__name__]["quick"] | common | changes
 
 
 @pytest.fixture
@@ -76,30 +80,30 @@ def in_two(function) -> list:
 
 
 def main_of(name: str, changes: dict, plant, rank: int) -> str:
-    """A whole run; returns its folder. plant(script, rank) may change the script before."""
-    script = SCRIPTS[name]
+    """A whole run; returns its folder. plant(learner, rank) may change the script before."""
+    learner = SCRIPTS[name]
     if plant is not None:
-        plant(script, rank)
-    return os.path.abspath(script.main(script.Args(**settings(script, **changes))))
+        plant(learner, rank)
+    return os.path.abspath(learner.main(learner.Args(**settings(learner, **changes))))
 
 
-def run_in_two(script, plant=None, **changes) -> list:
+def run_in_two(learner, plant=None, **changes) -> list:
     """The results of both."""
-    return in_two(functools.partial(main_of, script.__name__, changes, plant))
+    return in_two(functools.partial(main_of, learner.__name__, changes, plant))
 
 
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory):
-    """The folder of a run of 96 steps, of each script, made once."""
+    """The folder of a run of 96 steps, of each learner, made once."""
     made = {}
 
-    def folder_of(script) -> str:
-        if script not in made:
+    def folder_of(learner) -> str:
+        if learner not in made:
             here = os.getcwd()
-            os.chdir(tmp_path_factory.mktemp(script.__name__))
-            made[script], _ = run_in_two(script)
+            os.chdir(tmp_path_factory.mktemp(learner.__name__))
+            made[learner], _ = run_in_two(learner)
             os.chdir(here)
-        return made[script]
+        return made[learner]
 
     return folder_of
 
@@ -131,18 +135,18 @@ def share(tensors: dict, rank: int | None, starts: int = 0) -> dict:
 
 def updates_of(name: str, changes: dict, rank: int | None) -> list[np.ndarray]:
     """Parameters before and after four updates: of one process, or of one of two with half of each batch."""
-    script, kit = SCRIPTS[name], {"dreamer": test_dreamer, "dreamer_v3": test_dreamer_v3}[name]
+    learner, kit = SCRIPTS[name], {"dreamer": test_dreamer, "dreamer_v3": test_dreamer_v3}[name]
     args = kit.tiny_args(batch_size=4, **changes)
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # in float32 a gradient of 0 but for rounding moves a weight either way
     if rank is not None:
-        script.join_ranks(args, "batch_size")
+        learner.join_ranks(args, "batch_size")
     agent, found = kit.make_agent(args), []
-    optimizer = script.make_optimizers(agent, args) if script is dreamer else script.LaProp(agent, args)
+    optimizer = learner.make_optimizers(agent, args) if learner is dreamer else learner.LaProp(agent, args)
     for i in range(5):
         found.append(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]).numpy())
         batch, noise = kit.make_batch(agent, args, seed=i), kit.make_noise(agent, args, seed=i)
-        script.update(agent, optimizer, share(batch, rank), share(noise, rank, args.batch_length), args)
+        learner.update(agent, optimizer, share(batch, rank), share(noise, rank, args.batch_length), args)
     return [found[0], found[-1]]
 
 
@@ -162,36 +166,95 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batch(name, changes,
     assert np.abs(first - after).max() < 1e-12 < 1e-4 < np.abs(after - before).max()
 
 
+def replays() -> list[muzero.ReplayBuffer]:
+    """One of four environments, and two that are its halves: the second's episodes are shorter, its errors larger."""
+    rb, halves = test_muzero.make_rb(4, 600), [test_muzero.make_rb(2) for _ in range(WORLD)]
+    for seed, half in enumerate(halves):
+        test_muzero.fill(half, 60, seed, mean_length=30 - 25 * seed)
+        half.priority *= 1 + seed
+    rb.data = {name: torch.cat([half.data[name] for half in halves], 1).double() for name in rb.data}
+    rb.priority = torch.cat([half.priority for half in halves], 1).double()
+    for i, half in enumerate(halves):
+        half.data = {name: column[:, 2 * i : 2 * i + 2] for name, column in rb.data.items()}  # the same memory
+        half.priority = rb.priority[:, 2 * i : 2 * i + 2]
+    return [rb, *halves]
+
+
+def searched_updates_of(rank: int | None) -> list[np.ndarray]:
+    """As updates_of, of sequences from two replays, by priority; also the weights of samples, and the new priorities.
+
+    One process has all in one replay, and its weights are (N P)^-1 over the largest, P = p^alpha / (2 sum p^alpha).
+    """
+    changes = {"consistency_scale": 1.0, "max_grad_norm": 1.0, "learning_rate": 1e-2}
+    agent, args = test_muzero.vector_agent(unroll_steps=2, td_steps=3, batch_size=8, **changes)
+    whole, *halves = replays()
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    agent.double()
+    if rank is not None:
+        muzero.join_ranks(args, "batch_size")
+    optimizer, found, weights = muzero.make_optimizer(agent, args), [], []
+    for i in range(5):
+        found.append(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]).numpy())
+        actions, parts = torch.randint(3, (2, 8), generator=torch.Generator().manual_seed(i)), []
+        for part in range(WORLD) if rank is None else [rank]:
+            chances = halves[part].priority ** halves[part].alpha
+            parts.append(halves[part].sample(4, 1.0, torch.Generator().manual_seed(10 * i + part)))
+            if rank is None:
+                drawn = chances[parts[-1]["slots"], parts[-1]["envs"]]
+                parts[-1] |= {"envs": parts[-1]["envs"] + 2 * part, "weights": WORLD * chances.sum() / drawn}
+        rows = {name: torch.cat([part[name] for part in parts], -1) for name in ("slots", "envs", "weights")}
+        rows |= {name: torch.cat([part[name] for part in parts], 1) for name in parts[0] if name not in rows}
+        rows["weights"] /= rows["weights"].max() if rank is None else 1
+        weights.append(rows["weights"].numpy())
+        replay, actions = (whole, actions) if rank is None else (halves[rank], actions.chunk(WORLD, 1)[rank])
+        muzero.update(agent, optimizer, replay, rows, actions, args, muzero.compute_losses)
+    priorities = [half.priority.numpy() for half in (halves if rank is None else [halves[rank]])]
+    return [found[0], found[-1], np.concatenate(weights), *priorities]
+
+
+def test_two_processes_learn_what_one_learns_from_both_replays(float64):
+    """muzero.py: parameters but for rounding, weights of samples, and priorities, which are of each replay."""
+    one, first, second = searched_updates_of(None), *in_two(searched_updates_of)
+    assert np.array_equal(first[1], second[1])
+    assert np.abs(first[1] - one[1]).max() < 1e-12 < 1e-4 < np.abs(one[1] - one[0]).max()
+    both = np.concatenate([first[2].reshape(5, 4), second[2].reshape(5, 4)], 1)
+    np.testing.assert_allclose(both, one[2].reshape(5, 8), rtol=1e-12)
+    for priorities, (mine,) in zip(one[3:], (first[3:], second[3:]), strict=True):
+        np.testing.assert_allclose(mine, priorities, rtol=1e-9)
+
+
 # === Whole runs ===
 
 
-@each_script
-def test_processes_share_networks_and_have_the_rest_for_themselves(script, whole_runs):
+@each_in_time
+def test_processes_share_networks_and_have_the_rest_for_themselves(learner, whole_runs):
     """Equal weights, optimizers, counters; other experience, other random numbers; the first evaluates."""
-    first, second = states(whole_runs(script))
+    first, second = states(whole_runs(learner))
     assert first["global_step"] == second["global_step"] == 96 and first["parts"]["counters"]["num_updates"] > 4
     own = {path.split("/")[2] for path in differences(first, second) if path.startswith("/parts")}
     assert own and own <= {"replay", "open_episodes"}
     streams = {path.split("/")[2] for path in differences(first["rng"], second["rng"], "/rng")}
     assert streams == set(first["rng"])
-    logged, others = (scalars(folder) for folder in (whole_runs(script), f"{whole_runs(script)}/rank1"))
+    logged, others = (scalars(folder) for folder in (whole_runs(learner), f"{whole_runs(learner)}/rank1"))
     assert [step for step, _ in logged["eval/episodic_return"]] == [48, 96]
+    assert [step for step, _ in others["charts/episodic_return"]] == [24, 48, 72, 96]  # of 12 steps in each
     assert not [tag for tag in others if tag.startswith(("eval", "open_loop"))] and "losses/reward_loss" in others
 
 
 @pytest.mark.slow
-@each_script
-def test_stopped_and_resumed_is_bit_equal(script, whole_runs):
+@each_learner
+def test_stopped_and_resumed_is_bit_equal(learner, whole_runs):
     """The states of both processes."""
-    folder, _ = run_in_two(script, total_timesteps=48)
-    run_in_two(script, resume=folder)
-    assert differences(states(folder), states(whole_runs(script))) == []
+    folder, _ = run_in_two(learner, total_timesteps=48)
+    run_in_two(learner, resume=folder)
+    assert differences(states(folder), states(whole_runs(learner))) == []
 
 
-def kill_at_the_third_save(rank: int, committed: bool, script, here: int) -> None:
+def kill_at_the_third_save(rank: int, committed: bool, learner, here: int) -> None:
     """Kills this process once it has written, or once its file counts."""
     count, function = [0], "settle" if committed else "save_checkpoint"
-    original = getattr(script, function)
+    original = getattr(learner, function)
 
     def last(*args, **kwargs):
         count[0] += 1
@@ -202,25 +265,25 @@ def kill_at_the_third_save(rank: int, committed: bool, script, here: int) -> Non
             os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == here:
-        setattr(script, function, last)
+        setattr(learner, function, last)
 
 
 @pytest.mark.slow
-@each_script
+@each_learner
 @pytest.mark.parametrize(("rank", "committed", "step"), [(1, False, 24), (0, False, 48), (1, True, 48)])
-def test_a_kill_between_writes_leaves_one_whole_set(script, rank, committed, step, whole_runs):
+def test_a_kill_between_writes_leaves_one_whole_set(learner, rank, committed, step, whole_runs):
     """The old one until the first process has written, then the new one: a resume goes on from either."""
-    results = run_in_two(script, functools.partial(kill_at_the_third_save, rank, committed), resume=None)
+    results = run_in_two(learner, functools.partial(kill_at_the_third_save, rank, committed), resume=None)
     assert results[rank] is None and re.search(LOST, results[1 - rank])
     (folder,) = map(str, Path("runs").absolute().iterdir())
     assert load(folder)["global_step"] == step
-    run_in_two(script, resume=folder)
-    assert differences(states(folder), states(whole_runs(script))) == []
+    run_in_two(learner, resume=folder)
+    assert differences(states(folder), states(whole_runs(learner))) == []
 
 
-def interrupt(script, rank: int) -> None:
+def interrupt(learner, rank: int) -> None:
     """The second process is asked to stop in the middle of a block of updates."""
-    count, update = [0], script.update
+    count, update = [0], learner.update
 
     def update_and_signal(*args, **kwargs):
         count[0] += 1
@@ -228,52 +291,53 @@ def interrupt(script, rank: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return update(*args, **kwargs)
 
-    script.update = update_and_signal
+    learner.update = update_and_signal
 
 
 @pytest.mark.slow
-@each_script
-def test_a_stop_of_one_is_a_stop_of_all(script):
+@each_learner
+def test_a_stop_of_one_is_a_stop_of_all(learner):
     """After the same update, with a checkpoint of both, from which a resume goes on."""
-    assert run_in_two(script, interrupt) == ["SystemExit: 143"] * 2
+    block = {"replay_ratio": 2.0} if learner is muzero else {}
+    assert run_in_two(learner, interrupt, **block) == ["SystemExit: 143"] * 2
     (folder,) = map(str, Path("runs").absolute().iterdir())
     first, second = states(folder)
     assert first["parts"]["counters"]["num_updates"] == second["parts"]["counters"]["num_updates"] == 3
     assert first["global_step"] == second["global_step"] < 96
-    run_in_two(script, resume=folder)
+    run_in_two(learner, resume=folder, **block)
     first, second = states(folder)
     assert first["global_step"] == second["global_step"] == 96
     assert differences(first["parts"]["agent"], second["parts"]["agent"]) == []
 
 
-@each_script
-def test_another_number_of_processes_is_refused(script, whole_runs, monkeypatch, capsys):
+@each_in_time
+def test_another_number_of_processes_is_refused(learner, whole_runs, monkeypatch, capsys):
     """In one line, whether there are fewer or more; and what they cannot share."""
-    resumed = script.Args(**settings(script, resume=whole_runs(script)))
-    assert "was made by 2 processes, not 1: torchrun" in error_of(capsys, script.main, resumed)
+    resumed = learner.Args(**settings(learner, resume=whole_runs(learner)))
+    assert "was made by 2 processes, not 1: torchrun" in error_of(capsys, learner.main, resumed)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "was made by 2 processes, not 3: torchrun" in error_of(capsys, script.main, resumed)
-    alone = script.Args(**settings(script, num_envs=4))
-    assert "--num-envs 4 cannot be shared by 3 processes" in error_of(capsys, script.main, alone)
+    assert "was made by 2 processes, not 3: torchrun" in error_of(capsys, learner.main, resumed)
+    alone = learner.Args(**settings(learner, num_envs=4))
+    assert "--num-envs 4 cannot be shared by 3 processes" in error_of(capsys, learner.main, alone)
 
 
 @pytest.mark.slow
-@each_script
-def test_files_of_different_saves_are_refused(script, whole_runs):
+@each_learner
+def test_files_of_different_saves_are_refused(learner, whole_runs):
     """In a line of the process whose file is old."""
-    folder = copy_of(whole_runs(script))
+    folder = copy_of(whole_runs(learner))
     state = load(f"{folder}/rank1")
     state["parts"]["ranks"][1] -= 1
     torch.save(state, f"{folder}/rank1/checkpoint.pt")
-    first, second = run_in_two(script, resume=folder)
+    first, second = run_in_two(learner, resume=folder)
     assert re.search(LOST, first) and second == "SystemExit: 2"
 
 
 @pytest.mark.slow
-@each_script
-def test_a_fault_of_one_leaves_the_last_checkpoint(script):
+@each_learner
+def test_a_fault_of_one_leaves_the_last_checkpoint(learner):
     """One line, and nothing is written that the other does not have."""
-    results = run_in_two(script, env_id="fake_envs:NanCounter-v0")
+    results = run_in_two(learner, env_id="fake_envs:NanCounter-v0")
     said = f"reward is not finite.*; the last checkpoint stays as it is|{LOST}"
     assert all(re.search(said, line) for line in results) and any("reward" in line for line in results)
     (folder,) = map(str, Path("runs").absolute().iterdir())
@@ -281,10 +345,10 @@ def test_a_fault_of_one_leaves_the_last_checkpoint(script):
 
 
 @pytest.mark.slow
-@each_script
-def test_episodes_may_end_at_different_times(script):
+@each_learner
+def test_episodes_may_end_at_different_times(learner):
     """Each process has its own; the updates, and so the weights, are the same."""
-    folder, _ = run_in_two(script, env_id="fake_envs:DeadlyPoint-v0", total_timesteps=120)
+    folder, _ = run_in_two(learner, env_id="fake_envs:DeadlyPoint-v0", total_timesteps=120)
     first, second = states(folder)
     lengths = [scalars(path)["charts/episodic_length"] for path in (folder, f"{folder}/rank1")]
     assert lengths[0] != lengths[1] and first["parts"]["counters"]["num_updates"] > 4
@@ -293,14 +357,26 @@ def test_episodes_may_end_at_different_times(script):
 
 
 @pytest.mark.slow
-@each_script
-def test_sigterm_to_torchrun_leaves_a_checkpoint_of_all(script):
+def test_processes_play_against_themselves():
+    """muzero.py on boards, by priority and searched anew: first games end at different times, networks are the same."""
+    changes = {"td_steps": 9, "support_size": 1, "reanalyze_ratio": 0.5, "priority_alpha": 1.0, "opening_moves": 0}
+    folder, _ = run_in_two(muzero, env_id="tictactoe", total_timesteps=200, buffer_size=400, num_envs=4, **changes)
+    first, second = states(folder)
+    assert differences(first["parts"]["replay"], second["parts"]["replay"])
+    assert first["parts"]["counters"] == second["parts"]["counters"] and first["parts"]["counters"]["num_updates"] > 40
+    for part in ("agent", "target", "optimizer"):
+        assert differences(first["parts"][part], second["parts"][part]) == []
+
+
+@pytest.mark.slow
+@each_learner
+def test_sigterm_to_torchrun_leaves_a_checkpoint_of_all(learner):
     """torchrun hands it to both; what they leave goes on."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(WORLD)]
-    command = [*torchrun, str(ROOT / f"{script.__name__}.py")]
+    command = [*torchrun, str(ROOT / f"{learner.__name__}.py")]
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     begin = functools.partial(subprocess.Popen, env=os.environ | paths, preexec_fn=hear_signals)
-    flags = flags_of(script.Args(**settings(script, total_timesteps=10**6, eval_frequency=0)))
+    flags = flags_of(learner.Args(**settings(learner, total_timesteps=10**6, eval_frequency=0)))
     process = begin([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: "episodic_return" in process.stdout.readline())
     process.send_signal(signal.SIGTERM)
