@@ -59,7 +59,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below leaves no traceback
 
 import gymnasium as gym
@@ -951,7 +951,8 @@ class CheckedEnv(gym.Wrapper):
         handler = signal.signal(signal.SIGALRM, too_long)
         pending = signal.setitimer(signal.ITIMER_REAL, 5)
         warn_of_failure(super().close)
-        signal.setitimer(signal.ITIMER_REAL, *pending)
+        if signal.getitimer(signal.ITIMER_REAL)[1] == 0:  # else a StopRequest has set its own meanwhile
+            signal.setitimer(signal.ITIMER_REAL, *pending)
         signal.signal(signal.SIGALRM, handler)
 
     def checked(self, method: str, names: tuple, play: Callable) -> tuple:
@@ -1017,7 +1018,9 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
     except gym.error.UnregisteredEnv as error:
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
-    except Exception as error:  # many types, by environment and settings
+    except StopNow:
+        raise
+    except (Exception, SystemExit) as error:  # many types, by environment and settings
         where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if isinstance(error, ImportError) else ""
         fail(f"cannot make {env_id!r} with {settings}: {one_line(error)}{where}")
 
@@ -1479,7 +1482,7 @@ def fail(message: str) -> NoReturn:
 
 def one_line(error: BaseException) -> str:
     """What an exception says, in the first of its lines."""
-    return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
+    return f"{type(error).__name__}: {str(error).strip()}".strip(": ").splitlines()[0]
 
 
 def warn_of_failure(function: Callable, *args) -> None:
@@ -1501,8 +1504,9 @@ def must_fit(folder: str):
 
 
 def print_exception(kind: type, error: BaseException, trace, thread=None) -> None:
-    """What ends the program or a thread: a failure of disk or memory in one line; all else as usual."""
-    if issubclass(kind, OSError) or " allocate " in str(error):  # words of NumPy and PyTorch
+    """What ends the program or a thread: a failure of disk, memory or another process in one line; else as usual."""
+    words = " allocate ", "Connection closed", "Connection reset"  # of NumPy and PyTorch
+    if issubclass(kind, OSError) or any(said in str(error) for said in words):
         if thread is None:  # TensorBoard's threads fail for the main thread, too
             print(f"\nerror: {one_line(error)}; the last checkpoint stays as it is", file=sys.stderr)
     else:
@@ -1531,8 +1535,10 @@ def require_memory(num_bytes: float, setting: str, device: torch.device) -> None
         room = torch.cuda.mem_get_info(device)[0]
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        with contextlib.suppress(OSError), open("/proc/meminfo") as file:  # Linux knows what of it is not in use
+        with contextlib.suppress(OSError, TypeError), open("/proc/meminfo") as file:  # what of it is not in use
             room = 1024 * int(re.search(r"MemAvailable: *(\d+)", file.read())[1])
+        with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:  # of a container
+            room = min(room, int(file.read()))
     if num_bytes > room:
         fail(f"{setting}: {num_bytes / 1e9:.1f} GB do not fit into the free {room / 1e9:.1f} GB of {device}")
 
@@ -1542,7 +1548,7 @@ def parse_args() -> Args:
     sys.excepthook, threading.excepthook = print_exception, lambda hook: print_exception(*hook)
     args = tyro.cli(Args)
     if args.resume == "auto":
-        found = glob.glob(f"{glob.escape(folder_name(args))}__*/checkpoint.pt")
+        found = glob.glob(f"{glob.escape(folder_name(with_task_defaults(args)))}__*/checkpoint.pt")
         args = replace(args, resume=max(found, key=os.path.getmtime, default=None))
     given = {name: getattr(args, name) for name in ("resume", "evaluate") if getattr(args, name) is not None}
     if len(given) == 2:
@@ -1602,8 +1608,9 @@ def load_checkpoint(run_dir: str, args: Args, verify: bool = True) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # many types, for a missing, damaged or foreign file
         fail(f"no readable checkpoint at {path} ({type(error).__name__})")
-    saved = state.get("args", {}) if isinstance(state, dict) and state.get("version") == 2 else {}
-    hints = get_type_hints(Args)
+    kinds, hints = {"version": int, "args": dict, "global_step": int, "parts": dict, "rng": dict}, get_type_hints(Args)
+    ours = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
+    saved = state["args"] if ours and state["version"] == 2 else {}
     if damaged or set(saved) != set(hints) or not all(is_a(saved[name], hint) for name, hint in hints.items()):
         fail(f"{path} is damaged or was written by another script or version")
     return state | {"inode": inode}
@@ -1747,7 +1754,7 @@ class Run:
         torch.manual_seed(args.seed)
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.device, self.stop = choose_device(args), StopRequest()
-        self.metrics, self.learned, self.saved = {}, False, None
+        self.metrics, self.learned, self.saved = {}, checkpoint is not None, None
         self.reported = self.step, time.perf_counter()
         self.eval_began = self.reported[1]  # of the newest evaluation
         owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
@@ -1889,6 +1896,8 @@ def join_ranks(args: Args, shared: str) -> Args:
     are averaged, so that all have the same networks. A process on its own has everything.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and args.evaluate is not None:
+        fail("--evaluate is for one process: python, not torchrun")
     shares, before, saves = {name: getattr(args, name) // world for name in shared.split()}, world, 0
     if args.resume is not None:
         before, saves = load_checkpoint(args.resume, args, verify=False)["parts"].get("ranks", (1, 0))

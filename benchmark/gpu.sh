@@ -27,7 +27,7 @@ declare -A dry=( # what a dry run appends
   [benchmark/dreamer_speed.py]="--no-cuda --size laptop --batch-size 2 --batch-length 4 --updates 1"
   [benchmark/muzero_speed.py]="--no-cuda --batches 1 --simulations 2 --hidden 8 --no-whole --stretches 1"
   [benchmark/mbpo_speed.py]=--help [benchmark/dhmbpo_speed.py]=--help [benchmark/world_models_speed.py]=--help
-  [benchmark/dreamer_v3.sh]=--help [-m]=--collect-only [-c]=""
+  [benchmark/dreamer_v3_speed.py]="--no-cuda --batch-size 2 --batch-length 4 --updates 1" [-m]=--collect-only [-c]=""
 )
 
 line() { # a name, group.way; updates for each environment step, or -; the command
@@ -63,22 +63,23 @@ import json, re, statistics, sys
 from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-RATE = r'"(?:sac_)?updates_per_s": ([\d.e+-]+)'
-TIMES = {r'"update_seconds_median": ([\d.e+-]+)': 1, r'"update_ms": ([\d.e+-]+)': 1000, r"1m state .*: ([\d.]+) s$": 1}
+RATE = r'"(?:sac_updates|updates|model_sequences)_per_s": ([\d.e+-]+)'
+TIMES = {r'"(?:update_)?seconds_median": ([\d.e+-]+)': 1, r'"update_ms": ([\d.e+-]+)': 1000}
 folder, eager, nan = Path(sys.argv[1]), {}, float("nan")
 
 
 def measured(log: str, per_step: str) -> tuple[float, float]:
     """Environment steps and updates per second of a line, nan where it does not say."""
-    if run := re.search(r"--resume '?(\S*?)'?$", log, re.M):  # a whole run: the median report of its second half
+    rates = [float(number) for number in re.findall(RATE, log)]
+    rates += [unit / float(number) for text, unit in TIMES.items() for number in re.findall(text, log)]
+    run = re.search(r"--resume '?(\S*?)'?$", log, re.M)
+    if run and not rates:  # a whole run: the median report of its second half
         events = EventAccumulator(run[1], size_guidance={"scalars": 0})
         events.Reload()
         tagged = "charts/SPS" in events.Tags()["scalars"]
         speeds = [event.value for event in events.Scalars("charts/SPS")] if tagged else [nan]
         speed = statistics.median(speeds[len(speeds) // 2 :])
         return speed, nan if per_step == "-" else speed * float(per_step)
-    rates = [float(number) for number in re.findall(RATE, log)]
-    rates += [unit / float(number) for text, unit in TIMES.items() for number in re.findall(text, log, re.M)]
     return nan, rates[0] if rates else nan
 
 
@@ -107,8 +108,9 @@ ways update_dreamer - python benchmark/dreamer_speed.py
 line update_dreamer.bfloat16 - python benchmark/dreamer_speed.py --bfloat16
 line update_dreamer.bfloat16_graphs - python benchmark/dreamer_speed.py --bfloat16 --cudagraphs
 ways update_dreamer_laptop - python benchmark/dreamer_speed.py --size laptop
-ways update_dreamer_v3 - bash benchmark/dreamer_v3.sh speed
-line update_dreamer_v3.bfloat16_graphs - bash benchmark/dreamer_v3.sh speed --bfloat16 --cudagraphs
+ways update_dreamer_v3_state - python benchmark/dreamer_v3_speed.py --obs-mode state
+ways update_dreamer_v3_pixels - python benchmark/dreamer_v3_speed.py --obs-mode pixels
+line update_dreamer_v3_pixels.bfloat16_graphs - python benchmark/dreamer_v3_speed.py --obs-mode pixels --bfloat16 --cudagraphs
 ways update_mbpo - python benchmark/mbpo_speed.py --no-loop
 line update_dhmbpo.eager - python benchmark/dhmbpo_speed.py
 line update_muzero.graphs - python benchmark/muzero_speed.py --batches 1 64 256 1024 --hidden 64

@@ -220,6 +220,7 @@ def main(flags: Args) -> None:
         sys.stdout, stdout = sys.stderr, sys.stdout  # the run's own lines are not part of the JSON
         result["cartpole_steps_per_s"] = round(loop_speed(base), 1)
         sys.stdout = stdout
+    result["load"] = os.getloadavg()[0]  # processes that wanted to compute meanwhile, this one among them
     print(json.dumps(result, indent=1))
 
 

@@ -5,8 +5,9 @@ python benchmark/sweep.py run --script dyna_q.py --env-ids FrozenLake-v1 Taxi-v4
 python benchmark/sweep.py run --cluster slurm --partition gpu --script dreamer.py ...
 python benchmark/sweep.py table runs/*
 
-Needs submitit (pip install submitit), which queues the jobs. A job that is taken away, or that is out of time, saves,
-is queued again and continues its run folder (--resume auto); the same command, given again, does what is missing.
+Needs submitit (pip install submitit), which queues the jobs. On a cluster a job that is taken away, or that is out of
+time, saves, is queued again and continues its run folder (--resume auto); the same command, given again, does what is
+missing.
 """
 
 import contextlib
@@ -33,13 +34,18 @@ class Args:
     script: str  # script to run
     env_ids: tuple[str, ...]  # tasks
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds of each task and setting
-    vary: tuple[str, ...] = ("",)  # settings to compare, each the flags of one, such as "--kappa 1e-3"
+    vary: tuple[str, ...] = ("",)  # settings to compare, each the flags of one: "--kappa 1e-3", " --no-save-buffer"
     cluster: Literal["local", "slurm"] = "local"  # where
     jobs: int = 1  # runs at a time
     minutes: int = 24 * 60  # time limit of a job; a run that needs more continues in the next one
     partition: str | None = None  # of the cluster
     gpus: int = 1  # of a job on the cluster
     cpus: int = 8  # of a job on the cluster
+
+
+def quoted(words: list[str]) -> list[str]:
+    """Words of a command line whose settings, "--kappa 1e-3", are not taken for flags of this program."""
+    return [f" {word}" if word.startswith("-") and re.search(r"\s", word) else word for word in words]
 
 
 def commands(args: Args, flags: list[str]) -> list[list[str]]:
@@ -139,6 +145,6 @@ if __name__ == "__main__":
         print(table(sys.argv[2:]))
     elif sys.argv[1:2] == ["run"]:
         split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-        run(tyro.cli(Args, args=sys.argv[2:split]), sys.argv[split + 1 :])
+        run(tyro.cli(Args, args=quoted(sys.argv[2:split])), sys.argv[split + 1 :])
     else:
         raise SystemExit(__doc__)

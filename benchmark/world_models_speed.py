@@ -8,6 +8,7 @@ dimensions, i.e. a smaller head.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -154,6 +155,7 @@ def main() -> None:
     result |= vae_rates(args, device, flags.vae_batch_size) | model_rates(args, spec, device)
     result |= {"dream_steps_per_s": dream_rate(args, spec, device)}
     result |= {"collection_steps_per_s": collection_rate(args)}
+    result["load"] = os.getloadavg()[0]  # processes that wanted to compute meanwhile, this one among them
     print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}, indent=1))
 
 

@@ -593,6 +593,23 @@ def test_settings_of_another_type_in_a_checkpoint_are_a_line(script, capsys, mon
     error_of(capsys, command_line, monkeypatch, script, f"--{flag}", folder)
 
 
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+@pytest.mark.parametrize("value", [None, 5, "text", []])
+@pytest.mark.parametrize("name", ["version", "args", "global_step", "parts", "rng"])
+def test_what_is_of_another_type_in_a_checkpoint_is_a_line(capsys, monkeypatch, flag, name, value):
+    """At its top level; a number is a step."""
+    import dyna_q
+
+    if (name, value) == ("global_step", 5):
+        pytest.skip("is one")
+    folder = finished(dyna_q)
+    state = load(folder)
+    state[name] = value
+    torch.save(state, os.path.join(folder, "checkpoint.pt"))
+    line = error_of(capsys, command_line, monkeypatch, dyna_q, f"--{flag}", folder)
+    assert "is damaged or was written by another script" in line
+
+
 @pytest.mark.parametrize("damage", ["nothing", "shapes"])
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
 def test_a_checkpoint_that_does_not_fit_is_a_line(script, capsys, monkeypatch, damage, flag):

@@ -9,7 +9,7 @@ import types
 import gymnasium as gym
 import numpy as np
 import pytest
-from runs import run, tiny
+from runs import load, run, tiny
 
 
 @pytest.mark.parametrize("updates", [0, 1])
@@ -60,3 +60,30 @@ def test_an_id_that_names_a_module_is_not_one_of_dm_control(script):
         pytest.skip("plays none of its tasks")
     ids = "walker-walk", "my_tasks:Reach", "my_tasks:Reach-v0", "CartPole-v1"
     assert [script.is_dm_control(env_id) for env_id in ids] == [True, False, False, False]
+
+
+def test_a_stop_outlives_the_end_of_an_environment(script):
+    """Its alarm is not taken back with that of close."""
+
+    class Closing(gym.Env):
+        def close(self):
+            signal.setitimer(signal.ITIMER_REAL, 5, 1)  # what StopRequest does
+
+    script.CheckedEnv(Closing()).close()
+    assert signal.setitimer(signal.ITIMER_REAL, 0)[1] == 1
+    script.CheckedEnv(gym.Env()).close()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_an_exception_in_one_line(script):
+    """Its type, and the first line that says something."""
+    errors = KeyError("x"), ValueError("\n\nbad\nworse"), TimeoutError()
+    assert [script.one_line(error) for error in errors] == ["KeyError: 'x'", "ValueError: bad", "TimeoutError"]
+
+
+def test_a_finished_run_that_is_begun_again_has_learned(script, capsys):
+    """Before."""
+    folder = run(script, eval_frequency=0)
+    capsys.readouterr()
+    script.main(script.Args(**load(folder)["args"] | {"resume": folder}))
+    assert "no update was made" not in capsys.readouterr().out

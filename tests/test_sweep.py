@@ -2,12 +2,14 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import tyro
 from runs import ROOT, load
 from torch.utils.tensorboard import SummaryWriter
 
@@ -123,3 +125,16 @@ def test_the_array_of_the_page(code):
     done = subprocess.run(["bash", "-c", stand_ins + text], env=env, capture_output=True, text=True, check=False)
     said = ["python dreamer.py --env-id cheetah-run --seed 3 --resume auto"] + ["requeue 77_5"] * (code == 143)
     assert done.stdout.splitlines() == said and not done.stderr
+
+
+def test_the_commands_of_the_docs_are_understood():
+    """Settings begin with a dash, as flags of the sweep itself do."""
+    page = (ROOT / "docs" / "sweeps.md").read_text().replace("\\\n", " ")
+    found = [shlex.split(line) for line in page.splitlines() if "sweep.py run" in line]
+    settings = []
+    for words in found:
+        words = words[words.index("run") + 1 :]
+        end = words.index("--") if "--" in words else len(words)
+        args = tyro.cli(sweep.Args, args=sweep.quoted(words[:end]))
+        settings.append([command[-2:] for command in sweep.commands(args, [])[:: len(args.seeds)]])
+    assert ["--kappa", "0"] in settings[0] and ["--kappa", "1e-3"] in settings[0] and len(found) == 2
