@@ -2000,6 +2000,7 @@ def test_a_flag_wins_over_the_task():
         assert set(task) <= names
 
 
+@pytest.mark.slow  # half a minute of compiling; dreamer.py's and dreamer_v3.py's stand for it
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_equals_eager():
     """The model's step as the search has it, and the losses with their gradients."""

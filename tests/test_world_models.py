@@ -1620,6 +1620,29 @@ def test_the_end_of_another_process_is_a_line(monkeypatch, capfd):
     assert load(run_dir)["parts"]["counters"]["stage"] == "finished"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["dream", "real"])
+def test_a_stop_of_one_process_is_a_stop_of_all(monkeypatch, where):
+    """Of one that helps: what it cut short counts for nothing, and both go on from the checkpoint bit for bit."""
+    settings, play = {"generations": 3, "population": 4, "controller_env": where}, world_models.play_candidates
+
+    def asked(run, weights):
+        if run.units_done == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return play(run, weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world_models, "play_candidates", asked)
+        run_dir, statuses = in_two_processes(**settings)
+    assert statuses == [128 + signal.SIGTERM] * 2
+    assert load(f"{run_dir}/c")["parts"]["counters"]["units_done"] == 1
+    assert in_two_processes(resume=run_dir, **settings)[1] == [0, 0]
+    os.makedirs("whole")
+    os.chdir("whole")
+    whole, _ = in_two_processes(**settings)
+    assert differences(load(whole)["parts"]["agent"], load(run_dir)["parts"]["agent"]) == []
+
+
 def test_stages_are_done_again_on_purpose(capsys):
     """--from-stage keeps what comes before, takes new settings of what comes after, and purges its curves."""
     run_dir = run(world_models, eval_frequency=1)
