@@ -44,7 +44,6 @@ import glob
 import importlib.util
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import re
@@ -109,6 +108,7 @@ class Args:
     env_id: str = "Hopper-v5"  # Gymnasium id (my_module:MyEnv-v0) or dm_control task (walker-walk), observed by state
     total_timesteps: Count | None = None  # environment steps of the run, the random ones included; default by task
     num_envs: Few = 1  # environments played side by side, each in its own process if more than one
+    max_episode_steps: Count = 1_000  # time limit where there is none
     buffer_size: Count = 1_000_000  # capacity of the replay buffer of real transitions
     learning_starts: Count | None = None  # environment steps of random actions before learning begins; default by task
     model_train_frequency: Count | None = None  # environment steps between blocks of learning; default by task
@@ -643,7 +643,7 @@ def main(args: Args) -> str:
             states.load_state_dict(before[1])
             for name, generator in generators.items():
                 generator.set_state(before_rng[name])
-        run.progress.set_description("", refresh=False)
+        run.progress.set_description_str("", refresh=False)
 
     dones, eval_envs = np.ones(args.num_envs, bool), None
     while True:
@@ -794,7 +794,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             if task_name(args.env_id) == "Walker2d":
                 env = Unclipped(env)  # deviation 5: velocities as they are
             if env.spec.max_episode_steps is None:
-                env = gym.wrappers.TimeLimit(env, 1000)
+                env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
         env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
         return fit_spaces(Film(env, video) if video else env, args.env_id)
 
@@ -852,8 +852,9 @@ def be_a_worker() -> None:
     """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
     os.setsid()  # signals to the process group are for the main process, which closes the workers
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process().sentinel  # a pipe; when its other end closes, SIGIO ends this process
+    fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
@@ -873,7 +874,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
             if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
                 limit = env.get_wrapper_attr("_max_episode_steps")
-                print(f"{spec.id} has no time limit: its episodes are truncated after {limit} steps")
+                print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written (is OpenGL there? apt-get install -y libegl1 libgl1)")
@@ -965,11 +966,13 @@ class Film(gym.wrappers.RecordVideo):
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures need no window
     try:
         return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+        close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
+        yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {close}; {yours}")
     except StopNow:
         raise
     except (Exception, SystemExit) as error:  # many types, by environment and settings
@@ -1421,7 +1424,7 @@ class Run:
 
     def tick(self, doing: str) -> bool:
         """Shows what takes its time now; says whether the run is asked to stop."""
-        self.progress.set_description(doing, refresh=False)
+        self.progress.set_description_str(doing, refresh=False)
         self.progress.update(0)
         return bool(self.stop.requested)
 
@@ -1447,7 +1450,7 @@ class Run:
         due = self.step >= self.next_eval and not self.stop.requested
         if due:
             self.goes_on(dones)
-            self.progress.set_description("evaluating")
+            self.progress.set_description_str("evaluating")
             self.eval_began = time.perf_counter()
         return due
 
@@ -1475,7 +1478,7 @@ class Run:
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
-        self.progress.set_description("", refresh=False)
+        self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
 

@@ -55,7 +55,6 @@ import glob
 import importlib.util
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import re
@@ -122,6 +121,7 @@ class Args:
     env_id: str = "VizdoomTakeCover-v1"  # Gymnasium id with image observations (CarRacing-v3, my_module:MyEnv-v0)
     total_timesteps: Count | None = None  # environment steps of random actions, recorded for V and M; default by task
     num_envs: Few = 1  # environments played side by side in all stages, each in its own process if more than one
+    max_episode_steps: Count | None = None  # time limit where there is none; default by task
     rounds: Count = 1  # times that the stages follow each other; C plays what the later rounds record; may be raised
     round_timesteps: Count = 15_000  # environment steps that each later round records
     record_sigma: Amount = 0.05  # standard deviation of the weights around C's that play an episode of a later round
@@ -932,19 +932,18 @@ LATE_IMPORTS = ["cma", "matplotlib", "PIL"]  # packages that are imported where 
 DEFAULTS = {
     "total_timesteps": 1_000_000, "controller_env": "dream", "max_hold": 10, "min_episode_length": 2, "latent_size": 32,
     "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0, "end_weight": 1.0,
-    "pessimism": 1.0, "at_rest": 1.0,
+    "pessimism": 1.0, "at_rest": 1.0, "max_episode_steps": 10_000,
 }  # fmt: skip
 TASKS = {
     "VizdoomTakeCover": {
         "total_timesteps": 3_080_000, "min_episode_length": 101, "latent_size": 64, "hidden_size": 512,
-        "model_updates": 24_400, "model_lr_decay": 0.99999, "end_weight": 10.0,
+        "model_updates": 24_400, "model_lr_decay": 0.99999, "end_weight": 10.0, "max_episode_steps": 2_100,
     },
     "CarRacing": {
         "total_timesteps": 10_000_000, "controller_env": "real", "max_hold": 8, "sequence_length": 1_000,
         "pessimism": 5.0, "at_rest": 0.25, "dream_length": 300,
     },
 }  # fmt: skip
-TIME_LIMITS = {"VizdoomTakeCover": 2100}  # where the environment has none; without one a score cannot be compared
 
 
 def task_name(env_id: str) -> str:
@@ -996,8 +995,9 @@ def be_a_worker() -> None:
     """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
     os.setsid()  # signals to the process group are for the main process, which closes the workers
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process().sentinel  # a pipe; when its other end closes, SIGIO ends this process
+    fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
@@ -1017,7 +1017,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
             if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
                 limit = env.get_wrapper_attr("_max_episode_steps")
-                print(f"{spec.id} has no time limit: its episodes are truncated after {limit} steps")
+                print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written (is OpenGL there? apt-get install -y libegl1 libgl1)")
@@ -1109,11 +1109,13 @@ class Film(gym.wrappers.RecordVideo):
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures need no window
     try:
         return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+        close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
+        yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {close}; {yours}")
     except StopNow:
         raise
     except (Exception, SystemExit) as error:  # many types, by environment and settings
@@ -1142,7 +1144,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             be_a_worker()
         env = make_pictures(args, video is not None)
         if env.spec.max_episode_steps is None:
-            env = gym.wrappers.TimeLimit(env, TIME_LIMITS.get(task_name(args.env_id), 10_000))
+            env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
         env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
         return Resting(fit_spaces(Film(env, video) if video else env, args))
 
@@ -1448,6 +1450,7 @@ def enter_dream(args: Args) -> str:
     """A window in which M dreams and the keyboard acts: c hands over to C and back, r begins anew, escape ends."""
     import pygame
 
+    os.environ.setdefault("SDL_VIDEODRIVER", "")  # on the screen that there is
     folder, checkpoint = args.play, load_run(args.play, args)
     args = replace(Args(**checkpoint["args"]), cuda=args.cuda, seed=args.seed)
     envs = make_vector_env(args, 1)
@@ -1847,7 +1850,7 @@ class Run:
 
     def tick(self, doing: str) -> bool:
         """Shows what takes its time now; says whether the run is asked to stop."""
-        self.progress.set_description(doing, refresh=False)
+        self.progress.set_description_str(doing, refresh=False)
         self.progress.update(0)
         return bool(self.stop.requested)
 
@@ -1873,7 +1876,7 @@ class Run:
         due = self.step >= self.next_eval and not self.stop.requested
         if due:
             self.goes_on(dones)
-            self.progress.set_description("evaluating")
+            self.progress.set_description_str("evaluating")
             self.eval_began = time.perf_counter()
         return due
 
@@ -1901,7 +1904,7 @@ class Run:
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
-        self.progress.set_description("", refresh=False)
+        self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
 
@@ -2071,7 +2074,7 @@ class Stages(Run):
         """Sets the progress bar to something new, of which some is already done."""
         self.progress.reset(total)
         self.progress.n = self.progress.initial = already
-        self.progress.set_description(text)
+        self.progress.set_description_str(text)
         self.progress.unit = {"collect": "step", "encode": "frame", "c": "generation"}.get(text, "update")
 
     def finish(self) -> None:

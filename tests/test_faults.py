@@ -131,7 +131,7 @@ def test_a_fault_in_a_worker_process(script, fault):
 
 
 HANGS = [("hang", 1, signal.SIGTERM), ("hang", 4, signal.SIGTERM), ("deaf", 4, signal.SIGTERM)]
-HANGS += [("hang", 4, signal.SIGKILL)]
+HANGS += [("hang", 4, signal.SIGKILL), ("deaf", 4, signal.SIGKILL)]
 
 
 @pytest.mark.stands_for_all("dyna_q", "mbpo")

@@ -406,6 +406,7 @@ def test_bad_checkpoint_is_named_in_one_line(script, capsys, name, flag, monkeyp
 BAD_INPUT = {
     "unknown Gymnasium id": ({"env_id": "CartPoole-v1"}, "CartPole-v1"),
     "unknown module": ({"env_id": "no_such_module:Thing-v0"}, "no_such_module"),
+    "a module that is not named": ({"env_id": "Reach-v0"}, "my_module:Reach-v0"),
     "unknown version": ({"env_id": "CartPole-v99"}, "CartPole-v1"),
     "package of the environment": ({"env_id": "fake_envs:MissingPackage-v0"}, "package_that_nobody_has"),
     "no environment": ({"num_envs": 0}, "--num-envs"),
