@@ -243,10 +243,12 @@ def test_command_line_resume_takes_the_runs_own_settings(script, monkeypatch, ca
 
 
 @pytest.mark.stands_for_all("dyna_q", "mbpo", "world_models")
-def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script):
+@pytest.mark.parametrize("num_envs", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script, num_envs):
     """Again and again kill -9: what is there always loads, its step never goes back, and a resume goes on from it."""
     traits = TRAITS[script.__name__]
-    settings = TINY[script.__name__] | traits["quick"] | {"total_timesteps": 10**6, "checkpoint_frequency": 1}
+    settings = TINY[script.__name__] | traits["quick"] | {"num_envs": num_envs}
+    settings |= {"total_timesteps": 10**6, "checkpoint_frequency": 1}
     context = multiprocessing.get_context("forkserver")
     body = importlib.import_module("fake_envs").run_script
     generator, step, run_dir = random.Random(0), -1, None
@@ -268,6 +270,7 @@ def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script):
         assert state["global_step"] >= step
         step = state["global_step"]
     assert step > 24, "the kills were too early to see any training"
+    wait_for(lambda: not processes_in(os.getcwd()))
     final = resume(script, run_dir, **settings | {"total_timesteps": step + 24})
     assert load(final)["global_step"] == step + 24
     assert_healthy(run_dir)
