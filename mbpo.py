@@ -45,7 +45,7 @@ import difflib
 import fcntl
 import functools
 import glob
-import importlib.util
+import importlib
 import math
 import multiprocessing
 import os
@@ -1171,8 +1171,10 @@ def print_exception(kind: type, error: BaseException, trace, thread=None) -> Non
 def check_bounds(args: Args) -> None:
     """Refuses in one line what is out of the bounds beside a setting (nan is), names of no file, a missing package."""
     for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
-        if importlib.util.find_spec(name) is None:
-            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')} ({error})")
     if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
         fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
     for name, hint in get_type_hints(Args, include_extras=True).items():

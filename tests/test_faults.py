@@ -497,18 +497,28 @@ def slow_of(script) -> str:
 
 def test_a_package_that_is_missing_is_named_before_there_is_a_folder(script, monkeypatch, capsys):
     """Those that are imported where they are used, and those of a flag."""
-    find_spec = script.importlib.util.find_spec
     for name in [*script.LATE_IMPORTS, "moviepy"]:
-        missing = lambda wanted, name=name: None if wanted == name else find_spec(wanted)  # noqa: E731
-        monkeypatch.setattr(script.importlib.util, "find_spec", missing)
-        line = error_of(capsys, script.main, tiny(script, capture_video=name == "moviepy"))
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            line = error_of(capsys, script.main, tiny(script, capture_video=name == "moviepy"))
         assert f"pip install {'pillow' if name == 'PIL' else name}" in line and os.listdir() == []
+
+
+@pytest.mark.stands_for_all("dyna_q")
+def test_a_package_that_is_broken_is_named(script, monkeypatch, capsys):
+    """What is installed may still fail to be imported."""
+    Path("moviepy.py").write_text("raise ImportError('a library of another version')")
+    monkeypatch.syspath_prepend(os.getcwd())
+    for name in [name for name in sys.modules if name.split(".")[0] == "moviepy"]:
+        monkeypatch.delitem(sys.modules, name)
+    line = error_of(capsys, script.main, tiny(script, capture_video=True))
+    assert "pip install moviepy (a library of another version)" in line and not Path("runs").exists()
 
 
 def test_a_film_of_a_run_needs_its_package(script, monkeypatch, capsys):
     """--evaluate --capture-video without moviepy: the pip command."""
-    folder, find_spec = finished(script), script.importlib.util.find_spec
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "moviepy" else find_spec(name))
+    folder = finished(script)
+    monkeypatch.setitem(sys.modules, "moviepy", None)
     line = error_of(capsys, command_line, monkeypatch, script, "--evaluate", folder, "--capture-video")
     assert "pip install moviepy" in line and not list(Path(folder).glob("videos/*"))
 

@@ -9,7 +9,7 @@ import types
 import gymnasium as gym
 import numpy as np
 import pytest
-from runs import TINY, differences, load, run
+from runs import TINY, differences, finished, load, run
 
 
 @pytest.mark.parametrize("updates", [0, 1])
@@ -24,19 +24,19 @@ def test_a_run_without_an_update_says_so(script, monkeypatch, capsys, updates):
     monkeypatch.setattr(script.StopRequest, "__init__", stopped)
     with contextlib.nullcontext() if updates else pytest.raises(SystemExit):
         run(script, eval_frequency=0)
-    assert ("no update was made\n" in capsys.readouterr().out) == (not updates)
+    said = capsys.readouterr().out
+    assert ("no update was made\n" in said) == (not updates) and "no time limit" not in said
 
 
 def test_an_environment_without_a_time_limit_is_named_and_gets_one(script, capsys):
-    """--max-episode-steps, with which all is as if it were the environment's own; where it has its own, nothing is."""
-    plain, quiet = run(script, eval_frequency=24), capsys.readouterr().out
+    """--max-episode-steps, with which all is as if it were the environment's own."""
     env_id = TINY[script.__name__]["env_id"].replace(":", ":Endless")
-    limited = run(script, eval_frequency=24, env_id=env_id, max_episode_steps=12)
-    assert differences(load(limited)["parts"], load(plain)["parts"]) == [] and "no time limit" not in quiet
+    folder = run(script, env_id=env_id, max_episode_steps=12)
     if script.__name__ != "dyna_q":  # whose limit holds for all environments
         name = env_id.partition(":")[2]
         said = f"{name} has no time limit: episodes are truncated after 12 steps (--max-episode-steps)\n"
         assert capsys.readouterr().out.count(said) == 1
+    assert differences(load(folder)["parts"], load(finished(script))["parts"]) == []
 
 
 def test_steps_per_second_are_those_of_training(script):
