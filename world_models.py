@@ -133,18 +133,18 @@ class Args:
     min_episode_length: Annotated[int, 2, 10**9] | None = None  # shorter recordings are dropped; default by task, 2
 
     # V, the variational autoencoder
-    latent_size: Count | None = None  # size of z (Z); default by task, 32 elsewhere
-    vae_depth: Count = 32  # V: channels of the first convolution; the others are multiples of it
+    latent_size: Size | None = None  # size of z (Z); default by task, 32 elsewhere
+    vae_depth: Size = 32  # V: channels of the first convolution; the others are multiples of it
     vae_epochs: Count = 10  # V: passes over all frames
-    vae_batch_size: Count = 100  # V: frames per batch
+    vae_batch_size: Size = 100  # V: frames per batch
     vae_lr: Positive = 1e-4  # V: learning rate
     kl_tolerance: Amount = 0.5  # V: nats per latent dimension, summed over them, below which a frame's KL costs nothing
 
     # M, the mixture-density LSTM
-    hidden_size: Count | None = None  # M: units of the LSTM (H); default by task, 256 elsewhere
-    num_mixtures: Count = 5  # M: Gaussians in the mixture of each latent dimension (K)
+    hidden_size: Size | None = None  # M: units of the LSTM (H); default by task, 256 elsewhere
+    num_mixtures: Size = 5  # M: Gaussians in the mixture of each latent dimension (K)
     sequence_length: Count | None = None  # M: time steps per sequence at most (T); default by task, 500 elsewhere
-    model_batch_size: Count = 100  # M: sequences per batch (B)
+    model_batch_size: Size = 100  # M: sequences per batch (B)
     model_updates: Count | None = None  # M: updates; default by task, 4000 elsewhere
     model_lr: Positive = 1e-3  # M: learning rate at first
     model_lr_decay: Share | None = None  # M: factor per update towards a rate of 1e-5; default by task, 1 elsewhere
