@@ -775,7 +775,7 @@ def main(args: Args) -> str:
 # === Environment ===
 
 
-LATE_IMPORTS = ["matplotlib", "PIL"]  # packages that are imported where they are used
+LATE_IMPORTS = ["PIL", "matplotlib"]  # packages that are imported where they are used
 ATARI = r"ALE/|\w+NoFrameskip-v4$"  # ids of games
 SIZES = {  # what --size stands for; deviations 6 (the buffer) and 16
     "published": {"buffer_size": 500_000, "batch_size": 50, "batch_length": 50, "cnn_depth": 32, "dense_size": 400},

@@ -878,7 +878,7 @@ def main(args: Args) -> str:
 # === Environment ===
 
 
-LATE_IMPORTS = ["matplotlib", "PIL"]  # packages that are imported where they are used
+LATE_IMPORTS = ["PIL", "matplotlib"]  # packages that are imported where they are used
 ATARI = r"ALE/|\w+NoFrameskip-v4$"  # ids of games
 
 

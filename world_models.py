@@ -926,7 +926,7 @@ def main(args: Args) -> str:
 
 # === Environment ===
 
-LATE_IMPORTS = ["cma", "matplotlib", "PIL"]  # packages that are imported where they are used
+LATE_IMPORTS = ["cma", "PIL", "matplotlib"]  # packages that are imported where they are used
 
 # The published settings by task (name of the environment without its version). A flag on the command line wins.
 DEFAULTS = {
