@@ -771,7 +771,7 @@ def require_rule(terminated_fn: Callable, next_obs: np.ndarray, terminations: np
         rule = f"the rule of TERMINATIONS in {__file__} is not the environment's"
         errors = f"{counters['num_rule_errors']} disagreements, {counters['num_terminations']} terminations"
         where = f"the last at the observation {next_obs[wrong][0].tolist()}"
-        raise SystemExit(f"error: at step {step} {rule} ({errors}, {where}); the last checkpoint is intact")
+        raise SystemExit(f"\nerror: at step {step} {rule} ({errors}, {where}); the last checkpoint is intact")
 
 
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
@@ -1208,7 +1208,7 @@ def write_file(path: str, state: dict) -> None:
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # a full disk, above all
-        raise SystemExit(f"error: cannot write {path}, the last checkpoint stays as it is: {error}") from error
+        raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {error}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
@@ -1266,7 +1266,7 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     scalars = [torch.as_tensor(value) for value in metrics.values()]
     values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+        raise SystemExit(f"\nerror: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
     return values
 
 

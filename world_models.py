@@ -705,7 +705,7 @@ def collect(run: "Stages") -> bool:
     if run.stop.requested:
         return False
     if len(rb) < 2:
-        raise SystemExit(f"error: no episode of {args.min_episode_length} steps in {run.step}: nothing to learn from")
+        raise SystemExit(f"\nerror: no episode of {args.min_episode_length} steps in {run.step}: nothing to learn from")
     run.collected, returns = run.step, np.array(run.returns or [np.nan])
     text = f"{len(run.returns)} whole episodes recorded, {returns.mean():.1f} +- {returns.std():.1f}"
     run.say(f"round {run.round}, {run.step} environment steps: {text}")
@@ -767,14 +767,14 @@ def encode(run: "Stages") -> bool:
         rows = torch.from_numpy(frames[start : start + chunk].copy()).to(run.device)
         mu_logvar = torch.stack(run.agent.vae.encode(preprocess(rows)), 1).half()
         if not mu_logvar.isfinite().all():  # host sync
-            raise SystemExit(f"error: not finite: latents of V; {again}")
+            raise SystemExit(f"\nerror: not finite: latents of V; {again}")
         run.latents.append(mu_logvar.cpu().numpy())
         run.progress.update(len(rows))
         if run.stop.requested:
             return False
     mu = run.latents.rows()[:: max(len(frames) // 10_000, 1), 0].astype(np.float32)
     if (mu.std(0) < 1e-3).all():
-        raise SystemExit(f"error: the latents of V are constant; {again} or more --vae-epochs")
+        raise SystemExit(f"\nerror: the latents of V are constant; {again} or more --vae-epochs")
     return True
 
 
@@ -879,7 +879,7 @@ def evolve(run: "Stages") -> bool:
             break
         scores = returns.reshape(args.population, args.episodes).mean(1)
         if not np.isfinite(scores).all():
-            raise SystemExit(f"error: not finite: generation {run.units_done + 1}; the last checkpoint is intact")
+            raise SystemExit(f"\nerror: not finite: generation {run.units_done + 1}; the last checkpoint is intact")
         es.tell(candidates, -scores)  # deviation 10: nothing for large weights
         run.fitness.append((-scores).tolist())
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))  # deviation 11: the last mean, not the best
@@ -1634,7 +1634,7 @@ def write_file(path: str, state: dict) -> None:
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # a full disk, above all
-        raise SystemExit(f"error: cannot write {path}, the last checkpoint stays as it is: {error}") from error
+        raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {error}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
@@ -1692,7 +1692,7 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     scalars = [torch.as_tensor(value) for value in metrics.values()]
     values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+        raise SystemExit(f"\nerror: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
     return values
 
 
@@ -2220,7 +2220,7 @@ class ArrayFile:
             with open(self.path, "ab") as file:
                 file.write(np.ascontiguousarray(rows).data)
         except OSError as error:  # a full disk, above all
-            raise SystemExit(f"error: cannot write {self.path}, the last checkpoint is intact: {error}") from error
+            raise SystemExit(f"\nerror: cannot write {self.path}, the last checkpoint is intact: {error}") from error
 
     def sync(self) -> None:
         """To the disk, before a checkpoint that counts on it."""
