@@ -87,7 +87,7 @@ def test_a_fault_at_the_first_step_is_refused_before_there_is_a_folder(script, f
 
 @pytest.mark.stands_for_all("dyna_q", "muzero")
 @pytest.mark.parametrize("num_envs", [1, 4])
-@pytest.mark.parametrize("when", ["in the prefill", "long after it"])
+@pytest.mark.parametrize("when", [pytest.param("in the prefill", marks=pytest.mark.slow), "long after it"])
 def test_a_fault_between_checkpoints(script, when, num_envs, capsys):
     """NaN among the random steps, or at step 900: no checkpoint holds it, and the last one resumes."""
     fault, last_good = {1: ("late nan", 900), 4: ("quarter nan", 225)}[num_envs]
