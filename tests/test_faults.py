@@ -549,10 +549,10 @@ def test_a_disk_that_fills_up(script, share):
         _, err = process.communicate(timeout=120)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert process.returncode in (1, 2) and len(lines) == 1 and "Traceback" not in err, err
-        assert "No space" in lines[0] and not list(Path("runs").rglob("*.tmp"))
+        assert re.search("No space|do not fit on the disk", lines[0]) and not list(Path("runs").rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=50m", os.getcwd()], check=True)
         checkpoints = list(Path("runs").glob("*/checkpoint.pt"))
-        assert checkpoints or share < 1
+        assert checkpoints or share < 1 or script.__name__ == "world_models"  # which looks at the disk first
         for path in checkpoints:
             step = load(str(path.parent))["global_step"]
             resume(script, str(path.parent), total_timesteps=step + 24, checkpoint_frequency=1)
