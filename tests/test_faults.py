@@ -207,8 +207,6 @@ def test_mujoco_is_filmed_where_opengl_is(name, chosen, monkeypatch):
 @ONE_OR_FOUR
 def test_a_second_process_is_turned_away(script, num_envs):
     """One line, exit code 2, and the first run notices nothing."""
-    if num_envs > 1 and not TRAITS[script.__name__]["workers"]:
-        pytest.skip("plays all environments in its own process")
     settings = {"num_envs": num_envs, "checkpoint_frequency": 12}
     first = Started(script, *flags_of(tiny(script, total_timesteps=10**6, **settings)))
     wait_for(lambda: list(Path("runs").glob("*/checkpoint.pt")))
@@ -245,8 +243,6 @@ def test_names_of_run_folders_suit_every_file_system(script):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_hangups_and_warnings_of_schedulers_save(script, number, num_envs):
     """Like SIGTERM."""
-    if num_envs > 1 and not TRAITS[script.__name__]["workers"]:
-        pytest.skip("plays all environments in its own process")
     settings = {"num_envs": num_envs, "total_timesteps": 10**6, "checkpoint_frequency": 0}
     process = Started(script, *flags_of(tiny(script, **settings)))
     process.wait_for("episodic_return")
