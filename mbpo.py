@@ -186,12 +186,6 @@ class DynamicsEnsemble(nn.Module):
         self.register_buffer("input_std", torch.ones(in_dim))
         self.register_buffer("elites", torch.arange(args.num_elites))  # indices of the best networks
 
-    def fit_normalizer(self, inputs: torch.Tensor) -> None:
-        """Mean and population standard deviation of the training inputs (N, D + A); the targets are not normalised."""
-        std, mean = torch.std_mean(inputs, 0, correction=0)
-        self.input_mean.copy_(mean)
-        self.input_std.copy_(torch.where(std < 1e-12, torch.ones_like(std), std))
-
     def forward(self, inputs: torch.Tensor, nets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance (E, B, 1 + D) for inputs (E, B, D + A), one batch for each of the networks `nets`.
 
@@ -405,10 +399,10 @@ def train_model(agent: Agent, rows: torch.Tensor, generator, args: Args, update_
     inputs, targets = torch.cat([obs, actions], -1), torch.cat([rewards[:, None], next_obs - obs], -1)
     held = min(int(HOLDOUT_RATIO * len(rows)), MAX_HOLDOUT)
     holdout, inputs, targets = (inputs[:held], targets[:held]), inputs[held:], targets[held:]
-    ensemble.fit_normalizer(inputs)
+    std, ensemble.input_mean[:] = torch.std_mean(inputs, 0, correction=0)  # the targets are not normalised
+    ensemble.input_std[:] = torch.where(std < 1e-12, 1.0, std)
     bootstrap = torch.randint(len(inputs), (args.num_nets, len(inputs)), **draws)
-    networks = list(ensemble.layers.parameters())  # all but the bounds, which the networks share
-    snapshot = [p.detach().clone() for p in networks]
+    snapshot = deepcopy(ensemble.layers)  # without the bounds, which the networks share
     best = torch.full((args.num_nets,), 1e10, device=rows.device)  # so that the first epoch is an improvement
     epochs = without_improvement = 0
     while without_improvement <= PATIENCE and epochs != args.model_max_epochs:
@@ -422,13 +416,11 @@ def train_model(agent: Agent, rows: torch.Tensor, generator, args: Args, update_
         mse = holdout_errors(ensemble, *holdout)["mse"]
         improved = (best - mse) / best > MIN_GAIN
         best = torch.where(improved, mse, best)
-        for saved, parameter in zip(snapshot, networks, strict=True):
-            saved.copy_(torch.where(improved[:, None, None], parameter, saved).detach())
+        for saved, parameter in zip(snapshot.parameters(), ensemble.layers.parameters(), strict=True):
+            saved.data[improved] = parameter.data[improved]  # host sync
         epochs += 1
-        without_improvement = 0 if improved.any() else without_improvement + 1  # host sync
-    with torch.no_grad():
-        for saved, parameter in zip(snapshot, networks, strict=True):
-            parameter.copy_(saved)
+        without_improvement = 0 if improved.any() else without_improvement + 1
+    ensemble.layers.load_state_dict(snapshot.state_dict())
     errors = holdout_errors(ensemble, *holdout)
     ensemble.elites.copy_(errors["mse"].argsort()[: args.num_elites])
     return errors | {"loss": loss, "epochs": epochs}
