@@ -352,10 +352,9 @@ class ConvEncoder(nn.Module):
         self.conv4 = nn.Conv2d(4 * depth, 8 * depth, 4, stride=2)  # 2 x 2
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        x = F.relu_(self.conv1(image))
-        x = F.relu_(self.conv2(x))
-        x = F.relu_(self.conv3(x))
-        return F.relu_(self.conv4(x)).flatten(1)
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            image = F.relu_(conv(image))
+        return image.flatten(1)
 
 
 class ConvDecoder(nn.Module):
