@@ -396,7 +396,7 @@ def train_model(agent: Agent, rows: torch.Tensor, generator, args: Args, update_
     std, ensemble.input_mean[:] = torch.std_mean(inputs, 0, correction=0)  # the targets are not normalised
     ensemble.input_std[:] = torch.where(std < 1e-12, 1.0, std)
     bootstrap = torch.randint(len(inputs), (args.num_nets, len(inputs)), **draws)
-    snapshot = deepcopy(ensemble.layers)  # without the bounds, which the networks share
+    snapshot = deepcopy(ensemble.layers).requires_grad_(False)  # without the bounds, which the networks share
     best = torch.full((args.num_nets,), 1e10, device=rows.device)  # so that the first epoch is an improvement
     epochs = without_improvement = 0
     while without_improvement <= PATIENCE and epochs != args.model_max_epochs:
@@ -411,9 +411,9 @@ def train_model(agent: Agent, rows: torch.Tensor, generator, args: Args, update_
         improved = (best - mse) / best > MIN_GAIN
         best = torch.where(improved, mse, best)
         for saved, parameter in zip(snapshot.parameters(), ensemble.layers.parameters(), strict=True):
-            saved.data[improved] = parameter.data[improved]  # host sync
+            saved.copy_(torch.where(improved[:, None, None], parameter, saved).detach())
         epochs += 1
-        without_improvement = 0 if improved.any() else without_improvement + 1
+        without_improvement = 0 if improved.any() else without_improvement + 1  # host sync
     ensemble.layers.load_state_dict(snapshot.state_dict())
     errors = holdout_errors(ensemble, *holdout)
     ensemble.elites.copy_(errors["mse"].argsort()[: args.num_elites])
