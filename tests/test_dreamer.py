@@ -76,7 +76,7 @@ def make_batch(agent: dreamer.Agent, args: Args, obs_space=VECTOR, seed: int = 0
     if agent.discrete:
         action = F.one_hot(action.argmax(-1), agent.action_dim).to(action.dtype)
     is_first, cont = torch.zeros(shape), torch.ones(shape)
-    is_first[0, 0] = is_first[2, 1] = is_first[3, 0] = 1
+    is_first[0, 0] = is_first[2, 1] = is_first[3:4, 0] = 1  # if there is a fourth entry
     cont[1, 1] = 0
     action = action * (1 - is_first[..., None])
     reward = torch.randn(shape, generator=gen)
@@ -873,7 +873,7 @@ def test_compiled_losses_are_one_graph_each(action_space, monkeypatch):
 
     def traced(function):
         compiled.append(function)
-        return plain(function, backend="aot_eager", fullgraph=True)
+        return plain(function, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()

@@ -66,7 +66,7 @@ def make_batch(agent: dreamer_v3.Agent, args: Args, obs_space=VECTOR, seed: int 
     if agent.discrete:
         action = F.one_hot(action.argmax(-1), agent.action_dim).float()
     is_first, cont = torch.zeros(shape), torch.ones(shape)
-    is_first[0, 0] = is_first[2, 1] = is_first[3, 0] = 1
+    is_first[0, 0] = is_first[2, 1] = is_first[3:4, 0] = 1  # if there is a fourth entry
     cont[1, 1] = 0
     batch = {"obs": obs, "action": action * (1 - is_first[..., None]), "cont": cont, "is_first": is_first}
     batch["reward"] = 2 * torch.randn(shape, generator=gen) * (1 - is_first)
@@ -887,7 +887,7 @@ def test_compiled_losses_are_one_graph_each(monkeypatch):
 
     def traced(function):
         compiled.append(function)
-        return compile(function, backend="aot_eager", fullgraph=True)
+        return compile(function, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
