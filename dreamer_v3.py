@@ -1224,16 +1224,12 @@ def choose_renderer(args: Args, checkpoint: dict | None) -> str:
     wanted = args.renderer
     if checkpoint and wanted == "auto" and checkpoint["parts"]["counters"]["renderer"] != "none":
         wanted = checkpoint["parts"]["counters"]["renderer"]
-    pictures = is_dm_control(args.env_id) and (args.obs_mode == "pixels" or args.capture_video)
-    if not pictures:
+    if not (is_dm_control(args.env_id) and (args.obs_mode == "pixels" or args.capture_video)):
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
         return "none"
-    if wanted == "raycast":
-        os.environ["MUJOCO_GL"] = "disable"
-        return "raycast"
     backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa", "glfw"]
     probe = [sys.executable, "-c", "from dm_control import _render; _render.Renderer(64, 64).make_current()"]
-    for backend in backends:
+    for backend in backends if wanted != "raycast" else ():
         try:
             subprocess.run(probe, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, timeout=60, check=True)
         except subprocess.SubprocessError:
@@ -1250,10 +1246,8 @@ class RayCaster:
     """GL-free picture of a MuJoCo scene: one ray per pixel, flat colour, Lambert shading, checker floor, sky."""
 
     def __init__(self, model, height, width, camera_id):
-        self.model, self.shape = model, (height, width, 3)
-        self.camera_id = camera_id if model.ncam else -1
-        fovy = model.cam_fovy[camera_id] if self.camera_id >= 0 else model.vis.global_.fovy
-        self.focal = height / 2 / np.tan(np.deg2rad(fovy) / 2)  # in pixels
+        self.model, self.shape, self.camera_id = model, (height, width, 3), camera_id
+        self.focal = height / 2 / np.tan(np.deg2rad(model.cam_fovy[camera_id]) / 2)  # in pixels
         v, u = np.mgrid[:height, :width].reshape(2, -1) + 0.5
         self.uv = np.stack([u - width / 2, height / 2 - v], 1)  # (H*W, 2), y upwards
         rays = np.column_stack([self.uv, np.full(len(u), -self.focal)])  # a camera looks along its -z
@@ -1269,11 +1263,10 @@ class RayCaster:
             if model.geom_type[i] == 0 and texture.size > 3:
                 self.planes.append((i, texture))
             self.colors[i] = texture.mean((0, 1))
-        self.sky = np.zeros((1, 3))
-        for i in np.flatnonzero(model.tex_type == 2)[:1]:  # by elevation: the middle columns of the cube's first side
-            size, n, start = model.tex_width[i], model.tex_nchannel[i], model.tex_adr[i]
-            side = model.tex_data[start : start + size * size * n].reshape(size, size, n)
-            self.sky = side[:, size * 3 // 8 : size * 5 // 8 + 1, :3].mean(1) / 255
+        i = np.flatnonzero(model.tex_type == 2)[0]
+        size, n, start = model.tex_width[i], model.tex_nchannel[i], model.tex_adr[i]
+        side = model.tex_data[start : start + size * size * n].reshape(size, size, n)  # of a cube, the first
+        self.sky = side[:, size * 3 // 8 : size * 5 // 8 + 1, :3].mean(1) / 255  # by elevation: the middle columns
         # mj_multiRay culls by the box of a body's colliding geoms, and misplaces it: balls around all geoms do not cull
         reach, bodies = np.zeros(model.nbody), np.flatnonzero(model.body_bvhnum)
         center = np.linalg.norm(model.geom_pos - model.body_ipos[model.geom_bodyid], axis=1)
@@ -1283,7 +1276,7 @@ class RayCaster:
     def _rgba(self, rgba, matid):
         """The viewer's rule: a material gives the colour unless the object's own differs from the default grey."""
         own = (matid < 0) | (rgba != np.float32([0.5, 0.5, 0.5, 1])).any(1)
-        return np.where(own[:, None], rgba, self.model.mat_rgba[matid] if self.model.nmat else rgba)
+        return np.where(own[:, None], rgba, self.model.mat_rgba[matid])
 
     def _texture(self, matid, cells=10):
         """The material's texture as cells x cells mean colours (coarse: checkers stay, fine grain goes), else white."""
@@ -1293,14 +1286,6 @@ class RayCaster:
         h, w, n, start = m.tex_height[i], m.tex_width[i], m.tex_nchannel[i], m.tex_adr[i]
         texture, c = m.tex_data[start : start + h * w * n].reshape(h, w, n), min(cells, h, w)
         return texture[: h // c * c, : w // c * c, :3].reshape(c, h // c, c, w // c, 3).mean((1, 3)) / 255
-
-    def _camera(self, data):
-        if self.camera_id >= 0:
-            return data.cam_xpos[self.camera_id], data.cam_xmat[self.camera_id].reshape(3, 3)
-        azimuth, elevation = np.deg2rad([self.model.vis.global_.azimuth, self.model.vis.global_.elevation])
-        (ca, sa), (ce, se) = ((np.cos(a), np.sin(a)) for a in (azimuth, elevation))  # the viewer's free camera
-        frame = np.array([[sa, -ca * se, -ca * ce], [-ca, -sa * se, -sa * ce], [0, ce, -se]])
-        return self.model.stat.center + 1.5 * self.model.stat.extent * frame[:, 2], frame
 
     def _cast(self, data, origin, rays):
         import mujoco  # here, so that runs without pictures do without it
@@ -1316,7 +1301,7 @@ class RayCaster:
 
     def render(self, data):
         """Picture (H, W, 3) uint8 of the current state, a fresh array."""
-        m, (origin, frame) = self.model, self._camera(data)
+        m, origin, frame = self.model, data.cam_xpos[self.camera_id], data.cam_xmat[self.camera_id].reshape(3, 3)
         rays = self.rays @ frame.T
         hits, dist, normals = self._cast(data, origin, rays)
         slope = np.clip(rays[:, 2] / np.hypot(rays[:, 0], rays[:, 1]), -1, 1)  # texture row, as on a cube's side
@@ -1325,7 +1310,7 @@ class RayCaster:
         rays, hits, dist, normals = rays[seen], hits[seen], dist[seen], normals[seen]
         points, paint, head = origin + rays * dist[:, None], self.colors[hits], m.vis.headlight
         facing = np.einsum("ij,ij->i", normals, rays)
-        light = head.active * (head.ambient + head.diffuse * np.maximum(normals @ frame[:, 2], 0)[:, None])
+        light = head.ambient + head.diffuse * np.maximum(normals @ frame[:, 2], 0)[:, None]
         for i, texture in self.planes:
             on, mat, size = np.flatnonzero(hits == i), m.geom_matid[i], m.geom_size[i, :2]
             local = (points[on] - data.geom_xpos[i]) @ data.geom_xmat[i].reshape(3, 3)[:, :2]
@@ -1335,7 +1320,7 @@ class RayCaster:
             blur = np.clip(1.5 + dist[on] / self.focal * 2 * scale.max() / np.minimum(facing[on], -1e-3), 0, 1)
             paint[on] += (texture[t, s] - paint[on]) * blur[:, None]  # squares smaller than a pixel become their mean
             light[on] = np.minimum(light[on], 1)  # GL clips light before it meets a texture
-        for i in np.flatnonzero(m.light_active):
+        for i in range(m.nlight):
             axis = data.light_xdir[i]  # a directional light (type 1) is a far one
             source = m.stat.center - 100 * m.stat.extent * axis if m.light_type[i] == 1 else data.light_xpos[i]
             to = source - points
@@ -1345,8 +1330,7 @@ class RayCaster:
             if m.light_type[i] == 0:  # a spot
                 cosine = np.maximum(-to @ axis, 0)
                 lit *= (cosine > np.cos(np.deg2rad(m.light_cutoff[i]))) * cosine ** m.light_exponent[i]
-            on = np.flatnonzero(lit > 0.05)
-            if m.light_castshadow[i] and len(on):
+            if len(on := np.flatnonzero(lit > 0.05)):
                 lit[on] *= self._cast(data, source, -to[on])[1] > far[on] - 1e-3 * m.stat.extent
             light += m.light_ambient[i] + m.light_diffuse[i] * lit[:, None]
         color[seen], depth = paint * light, np.full(len(color), np.inf)
@@ -1482,19 +1466,15 @@ def log_open_loop(agent: Agent, episode: dict, run: "Run") -> None:
     starts = np.linspace(context, longest - length, 6).astype(int).tolist()
     generator = make_generator(run.device, run.args.seed, 97)
     (truth, model), (reward, predicted) = open_loop(agent, tensors, starts, length, generator)
-    obs_error = ((model - truth) ** 2).flatten(2).mean((1, 2)).cpu().numpy()  # (length,)
-    reward_error = (predicted - reward).abs().mean(1).cpu().numpy()
-    for horizon in (1, 5, 15, 45):
-        if horizon <= length:
-            run.log({f"open_loop/obs_mse_horizon_{horizon}": obs_error[horizon - 1]})
-            run.log({f"open_loop/reward_error_horizon_{horizon}": reward_error[horizon - 1]})
+    obs_mse, reward_error = ((model - truth) ** 2).flatten(2).mean((1, 2)), (predicted - reward).abs().mean(1)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
-    curves = {"observation MSE": obs_error, "reward error": reward_error}
-    for axis, (label, error) in zip(figure.subplots(1, 2), curves.items(), strict=True):
-        axis.plot(np.arange(1, length + 1), error)
-        axis.set(xlabel="steps since the last observation", ylabel=label, ylim=(0, None))
+    curves = {"obs_mse": obs_mse, "reward_error": reward_error}
+    for axis, (name, error) in zip(figure.subplots(1, 2), curves.items(), strict=True):  # (length,)
+        run.log({f"open_loop/{name}_horizon_{k}": error[k - 1] for k in (1, 5, 15, 45) if k <= length})
+        axis.plot(np.arange(1, length + 1), error.cpu())
+        axis.set(xlabel="steps since the last observation", ylabel=name, ylim=(0, None))
     figure.savefig(run.picture("open_loop_error.png"))
     if episode["obs"].dtype == np.uint8:
         rows = truth + 0.5, (model + 0.5).clamp(0, 1), ((model - truth + 1) / 2).clamp(0, 1)

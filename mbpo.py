@@ -19,8 +19,7 @@ The algorithm, with the functions that are its steps:
     update_policy  G times update: a step of critics, actor and temperature (critic_loss, actor_loss, alpha_loss) on
                    5 % rows of rb and 95 % rows of model_rb; the target critics follow
 The first part of the file is the algorithm, up to main; environments, evaluation and the run folder follow it.
-Shapes: B rows of a batch, D numbers of an observation, A of an action, E networks. F is --model-train-frequency, R
---rollout-batch-size, G --updates-per-step; k follows --rollout-schedule.
+Shapes: B rows of a batch, D numbers of an observation, A of an action, E networks; E, F, G, R are named at Args.
 
 Paper:      Janner et al. 2019, When to Trust Your Model, arXiv 1906.08253   Reference code: jannerm/mbpo (TensorFlow 1)
 Run:        python mbpo.py --env-id Hopper-v5          (or: uv run mbpo.py --env-id Hopper-v5)
@@ -186,12 +185,6 @@ class DynamicsEnsemble(nn.Module):
         self.register_buffer("input_std", torch.ones(in_dim))
         self.register_buffer("elites", torch.arange(args.num_elites))  # indices of the best networks
 
-    def fit_normalizer(self, inputs: torch.Tensor) -> None:
-        """Mean and population standard deviation of the training inputs (N, D + A); the targets are not normalised."""
-        std, mean = torch.std_mean(inputs, 0, correction=0)
-        self.input_mean.copy_(mean)
-        self.input_std.copy_(torch.where(std < 1e-12, torch.ones_like(std), std))
-
     def forward(self, inputs: torch.Tensor, nets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance (E, B, 1 + D) for inputs (E, B, D + A), one batch for each of the networks `nets`.
 
@@ -224,10 +217,6 @@ class Actor(nn.Module):
         log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)  # of the Gaussian
         log_prob = log_prob - 2 * (math.log(2) - x - F.softplus(-2 * x))  # - log(1 - tanh(x)^2)
         return torch.tanh(x), log_prob.sum(-1)
-
-    def mode(self, obs: torch.Tensor) -> torch.Tensor:
-        """Actions (B, A) of the Gaussian's mean."""
-        return torch.tanh(self.net(obs).chunk(2, -1)[0])
 
 
 class Critics(nn.Module):
@@ -314,11 +303,10 @@ def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: 
 @torch.no_grad()
 def act(agent: Agent, obs: np.ndarray, device: torch.device, generator: torch.Generator | None) -> np.ndarray:
     """Actions (B, A) in [-1, 1] for obs (B, D): sampled, or the policy's mode without a generator."""
-    obs = torch.as_tensor(obs, device=device)
-    if generator is None:
-        return agent.actor.mode(obs).cpu().numpy()  # host sync
-    noise = torch.randn(len(obs), agent.action_dim, generator=generator, device=device)
-    return agent.actor(obs, noise)[0].cpu().numpy()  # host sync
+    noise = torch.zeros(len(obs), agent.action_dim, device=device)
+    if generator is not None:
+        noise.normal_(generator=generator)
+    return agent.actor(torch.as_tensor(obs, device=device), noise)[0].cpu().numpy()  # host sync
 
 
 @torch.no_grad()
@@ -405,10 +393,10 @@ def train_model(agent: Agent, rows: torch.Tensor, generator, args: Args, update_
     inputs, targets = torch.cat([obs, actions], -1), torch.cat([rewards[:, None], next_obs - obs], -1)
     held = min(int(HOLDOUT_RATIO * len(rows)), MAX_HOLDOUT)
     holdout, inputs, targets = (inputs[:held], targets[:held]), inputs[held:], targets[held:]
-    ensemble.fit_normalizer(inputs)
+    std, ensemble.input_mean[:] = torch.std_mean(inputs, 0, correction=0)  # the targets are not normalised
+    ensemble.input_std[:] = torch.where(std < 1e-12, 1.0, std)
     bootstrap = torch.randint(len(inputs), (args.num_nets, len(inputs)), **draws)
-    networks = list(ensemble.layers.parameters())  # all but the bounds, which the networks share
-    snapshot = [p.detach().clone() for p in networks]
+    snapshot = deepcopy(ensemble.layers).requires_grad_(False)  # without the bounds, which the networks share
     best = torch.full((args.num_nets,), 1e10, device=rows.device)  # so that the first epoch is an improvement
     epochs = without_improvement = 0
     while without_improvement <= PATIENCE and epochs != args.model_max_epochs:
@@ -422,27 +410,14 @@ def train_model(agent: Agent, rows: torch.Tensor, generator, args: Args, update_
         mse = holdout_errors(ensemble, *holdout)["mse"]
         improved = (best - mse) / best > MIN_GAIN
         best = torch.where(improved, mse, best)
-        for saved, parameter in zip(snapshot, networks, strict=True):
+        for saved, parameter in zip(snapshot.parameters(), ensemble.layers.parameters(), strict=True):
             saved.copy_(torch.where(improved[:, None, None], parameter, saved).detach())
         epochs += 1
         without_improvement = 0 if improved.any() else without_improvement + 1  # host sync
-    with torch.no_grad():
-        for saved, parameter in zip(snapshot, networks, strict=True):
-            parameter.copy_(saved)
+    ensemble.layers.load_state_dict(snapshot.state_dict())
     errors = holdout_errors(ensemble, *holdout)
     ensemble.elites.copy_(errors["mse"].argsort()[: args.num_elites])
     return errors | {"loss": loss, "epochs": epochs}
-
-
-def train_model_or_undo(agent: Agent, optimizer, rows: torch.Tensor, generator, args: Args, update_fn, tick):
-    """Like train_model; stopped, it leaves all as it was, so that a resumed run trains from the beginning."""
-    before = deepcopy((agent.ensemble.state_dict(), optimizer.state_dict())), generator.get_state()
-    errors = train_model(agent, rows, generator, args, update_fn, tick)
-    if errors is None:
-        agent.ensemble.load_state_dict(before[0][0])
-        optimizer.load_state_dict(before[0][1])
-        generator.set_state(before[1])
-    return errors
 
 
 def update_model(agent: Agent, optimizer, inputs: torch.Tensor, targets: torch.Tensor, loss_fn) -> torch.Tensor:
@@ -562,9 +537,7 @@ def main(args: Args) -> str:
     # what a checkpoint holds: networks, optimizers, buffers, counters, generators
     agent = Agent(obs_dim, action_dim, args).to(device)
     optimizers = make_optimizers(agent, args)
-    row_size, longest = 2 * obs_dim + action_dim + 2, rollout_length(args.total_timesteps, args)
-    largest = model_buffer_size(longest, args)
-    rb, model_rb = (ReplayBuffer(size, row_size, device) for size in (args.buffer_size, largest))
+    rb, model_rb = (ReplayBuffer(size, 2 * obs_dim + action_dim + 2, device) for size in (args.buffer_size, 1))
     counters = {"num_updates": 0, "num_trainings": 0, "num_terminations": 0, "num_rule_errors": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
     for i, name in enumerate(("act", "model", "rollout", "replay", "update")):
@@ -1006,25 +979,22 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
     """
     seeds, n = np.random.default_rng([args.seed, 99]), envs.num_envs
     quota = args.eval_episodes // n + (np.arange(n) < args.eval_episodes % n)  # fixed, or short episodes would win
-    returns, trajectories, dones = [], [], np.ones(n, bool)
-    tracks = [{"obs": [], "actions": [], "rewards": []} for _ in range(n)]
+    returns, trajectories, tracks, dones = [], [], [[] for _ in range(n)], np.ones(n, bool)
     while quota.any() and not stop.requested:
         if dones.any():
             obs, _ = envs.reset(seed=seeds.integers(2**31, size=n).tolist(), options={"reset_mask": dones})
         actions = act(agent, obs, device, None)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         for i, track in enumerate(tracks):
-            track["obs"].append(obs[i].copy())
-            track["actions"].append(actions[i])
-            track["rewards"].append(rewards[i])
+            track.append((obs[i].copy(), actions[i], np.float32(rewards[i])))
         obs, dones = next_obs, terminations | truncations
         for i in np.flatnonzero(dones):
             if quota[i] > 0:
                 quota[i] -= 1
                 returns.append(float(infos["episode"]["r"][i]))
-                past, acted, earned = (np.stack(column) for column in tracks[i].values())
-                trajectories.append((np.concatenate([past, next_obs[i][None]]), acted, earned.astype(np.float32)))
-            tracks[i] = {name: [] for name in tracks[i]}
+                past, acted, earned = map(np.stack, zip(*tracks[i], strict=True))
+                trajectories.append((np.concatenate([past, next_obs[i][None]]), acted, earned))
+            tracks[i] = []
     return np.array(returns), trajectories
 
 
@@ -1573,6 +1543,17 @@ def check_memory(args: Args, obs_dim: int, action_dim: int) -> None:
     num_rows += args.rollout_batch_size + args.updates_per_step * args.batch_size
     num_floats = 4 * num_weights + num_rows * (2 * obs_dim + action_dim + 2)
     require_memory(4 * num_floats, "--buffer-size, rollouts, sizes of networks and batches", choose_device(args))
+
+
+def train_model_or_undo(agent: Agent, optimizer, rows: torch.Tensor, generator, args: Args, update_fn, tick):
+    """Like train_model; stopped, it leaves all as it was, so that a resumed run trains from the beginning."""
+    before = deepcopy((agent.ensemble.state_dict(), optimizer.state_dict())), generator.get_state()
+    errors = train_model(agent, rows, generator, args, update_fn, tick)
+    if errors is None:
+        agent.ensemble.load_state_dict(before[0][0])
+        optimizer.load_state_dict(before[0][1])
+        generator.set_state(before[1])
+    return errors
 
 
 def make_updates(agent: Agent, optimizers: dict, args: Args) -> tuple[Callable, Callable]:

@@ -205,10 +205,9 @@ class VAE(nn.Module):
 
     def encode(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, 64, 64) -> mean and log-variance (N, Z)."""
-        x = image
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            x = F.relu_(conv(x))
-        x = x.flatten(1)
+            image = F.relu_(conv(image))
+        x = image.flatten(1)
         return self.mu(x), self.logvar(x)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -2124,9 +2123,7 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        raise SystemExit(
-            f"error: another process has ended, the last checkpoint is intact: {one_line(error)}"
-        ) from error
+        raise SystemExit(f"error: another process has ended; the checkpoint is intact: {one_line(error)}") from error
 
 
 def help_first(args: Args, spec: Spec, envs: gym.vector.VectorEnv) -> None:
@@ -2265,11 +2262,9 @@ def check_sizes(args: Args, spec: Spec) -> None:
     """Refuses what the disk or the device cannot hold: frames; weights, latents and batches; dreams and CMA-ES."""
     frames = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
     missing = frames - (frames_file(args.resume).num_rows() if args.resume else 0)
-    needed, free = missing * 64 * 64 * 3, shutil.disk_usage(args.resume or ".").free
+    needed, free = missing * 64 * 64 * 3 / 1e9, shutil.disk_usage(args.resume or ".").free / 1e9
     if needed > free:
-        fail(
-            f"--total-timesteps: {needed / 1e9:.0f} GB of frames do not fit on the disk, which has {free / 1e9:.0f} GB"
-        )
+        fail(f"--total-timesteps: {needed:.0f} GB of frames do not fit on the disk, which has {free:.0f} GB")
     if args.min_episode_length > spec.time_limit:
         fail(f"--min-episode-length {args.min_episode_length}: episodes end after {spec.time_limit} steps")
     device, cpu = choose_device(args), torch.device("cpu")
