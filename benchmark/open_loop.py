@@ -167,7 +167,7 @@ def of_dyna_q(script, args, weights) -> dict:
     true = script.grow(script.make_model(1, S, A))  # each pair has three outcomes, one as likely as the other
     for s, a in np.ndindex(S, A):
         for _, next_s, reward, terminated in world.P[s][a]:
-            script.record(script.model_of(true, 0), s, a, reward, next_s, terminated, 0, False)
+            script.record(script.Model(*(array[0] for array in true)), s, a, reward, next_s, terminated, 0, False)
     rng, tracks, done = np.random.default_rng(args.seed), [], True
     for _ in range(20_000):
         if done:
@@ -238,7 +238,7 @@ def draw() -> None:
                 handles[label] = axis.plot(steps, error, color=f"C{i}")[0]
                 axis.plot(horizons, error[np.array(horizons, int) - 1], "o", color=f"C{i}")
             if (name, what) == ("dyna_q", "observation"):
-                best = axis.plot(steps, curves[name, "best possible"], color=f"C{i}", linestyle=":")[0]
+                best = axis.plot(steps, curves[name, "best possible"], color="k", linestyle=":")[0]
                 handles["the cliff's own table"] = best
         axis.axhline(1, color="k", linewidth=0.8)
         axis.text(1, 1.15, "no better than the mean", fontsize=8)
