@@ -772,6 +772,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
         if os.getpid() != main_process:
             be_a_worker()
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+        if args.capture_video:
+            importlib.import_module("torch._dynamo")  # with Triton, which crashes if Mesa's OpenGL is loaded before it
         if is_dm_control(args.env_id):
             try:
                 env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
