@@ -7,6 +7,7 @@ import sys
 import time
 
 import gymnasium as gym
+import numba
 import numpy as np
 
 
@@ -329,5 +330,6 @@ for name in ("TinyPixels-v0", "MovingPixels-v0", "DiscreteCounter-v0", "Ladder-v
 
 def run_script(stem: str, settings: dict) -> None:
     """Body of a process that trains until it is killed."""
-    module = importlib.import_module(stem)
+    numba.config.DISABLE_JIT = True  # compiling takes seconds each time
+    module = importlib.reload(importlib.import_module(stem))
     module.main(module.Args(**settings))

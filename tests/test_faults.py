@@ -116,7 +116,7 @@ def test_action_masks_that_are_not_obeyed_are_named(script, capsys):
 
 
 @pytest.mark.stands_for_all("dyna_q", "mbpo")
-@pytest.mark.parametrize("fault", ["die", "nan", "exit"])
+@pytest.mark.parametrize("fault", ["die", "exit", pytest.param("nan", marks=pytest.mark.slow)])  # told as exit is
 def test_a_fault_in_a_worker_process(script, fault):
     """One line, exit code 1, saved, and no process is left."""
     if not TRAITS[script.__name__]["workers"]:
