@@ -649,17 +649,7 @@ def main(args: Args) -> str:
     while True:
         learn_block()
         if run.eval_due(dones):
-            if eval_envs is None:
-                video = run.picture("videos/evaluation.mp4") if args.capture_video else None
-                eval_envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
-                eval_envs.on_fault = run.abort
-            returns, full_length, speeds = evaluate(agent, eval_envs, args, device, run.stop)
-            if args.capture_video:  # the film is written when its environment closes
-                eval_envs.close()
-                eval_envs = None
-            if not run.stop.requested:
-                run.log_evaluation(returns)
-                run.log(walking_metrics(full_length, speeds))
+            eval_envs = evaluate_and_log(agent, eval_envs, run)
         if not run.goes_on(dones):
             break
         if dones.any():
@@ -782,6 +772,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
         if os.getpid() != main_process:
             be_a_worker()
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+        if args.capture_video:
+            importlib.import_module("torch._dynamo")  # with Triton, which crashes if Mesa's OpenGL is loaded before it
         if is_dm_control(args.env_id):
             try:
                 env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
@@ -1038,25 +1030,82 @@ class DMControl(gym.Env):
 def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch.device, stop: "StopRequest"):
     """Plays args.eval_episodes with the policy's mode, on seeds of its own: training does not notice (deviation 2).
 
-    Of each episode: the return, whether it lasted to the time limit, the mean x velocity (nan if it is not told).
+    Of each episode: the return, whether it lasted to the time limit, the mean x velocity (nan if it is not told), the
+    transitions (obs, action, reward, next_obs) as rows (T, 2 D + A + 1).
     """
     seeds = np.random.default_rng([args.seed, 99])
     quota = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # fixed, so that short episodes do not win
-    episodes, dones = [], np.ones(envs.num_envs, bool)
-    speeds = [[] for _ in quota]
+    returns, full_length, speeds, episodes, dones = [], [], [], [], np.ones(envs.num_envs, bool)
+    tracks = [[] for _ in quota]
     while quota.any() and not stop.requested:
         if dones.any():
             obs, _ = envs.reset(seed=seeds.integers(2**31, size=envs.num_envs).tolist(), options={"reset_mask": dones})
-        obs, _, terminations, truncations, infos = envs.step(act(agent, obs, device, None))
-        for speed, velocity in zip(speeds, infos.get("x_velocity", np.full(envs.num_envs, np.nan)), strict=True):
-            speed.append(velocity)
-        dones = terminations | truncations
+        actions = act(agent, obs, device, None)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        rows = np.concatenate([obs, actions, rewards[:, None], next_obs], 1).astype(np.float32)
+        for track, *step in zip(tracks, rows, infos.get("x_velocity", np.full(len(rows), np.nan)), strict=True):
+            track.append(step)
+        obs, dones = next_obs, terminations | truncations
         for i in np.flatnonzero(dones):
             if quota[i] > 0:
                 quota[i] -= 1
-                episodes.append((infos["episode"]["r"][i], not terminations[i], np.mean(speeds[i])))
-            speeds[i].clear()
-    return tuple(np.array(column) for column in zip(*episodes, strict=True)) or (np.array([]),) * 3
+                returns.append(infos["episode"]["r"][i])
+                full_length.append(not terminations[i])
+                rows, velocities = zip(*tracks[i], strict=True)
+                speeds.append(np.mean(velocities))
+                episodes.append(np.stack(rows))
+            tracks[i].clear()
+    return np.array(returns), np.array(full_length), np.array(speeds), episodes
+
+
+def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, run: "Run") -> gym.vector.VectorEnv | None:
+    """Evaluates and logs at a run's present step. Returns the environments for the next time; None: to be made anew."""
+    args = run.args
+    if envs is None:
+        video = run.picture("videos/evaluation.mp4") if args.capture_video else None
+        envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+        envs.on_fault = run.abort
+    returns, full_length, speeds, episodes = evaluate(agent, envs, args, run.device, run.stop)
+    if not run.stop.requested:
+        if not agent.bounds.isnan().any():  # it has learned
+            warn_of_failure(log_open_loop, agent, episodes, run)
+        run.log_evaluation(returns)
+        run.log(walking_metrics(full_length, speeds))
+    if args.capture_video:  # the film is written when its environment closes
+        envs.close()
+        return None
+    return envs
+
+
+@torch.no_grad()
+def open_loop(agent: Agent, obs: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean predictions of each network by itself from obs (B, D) on: obs (K, E, B, D), rewards (K, E, B, 1).
+
+    In raw units; actions (K, B, A).
+    """
+    state, predicted, rewards = agent.standardize(obs).expand(agent.sizes[-1], -1, -1), [], []
+    for action in actions:
+        inputs = torch.cat([state, action.expand(len(state), -1, -1)], -1)
+        outputs = agent.out_mean + agent.out_std * agent.ensemble(inputs)
+        state = state + outputs[..., 1:] / agent.obs_std
+        predicted.append(agent.obs_mean + agent.obs_std * state)
+        rewards.append(outputs[..., :1])
+    return torch.stack(predicted), torch.stack(rewards)
+
+
+def log_open_loop(agent: Agent, episodes: list[np.ndarray], run: "Run") -> None:
+    """Errors k steps ahead: root mean square in standard deviations of the replay's obs; mean absolute, of rewards.
+
+    Stretches of 25 steps, one behind the other; of as many as the longest episode has, if it is shorter.
+    """
+    length = min(25, max(map(len, episodes)))
+    pieces = [rows[t : t + length] for rows in episodes for t in range(0, len(rows) - length + 1, length)]
+    obs, actions, rewards, next_obs = torch.from_numpy(np.stack(pieces, 1)).to(run.device).split(agent.sizes[:4], -1)
+    predicted, earned = open_loop(agent, obs[0], actions)
+    obs_errors = ((predicted - next_obs[:, None]) / agent.obs_std).square().mean((1, 2, 3)).sqrt()
+    reward_errors = (earned - rewards[:, None]).abs().mean((1, 2, 3))
+    for k, (obs_error, reward_error) in enumerate(zip(obs_errors.tolist(), reward_errors.tolist(), strict=True), 1):
+        run.log({f"open_loop/obs_error_{k}": obs_error, f"open_loop/reward_error_{k}": reward_error})
 
 
 def walking_metrics(full_length: np.ndarray, speeds: np.ndarray) -> dict[str, float]:
@@ -1078,7 +1127,7 @@ def evaluate_run(args: Args) -> str:
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0], args).to(device)
     with must_fit(args.evaluate):
         agent.load_state_dict(checkpoint["parts"]["agent"])
-    returns, full_length, speeds = evaluate(agent, envs, args, device, stop)
+    returns, full_length, speeds, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
     print_returns(args, checkpoint, returns)
     if len(returns):

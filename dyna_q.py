@@ -424,17 +424,7 @@ def main(args: Args) -> str:
 
     while True:
         if run.eval_due(dones):
-            players = min(args.num_envs, args.eval_episodes)
-            if eval_envs is None:
-                video = run.picture("videos/evaluation.mp4") if args.capture_video else None
-                eval_envs = make_vector_env(args, players, video)
-                eval_envs.unwrapped.on_fault = run.abort
-            returns = evaluate(values_to_play(q[:players], model, args), eval_envs, args, step, run.stop)
-            if args.capture_video:  # the film is written when its environment closes
-                eval_envs.close()
-                eval_envs = None
-            if not run.stop.requested:
-                run.log_evaluation(returns)
+            eval_envs = evaluate_and_log(q, model, eval_envs, run, step)
         if not run.goes_on(dones):
             break
         if dones.any():
@@ -841,25 +831,77 @@ def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.
 # === Evaluation ===
 
 
-def evaluate(q: np.ndarray, envs: gym.vector.VectorEnv, args: Args, step: int, stop: "StopRequest") -> np.ndarray:
-    """Returns of args.eval_episodes greedy episodes, dealt to the first learners, in the world as it is at this step.
+def evaluate(q: np.ndarray, envs: gym.vector.VectorEnv, args: Args, step: int, stop: "StopRequest") -> tuple:
+    """Plays args.eval_episodes greedy episodes, dealt to the first learners, in the world as it is at this step.
 
-    q (N, S, A) of as many learners as there are environments. Seeds of its own: training does not notice.
+    q (N, S, A) of as many learners as there are environments. Seeds of its own: training does not notice. Returns the
+    returns (episodes,) and the first learner's episodes, each a list of its steps (s, a, r, s').
     """
     rng, seeds, num_envs = np.random.default_rng([args.seed, 98]), np.random.default_rng([args.seed, 99]), len(q)
     quota = np.bincount(np.arange(args.eval_episodes) % num_envs)  # fixed, so that short episodes do not win
-    returns, dones = [], np.ones(num_envs, bool)
+    returns, episodes, dones = [], [], np.ones(num_envs, bool)
     while quota.any() and not stop.requested:
         if dones.any():
             seed = seeds.integers(2**31, size=num_envs).tolist()
             obs, _ = envs.reset(seed=seed, options={"reset_mask": dones, "time": step, "frozen": True})
+            episodes += [[]] if dones[0] else []
         actions = act(q, obs, 0.0, rng.random((num_envs, 2)))
-        obs, _, terminations, truncations, infos = envs.step(actions)
-        dones = terminations | truncations | (infos["episode"]["l"] >= 1_000)  # a greedy policy may go in circles
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        episodes[-1].append((obs[0], actions[0], rewards[0], next_obs[0]))
+        obs, dones = next_obs, terminations | truncations | (infos["episode"]["l"] >= 1_000)  # it may go in circles
         for i in np.flatnonzero(dones & (quota > 0)):
             quota[i] -= 1
             returns.append(float(infos["episode"]["r"][i]))
-    return np.array(returns)
+    return np.array(returns), episodes
+
+
+def evaluate_and_log(q: np.ndarray, model: Model, envs: gym.vector.VectorEnv | None, run: "Run", step: int):
+    """Evaluates and logs at this step of each learner. Returns the environments for the next time; None: made anew."""
+    args = run.args
+    q = values_to_play(q[: args.eval_episodes], model, args)
+    if envs is None:
+        video = run.picture("videos/evaluation.mp4") if args.capture_video else None
+        envs = make_vector_env(args, len(q), video)
+        envs.unwrapped.on_fault = run.abort
+    returns, episodes = evaluate(q, envs, args, step, run.stop)
+    if not run.stop.requested:
+        warn_of_failure(log_open_loop, model, episodes, run)
+        run.log_evaluation(returns)
+    if args.capture_video:  # the film is written when its environment closes
+        envs.close()
+        return None
+    return envs
+
+
+def open_loop(model: Model, i: int, s: int, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What learner i's model alone says of actions (K,) from s on: where each leads, (K, S), and its mean reward, (K,).
+
+    What has ended is nowhere; an untried pair leads back to its state with reward 0, as in expected_target.
+    """
+    belief, places, rewards = np.eye(1, model.visits.shape[1], s)[0], [], []
+    for a in actions:
+        visits, counts, ends = model.visits[i, :, a], model.counts[i, :, a], model.terminations[i, :, a]
+        share, stays = (belief / np.maximum(visits, 1))[:, None], np.where(visits == 0, belief, 0)
+        arrive = functools.partial(np.bincount, model.next_states[i, :, a].ravel(), minlength=len(belief))
+        places.append(stays + arrive((share * counts).ravel()))
+        rewards.append(belief @ model.rewards[i, :, a])
+        belief = stays + arrive((share * (counts - ends)).ravel())
+    return np.array(places), np.array(rewards)
+
+
+def log_open_loop(model: Model, episodes: list[list[tuple]], run: "Run") -> None:
+    """Errors of the first learner's model k steps ahead: 1 - probability of the state that came; absolute, of rewards.
+
+    Stretches of 25 steps, one behind the other, at most 100; of as many as the longest episode has, if it is shorter.
+    """
+    length, errors = min(25, max(map(len, episodes))), []
+    pieces = [steps[t : t + length] for steps in episodes for t in range(0, len(steps) - length + 1, length)]
+    for piece in pieces[:100]:
+        states, actions, rewards, next_states = map(np.array, zip(*piece, strict=True))
+        places, expected = open_loop(model, 0, states[0], actions)
+        errors.append((1 - places[np.arange(length), next_states], np.abs(expected - rewards)))
+    for k, (obs_error, reward_error) in enumerate(np.mean(errors, 0).T, 1):
+        run.log({f"open_loop/obs_error_{k}": obs_error, f"open_loop/reward_error_{k}": reward_error})
 
 
 def load_model(state: dict[str, torch.Tensor]) -> Model:
@@ -879,7 +921,7 @@ def evaluate_run(args: Args) -> str:
         q[:] = checkpoint["parts"]["agent"]["q_table"][:players]
         if "replay" in checkpoint["parts"]:
             q = values_to_play(q, load_model(checkpoint["parts"]["replay"]), args)
-    returns = evaluate(q, envs, args, step, stop)
+    returns, _ = evaluate(q, envs, args, step, stop)
     envs.close()
     print_returns(args, checkpoint, returns)
     stop.exit()
