@@ -41,10 +41,9 @@ import difflib
 import fcntl
 import functools
 import glob
-import importlib.util
+import importlib
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import re
@@ -109,6 +108,7 @@ class Args:
     env_id: str = "Hopper-v5"  # Gymnasium id (my_module:MyEnv-v0) or dm_control task (walker-walk), observed by state
     total_timesteps: Count | None = None  # environment steps of the run, the random ones included; default by task
     num_envs: Few = 1  # environments played side by side, each in its own process if more than one
+    max_episode_steps: Count = 1_000  # time limit where there is none
     buffer_size: Count = 1_000_000  # capacity of the replay buffer of real transitions
     learning_starts: Count | None = None  # environment steps of random actions before learning begins; default by task
     model_train_frequency: Count | None = None  # environment steps between blocks of learning; default by task
@@ -643,23 +643,13 @@ def main(args: Args) -> str:
             states.load_state_dict(before[1])
             for name, generator in generators.items():
                 generator.set_state(before_rng[name])
-        run.progress.set_description("", refresh=False)
+        run.progress.set_description_str("", refresh=False)
 
     dones, eval_envs = np.ones(args.num_envs, bool), None
     while True:
         learn_block()
         if run.eval_due(dones):
-            if eval_envs is None:
-                video = run.picture("videos/evaluation.mp4") if args.capture_video else None
-                eval_envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
-                eval_envs.on_fault = run.abort
-            returns, full_length, speeds = evaluate(agent, eval_envs, args, device, run.stop)
-            if args.capture_video:  # the film is written when its environment closes
-                eval_envs.close()
-                eval_envs = None
-            if not run.stop.requested:
-                run.log_evaluation(returns)
-                run.log(walking_metrics(full_length, speeds))
+            eval_envs = evaluate_and_log(agent, eval_envs, run)
         if not run.goes_on(dones):
             break
         if dones.any():
@@ -771,7 +761,7 @@ def require_rule(terminated_fn: Callable, next_obs: np.ndarray, terminations: np
         rule = f"the rule of TERMINATIONS in {__file__} is not the environment's"
         errors = f"{counters['num_rule_errors']} disagreements, {counters['num_terminations']} terminations"
         where = f"the last at the observation {next_obs[wrong][0].tolist()}"
-        raise SystemExit(f"error: at step {step} {rule} ({errors}, {where}); the last checkpoint is intact")
+        raise SystemExit(f"\nerror: at step {step} {rule} ({errors}, {where}); the last checkpoint is intact")
 
 
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
@@ -782,6 +772,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
         if os.getpid() != main_process:
             be_a_worker()
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+        if args.capture_video:
+            importlib.import_module("torch._dynamo")  # with Triton, which crashes if Mesa's OpenGL is loaded before it
         if is_dm_control(args.env_id):
             try:
                 env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
@@ -794,7 +786,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             if task_name(args.env_id) == "Walker2d":
                 env = Unclipped(env)  # deviation 5: velocities as they are
             if env.spec.max_episode_steps is None:
-                env = gym.wrappers.TimeLimit(env, 1000)
+                env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
         env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
         return fit_spaces(Film(env, video) if video else env, args.env_id)
 
@@ -852,8 +844,9 @@ def be_a_worker() -> None:
     """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
     os.setsid()  # signals to the process group are for the main process, which closes the workers
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process().sentinel  # a pipe; when its other end closes, SIGIO ends this process
+    fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
@@ -873,7 +866,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
             if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
                 limit = env.get_wrapper_attr("_max_episode_steps")
-                print(f"{spec.id} has no time limit: its episodes are truncated after {limit} steps")
+                print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written (is OpenGL there? apt-get install -y libegl1 libgl1)")
@@ -965,11 +958,13 @@ class Film(gym.wrappers.RecordVideo):
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures need no window
     try:
         return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+        close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
+        yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {close}; {yours}")
     except StopNow:
         raise
     except (Exception, SystemExit) as error:  # many types, by environment and settings
@@ -1035,25 +1030,82 @@ class DMControl(gym.Env):
 def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch.device, stop: "StopRequest"):
     """Plays args.eval_episodes with the policy's mode, on seeds of its own: training does not notice (deviation 2).
 
-    Of each episode: the return, whether it lasted to the time limit, the mean x velocity (nan if it is not told).
+    Of each episode: the return, whether it lasted to the time limit, the mean x velocity (nan if it is not told), the
+    transitions (obs, action, reward, next_obs) as rows (T, 2 D + A + 1).
     """
     seeds = np.random.default_rng([args.seed, 99])
     quota = np.bincount(np.arange(args.eval_episodes) % envs.num_envs)  # fixed, so that short episodes do not win
-    episodes, dones = [], np.ones(envs.num_envs, bool)
-    speeds = [[] for _ in quota]
+    returns, full_length, speeds, episodes, dones = [], [], [], [], np.ones(envs.num_envs, bool)
+    tracks = [[] for _ in quota]
     while quota.any() and not stop.requested:
         if dones.any():
             obs, _ = envs.reset(seed=seeds.integers(2**31, size=envs.num_envs).tolist(), options={"reset_mask": dones})
-        obs, _, terminations, truncations, infos = envs.step(act(agent, obs, device, None))
-        for speed, velocity in zip(speeds, infos.get("x_velocity", np.full(envs.num_envs, np.nan)), strict=True):
-            speed.append(velocity)
-        dones = terminations | truncations
+        actions = act(agent, obs, device, None)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        rows = np.concatenate([obs, actions, rewards[:, None], next_obs], 1).astype(np.float32)
+        for track, *step in zip(tracks, rows, infos.get("x_velocity", np.full(len(rows), np.nan)), strict=True):
+            track.append(step)
+        obs, dones = next_obs, terminations | truncations
         for i in np.flatnonzero(dones):
             if quota[i] > 0:
                 quota[i] -= 1
-                episodes.append((infos["episode"]["r"][i], not terminations[i], np.mean(speeds[i])))
-            speeds[i].clear()
-    return tuple(np.array(column) for column in zip(*episodes, strict=True)) or (np.array([]),) * 3
+                returns.append(infos["episode"]["r"][i])
+                full_length.append(not terminations[i])
+                rows, velocities = zip(*tracks[i], strict=True)
+                speeds.append(np.mean(velocities))
+                episodes.append(np.stack(rows))
+            tracks[i].clear()
+    return np.array(returns), np.array(full_length), np.array(speeds), episodes
+
+
+def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, run: "Run") -> gym.vector.VectorEnv | None:
+    """Evaluates and logs at a run's present step. Returns the environments for the next time; None: to be made anew."""
+    args = run.args
+    if envs is None:
+        video = run.picture("videos/evaluation.mp4") if args.capture_video else None
+        envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+        envs.on_fault = run.abort
+    returns, full_length, speeds, episodes = evaluate(agent, envs, args, run.device, run.stop)
+    if not run.stop.requested:
+        if not agent.bounds.isnan().any():  # it has learned
+            warn_of_failure(log_open_loop, agent, episodes, run)
+        run.log_evaluation(returns)
+        run.log(walking_metrics(full_length, speeds))
+    if args.capture_video:  # the film is written when its environment closes
+        envs.close()
+        return None
+    return envs
+
+
+@torch.no_grad()
+def open_loop(agent: Agent, obs: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean predictions of each network by itself from obs (B, D) on: obs (K, E, B, D), rewards (K, E, B, 1).
+
+    In raw units; actions (K, B, A).
+    """
+    state, predicted, rewards = agent.standardize(obs).expand(agent.sizes[-1], -1, -1), [], []
+    for action in actions:
+        inputs = torch.cat([state, action.expand(len(state), -1, -1)], -1)
+        outputs = agent.out_mean + agent.out_std * agent.ensemble(inputs)
+        state = state + outputs[..., 1:] / agent.obs_std
+        predicted.append(agent.obs_mean + agent.obs_std * state)
+        rewards.append(outputs[..., :1])
+    return torch.stack(predicted), torch.stack(rewards)
+
+
+def log_open_loop(agent: Agent, episodes: list[np.ndarray], run: "Run") -> None:
+    """Errors k steps ahead: root mean square in standard deviations of the replay's obs; mean absolute, of rewards.
+
+    Stretches of 25 steps, one behind the other; of as many as the longest episode has, if it is shorter.
+    """
+    length = min(25, max(map(len, episodes)))
+    pieces = [rows[t : t + length] for rows in episodes for t in range(0, len(rows) - length + 1, length)]
+    obs, actions, rewards, next_obs = torch.from_numpy(np.stack(pieces, 1)).to(run.device).split(agent.sizes[:4], -1)
+    predicted, earned = open_loop(agent, obs[0], actions)
+    obs_errors = ((predicted - next_obs[:, None]) / agent.obs_std).square().mean((1, 2, 3)).sqrt()
+    reward_errors = (earned - rewards[:, None]).abs().mean((1, 2, 3))
+    for k, (obs_error, reward_error) in enumerate(zip(obs_errors.tolist(), reward_errors.tolist(), strict=True), 1):
+        run.log({f"open_loop/obs_error_{k}": obs_error, f"open_loop/reward_error_{k}": reward_error})
 
 
 def walking_metrics(full_length: np.ndarray, speeds: np.ndarray) -> dict[str, float]:
@@ -1075,7 +1127,7 @@ def evaluate_run(args: Args) -> str:
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0], args).to(device)
     with must_fit(args.evaluate):
         agent.load_state_dict(checkpoint["parts"]["agent"])
-    returns, full_length, speeds = evaluate(agent, envs, args, device, stop)
+    returns, full_length, speeds, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
     print_returns(args, checkpoint, returns)
     if len(returns):
@@ -1135,10 +1187,14 @@ def print_exception(kind: type, error: BaseException, trace, thread=None) -> Non
 
 
 def check_bounds(args: Args) -> None:
-    """Refuses in one line what is not within the bounds beside each setting (nan never is), and a missing package."""
+    """Refuses in one line what is out of the bounds beside a setting (nan is), names of no file, a missing package."""
     for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
-        if importlib.util.find_spec(name) is None:
-            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')} ({error})")
+    if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
+        fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
     for name, hint in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, name)
         if type(None) in get_args(hint):  # Count | None
@@ -1200,8 +1256,9 @@ def write_file(path: str, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # a full disk, above all
-        raise SystemExit(f"error: cannot write {path}, the last checkpoint stays as it is: {error}") from error
+    except (OSError, RuntimeError) as error:  # a full disk, above all, which torch puts behind an error of its own
+        cause = isinstance(error, RuntimeError) and error.__context__ or error
+        raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {cause}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
@@ -1259,7 +1316,7 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     scalars = [torch.as_tensor(value) for value in metrics.values()]
     values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+        raise SystemExit(f"\nerror: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
     return values
 
 
@@ -1348,8 +1405,6 @@ class Run:
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
-        if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
-            fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1421,7 +1476,7 @@ class Run:
 
     def tick(self, doing: str) -> bool:
         """Shows what takes its time now; says whether the run is asked to stop."""
-        self.progress.set_description(doing, refresh=False)
+        self.progress.set_description_str(doing, refresh=False)
         self.progress.update(0)
         return bool(self.stop.requested)
 
@@ -1447,7 +1502,7 @@ class Run:
         due = self.step >= self.next_eval and not self.stop.requested
         if due:
             self.goes_on(dones)
-            self.progress.set_description("evaluating")
+            self.progress.set_description_str("evaluating")
             self.eval_began = time.perf_counter()
         return due
 
@@ -1475,7 +1530,7 @@ class Run:
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
-        self.progress.set_description("", refresh=False)
+        self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
 

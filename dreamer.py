@@ -37,10 +37,9 @@ import difflib
 import fcntl
 import functools
 import glob
-import importlib.util
+import importlib
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import re
@@ -352,10 +351,9 @@ class ConvEncoder(nn.Module):
         self.conv4 = nn.Conv2d(4 * depth, 8 * depth, 4, stride=2)  # 2 x 2
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        x = F.relu_(self.conv1(image))
-        x = F.relu_(self.conv2(x))
-        x = F.relu_(self.conv3(x))
-        return F.relu_(self.conv4(x)).flatten(1)
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            image = F.relu_(conv(image))
+        return image.flatten(1)
 
 
 class ConvDecoder(nn.Module):
@@ -776,7 +774,7 @@ def main(args: Args) -> str:
 # === Environment ===
 
 
-LATE_IMPORTS = ["matplotlib", "PIL"]  # packages that are imported where they are used
+LATE_IMPORTS = ["PIL", "matplotlib"]  # packages that are imported where they are used
 ATARI = r"ALE/|\w+NoFrameskip-v4$"  # ids of games
 SIZES = {  # what --size stands for; deviations 6 (the buffer) and 16
     "published": {"buffer_size": 500_000, "batch_size": 50, "batch_length": 50, "cnn_depth": 32, "dense_size": 400},
@@ -900,8 +898,9 @@ def be_a_worker() -> None:
     """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
     os.setsid()  # signals to the process group are for the main process, which closes the workers
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process().sentinel  # a pipe; when its other end closes, SIGIO ends this process
+    fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
@@ -921,7 +920,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
             if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
                 limit = env.get_wrapper_attr("_max_episode_steps")
-                print(f"{spec.id} has no time limit: its episodes are truncated after {limit} steps")
+                print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written (is OpenGL there? apt-get install -y libegl1 libgl1)")
@@ -1013,11 +1012,13 @@ class Film(gym.wrappers.RecordVideo):
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures need no window
     try:
         return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+        close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
+        yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {close}; {yours}")
     except StopNow:
         raise
     except (Exception, SystemExit) as error:  # many types, by environment and settings
@@ -1175,16 +1176,12 @@ def choose_renderer(args: Args, checkpoint: dict | None) -> str:
     wanted = args.renderer
     if checkpoint and wanted == "auto" and checkpoint["parts"]["counters"]["renderer"] != "none":
         wanted = checkpoint["parts"]["counters"]["renderer"]
-    pictures = is_dm_control(args.env_id) and (args.obs_mode == "pixels" or args.capture_video)
-    if not pictures:
+    if not (is_dm_control(args.env_id) and (args.obs_mode == "pixels" or args.capture_video)):
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
         return "none"
-    if wanted == "raycast":
-        os.environ["MUJOCO_GL"] = "disable"
-        return "raycast"
     backends = [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa", "glfw"]
     probe = [sys.executable, "-c", "from dm_control import _render; _render.Renderer(64, 64).make_current()"]
-    for backend in backends:
+    for backend in backends if wanted != "raycast" else ():
         try:
             subprocess.run(probe, env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, timeout=60, check=True)
         except subprocess.SubprocessError:
@@ -1201,10 +1198,8 @@ class RayCaster:
     """GL-free picture of a MuJoCo scene: one ray per pixel, flat colour, Lambert shading, checker floor, sky."""
 
     def __init__(self, model, height, width, camera_id):
-        self.model, self.shape = model, (height, width, 3)
-        self.camera_id = camera_id if model.ncam else -1
-        fovy = model.cam_fovy[camera_id] if self.camera_id >= 0 else model.vis.global_.fovy
-        self.focal = height / 2 / np.tan(np.deg2rad(fovy) / 2)  # in pixels
+        self.model, self.shape, self.camera_id = model, (height, width, 3), camera_id
+        self.focal = height / 2 / np.tan(np.deg2rad(model.cam_fovy[camera_id]) / 2)  # in pixels
         v, u = np.mgrid[:height, :width].reshape(2, -1) + 0.5
         self.uv = np.stack([u - width / 2, height / 2 - v], 1)  # (H*W, 2), y upwards
         rays = np.column_stack([self.uv, np.full(len(u), -self.focal)])  # a camera looks along its -z
@@ -1220,11 +1215,10 @@ class RayCaster:
             if model.geom_type[i] == 0 and texture.size > 3:
                 self.planes.append((i, texture))
             self.colors[i] = texture.mean((0, 1))
-        self.sky = np.zeros((1, 3))
-        for i in np.flatnonzero(model.tex_type == 2)[:1]:  # by elevation: the middle columns of the cube's first side
-            size, n, start = model.tex_width[i], model.tex_nchannel[i], model.tex_adr[i]
-            side = model.tex_data[start : start + size * size * n].reshape(size, size, n)
-            self.sky = side[:, size * 3 // 8 : size * 5 // 8 + 1, :3].mean(1) / 255
+        i = np.flatnonzero(model.tex_type == 2)[0]
+        size, n, start = model.tex_width[i], model.tex_nchannel[i], model.tex_adr[i]
+        side = model.tex_data[start : start + size * size * n].reshape(size, size, n)  # of a cube, the first
+        self.sky = side[:, size * 3 // 8 : size * 5 // 8 + 1, :3].mean(1) / 255  # by elevation: the middle columns
         # mj_multiRay culls by the box of a body's colliding geoms, and misplaces it: balls around all geoms do not cull
         reach, bodies = np.zeros(model.nbody), np.flatnonzero(model.body_bvhnum)
         center = np.linalg.norm(model.geom_pos - model.body_ipos[model.geom_bodyid], axis=1)
@@ -1234,7 +1228,7 @@ class RayCaster:
     def _rgba(self, rgba, matid):
         """The viewer's rule: a material gives the colour unless the object's own differs from the default grey."""
         own = (matid < 0) | (rgba != np.float32([0.5, 0.5, 0.5, 1])).any(1)
-        return np.where(own[:, None], rgba, self.model.mat_rgba[matid] if self.model.nmat else rgba)
+        return np.where(own[:, None], rgba, self.model.mat_rgba[matid])
 
     def _texture(self, matid, cells=10):
         """The material's texture as cells x cells mean colours (coarse: checkers stay, fine grain goes), else white."""
@@ -1244,14 +1238,6 @@ class RayCaster:
         h, w, n, start = m.tex_height[i], m.tex_width[i], m.tex_nchannel[i], m.tex_adr[i]
         texture, c = m.tex_data[start : start + h * w * n].reshape(h, w, n), min(cells, h, w)
         return texture[: h // c * c, : w // c * c, :3].reshape(c, h // c, c, w // c, 3).mean((1, 3)) / 255
-
-    def _camera(self, data):
-        if self.camera_id >= 0:
-            return data.cam_xpos[self.camera_id], data.cam_xmat[self.camera_id].reshape(3, 3)
-        azimuth, elevation = np.deg2rad([self.model.vis.global_.azimuth, self.model.vis.global_.elevation])
-        (ca, sa), (ce, se) = ((np.cos(a), np.sin(a)) for a in (azimuth, elevation))  # the viewer's free camera
-        frame = np.array([[sa, -ca * se, -ca * ce], [-ca, -sa * se, -sa * ce], [0, ce, -se]])
-        return self.model.stat.center + 1.5 * self.model.stat.extent * frame[:, 2], frame
 
     def _cast(self, data, origin, rays):
         import mujoco  # here, so that runs without pictures do without it
@@ -1267,7 +1253,7 @@ class RayCaster:
 
     def render(self, data):
         """Picture (H, W, 3) uint8 of the current state, a fresh array."""
-        m, (origin, frame) = self.model, self._camera(data)
+        m, origin, frame = self.model, data.cam_xpos[self.camera_id], data.cam_xmat[self.camera_id].reshape(3, 3)
         rays = self.rays @ frame.T
         hits, dist, normals = self._cast(data, origin, rays)
         slope = np.clip(rays[:, 2] / np.hypot(rays[:, 0], rays[:, 1]), -1, 1)  # texture row, as on a cube's side
@@ -1276,7 +1262,7 @@ class RayCaster:
         rays, hits, dist, normals = rays[seen], hits[seen], dist[seen], normals[seen]
         points, paint, head = origin + rays * dist[:, None], self.colors[hits], m.vis.headlight
         facing = np.einsum("ij,ij->i", normals, rays)
-        light = head.active * (head.ambient + head.diffuse * np.maximum(normals @ frame[:, 2], 0)[:, None])
+        light = head.ambient + head.diffuse * np.maximum(normals @ frame[:, 2], 0)[:, None]
         for i, texture in self.planes:
             on, mat, size = np.flatnonzero(hits == i), m.geom_matid[i], m.geom_size[i, :2]
             local = (points[on] - data.geom_xpos[i]) @ data.geom_xmat[i].reshape(3, 3)[:, :2]
@@ -1286,7 +1272,7 @@ class RayCaster:
             blur = np.clip(1.5 + dist[on] / self.focal * 2 * scale.max() / np.minimum(facing[on], -1e-3), 0, 1)
             paint[on] += (texture[t, s] - paint[on]) * blur[:, None]  # squares smaller than a pixel become their mean
             light[on] = np.minimum(light[on], 1)  # GL clips light before it meets a texture
-        for i in np.flatnonzero(m.light_active):
+        for i in range(m.nlight):
             axis = data.light_xdir[i]  # a directional light (type 1) is a far one
             source = m.stat.center - 100 * m.stat.extent * axis if m.light_type[i] == 1 else data.light_xpos[i]
             to = source - points
@@ -1296,8 +1282,7 @@ class RayCaster:
             if m.light_type[i] == 0:  # a spot
                 cosine = np.maximum(-to @ axis, 0)
                 lit *= (cosine > np.cos(np.deg2rad(m.light_cutoff[i]))) * cosine ** m.light_exponent[i]
-            on = np.flatnonzero(lit > 0.05)
-            if m.light_castshadow[i] and len(on):
+            if len(on := np.flatnonzero(lit > 0.05)):
                 lit[on] *= self._cast(data, source, -to[on])[1] > far[on] - 1e-3 * m.stat.extent
             light += m.light_ambient[i] + m.light_diffuse[i] * lit[:, None]
         color[seen], depth = paint * light, np.full(len(color), np.inf)
@@ -1446,20 +1431,16 @@ def log_open_loop(agent: Agent, episodes: list[dict], run: "Run") -> None:
     batch = {name: torch.from_numpy(np.stack([c[name] for c in chunks], 1)).to(device) for name in chunks[0]}
     batch = {name: tensor if tensor.dtype == torch.uint8 else tensor.float() for name, tensor in batch.items()}
     truth, model, reward = open_loop(agent, batch, make_generator(device, args.seed, 97), context)
-    obs_error = ((model - truth) ** 2).flatten(2).mean((1, 2)).cpu().numpy()  # (T,)
-    reward_error = (reward - batch["reward"]).abs().mean(1).cpu().numpy()
-    for horizon in (1, 5, 15, 45):
-        if context + horizon <= length:
-            run.log({f"open_loop/obs_mse_horizon_{horizon}": obs_error[context + horizon - 1]})
-            run.log({f"open_loop/reward_error_horizon_{horizon}": reward_error[context + horizon - 1]})
+    obs_mse, reward_error = ((model - truth) ** 2).flatten(2).mean((1, 2)), (reward - batch["reward"]).abs().mean(1)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
-    curves = {"observation MSE": obs_error, "reward error": reward_error}
-    for axis, (label, error) in zip(figure.subplots(1, 2), curves.items(), strict=True):
-        axis.plot(np.arange(1 - context, length - context + 1), error)
+    curves, horizons = {"obs_mse": obs_mse, "reward_error": reward_error}, range(1 - context, length - context + 1)
+    for axis, (name, error) in zip(figure.subplots(1, 2), curves.items(), strict=True):  # (T,)
+        run.log({f"open_loop/{name}_horizon_{k}": error[k - 1 + context] for k in (1, 5, 15, 45) if k in horizons})
+        axis.plot(horizons, error.cpu())
         axis.axvline(0.5, color="grey", linestyle="--")
-        axis.set(xlabel="steps since the last observation", ylabel=label, ylim=(0, None))
+        axis.set(xlabel="steps since the last observation", ylabel=name, ylim=(0, None))
     figure.savefig(run.picture("open_loop_error.png"))
     if batch["obs"].dtype == torch.uint8:
         rows = truth + 0.5, (model + 0.5).clamp(0, 1), ((model - truth + 1) / 2).clamp(0, 1)
@@ -1514,10 +1495,14 @@ def print_exception(kind: type, error: BaseException, trace, thread=None) -> Non
 
 
 def check_bounds(args: Args) -> None:
-    """Refuses in one line what is not within the bounds beside each setting (nan never is), and a missing package."""
+    """Refuses in one line what is out of the bounds beside a setting (nan is), names of no file, a missing package."""
     for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
-        if importlib.util.find_spec(name) is None:
-            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')} ({error})")
+    if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
+        fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
     for name, hint in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, name)
         if type(None) in get_args(hint):  # Count | None
@@ -1579,8 +1564,9 @@ def write_file(path: str, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # a full disk, above all
-        raise SystemExit(f"error: cannot write {path}, the last checkpoint stays as it is: {error}") from error
+    except (OSError, RuntimeError) as error:  # a full disk, above all, which torch puts behind an error of its own
+        cause = isinstance(error, RuntimeError) and error.__context__ or error
+        raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {cause}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
@@ -1638,7 +1624,7 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     scalars = [torch.as_tensor(value) for value in metrics.values()]
     values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+        raise SystemExit(f"\nerror: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
     return values
 
 
@@ -1727,8 +1713,6 @@ class Run:
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
-        if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
-            fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1800,7 +1784,7 @@ class Run:
 
     def tick(self, doing: str) -> bool:
         """Shows what takes its time now; says whether the run is asked to stop."""
-        self.progress.set_description(doing, refresh=False)
+        self.progress.set_description_str(doing, refresh=False)
         self.progress.update(0)
         return bool(self.stop.requested)
 
@@ -1826,7 +1810,7 @@ class Run:
         due = self.step >= self.next_eval and not self.stop.requested
         if due:
             self.goes_on(dones)
-            self.progress.set_description("evaluating")
+            self.progress.set_description_str("evaluating")
             self.eval_began = time.perf_counter()
         return due
 
@@ -1854,7 +1838,7 @@ class Run:
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
-        self.progress.set_description("", refresh=False)
+        self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
 
@@ -1990,7 +1974,7 @@ class RankedRun(Run):
 
     def abort(self, fault: str) -> NoReturn:
         """One process alone cannot save."""
-        raise SystemExit(f"error: {fault}; the last checkpoint stays as it is")
+        raise SystemExit(f"\nerror: {fault}; the last checkpoint stays as it is")
 
 
 def write_gif(path: str, frames: np.ndarray) -> None:

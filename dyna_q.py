@@ -42,11 +42,10 @@ import difflib
 import fcntl
 import functools
 import glob
-import importlib.util
+import importlib
 import inspect
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import re
@@ -425,17 +424,7 @@ def main(args: Args) -> str:
 
     while True:
         if run.eval_due(dones):
-            players = min(args.num_envs, args.eval_episodes)
-            if eval_envs is None:
-                video = run.picture("videos/evaluation.mp4") if args.capture_video else None
-                eval_envs = make_vector_env(args, players, video)
-                eval_envs.unwrapped.on_fault = run.abort
-            returns = evaluate(values_to_play(q[:players], model, args), eval_envs, args, step, run.stop)
-            if args.capture_video:  # the film is written when its environment closes
-                eval_envs.close()
-                eval_envs = None
-            if not run.stop.requested:
-                run.log_evaluation(returns)
+            eval_envs = evaluate_and_log(q, model, eval_envs, run, step)
         if not run.goes_on(dones):
             break
         if dones.any():
@@ -669,14 +658,6 @@ def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool
     return envs
 
 
-def be_a_worker() -> None:
-    """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
-    os.setsid()  # signals to the process group are for the main process, which closes the workers
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
-
-
 def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
     """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
 
@@ -694,7 +675,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
             if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
                 limit = env.get_wrapper_attr("_max_episode_steps")
-                print(f"{spec.id} has no time limit: its episodes are truncated after {limit} steps")
+                print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written (is OpenGL there? apt-get install -y libegl1 libgl1)")
@@ -786,11 +767,13 @@ class Film(gym.wrappers.RecordVideo):
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures need no window
     try:
         return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+        close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
+        yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {close}; {yours}")
     except StopNow:
         raise
     except (Exception, SystemExit) as error:  # many types, by environment and settings
@@ -848,25 +831,77 @@ def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.
 # === Evaluation ===
 
 
-def evaluate(q: np.ndarray, envs: gym.vector.VectorEnv, args: Args, step: int, stop: "StopRequest") -> np.ndarray:
-    """Returns of args.eval_episodes greedy episodes, dealt to the first learners, in the world as it is at this step.
+def evaluate(q: np.ndarray, envs: gym.vector.VectorEnv, args: Args, step: int, stop: "StopRequest") -> tuple:
+    """Plays args.eval_episodes greedy episodes, dealt to the first learners, in the world as it is at this step.
 
-    q (N, S, A) of as many learners as there are environments. Seeds of its own: training does not notice.
+    q (N, S, A) of as many learners as there are environments. Seeds of its own: training does not notice. Returns the
+    returns (episodes,) and the first learner's episodes, each a list of its steps (s, a, r, s').
     """
     rng, seeds, num_envs = np.random.default_rng([args.seed, 98]), np.random.default_rng([args.seed, 99]), len(q)
     quota = np.bincount(np.arange(args.eval_episodes) % num_envs)  # fixed, so that short episodes do not win
-    returns, dones = [], np.ones(num_envs, bool)
+    returns, episodes, dones = [], [], np.ones(num_envs, bool)
     while quota.any() and not stop.requested:
         if dones.any():
             seed = seeds.integers(2**31, size=num_envs).tolist()
             obs, _ = envs.reset(seed=seed, options={"reset_mask": dones, "time": step, "frozen": True})
+            episodes += [[]] if dones[0] else []
         actions = act(q, obs, 0.0, rng.random((num_envs, 2)))
-        obs, _, terminations, truncations, infos = envs.step(actions)
-        dones = terminations | truncations | (infos["episode"]["l"] >= 1_000)  # a greedy policy may go in circles
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        episodes[-1].append((obs[0], actions[0], rewards[0], next_obs[0]))
+        obs, dones = next_obs, terminations | truncations | (infos["episode"]["l"] >= 1_000)  # it may go in circles
         for i in np.flatnonzero(dones & (quota > 0)):
             quota[i] -= 1
             returns.append(float(infos["episode"]["r"][i]))
-    return np.array(returns)
+    return np.array(returns), episodes
+
+
+def evaluate_and_log(q: np.ndarray, model: Model, envs: gym.vector.VectorEnv | None, run: "Run", step: int):
+    """Evaluates and logs at this step of each learner. Returns the environments for the next time; None: made anew."""
+    args = run.args
+    q = values_to_play(q[: args.eval_episodes], model, args)
+    if envs is None:
+        video = run.picture("videos/evaluation.mp4") if args.capture_video else None
+        envs = make_vector_env(args, len(q), video)
+        envs.unwrapped.on_fault = run.abort
+    returns, episodes = evaluate(q, envs, args, step, run.stop)
+    if not run.stop.requested:
+        warn_of_failure(log_open_loop, model, episodes, run)
+        run.log_evaluation(returns)
+    if args.capture_video:  # the film is written when its environment closes
+        envs.close()
+        return None
+    return envs
+
+
+def open_loop(model: Model, i: int, s: int, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What learner i's model alone says of actions (K,) from s on: where each leads, (K, S), and its mean reward, (K,).
+
+    What has ended is nowhere; an untried pair leads back to its state with reward 0, as in expected_target.
+    """
+    belief, places, rewards = np.eye(1, model.visits.shape[1], s)[0], [], []
+    for a in actions:
+        visits, counts, ends = model.visits[i, :, a], model.counts[i, :, a], model.terminations[i, :, a]
+        share, stays = (belief / np.maximum(visits, 1))[:, None], np.where(visits == 0, belief, 0)
+        arrive = functools.partial(np.bincount, model.next_states[i, :, a].ravel(), minlength=len(belief))
+        places.append(stays + arrive((share * counts).ravel()))
+        rewards.append(belief @ model.rewards[i, :, a])
+        belief = stays + arrive((share * (counts - ends)).ravel())
+    return np.array(places), np.array(rewards)
+
+
+def log_open_loop(model: Model, episodes: list[list[tuple]], run: "Run") -> None:
+    """Errors of the first learner's model k steps ahead: 1 - probability of the state that came; absolute, of rewards.
+
+    Stretches of 25 steps, one behind the other, at most 100; of as many as the longest episode has, if it is shorter.
+    """
+    length, errors = min(25, max(map(len, episodes))), []
+    pieces = [steps[t : t + length] for steps in episodes for t in range(0, len(steps) - length + 1, length)]
+    for piece in pieces[:100]:
+        states, actions, rewards, next_states = map(np.array, zip(*piece, strict=True))
+        places, expected = open_loop(model, 0, states[0], actions)
+        errors.append((1 - places[np.arange(length), next_states], np.abs(expected - rewards)))
+    for k, (obs_error, reward_error) in enumerate(np.mean(errors, 0).T, 1):
+        run.log({f"open_loop/obs_error_{k}": obs_error, f"open_loop/reward_error_{k}": reward_error})
 
 
 def load_model(state: dict[str, torch.Tensor]) -> Model:
@@ -886,7 +921,7 @@ def evaluate_run(args: Args) -> str:
         q[:] = checkpoint["parts"]["agent"]["q_table"][:players]
         if "replay" in checkpoint["parts"]:
             q = values_to_play(q, load_model(checkpoint["parts"]["replay"]), args)
-    returns = evaluate(q, envs, args, step, stop)
+    returns, _ = evaluate(q, envs, args, step, stop)
     envs.close()
     print_returns(args, checkpoint, returns)
     stop.exit()
@@ -1040,10 +1075,14 @@ def print_exception(kind: type, error: BaseException, trace, thread=None) -> Non
 
 
 def check_bounds(args: Args) -> None:
-    """Refuses in one line what is not within the bounds beside each setting (nan never is), and a missing package."""
+    """Refuses in one line what is out of the bounds beside a setting (nan is), names of no file, a missing package."""
     for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
-        if importlib.util.find_spec(name) is None:
-            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')} ({error})")
+    if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
+        fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
     for name, hint in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, name)
         if type(None) in get_args(hint):  # Count | None
@@ -1105,8 +1144,9 @@ def write_file(path: str, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # a full disk, above all
-        raise SystemExit(f"error: cannot write {path}, the last checkpoint stays as it is: {error}") from error
+    except (OSError, RuntimeError) as error:  # a full disk, above all, which torch puts behind an error of its own
+        cause = isinstance(error, RuntimeError) and error.__context__ or error
+        raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {cause}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
@@ -1164,7 +1204,7 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     scalars = [torch.as_tensor(value) for value in metrics.values()]
     values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+        raise SystemExit(f"\nerror: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
     return values
 
 
@@ -1253,8 +1293,6 @@ class Run:
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
-        if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
-            fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1326,7 +1364,7 @@ class Run:
 
     def tick(self, doing: str) -> bool:
         """Shows what takes its time now; says whether the run is asked to stop."""
-        self.progress.set_description(doing, refresh=False)
+        self.progress.set_description_str(doing, refresh=False)
         self.progress.update(0)
         return bool(self.stop.requested)
 
@@ -1352,7 +1390,7 @@ class Run:
         due = self.step >= self.next_eval and not self.stop.requested
         if due:
             self.goes_on(dones)
-            self.progress.set_description("evaluating")
+            self.progress.set_description_str("evaluating")
             self.eval_began = time.perf_counter()
         return due
 
@@ -1380,7 +1418,7 @@ class Run:
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
-        self.progress.set_description("", refresh=False)
+        self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
 

@@ -19,8 +19,7 @@ The algorithm, with the functions that are its steps:
     update_policy  G times update: a step of critics, actor and temperature (critic_loss, actor_loss, alpha_loss) on
                    5 % rows of rb and 95 % rows of model_rb; the target critics follow
 The first part of the file is the algorithm, up to main; environments, evaluation and the run folder follow it.
-Shapes: B rows of a batch, D numbers of an observation, A of an action, E networks. F is --model-train-frequency, R
---rollout-batch-size, G --updates-per-step; k follows --rollout-schedule.
+Shapes: B rows of a batch, D numbers of an observation, A of an action, E networks; E, F, G, R are named at Args.
 
 Paper:      Janner et al. 2019, When to Trust Your Model, arXiv 1906.08253   Reference code: jannerm/mbpo (TensorFlow 1)
 Run:        python mbpo.py --env-id Hopper-v5          (or: uv run mbpo.py --env-id Hopper-v5)
@@ -45,10 +44,9 @@ import difflib
 import fcntl
 import functools
 import glob
-import importlib.util
+import importlib
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import re
@@ -115,6 +113,7 @@ class Args:
     env_id: str = "Hopper-v5"  # Gymnasium id (my_module:MyEnv-v0) or dm_control task (walker-walk), observed by state
     total_timesteps: Count | None = None  # environment steps of the run, the random ones included; default by task
     num_envs: Few = 1  # environments played side by side, each in its own process if more than one
+    max_episode_steps: Count = 1_000  # time limit where there is none
 
     # real experience
     buffer_size: Count = 1_000_000  # capacity of the replay buffer of real transitions
@@ -186,12 +185,6 @@ class DynamicsEnsemble(nn.Module):
         self.register_buffer("input_std", torch.ones(in_dim))
         self.register_buffer("elites", torch.arange(args.num_elites))  # indices of the best networks
 
-    def fit_normalizer(self, inputs: torch.Tensor) -> None:
-        """Mean and population standard deviation of the training inputs (N, D + A); the targets are not normalised."""
-        std, mean = torch.std_mean(inputs, 0, correction=0)
-        self.input_mean.copy_(mean)
-        self.input_std.copy_(torch.where(std < 1e-12, torch.ones_like(std), std))
-
     def forward(self, inputs: torch.Tensor, nets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance (E, B, 1 + D) for inputs (E, B, D + A), one batch for each of the networks `nets`.
 
@@ -224,10 +217,6 @@ class Actor(nn.Module):
         log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)  # of the Gaussian
         log_prob = log_prob - 2 * (math.log(2) - x - F.softplus(-2 * x))  # - log(1 - tanh(x)^2)
         return torch.tanh(x), log_prob.sum(-1)
-
-    def mode(self, obs: torch.Tensor) -> torch.Tensor:
-        """Actions (B, A) of the Gaussian's mean."""
-        return torch.tanh(self.net(obs).chunk(2, -1)[0])
 
 
 class Critics(nn.Module):
@@ -314,11 +303,10 @@ def alpha_loss(log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: 
 @torch.no_grad()
 def act(agent: Agent, obs: np.ndarray, device: torch.device, generator: torch.Generator | None) -> np.ndarray:
     """Actions (B, A) in [-1, 1] for obs (B, D): sampled, or the policy's mode without a generator."""
-    obs = torch.as_tensor(obs, device=device)
-    if generator is None:
-        return agent.actor.mode(obs).cpu().numpy()  # host sync
-    noise = torch.randn(len(obs), agent.action_dim, generator=generator, device=device)
-    return agent.actor(obs, noise)[0].cpu().numpy()  # host sync
+    noise = torch.zeros(len(obs), agent.action_dim, device=device)
+    if generator is not None:
+        noise.normal_(generator=generator)
+    return agent.actor(torch.as_tensor(obs, device=device), noise)[0].cpu().numpy()  # host sync
 
 
 @torch.no_grad()
@@ -405,10 +393,10 @@ def train_model(agent: Agent, rows: torch.Tensor, generator, args: Args, update_
     inputs, targets = torch.cat([obs, actions], -1), torch.cat([rewards[:, None], next_obs - obs], -1)
     held = min(int(HOLDOUT_RATIO * len(rows)), MAX_HOLDOUT)
     holdout, inputs, targets = (inputs[:held], targets[:held]), inputs[held:], targets[held:]
-    ensemble.fit_normalizer(inputs)
+    std, ensemble.input_mean[:] = torch.std_mean(inputs, 0, correction=0)  # the targets are not normalised
+    ensemble.input_std[:] = torch.where(std < 1e-12, 1.0, std)
     bootstrap = torch.randint(len(inputs), (args.num_nets, len(inputs)), **draws)
-    networks = list(ensemble.layers.parameters())  # all but the bounds, which the networks share
-    snapshot = [p.detach().clone() for p in networks]
+    snapshot = deepcopy(ensemble.layers).requires_grad_(False)  # without the bounds, which the networks share
     best = torch.full((args.num_nets,), 1e10, device=rows.device)  # so that the first epoch is an improvement
     epochs = without_improvement = 0
     while without_improvement <= PATIENCE and epochs != args.model_max_epochs:
@@ -422,27 +410,14 @@ def train_model(agent: Agent, rows: torch.Tensor, generator, args: Args, update_
         mse = holdout_errors(ensemble, *holdout)["mse"]
         improved = (best - mse) / best > MIN_GAIN
         best = torch.where(improved, mse, best)
-        for saved, parameter in zip(snapshot, networks, strict=True):
+        for saved, parameter in zip(snapshot.parameters(), ensemble.layers.parameters(), strict=True):
             saved.copy_(torch.where(improved[:, None, None], parameter, saved).detach())
         epochs += 1
         without_improvement = 0 if improved.any() else without_improvement + 1  # host sync
-    with torch.no_grad():
-        for saved, parameter in zip(snapshot, networks, strict=True):
-            parameter.copy_(saved)
+    ensemble.layers.load_state_dict(snapshot.state_dict())
     errors = holdout_errors(ensemble, *holdout)
     ensemble.elites.copy_(errors["mse"].argsort()[: args.num_elites])
     return errors | {"loss": loss, "epochs": epochs}
-
-
-def train_model_or_undo(agent: Agent, optimizer, rows: torch.Tensor, generator, args: Args, update_fn, tick):
-    """Like train_model; stopped, it leaves all as it was, so that a resumed run trains from the beginning."""
-    before = deepcopy((agent.ensemble.state_dict(), optimizer.state_dict())), generator.get_state()
-    errors = train_model(agent, rows, generator, args, update_fn, tick)
-    if errors is None:
-        agent.ensemble.load_state_dict(before[0][0])
-        optimizer.load_state_dict(before[0][1])
-        generator.set_state(before[1])
-    return errors
 
 
 def update_model(agent: Agent, optimizer, inputs: torch.Tensor, targets: torch.Tensor, loss_fn) -> torch.Tensor:
@@ -562,9 +537,7 @@ def main(args: Args) -> str:
     # what a checkpoint holds: networks, optimizers, buffers, counters, generators
     agent = Agent(obs_dim, action_dim, args).to(device)
     optimizers = make_optimizers(agent, args)
-    row_size, longest = 2 * obs_dim + action_dim + 2, rollout_length(args.total_timesteps, args)
-    largest = model_buffer_size(longest, args)
-    rb, model_rb = (ReplayBuffer(size, row_size, device) for size in (args.buffer_size, largest))
+    rb, model_rb = (ReplayBuffer(size, 2 * obs_dim + action_dim + 2, device) for size in (args.buffer_size, 1))
     counters = {"num_updates": 0, "num_trainings": 0, "num_terminations": 0, "num_rule_errors": 0}
     rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("reset", "prefill"))}
     for i, name in enumerate(("act", "model", "rollout", "replay", "update")):
@@ -745,7 +718,7 @@ def require_rule(terminated_fn: Callable, next_obs: np.ndarray, terminations: np
         rule = f"the rule of TERMINATIONS in {__file__} is not the environment's"
         errors = f"{counters['num_rule_errors']} disagreements, {counters['num_terminations']} terminations"
         where = f"the last at the observation {next_obs[wrong][0].tolist()}"
-        raise SystemExit(f"error: at step {step} {rule} ({errors}, {where}); the last checkpoint is intact")
+        raise SystemExit(f"\nerror: at step {step} {rule} ({errors}, {where}); the last checkpoint is intact")
 
 
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
@@ -766,7 +739,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             render = {"render_mode": "rgb_array"} if video else {}
             env = make_gymnasium(args.env_id, **render, **ENV_KWARGS.get(args.env_id, {}))
             if env.spec.max_episode_steps is None:
-                env = gym.wrappers.TimeLimit(env, 1000)
+                env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
         env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
         return fit_spaces(Film(env, video) if video else env, args.env_id)
 
@@ -824,8 +797,9 @@ def be_a_worker() -> None:
     """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
     os.setsid()  # signals to the process group are for the main process, which closes the workers
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process().sentinel  # a pipe; when its other end closes, SIGIO ends this process
+    fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
@@ -845,7 +819,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
             if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
                 limit = env.get_wrapper_attr("_max_episode_steps")
-                print(f"{spec.id} has no time limit: its episodes are truncated after {limit} steps")
+                print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written (is OpenGL there? apt-get install -y libegl1 libgl1)")
@@ -937,11 +911,13 @@ class Film(gym.wrappers.RecordVideo):
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures need no window
     try:
         return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+        close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
+        yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {close}; {yours}")
     except StopNow:
         raise
     except (Exception, SystemExit) as error:  # many types, by environment and settings
@@ -1003,25 +979,22 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
     """
     seeds, n = np.random.default_rng([args.seed, 99]), envs.num_envs
     quota = args.eval_episodes // n + (np.arange(n) < args.eval_episodes % n)  # fixed, or short episodes would win
-    returns, trajectories, dones = [], [], np.ones(n, bool)
-    tracks = [{"obs": [], "actions": [], "rewards": []} for _ in range(n)]
+    returns, trajectories, tracks, dones = [], [], [[] for _ in range(n)], np.ones(n, bool)
     while quota.any() and not stop.requested:
         if dones.any():
             obs, _ = envs.reset(seed=seeds.integers(2**31, size=n).tolist(), options={"reset_mask": dones})
         actions = act(agent, obs, device, None)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         for i, track in enumerate(tracks):
-            track["obs"].append(obs[i].copy())
-            track["actions"].append(actions[i])
-            track["rewards"].append(rewards[i])
+            track.append((obs[i].copy(), actions[i], np.float32(rewards[i])))
         obs, dones = next_obs, terminations | truncations
         for i in np.flatnonzero(dones):
             if quota[i] > 0:
                 quota[i] -= 1
                 returns.append(float(infos["episode"]["r"][i]))
-                past, acted, earned = (np.stack(column) for column in tracks[i].values())
-                trajectories.append((np.concatenate([past, next_obs[i][None]]), acted, earned.astype(np.float32)))
-            tracks[i] = {name: [] for name in tracks[i]}
+                past, acted, earned = map(np.stack, zip(*tracks[i], strict=True))
+                trajectories.append((np.concatenate([past, next_obs[i][None]]), acted, earned))
+            tracks[i] = []
     return np.array(returns), trajectories
 
 
@@ -1166,10 +1139,14 @@ def print_exception(kind: type, error: BaseException, trace, thread=None) -> Non
 
 
 def check_bounds(args: Args) -> None:
-    """Refuses in one line what is not within the bounds beside each setting (nan never is), and a missing package."""
+    """Refuses in one line what is out of the bounds beside a setting (nan is), names of no file, a missing package."""
     for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
-        if importlib.util.find_spec(name) is None:
-            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')} ({error})")
+    if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
+        fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
     for name, hint in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, name)
         if type(None) in get_args(hint):  # Count | None
@@ -1231,8 +1208,9 @@ def write_file(path: str, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # a full disk, above all
-        raise SystemExit(f"error: cannot write {path}, the last checkpoint stays as it is: {error}") from error
+    except (OSError, RuntimeError) as error:  # a full disk, above all, which torch puts behind an error of its own
+        cause = isinstance(error, RuntimeError) and error.__context__ or error
+        raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {cause}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
@@ -1290,7 +1268,7 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     scalars = [torch.as_tensor(value) for value in metrics.values()]
     values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+        raise SystemExit(f"\nerror: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
     return values
 
 
@@ -1379,8 +1357,6 @@ class Run:
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
-        if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
-            fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1452,7 +1428,7 @@ class Run:
 
     def tick(self, doing: str) -> bool:
         """Shows what takes its time now; says whether the run is asked to stop."""
-        self.progress.set_description(doing, refresh=False)
+        self.progress.set_description_str(doing, refresh=False)
         self.progress.update(0)
         return bool(self.stop.requested)
 
@@ -1478,7 +1454,7 @@ class Run:
         due = self.step >= self.next_eval and not self.stop.requested
         if due:
             self.goes_on(dones)
-            self.progress.set_description("evaluating")
+            self.progress.set_description_str("evaluating")
             self.eval_began = time.perf_counter()
         return due
 
@@ -1506,7 +1482,7 @@ class Run:
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
-        self.progress.set_description("", refresh=False)
+        self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
 
@@ -1567,6 +1543,17 @@ def check_memory(args: Args, obs_dim: int, action_dim: int) -> None:
     num_rows += args.rollout_batch_size + args.updates_per_step * args.batch_size
     num_floats = 4 * num_weights + num_rows * (2 * obs_dim + action_dim + 2)
     require_memory(4 * num_floats, "--buffer-size, rollouts, sizes of networks and batches", choose_device(args))
+
+
+def train_model_or_undo(agent: Agent, optimizer, rows: torch.Tensor, generator, args: Args, update_fn, tick):
+    """Like train_model; stopped, it leaves all as it was, so that a resumed run trains from the beginning."""
+    before = deepcopy((agent.ensemble.state_dict(), optimizer.state_dict())), generator.get_state()
+    errors = train_model(agent, rows, generator, args, update_fn, tick)
+    if errors is None:
+        agent.ensemble.load_state_dict(before[0][0])
+        optimizer.load_state_dict(before[0][1])
+        generator.set_state(before[1])
+    return errors
 
 
 def make_updates(agent: Agent, optimizers: dict, args: Args) -> tuple[Callable, Callable]:

@@ -41,11 +41,10 @@ import difflib
 import fcntl
 import functools
 import glob
-import importlib.util
+import importlib
 import itertools
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import re
@@ -114,6 +113,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id (ALE/Pong-v5), dm_control task (cartpole-swingup) or tictactoe
     total_timesteps: Count | None = None  # environment steps of the run; default by task
     num_envs: Few | None = None  # environments or games played side by side, one search for all; default by task
+    max_episode_steps: Count | None = None  # time limit where there is none; default by task
     action_repeat: Few | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
     gamma: Share | None = None  # discount per action; default by task
     two_player: bool | None = None  # players alternate, values are the mover's and within -1 ... 1; default by task
@@ -1013,7 +1013,7 @@ DEFAULTS = {
     "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
     "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,  # deviation 10: uniform
     "two_player": False, "action_repeat": 1, "reanalyze_ratio": 0.0, "consistency_scale": 0.0,
-    "entropy_scale": 0.05, "q_floor": 0.0,
+    "entropy_scale": 0.05, "q_floor": 0.0, "max_episode_steps": 1_000,
 }  # fmt: skip
 BOARD = {
     "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
@@ -1044,7 +1044,7 @@ TASKS = {
 ATARI = {  # deviation 12: EfficientZero's
     "total_timesteps": 500_000, "buffer_size": 100_000, "batch_size": 256, "td_steps": 5, "num_simulations": 50,
     "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000),
-    "priority_alpha": 1.0,
+    "priority_alpha": 1.0, "max_episode_steps": 27_000,  # decisions: 30 minutes of play
 }  # fmt: skip
 DM_CONTROL = {
     "total_timesteps": 100_000, "num_envs": 8, "buffer_size": 100_000, "action_repeat": 2, "gamma": 0.994,
@@ -1089,8 +1089,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
-            if env.spec.max_episode_steps is None:  # 27,000 decisions are the 30 minutes of an Atari game
-                env = gym.wrappers.TimeLimit(env, 27_000)
+            if env.spec.max_episode_steps is None:
+                env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
         return fit_spaces(Film(env, video) if video else env, args.env_id)
 
@@ -1161,14 +1161,6 @@ def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool
     return envs
 
 
-def be_a_worker() -> None:
-    """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
-    os.setsid()  # signals to the process group are for the main process, which closes the workers
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
-
-
 def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
     """Plays one step, filmed if films are asked for: what cannot work is said before there is a run folder.
 
@@ -1186,7 +1178,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
             if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
                 limit = env.get_wrapper_attr("_max_episode_steps")
-                print(f"{spec.id} has no time limit: its episodes are truncated after {limit} steps")
+                print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written (is OpenGL there? apt-get install -y libegl1 libgl1)")
@@ -1278,11 +1270,13 @@ class Film(gym.wrappers.RecordVideo):
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures need no window
     try:
         return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+        close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
+        yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {close}; {yours}")
     except StopNow:
         raise
     except (Exception, SystemExit) as error:  # many types, by environment and settings
@@ -1940,10 +1934,14 @@ def print_exception(kind: type, error: BaseException, trace, thread=None) -> Non
 
 
 def check_bounds(args: Args) -> None:
-    """Refuses in one line what is not within the bounds beside each setting (nan never is), and a missing package."""
+    """Refuses in one line what is out of the bounds beside a setting (nan is), names of no file, a missing package."""
     for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
-        if importlib.util.find_spec(name) is None:
-            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')} ({error})")
+    if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
+        fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
     for name, hint in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, name)
         if type(None) in get_args(hint):  # Count | None
@@ -2005,8 +2003,9 @@ def write_file(path: str, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # a full disk, above all
-        raise SystemExit(f"error: cannot write {path}, the last checkpoint stays as it is: {error}") from error
+    except (OSError, RuntimeError) as error:  # a full disk, above all, which torch puts behind an error of its own
+        cause = isinstance(error, RuntimeError) and error.__context__ or error
+        raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {cause}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
@@ -2064,7 +2063,7 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     scalars = [torch.as_tensor(value) for value in metrics.values()]
     values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+        raise SystemExit(f"\nerror: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
     return values
 
 
@@ -2153,8 +2152,6 @@ class Run:
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
-        if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
-            fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -2226,7 +2223,7 @@ class Run:
 
     def tick(self, doing: str) -> bool:
         """Shows what takes its time now; says whether the run is asked to stop."""
-        self.progress.set_description(doing, refresh=False)
+        self.progress.set_description_str(doing, refresh=False)
         self.progress.update(0)
         return bool(self.stop.requested)
 
@@ -2252,7 +2249,7 @@ class Run:
         due = self.step >= self.next_eval and not self.stop.requested
         if due:
             self.goes_on(dones)
-            self.progress.set_description("evaluating")
+            self.progress.set_description_str("evaluating")
             self.eval_began = time.perf_counter()
         return due
 
@@ -2280,7 +2277,7 @@ class Run:
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
-        self.progress.set_description("", refresh=False)
+        self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
 
@@ -2416,7 +2413,7 @@ class RankedRun(Run):
 
     def abort(self, fault: str) -> NoReturn:
         """One process alone cannot save."""
-        raise SystemExit(f"error: {fault}; the last checkpoint stays as it is")
+        raise SystemExit(f"\nerror: {fault}; the last checkpoint stays as it is")
 
 
 def check_args(args: Args) -> None:

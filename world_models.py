@@ -52,10 +52,9 @@ import difflib
 import fcntl
 import functools
 import glob
-import importlib.util
+import importlib
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import re
@@ -122,6 +121,7 @@ class Args:
     env_id: str = "VizdoomTakeCover-v1"  # Gymnasium id with image observations (CarRacing-v3, my_module:MyEnv-v0)
     total_timesteps: Count | None = None  # environment steps of random actions, recorded for V and M; default by task
     num_envs: Few = 1  # environments played side by side in all stages, each in its own process if more than one
+    max_episode_steps: Count | None = None  # time limit where there is none; default by task
     rounds: Count = 1  # times that the stages follow each other; C plays what the later rounds record; may be raised
     round_timesteps: Count = 15_000  # environment steps that each later round records
     record_sigma: Amount = 0.05  # standard deviation of the weights around C's that play an episode of a later round
@@ -133,18 +133,18 @@ class Args:
     min_episode_length: Annotated[int, 2, 10**9] | None = None  # shorter recordings are dropped; default by task, 2
 
     # V, the variational autoencoder
-    latent_size: Count | None = None  # size of z (Z); default by task, 32 elsewhere
-    vae_depth: Count = 32  # V: channels of the first convolution; the others are multiples of it
+    latent_size: Size | None = None  # size of z (Z); default by task, 32 elsewhere
+    vae_depth: Size = 32  # V: channels of the first convolution; the others are multiples of it
     vae_epochs: Count = 10  # V: passes over all frames
-    vae_batch_size: Count = 100  # V: frames per batch
+    vae_batch_size: Size = 100  # V: frames per batch
     vae_lr: Positive = 1e-4  # V: learning rate
     kl_tolerance: Amount = 0.5  # V: nats per latent dimension, summed over them, below which a frame's KL costs nothing
 
     # M, the mixture-density LSTM
-    hidden_size: Count | None = None  # M: units of the LSTM (H); default by task, 256 elsewhere
-    num_mixtures: Count = 5  # M: Gaussians in the mixture of each latent dimension (K)
+    hidden_size: Size | None = None  # M: units of the LSTM (H); default by task, 256 elsewhere
+    num_mixtures: Size = 5  # M: Gaussians in the mixture of each latent dimension (K)
     sequence_length: Count | None = None  # M: time steps per sequence at most (T); default by task, 500 elsewhere
-    model_batch_size: Count = 100  # M: sequences per batch (B)
+    model_batch_size: Size = 100  # M: sequences per batch (B)
     model_updates: Count | None = None  # M: updates; default by task, 4000 elsewhere
     model_lr: Positive = 1e-3  # M: learning rate at first
     model_lr_decay: Share | None = None  # M: factor per update towards a rate of 1e-5; default by task, 1 elsewhere
@@ -205,10 +205,9 @@ class VAE(nn.Module):
 
     def encode(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, 64, 64) -> mean and log-variance (N, Z)."""
-        x = image
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            x = F.relu_(conv(x))
-        x = x.flatten(1)
+            image = F.relu_(conv(image))
+        x = image.flatten(1)
         return self.mu(x), self.logvar(x)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -705,7 +704,7 @@ def collect(run: "Stages") -> bool:
     if run.stop.requested:
         return False
     if len(rb) < 2:
-        raise SystemExit(f"error: no episode of {args.min_episode_length} steps in {run.step}: nothing to learn from")
+        raise SystemExit(f"\nerror: no episode of {args.min_episode_length} steps in {run.step}: nothing to learn from")
     run.collected, returns = run.step, np.array(run.returns or [np.nan])
     text = f"{len(run.returns)} whole episodes recorded, {returns.mean():.1f} +- {returns.std():.1f}"
     run.say(f"round {run.round}, {run.step} environment steps: {text}")
@@ -767,14 +766,14 @@ def encode(run: "Stages") -> bool:
         rows = torch.from_numpy(frames[start : start + chunk].copy()).to(run.device)
         mu_logvar = torch.stack(run.agent.vae.encode(preprocess(rows)), 1).half()
         if not mu_logvar.isfinite().all():  # host sync
-            raise SystemExit(f"error: not finite: latents of V; {again}")
+            raise SystemExit(f"\nerror: not finite: latents of V; {again}")
         run.latents.append(mu_logvar.cpu().numpy())
         run.progress.update(len(rows))
         if run.stop.requested:
             return False
     mu = run.latents.rows()[:: max(len(frames) // 10_000, 1), 0].astype(np.float32)
     if (mu.std(0) < 1e-3).all():
-        raise SystemExit(f"error: the latents of V are constant; {again} or more --vae-epochs")
+        raise SystemExit(f"\nerror: the latents of V are constant; {again} or more --vae-epochs")
     return True
 
 
@@ -879,7 +878,7 @@ def evolve(run: "Stages") -> bool:
             break
         scores = returns.reshape(args.population, args.episodes).mean(1)
         if not np.isfinite(scores).all():
-            raise SystemExit(f"error: not finite: generation {run.units_done + 1}; the last checkpoint is intact")
+            raise SystemExit(f"\nerror: not finite: generation {run.units_done + 1}; the last checkpoint is intact")
         es.tell(candidates, -scores)  # deviation 10: nothing for large weights
         run.fitness.append((-scores).tolist())
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))  # deviation 11: the last mean, not the best
@@ -926,25 +925,24 @@ def main(args: Args) -> str:
 
 # === Environment ===
 
-LATE_IMPORTS = ["cma", "matplotlib", "PIL"]  # packages that are imported where they are used
+LATE_IMPORTS = ["cma", "PIL", "matplotlib"]  # packages that are imported where they are used
 
 # The published settings by task (name of the environment without its version). A flag on the command line wins.
 DEFAULTS = {
     "total_timesteps": 1_000_000, "controller_env": "dream", "max_hold": 10, "min_episode_length": 2, "latent_size": 32,
     "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0, "end_weight": 1.0,
-    "pessimism": 1.0, "at_rest": 1.0,
+    "pessimism": 1.0, "at_rest": 1.0, "max_episode_steps": 10_000,
 }  # fmt: skip
 TASKS = {
     "VizdoomTakeCover": {
         "total_timesteps": 3_080_000, "min_episode_length": 101, "latent_size": 64, "hidden_size": 512,
-        "model_updates": 24_400, "model_lr_decay": 0.99999, "end_weight": 10.0,
+        "model_updates": 24_400, "model_lr_decay": 0.99999, "end_weight": 10.0, "max_episode_steps": 2_100,
     },
     "CarRacing": {
         "total_timesteps": 10_000_000, "controller_env": "real", "max_hold": 8, "sequence_length": 1_000,
         "pessimism": 5.0, "at_rest": 0.25, "dream_length": 300,
     },
 }  # fmt: skip
-TIME_LIMITS = {"VizdoomTakeCover": 2100}  # where the environment has none; without one a score cannot be compared
 
 
 def task_name(env_id: str) -> str:
@@ -996,8 +994,9 @@ def be_a_worker() -> None:
     """Sets up a process that plays one environment: deaf to the terminal, on one thread, dead when its parent is."""
     os.setsid()  # signals to the process group are for the main process, which closes the workers
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process().sentinel  # a pipe; when its other end closes, SIGIO ends this process
+    fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
@@ -1017,7 +1016,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
             if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
                 limit = env.get_wrapper_attr("_max_episode_steps")
-                print(f"{spec.id} has no time limit: its episodes are truncated after {limit} steps")
+                print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
             fail("a film could not be written (is OpenGL there? apt-get install -y libegl1 libgl1)")
@@ -1109,11 +1108,13 @@ class Film(gym.wrappers.RecordVideo):
 def make_gymnasium(env_id: str, **settings) -> gym.Env:
     """Any registered Gymnasium environment, or one that a module of the user's registers (my_module:MyEnv-v0)."""
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures need no window
     try:
         return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
     except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
-        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {', '.join(close) or 'none'}")
+        close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
+        yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"
+        fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {close}; {yours}")
     except StopNow:
         raise
     except (Exception, SystemExit) as error:  # many types, by environment and settings
@@ -1142,7 +1143,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             be_a_worker()
         env = make_pictures(args, video is not None)
         if env.spec.max_episode_steps is None:
-            env = gym.wrappers.TimeLimit(env, TIME_LIMITS.get(task_name(args.env_id), 10_000))
+            env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
         env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
         return Resting(fit_spaces(Film(env, video) if video else env, args))
 
@@ -1448,6 +1449,7 @@ def enter_dream(args: Args) -> str:
     """A window in which M dreams and the keyboard acts: c hands over to C and back, r begins anew, escape ends."""
     import pygame
 
+    os.environ.setdefault("SDL_VIDEODRIVER", "")  # on the screen that there is
     folder, checkpoint = args.play, load_run(args.play, args)
     args = replace(Args(**checkpoint["args"]), cuda=args.cuda, seed=args.seed)
     envs = make_vector_env(args, 1)
@@ -1561,10 +1563,14 @@ def print_exception(kind: type, error: BaseException, trace, thread=None) -> Non
 
 
 def check_bounds(args: Args) -> None:
-    """Refuses in one line what is not within the bounds beside each setting (nan never is), and a missing package."""
+    """Refuses in one line what is out of the bounds beside a setting (nan is), names of no file, a missing package."""
     for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
-        if importlib.util.find_spec(name) is None:
-            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')}")
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')} ({error})")
+    if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
+        fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
     for name, hint in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, name)
         if type(None) in get_args(hint):  # Count | None
@@ -1626,8 +1632,9 @@ def write_file(path: str, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # a full disk, above all
-        raise SystemExit(f"error: cannot write {path}, the last checkpoint stays as it is: {error}") from error
+    except (OSError, RuntimeError) as error:  # a full disk, above all, which torch puts behind an error of its own
+        cause = isinstance(error, RuntimeError) and error.__context__ or error
+        raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {cause}") from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
@@ -1685,7 +1692,7 @@ def require_finite(metrics: dict, global_step: int) -> dict[str, float]:
     scalars = [torch.as_tensor(value) for value in metrics.values()]
     values = dict(zip(metrics, torch.stack(scalars).tolist(), strict=True)) if metrics else {}  # host sync
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise SystemExit(f"error: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
+        raise SystemExit(f"\nerror: not finite at step {global_step}: {', '.join(bad)}; the last checkpoint is intact")
     return values
 
 
@@ -1774,8 +1781,6 @@ class Run:
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
-        if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
-            fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
@@ -1847,7 +1852,7 @@ class Run:
 
     def tick(self, doing: str) -> bool:
         """Shows what takes its time now; says whether the run is asked to stop."""
-        self.progress.set_description(doing, refresh=False)
+        self.progress.set_description_str(doing, refresh=False)
         self.progress.update(0)
         return bool(self.stop.requested)
 
@@ -1873,7 +1878,7 @@ class Run:
         due = self.step >= self.next_eval and not self.stop.requested
         if due:
             self.goes_on(dones)
-            self.progress.set_description("evaluating")
+            self.progress.set_description_str("evaluating")
             self.eval_began = time.perf_counter()
         return due
 
@@ -1901,7 +1906,7 @@ class Run:
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
         self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
-        self.progress.set_description("", refresh=False)
+        self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
 
@@ -2071,7 +2076,7 @@ class Stages(Run):
         """Sets the progress bar to something new, of which some is already done."""
         self.progress.reset(total)
         self.progress.n = self.progress.initial = already
-        self.progress.set_description(text)
+        self.progress.set_description_str(text)
         self.progress.unit = {"collect": "step", "encode": "frame", "c": "generation"}.get(text, "update")
 
     def finish(self) -> None:
@@ -2118,9 +2123,7 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        raise SystemExit(
-            f"error: another process has ended, the last checkpoint is intact: {one_line(error)}"
-        ) from error
+        raise SystemExit(f"error: another process has ended; the checkpoint is intact: {one_line(error)}") from error
 
 
 def help_first(args: Args, spec: Spec, envs: gym.vector.VectorEnv) -> None:
@@ -2215,7 +2218,7 @@ class ArrayFile:
             with open(self.path, "ab") as file:
                 file.write(np.ascontiguousarray(rows).data)
         except OSError as error:  # a full disk, above all
-            raise SystemExit(f"error: cannot write {self.path}, the last checkpoint is intact: {error}") from error
+            raise SystemExit(f"\nerror: cannot write {self.path}, the last checkpoint is intact: {error}") from error
 
     def sync(self) -> None:
         """To the disk, before a checkpoint that counts on it."""
@@ -2259,11 +2262,9 @@ def check_sizes(args: Args, spec: Spec) -> None:
     """Refuses what the disk or the device cannot hold: frames; weights, latents and batches; dreams and CMA-ES."""
     frames = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
     missing = frames - (frames_file(args.resume).num_rows() if args.resume else 0)
-    needed, free = missing * 64 * 64 * 3, shutil.disk_usage(args.resume or ".").free
+    needed, free = missing * 64 * 64 * 3 / 1e9, shutil.disk_usage(args.resume or ".").free / 1e9
     if needed > free:
-        fail(
-            f"--total-timesteps: {needed / 1e9:.0f} GB of frames do not fit on the disk, which has {free / 1e9:.0f} GB"
-        )
+        fail(f"--total-timesteps: {needed:.0f} GB of frames do not fit on the disk, which has {free:.0f} GB")
     if args.min_episode_length > spec.time_limit:
         fail(f"--min-episode-length {args.min_episode_length}: episodes end after {spec.time_limit} steps")
     device, cpu = choose_device(args), torch.device("cpu")

@@ -31,6 +31,7 @@ class Panel:
     published: list[tuple[str, str]] = field(default_factory=list)  # (task, method) in results/published.csv
     until: float | None = None  # last published step shown
     xlabel: str = "environment steps"
+    ylabel: str = "return of an evaluation"  # of a figure's first panel
     marks: dict[str, float] = field(default_factory=dict)  # horizontal lines
 
 
@@ -59,12 +60,15 @@ FIGURES = {
     "dreamer_v3_returns": [
         Panel(
             "cartpole-swingup from state",
-            [("dreamer_v3/cartpole-swingup", "evaluations"), ("dreamer_v3/cartpole-swingup_training", "training")],
-            [("cartpole-swingup state", "DreamerV3")], until=100_000,
+            [
+                ("dreamer_v3/cartpole-swingup", "evaluations"),
+                ("dreamer_v3/cartpole-swingup_training", "training episodes"),
+            ],
+            [("cartpole-swingup state", "DreamerV3")], until=100_000, ylabel="return",
         ),
         Panel(
             "walker-walk from pixels",
-            [("dreamer_v3/walker-walk", "evaluations"), ("dreamer_v3/walker-walk_training", "training")],
+            [("dreamer_v3/walker-walk", "evaluations"), ("dreamer_v3/walker-walk_training", "training episodes")],
             [("walker-walk pixels", "DreamerV3")], until=100_000,
         ),
     ],
@@ -122,13 +126,13 @@ def draw(axis: Axes, runs: dict[str, list[tuple[float, float]]], label: str, col
     axis.plot(steps, mean, color=color, linewidth=2, label=f"{label}, {number}")
 
 
-def published(axis: Axes, task: str, method: str, until: float | None) -> None:
+def published(axis: Axes, task: str, method: str, until: float | None, marker: str) -> None:
     lines = (line for line in open(ROOT / "results/published.csv") if not line.startswith("#"))
     rows = [row for row in csv.DictReader(lines) if (row["task"], row["method"]) == (task, method)]
     rows = [row for row in rows if until is None or float(row["step"]) <= until]
     steps, mean, std = (np.array([float(row[key] or "nan") for row in rows]) for key in ("step", "return", "std"))
     label = f"{method}, published" + (f", {rows[0]['seeds']} seeds" if rows[0]["seeds"] != "1" else "")
-    axis.errorbar(steps, mean, std, color="k", linestyle="--", marker="x", linewidth=1, capsize=2, label=label)
+    axis.errorbar(steps, mean, std, color="k", linestyle="--", marker=marker, linewidth=1, capsize=2, label=label)
 
 
 def figure_of(panels: list[Panel]) -> Figure:
@@ -140,15 +144,15 @@ def figure_of(panels: list[Panel]) -> Figure:
             for runs, label in zip(groups, [labels] * len(groups) if isinstance(labels, str) else labels, strict=False):
                 if label:
                     draw(axis, runs, label, next(colors))
-        for task, method in panel.published:
-            published(axis, task, method, panel.until)
+        for (task, method), marker in zip(panel.published, "xs", strict=False):
+            published(axis, task, method, panel.until, marker)
         for i, (label, value) in enumerate(panel.marks.items()):
             axis.axhline(value, color="k", linestyle=("--", ":")[i], linewidth=0.8, label=label)
         axis.set(title=panel.title, xlabel=panel.xlabel)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.axes[0].set_ylabel("return of an evaluation")
+    figure.axes[0].set_ylabel(panels[0].ylabel)
     return figure
 
 

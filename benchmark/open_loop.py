@@ -80,24 +80,11 @@ def of_dhmbpo(script, args, weights) -> dict:
     envs = script.make_vector_env(args, 1)
     agent = script.Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0], args)
     agent.load_state_dict(weights)
-    track = {"obs": [], "action": [], "reward": []}
-    obs, _ = envs.reset(seed=args.seed)
-    done = np.zeros(1, bool)
-    while not done[0]:
-        action = script.act(agent, obs, torch.device("cpu"), None)
-        next_obs, reward, terminations, truncations, _ = envs.step(action)
-        for name, value in zip(track, (obs, action, reward), strict=True):
-            track[name].append(value[0].astype(np.float32))
-        obs, done = next_obs, terminations | truncations
-    batch = pieces([{name: np.stack(column) for name, column in track.items()}], LENGTH + 1)
-    state = agent.standardize(batch["obs"][0]).expand(args.num_nets, -1, -1)
-    obs, rewards = [], []
-    for action in batch["action"][:-1]:
-        out = agent.out_mean + agent.out_std * agent.ensemble(torch.cat([state, action.expand(len(state), -1, -1)], -1))
-        state = state + out[..., 1:] / agent.obs_std
-        obs.append(agent.obs_mean + agent.obs_std * state)
-        rewards.append(out[..., 0])
-    return {"observation": (batch["obs"][1:], torch.stack(obs)), "reward": (batch["reward"][:-1], torch.stack(rewards))}
+    *_, episodes = script.evaluate(agent, envs, args, torch.device("cpu"), running)
+    rows = pieces([{"reward": rows} for rows in episodes], LENGTH)["reward"]
+    obs, actions, rewards, next_obs = rows.split(agent.sizes[:4], -1)
+    predicted, earned = script.open_loop(agent, obs[0], actions)
+    return {"observation": (next_obs, predicted), "reward": (rewards[..., 0], earned[..., 0])}
 
 
 def of_dreamer(script, args, weights) -> dict:
@@ -176,14 +163,11 @@ def of_dyna_q(script, args, weights) -> dict:
     """
     envs = script.make_vector_env(args, 1)
     world, model = script.known_dynamics(envs), script.load_model(weights["replay"])
-    (S, A), width = weights["agent"]["q_table"].shape[1:], world.shape[1]
-    learned, true = np.zeros((2, S, A, S))
-    for s in range(S):
-        for a in range(A):
-            for k, count in enumerate(model.counts[0, s, a]):
-                learned[s, a, model.next_states[0, s, a, k]] += count - model.terminations[0, s, a, k] if count else 0
-            for probability, next_s, _, terminated in world.P[s][a]:
-                true[s, a, next_s] += probability * (not terminated)
+    S, A = model.visits.shape[1:]
+    true = script.grow(script.make_model(1, S, A))  # each pair has three outcomes, one as likely as the other
+    for s, a in np.ndindex(S, A):
+        for _, next_s, reward, terminated in world.P[s][a]:
+            script.record(script.Model(*(array[0] for array in true)), s, a, reward, next_s, terminated, 0, False)
     rng, tracks, done = np.random.default_rng(args.seed), [], True
     for _ in range(20_000):
         if done:
@@ -196,15 +180,15 @@ def of_dyna_q(script, args, weights) -> dict:
         s, done = next_s, terminations[0] or truncations[0]
     tracks = [{name: np.array(column) for name, column in track.items()} for track in tracks]
     batch = pieces([track for track in tracks if len(track["reward"]) > LENGTH], LENGTH + 1)
-    cells, found = torch.arange(S), {}
-    place = torch.stack([cells // width, cells % width], 1).double()
-    for name, table in (("observation", learned), ("best possible", true)):
-        belief, expected = np.eye(S)[batch["obs"][0].numpy()], []
-        for action in batch["action"][:-1].numpy():
-            belief = np.einsum("bs,bst->bt", belief, table[:, action].swapaxes(0, 1))
-            belief /= belief.sum(1, keepdims=True)  # these episodes went on
-            expected.append(torch.from_numpy(belief) @ place)
-        found[name] = place[batch["obs"][1:]], torch.stack(expected)
+    place, found = np.stack(np.divmod(np.arange(S), world.shape[1]), 1), {}  # row and column of each state
+    for name, table in (("observation", model), ("best possible", true)):
+        expected = []
+        for start, actions in zip(batch["obs"][0].numpy(), batch["action"][:-1].numpy().T, strict=True):
+            beliefs, _ = script.open_loop(table, 0, start, actions)
+            beliefs[:, -1] = 0  # the goal: these episodes went on
+            expected.append(beliefs / beliefs.sum(1, keepdims=True) @ place)
+        truth = torch.from_numpy(place)[batch["obs"][1:]].double()
+        found[name] = truth, torch.from_numpy(np.stack(expected, 1))
     return found
 
 
@@ -253,9 +237,9 @@ def draw() -> None:
                 steps = np.arange(1, len(error) + 1)
                 handles[label] = axis.plot(steps, error, color=f"C{i}")[0]
                 axis.plot(horizons, error[np.array(horizons, int) - 1], "o", color=f"C{i}")
-        if what == "observation":
-            best = axis.plot(steps, curves["dyna_q", "best possible"], color="C0", linestyle=":")[0]
-            handles["the cliff's own table"] = best
+            if (name, what) == ("dyna_q", "observation"):
+                best = axis.plot(steps, curves[name, "best possible"], color="k", linestyle=":")[0]
+                handles["the cliff's own table"] = best
         axis.axhline(1, color="k", linewidth=0.8)
         axis.text(1, 1.15, "no better than the mean", fontsize=8)
         axis.set(xscale="log", yscale="log", xlabel="decisions since the last observation", ylim=(1e-4, 40))

@@ -318,9 +318,10 @@ register("BoxAction-v0", OddSpaces, 12, observation_space=THREE, action_space=BO
 register("MissingPackage-v0", missing_package, 12)
 
 
-POINTS = {"Point"}
+POINTS = {"Point", "EndlessPoint"}
 for name in ("TinyPixels-v0", "MovingPixels-v0", "DiscreteCounter-v0", "Ladder-v0", "Point-v0"):
     register("Slow" + name, slow, 12)
+    register("Endless" + name, gym.spec(name).entry_point, None, **gym.spec(name).kwargs)
     for fault in FAULTS:
         for when, last_good in WHEN.items():
             prefix = "Faulty" + when + fault.title().replace(" ", "")

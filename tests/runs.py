@@ -429,8 +429,8 @@ def be_a_script(argv: list[str], out: str, err: str) -> None:
     tests = [multiprocessing.parent_process().sentinel]
     threading.Thread(target=lambda: (multiprocessing.connection.wait(tests), os._exit(1)), daemon=True).start()
     numba.config.DISABLE_JIT = True
-    wait = signal.setitimer  # ten times as impatient
-    signal.setitimer = lambda which, seconds, interval=0.0: wait(which, seconds / 10, interval / 10)
+    wait = signal.setitimer  # ten times as impatient, and what is left of the former one in the script's own seconds
+    signal.setitimer = lambda which, *seconds: tuple(10 * left for left in wait(which, *(s / 10 for s in seconds)))
     sys.argv = argv
     try:
         runpy.run_path(argv[0], run_name="__main__")

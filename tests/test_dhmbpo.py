@@ -1259,6 +1259,9 @@ def test_what_is_logged(played):
         assert all(math.isfinite(value) for _, value in found[tag])
         with open(f"{os.path.dirname(os.path.dirname(__file__))}/docs/dhmbpo.md") as file:
             assert f"`{tag}`" in file.read()
+    curves = {f"open_loop/{what}_error_{k}" for what in ("obs", "reward") for k in (1, 2)}
+    assert curves < {tag for tag in found if tag.startswith("open_loop/")}
+    assert all([step for step, _ in found[tag]] == [24, 32, 40, 48] for tag in curves)  # not before it has learned
     assert "eval/walks" not in found and [step for step, _ in found["eval/episodic_return"]] == [8, 16, 24, 32, 40, 48]
     assert torch.load(f"{folder}/dhmbpo.pt", weights_only=True).keys() == saved(folder)["parts"]["agent"].keys()
 
@@ -1326,30 +1329,62 @@ def test_evaluation_against_a_plain_loop(num_envs):
     envs = gym.vector.SyncVectorEnv(
         [dhmbpo.make_env(args)] * num_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED
     )
-    returns, full_length, speeds = dhmbpo.evaluate(agent, envs, args, CPU, stop)
+    returns, full_length, speeds, episodes = dhmbpo.evaluate(agent, envs, args, CPU, stop)
     expected, env, seeds = [], dhmbpo.make_env(args)(), np.random.default_rng([args.seed, 99])
     drawn = [seeds.integers(2**31, size=num_envs) for _ in range(3)]
     for seed in np.concatenate(drawn)[:3].tolist():
         obs, _ = env.reset(seed=seed)
-        done, rewards, velocities = False, [], []
+        done, rewards, velocities, rows = False, [], [], []
         while not done:
-            obs, reward, terminated, truncated, info = env.step(dhmbpo.act(agent, obs[None], CPU, None)[0])
+            action = dhmbpo.act(agent, obs[None], CPU, None)[0]
+            next_obs, reward, terminated, truncated, info = env.step(action)
             rewards.append(reward)
             velocities.append(info["x_velocity"])
-            done = terminated or truncated
-        expected.append((sum(rewards), np.mean(velocities)))
-    found = sorted(zip(returns, speeds, strict=True))
-    np.testing.assert_allclose(found, sorted(expected), rtol=1e-5)
+            rows.append([*obs, *action, reward, *next_obs])
+            obs, done = next_obs, terminated or truncated
+        expected.append((sum(rewards), np.mean(velocities), np.array(rows)))
+    found = sorted(zip(returns, speeds, episodes, strict=True), key=lambda episode: episode[0])
+    for one, other in zip(found, sorted(expected, key=lambda episode: episode[0]), strict=True):
+        np.testing.assert_allclose(one[:2], other[:2], rtol=1e-5)
+        np.testing.assert_allclose(one[2], other[2], rtol=1e-5, atol=1e-6)
     assert full_length.tolist() == [True] * 3
 
 
 def test_an_episode_that_falls_is_not_of_full_length():
     args = make_args(env_id="InvertedPendulum-v5", eval_episodes=2)
     envs = dhmbpo.make_vector_env(args, 1)
-    returns, full_length, speeds = dhmbpo.evaluate(
+    returns, full_length, speeds, _ = dhmbpo.evaluate(
         make_agent(args, 4, 1), envs, args, CPU, SimpleNamespace(requested=0)
     )
     assert (returns < 1_000).all() and full_length.tolist() == [False] * 2 and np.isnan(speeds).all()
+
+
+def test_open_loop_errors_against_a_plain_loop(agent):
+    """Mean predictions of each network, fed back; 25 steps, one stretch behind the other, too short episodes left out.
+
+    Observations in standard deviations of the replay's, rewards plain.
+    """
+    episodes = [normal(length, 2 * D + A + 1, seed=length).numpy() for length in (60, 24, 25)]
+    squares, misses = [[] for _ in range(25)], [[] for _ in range(25)]
+    for rows in (episodes[0][:25], episodes[0][25:50], episodes[2]):
+        for i in range(len(agent.ensemble.log_std)):
+            predicted = torch.from_numpy(rows[0, :D])
+            for k, row in enumerate(torch.from_numpy(rows)):
+                x = torch.cat([(predicted - agent.obs_mean) / agent.obs_std, row[D : D + A]])
+                outputs = agent.ensemble(x.expand(len(agent.ensemble.log_std), 1, -1))[i, 0]
+                outputs = agent.out_mean + agent.out_std * outputs
+                predicted = predicted + outputs[1:]
+                squares[k] += (((predicted - row[D + A + 1 :]) / agent.obs_std) ** 2).tolist()
+                misses[k].append(abs(outputs[0] - row[D + A]).item())
+    expected = {f"open_loop/obs_error_{k}": math.sqrt(np.mean(column)) for k, column in enumerate(squares, 1)}
+    expected |= {f"open_loop/reward_error_{k}": np.mean(column) for k, column in enumerate(misses, 1)}
+    logged = {}
+    run = SimpleNamespace(device=CPU, log=logged.update)
+    dhmbpo.log_open_loop(agent, episodes, run)
+    assert logged == pytest.approx(expected, rel=1e-3)
+    logged.clear()
+    dhmbpo.log_open_loop(agent, [rows[:7] for rows in episodes[:1]] + [episodes[1][:9]], run)
+    assert len(logged) == 18  # as many steps as the longest episode has
 
 
 def test_evaluating_a_run_folder(capsys):
@@ -1402,6 +1437,17 @@ def test_walker_without_its_clip():
             env.reset(seed=2)
     assert largest > 10
     assert not isinstance(dhmbpo.make_env(published("Hopper-v5"))().env.env.env, dhmbpo.Unclipped)
+
+
+def test_triton_is_loaded_before_opengl(monkeypatch):
+    """Of PyTorch's wheel for GPUs; an optimizer would load it after the first film, and the process would crash."""
+    calls = []
+    monkeypatch.setattr(dhmbpo.importlib, "import_module", calls.append)
+    monkeypatch.setattr(dhmbpo, "make_gymnasium", lambda *_, **__: calls.append("environment") or 1 / 0)
+    for film in (False, True):
+        with pytest.raises(ZeroDivisionError):
+            dhmbpo.make_env(make_args(env_id="Hopper-v5", capture_video=film))()
+    assert calls == ["environment", "torch._dynamo", "environment"]
 
 
 def test_unknown_terminations_are_refused(capsys):

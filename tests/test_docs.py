@@ -49,3 +49,10 @@ def test_commands_are_found():
     assert sum(len(commands(page.read_text())) for page in PAGES) > 60
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         tyro.cli(importlib.import_module("dyna_q").Args, args=["--no-such-flag"])
+
+
+def test_the_length_of_the_shortest_loop():
+    """README says how far into dyna_q.py its loop ends; ten lines more or less are none."""
+    (said,) = re.findall(r"\((\d+) lines to the end of its loop\)", (ROOT / "README.md").read_text())
+    before, _ = (ROOT / "dyna_q.py").read_text().split("# === Environment ===")
+    assert abs(int(said) - len(before.rstrip().splitlines())) <= 10

@@ -76,7 +76,7 @@ def make_batch(agent: dreamer.Agent, args: Args, obs_space=VECTOR, seed: int = 0
     if agent.discrete:
         action = F.one_hot(action.argmax(-1), agent.action_dim).to(action.dtype)
     is_first, cont = torch.zeros(shape), torch.ones(shape)
-    is_first[0, 0] = is_first[2, 1] = is_first[3, 0] = 1
+    is_first[0, 0] = is_first[2, 1] = is_first[3:4, 0] = 1  # if there is a fourth entry
     cont[1, 1] = 0
     action = action * (1 - is_first[..., None])
     reward = torch.randn(shape, generator=gen)
@@ -812,7 +812,7 @@ def test_update_leaves_its_inputs_alone():
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
 def test_losses_never_wait_for_a_tensor(action_space):
     """No host sync: forward and backward run on tensors without content, which refuse item() and branches."""
-    args = tiny_args(cont_head=True)
+    args = tiny_args(cont_head=True, batch_length=3, horizon=2)
     agent, batch, noise = setup(args, IMAGE, action_space)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch, noise = ({k: mode.from_tensor(v) for k, v in x.items()} for x in (batch, noise))
@@ -825,7 +825,8 @@ def test_losses_never_wait_for_a_tensor(action_space):
 
 def updated(obs_space, action_space=BOX, device: str = "cpu", updates: int = 1, **flags) -> tuple[dict, dict, dict]:
     """Metrics, gradients and weights after updates with flags; a large epsilon makes Adam's step smooth."""
-    args = tiny_args(model_lr=0.1, actor_lr=0.1, value_lr=0.1, batch_length=4, horizon=2, **flags)
+    small = {"batch_length": 4, "horizon": 2, "model_lr": 0.1, "actor_lr": 0.1, "value_lr": 0.1}
+    args = tiny_args(**small | flags)
     agent = make_agent(args, obs_space, action_space).to(device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dreamer, "ADAM_EPS", 1.0)
@@ -866,16 +867,17 @@ def assert_same_update(fast: tuple, eager: tuple, tolerance: float) -> None:
 @pytest.mark.parametrize("action_space", [DISCRETE, pytest.param(BOX, marks=pytest.mark.slow)], ids=["discrete", "box"])
 def test_compiled_losses_are_one_graph_each(action_space, monkeypatch):
     """Each loss is traced without a break; together they give the eager update (traced, not yet made into code)."""
-    eager = updated(IMAGE, action_space=action_space, cont_head=True)
+    settings = {"action_space": action_space, "cont_head": True, "batch_length": 3}
+    eager = updated(IMAGE, **settings)
     compiled, plain = [], torch.compile
 
     def traced(function):
         compiled.append(function)
-        return plain(function, backend="aot_eager", fullgraph=True)
+        return plain(function, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
-    assert_same_update(updated(IMAGE, action_space=action_space, cont_head=True, compile=True), eager, 1e-4)
+    assert_same_update(updated(IMAGE, **settings, compile=True), eager, 1e-4)
     assert compiled == [dreamer.model_loss, dreamer.actor_loss, dreamer.value_loss]
 
 
@@ -930,7 +932,7 @@ def train_model(buffer: ReplayBuffer, updates: int) -> tuple[dreamer.Agent, floa
     """World model alone on the toy data; the mean reward loss of the last 20 updates."""
     args = tiny_args(batch_size=16, batch_length=8, stoch_size=4, deter_size=24, dense_size=24, free_nats=1.0)
     agent = make_agent(args, gym.spaces.Box(-np.inf, np.inf, (2,), np.float32), biases=False)
-    optimizer = torch.optim.Adam(agent.world_model.parameters(), 4e-3)
+    optimizer = torch.optim.Adam(agent.world_model.parameters(), 1e-2)
     rng, gen, losses = np.random.default_rng(1), torch.Generator().manual_seed(1), []
     for _ in range(updates):
         batch = buffer.sample(16, 8, rng, CPU)
@@ -945,8 +947,8 @@ def train_model(buffer: ReplayBuffer, updates: int) -> tuple[dreamer.Agent, floa
 
 def test_rewards_and_observations_belong_to_the_last_action():
     """What only the last action can tell is predicted to the floor, in open loop too."""
-    buffer = toy_episodes(300, 30)
-    agent, reward_loss = train_model(buffer, 350)
+    buffer = toy_episodes(100, 30)
+    agent, reward_loss = train_model(buffer, 200)
     assert reward_loss < 0.9189 + 0.01
     batch = buffer.sample(32, 8, np.random.default_rng(2), CPU)
     truth, prediction, rewards = dreamer.open_loop(agent, batch, torch.Generator().manual_seed(0))
@@ -957,7 +959,7 @@ def test_rewards_and_observations_belong_to_the_last_action():
 @pytest.mark.parametrize(("shift", "excess"), [(1, 0.0625), (-1, 0.5)])
 def test_shifted_actions_keep_the_reward_loss_off_its_floor(shift, excess):
     """One entry early, the first reward of each chunk of 8 is left to chance; one entry late, every reward is."""
-    _, reward_loss = train_model(toy_episodes(300, 30, shift), 250)
+    _, reward_loss = train_model(toy_episodes(100, 30, shift), 150)
     assert reward_loss > 0.9189 + 0.8 * excess
 
 
@@ -1338,10 +1340,10 @@ def test_world_model_overfits_one_batch():
 
 # === Whole runs ===
 
-WALKER = {"env_id": "walker-walk", "action_repeat": 20, "total_timesteps": 2000, "learning_starts": 1000}
+WALKER = {"env_id": "walker-walk", "action_repeat": 50, "total_timesteps": 1100, "learning_starts": 1000}
 
 
-WALKER |= {"train_frequency": 500, "eval_frequency": 2000, "eval_episodes": 1, "checkpoint_frequency": 0}
+WALKER |= {"train_frequency": 50, "eval_frequency": 1100, "eval_episodes": 1, "checkpoint_frequency": 0}
 
 
 CLASSIC = {"learning_starts": 200, "total_timesteps": 400, "train_frequency": 100, "eval_frequency": 200}
@@ -1393,11 +1395,12 @@ def test_dreamer_logs_everything_and_moves_all_parameters(kind):
     assert not still
 
 
-def test_steps_increase_where_many_updates_fall_on_one_step():
+def test_steps_increase_where_many_updates_fall_on_one_step(monkeypatch):
     """Hundreds of updates may be due at one environment step: that is one point of each curve, not three."""
+    monkeypatch.setattr(dreamer, "make_update", lambda *_: lambda batch, _: {"losses/model_loss": batch["cont"].sum()})
     run_dir = run(dreamer, **VECTORS, pretrain_steps=201, batch_size=1)
     assert_healthy(run_dir)
-    assert all(value > 0 for _, value in scalars(run_dir)["charts/SPS"])
+    assert all(value > 0 for _, value in scalars(run_dir)["charts/SPS"]) and scalars(run_dir)["losses/model_loss"]
 
 
 @pytest.mark.parametrize("changes", [{}, TWO_ENVS], ids=["one", "two"])

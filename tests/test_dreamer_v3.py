@@ -66,7 +66,7 @@ def make_batch(agent: dreamer_v3.Agent, args: Args, obs_space=VECTOR, seed: int 
     if agent.discrete:
         action = F.one_hot(action.argmax(-1), agent.action_dim).float()
     is_first, cont = torch.zeros(shape), torch.ones(shape)
-    is_first[0, 0] = is_first[2, 1] = is_first[3, 0] = 1
+    is_first[0, 0] = is_first[2, 1] = is_first[3:4, 0] = 1  # if there is a fourth entry
     cont[1, 1] = 0
     batch = {"obs": obs, "action": action * (1 - is_first[..., None]), "cont": cont, "is_first": is_first}
     batch["reward"] = 2 * torch.randn(shape, generator=gen) * (1 - is_first)
@@ -836,7 +836,7 @@ def test_update_noise_shapes_and_seed():
 @pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["continuous", "discrete"])
 def test_updates_never_wait_for_a_tensor(action_space):
     """No host sync: forward and backward run on tensors without content, which refuse item() and branches."""
-    args = tiny_args()
+    args = tiny_args(batch_length=3, horizon=2)
     agent, batch, noise = setup(args, IMAGE, action_space)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch, noise = ({k: mode.from_tensor(v) for k, v in x.items()} for x in (batch, noise))
@@ -849,7 +849,7 @@ def test_updates_never_wait_for_a_tensor(action_space):
 
 def updated(obs_space, action_space=BOX, device: str = "cpu", updates: int = 2, **flags) -> tuple[dict, dict]:
     """Metrics of the last and weights after some updates with flags."""
-    args = tiny_args(batch_length=4, horizon=2, learning_rate=1e-3, warmup=1, **flags)
+    args = tiny_args(**{"batch_length": 4, "horizon": 2, "learning_rate": 1e-3, "warmup": 1} | flags)
     agent = make_agent(args, obs_space, action_space).to(device)
     update_fn = dreamer_v3.make_update(agent, LaProp(agent, args), args)
     for i in range(updates):
@@ -882,16 +882,16 @@ def test_bfloat16_update_is_close_to_float32():
 
 def test_compiled_losses_are_one_graph_each(monkeypatch):
     """Each is traced without a break; together they give the eager update (traced, not yet made into code)."""
-    eager = updated(VECTOR)
+    eager = updated(VECTOR, batch_length=3)
     compiled, compile = [], torch.compile
 
     def traced(function):
         compiled.append(function)
-        return compile(function, backend="aot_eager", fullgraph=True)
+        return compile(function, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
-    assert_same_update(updated(VECTOR, compile=True), eager, 1e-4)
+    assert_same_update(updated(VECTOR, batch_length=3, compile=True), eager, 1e-4)
     assert compiled == list(dreamer_v3.LOSSES)
 
 
@@ -1168,8 +1168,8 @@ def test_world_model_overfits_one_batch(monkeypatch):
 
 # === Whole runs ===
 
-WALKER = {"env_id": "walker-walk", "action_repeat": 20, "total_timesteps": 2000, "eval_frequency": 2000}
-WALKER |= {"eval_episodes": 1, "checkpoint_frequency": 0, "train_ratio": 0.5}
+WALKER = {"env_id": "walker-walk", "action_repeat": 50, "total_timesteps": 1100, "eval_frequency": 1100}
+WALKER |= {"eval_episodes": 1, "checkpoint_frequency": 0, "train_ratio": 12.0}
 CLASSIC = {"total_timesteps": 200, "train_ratio": 0.5, "eval_frequency": 200, "eval_episodes": 1}
 KINDS = {
     "pixels": {"env_id": "fake_envs:TinyPixels-v0"},

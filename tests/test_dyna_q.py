@@ -1104,7 +1104,8 @@ def test_an_evaluation_that_goes_in_circles_ends():
     maze = MazeVector(1, "S . G")
     envs = EpisodeStatistics(maze, max_episode_steps=10_000)
     step, maze.step = maze.step, lambda actions: (steps.append(1), step(actions))[1]
-    assert dyna_q.evaluate(q, envs, Args(eval_episodes=2), 0, SimpleNamespace(requested=0)).tolist() == [0, 0]
+    returns, episodes = dyna_q.evaluate(q, envs, Args(eval_episodes=2), 0, SimpleNamespace(requested=0))
+    assert returns.tolist() == [0, 0] and list(map(len, episodes)) == [1_000] * 2
     assert len(steps) == 2_000
 
 
@@ -1225,9 +1226,12 @@ def test_evaluation_plays_greedily_a_fixed_share_each():
     q[0, :2, RIGHT], q[1, 0, LEFT], q[1, 1, UP] = 1, 1, 1  # to the goal; not from the spot
     envs, before = EpisodeStatistics(MazeVector(2, "S . G"), max_episode_steps=9), q.copy()
     stop = SimpleNamespace(requested=0)
-    returns = dyna_q.evaluate(q, envs, Args(eval_episodes=3), 0, stop)
+    returns, _ = dyna_q.evaluate(q, envs, Args(eval_episodes=3), 0, stop)
     assert returns.tolist() == [1, 1, 0] and np.array_equal(q, before)
-    assert dyna_q.evaluate(q, envs, Args(eval_episodes=1), 0, stop).tolist() == [1]
+    returns, episodes = dyna_q.evaluate(q, envs, Args(eval_episodes=5), 0, stop)
+    way = [(0, RIGHT, 0, 1), (1, RIGHT, 1, 2)]  # of the first learner, which plays on until the second has lost twice
+    assert returns.tolist() == [1, 1, 1, 0, 0] and episodes == [way] * 9
+    assert dyna_q.evaluate(q, envs, Args(eval_episodes=1), 0, stop)[0].tolist() == [1]
 
 
 @pytest.mark.parametrize("time, expected", [(990, 1.0), (999, 1.0), (1000, 0.0)])
@@ -1236,7 +1240,8 @@ def test_evaluation_takes_place_in_the_world_as_it_is(time, expected):
     maze = make_maze("BlockingMaze-v0")
     q = value_iteration(maze.P, 0.95)[None]
     envs = EpisodeStatistics(maze, max_episode_steps=40)
-    assert dyna_q.evaluate(q, envs, Args(eval_episodes=1), time, SimpleNamespace(requested=0)).tolist() == [expected]
+    returns, _ = dyna_q.evaluate(q, envs, Args(eval_episodes=1), time, SimpleNamespace(requested=0))
+    assert returns.tolist() == [expected]
 
 
 def test_what_is_played_has_no_bonus():
@@ -1268,11 +1273,71 @@ def test_dyna_q_plus_is_evaluated_by_what_it_knows(monkeypatch, capsys):
     assert [value for _, value in scalars(run_dir)["eval/episodic_return"]] == [1] * 8
     q, players = q_of(run_dir), EpisodeStatistics(make_maze("ShortcutMaze-v0"), 1000)
     stop, args = SimpleNamespace(requested=0), dyna_q.with_task_defaults(Args(**settings, eval_episodes=1))
-    returns = [dyna_q.evaluate(q, players, args, step, stop)[0] for step in range(0, 3000, 100)]
+    returns = [dyna_q.evaluate(q, players, args, step, stop)[0][0] for step in range(0, 3000, 100)]
     assert min(returns) == 0 or np.abs(q).max() > 1  # the table itself holds more than any return
     capsys.readouterr()
     command_line(monkeypatch, dyna_q, "--evaluate", run_dir)
     assert "return 1.0 +- 0.0" in capsys.readouterr().out
+
+
+# === Open loop ===
+
+
+def test_open_loop_against_a_plain_loop():
+    """All paths of a model that branches, ends, and does not know everything, one by one, with their probabilities."""
+    worlds = [(0, 0, 1.0, 1, False), (0, 0, 2.0, 2, False), (1, 1, 5.0, 3, True), (1, 1, 7.0, 0, False)]
+    worlds += [(0, 0, 3.0, 1, False), (1, 1, 0.0, 3, False), (2, 1, -1.0, 2, False), (3, 0, 4.0, 0, False)]
+    learners = Learners(np.zeros((2, 5, 2)), make_settings(planning_steps=0))
+    for s, a, reward, next_s, ended in worlds:
+        learners.update((4, 0, 9.0, 0, False), (s, a, reward, next_s, ended))  # the first learner's is another world
+
+    def paths(s: int, actions: list, weight: float):
+        """(step, state, weight, mean reward) of everything that may come."""
+        if actions:
+            seen = [x for x in worlds if x[:2] == (s, actions[0])] or [(s, actions[0], 0.0, s, False)]
+            for _, _, _, next_s, ended in seen:
+                yield len(actions), next_s, weight / len(seen), np.mean([x[2] for x in seen])
+                yield from paths(next_s, [] if ended else actions[1:], weight / len(seen))
+
+    actions = [0, 1, 0, 0, 1, 1]
+    for start in range(5):
+        expected, earned = np.zeros((6, 5)), np.zeros(6)
+        for left, s, weight, reward in paths(start, actions, 1.0):
+            expected[6 - left, s] += weight
+            earned[6 - left] += weight * reward
+        places, rewards = dyna_q.open_loop(learners.model, 1, start, np.array(actions))
+        np.testing.assert_allclose(places, expected, atol=1e-12)
+        np.testing.assert_allclose(rewards, earned, atol=1e-12)
+    assert expected[0, 4] == 1 and dyna_q.open_loop(learners.model, 1, 0, np.array(actions))[0][1].sum() == 1
+    assert dyna_q.open_loop(learners.model, 1, 0, np.array(actions))[0][2].sum() == pytest.approx(7 / 9)  # 2/3 of 1/3
+
+
+@pytest.mark.parametrize("length", [6, 25, 60])
+def test_open_loop_errors_by_hand(length):
+    """A model that takes one step in two for a rest, against episodes that never rest, from every 25th step on."""
+    learners, logged = Learners(np.zeros((1, 99, 1)), make_settings(planning_steps=0)), {}
+    for s in range(90):
+        learners.update((s, 0, 1.0, s + 1, False)).update((s, 0, 0.0, s, False))
+    episodes = [[(s, 0, 1.0, s + 1) for s in range(length)], [(7, 0, 1.0, 0)] * 3, []]  # too short, and one that began
+    dyna_q.log_open_loop(learners.model, episodes, SimpleNamespace(log=logged.update))
+    expected = {f"open_loop/obs_error_{k}": 1 - 0.5**k for k in range(1, min(25, length) + 1)}
+    expected |= {f"open_loop/reward_error_{k}": 0.5 for k in range(1, min(25, length) + 1)}
+    assert logged == pytest.approx(expected)
+
+
+def test_open_loop_stretches(monkeypatch):
+    """One behind the other, the first 100 of them: what an evaluation may cost has a bound."""
+    asked = []
+
+    def spy(model, i, s, actions):
+        asked.append((i, s, *actions))
+        return np.zeros((25, 9000)), np.zeros(25)
+
+    monkeypatch.setattr(dyna_q, "open_loop", spy)
+    run = SimpleNamespace(log=lambda values: None)
+    dyna_q.log_open_loop(None, [[(s, -s, 0.0, s + 1) for s in range(n)] for n in (60, 24, 2_900)], run)
+    starts = [0, 25, *range(0, 98 * 25, 25)]
+    assert asked == [(0, s, *range(-s, -s - 25, -1)) for s in starts]
 
 
 # === Arrows ===
@@ -1854,10 +1919,12 @@ def test_dyna_q_logs_everything(kind):
     expected |= {"eval/episodic_return", "eval/episodic_return_std"}
     expected |= {"losses/td_error", "model/planning_td_error", "model/states_visited"}
     tags = scalars(run_dir)
-    assert set(tags) == expected | (set() if kind == "ladder" else {"model/missing", "model/wrong"})
+    horizons = {tag for tag in tags if tag.startswith("open_loop/")}
+    assert horizons > {f"open_loop/{what}_error_{k}" for what in ("obs", "reward") for k in (1, 2)}
+    assert set(tags) - horizons == expected | (set() if kind == "ladder" else {"model/missing", "model/wrong"})
     assert_healthy(run_dir)
     reports = list(range(100 * args.num_envs, args.total_timesteps + 1, 100 * args.num_envs))
-    for tag in set(tags) - {"charts/episodic_return", "charts/episodic_length"}:
+    for tag in set(tags) - horizons - {"charts/episodic_return", "charts/episodic_length"}:
         steps = reports if not tag.startswith("eval/") else list(range(600, args.total_timesteps + 1, 600))
         assert [step for step, _ in tags[tag]] == steps, tag
     assert all(value > 0 for _, value in tags["charts/SPS"])
@@ -2141,7 +2208,7 @@ def test_the_walls_stand_still_while_an_evaluation_plays(video):
     q[1, 39, 1] = 1
     for evaluated, expected in ((995, 1.0), (1000, 0.0)):
         envs = dyna_q.make_vector_env(args, 2, video)
-        assert dyna_q.evaluate(q, envs, args, evaluated, stop).tolist() == [expected] * 10
+        assert dyna_q.evaluate(q, envs, args, evaluated, stop)[0].tolist() == [expected] * 10
         envs.close()
 
 

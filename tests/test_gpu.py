@@ -21,7 +21,9 @@ GRAPHED = [name for name in NAMES if name != "world_models"]
 
 # Beside TINY of runs.py: just the updates that a graph needs to be replayed.
 SETTINGS = {name: {"total_timesteps": 36} for name in GRAPHED} | {"world_models": {}}
-SETTINGS["dreamer"] |= VECTORS | {"train_steps": 5, "pretrain_steps": 5, "size": "laptop"}
+SETTINGS["dreamer"] |= VECTORS | {"total_timesteps": 26, "train_steps": 5, "pretrain_steps": 5, "size": "laptop"}
+SETTINGS["mbpo"] |= {"total_timesteps": 30, "model_batch_size": 10}
+SETTINGS["muzero"] |= {"total_timesteps": 24, "replay_ratio": 0.5}
 
 # Functions that wait for nothing and copy nothing to the GPU.
 UPDATES = {
@@ -47,7 +49,7 @@ SYNCS = {
         require_finite: values = dict(zip(metrics, torch.stack(scalars).tolist()
     """,
     "mbpo": """
-        act: return agent.actor(obs, noise)[0].cpu().numpy()
+        act: return agent.actor(torch.as_tensor(obs, device=device), noise)[0].cpu().numpy()
         rollout: obs = next_obs[~terminations]
         train_model: without_improvement = 0 if improved.any()
         ReplayBuffer.state_dict: return {"rows": self.newest(len(self)).cpu()

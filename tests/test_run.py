@@ -245,10 +245,12 @@ def test_command_line_resume_takes_the_runs_own_settings(script, monkeypatch, ca
 
 
 @pytest.mark.stands_for_all("dyna_q", "mbpo", "world_models")
-def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script):
+@pytest.mark.parametrize("num_envs", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script, num_envs):
     """Again and again kill -9: what is there always loads, its step never goes back, and a resume goes on from it."""
     traits = TRAITS[script.__name__]
-    settings = TINY[script.__name__] | traits["quick"] | {"total_timesteps": 10**6, "checkpoint_frequency": 1}
+    settings = TINY[script.__name__] | traits["quick"] | {"num_envs": num_envs}
+    settings |= {"total_timesteps": 10**6, "checkpoint_frequency": 1}
     context = multiprocessing.get_context("forkserver")
     body = importlib.import_module("fake_envs").run_script
     generator, step, run_dir = random.Random(0), -1, None
@@ -270,6 +272,7 @@ def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script):
         assert state["global_step"] >= step
         step = state["global_step"]
     assert step > 24, "the kills were too early to see any training"
+    wait_for(lambda: not processes_in(os.getcwd()))
     final = resume(script, run_dir, **settings | {"total_timesteps": step + 24})
     assert load(final)["global_step"] == step + 24
     assert_healthy(run_dir)
@@ -408,6 +411,7 @@ def test_bad_checkpoint_is_named_in_one_line(script, capsys, name, flag, monkeyp
 BAD_INPUT = {
     "unknown Gymnasium id": ({"env_id": "CartPoole-v1"}, "CartPole-v1"),
     "unknown module": ({"env_id": "no_such_module:Thing-v0"}, "no_such_module"),
+    "a module that is not named": ({"env_id": "Reach-v0"}, "my_module:Reach-v0"),
     "unknown version": ({"env_id": "CartPole-v99"}, "CartPole-v1"),
     "package of the environment": ({"env_id": "fake_envs:MissingPackage-v0"}, "package_that_nobody_has"),
     "no environment": ({"num_envs": 0}, "--num-envs"),

@@ -1,7 +1,7 @@
 """What every script says in one line besides its faults: no update, no time limit."""
 
 import contextlib
-import copy
+import io
 import signal
 import time
 import types
@@ -9,7 +9,7 @@ import types
 import gymnasium as gym
 import numpy as np
 import pytest
-from runs import load, run, tiny
+from runs import TINY, differences, finished, load, run
 
 
 @pytest.mark.parametrize("updates", [0, 1])
@@ -24,32 +24,26 @@ def test_a_run_without_an_update_says_so(script, monkeypatch, capsys, updates):
     monkeypatch.setattr(script.StopRequest, "__init__", stopped)
     with contextlib.nullcontext() if updates else pytest.raises(SystemExit):
         run(script, eval_frequency=0)
-    assert ("no update was made\n" in capsys.readouterr().out) == (not updates)
+    said = capsys.readouterr().out
+    assert ("no update was made\n" in said) == (not updates) and "no time limit" not in said
 
 
-def test_an_environment_without_a_time_limit_is_named(script, capsys, monkeypatch):
-    """With the limit that it gets; one that has its own is not."""
-    if script.__name__ == "dyna_q":
-        pytest.skip("--max-episode-steps holds for all environments, and says so")
-    args = script.with_task_defaults(tiny(script))
-    run(script)
-    assert "no time limit" not in capsys.readouterr().out
-    renderer = {"renderer": None} if script.__name__.startswith("dreamer") else {}
-    envs = script.make_vector_env(args, num_envs=1, **renderer)
-    env = envs.envs[0].unwrapped
-    env.spec = copy.copy(env.spec)
-    env.spec.id = "Endless-v0"
-    monkeypatch.setitem(gym.registry, "Endless-v0", types.SimpleNamespace(id="Endless-v0", max_episode_steps=None))
-    script.rehearse(lambda video: envs, False)
-    limit = envs.envs[0].get_wrapper_attr("_max_episode_steps")
-    assert f"Endless-v0 has no time limit: its episodes are truncated after {limit} steps" in capsys.readouterr().out
+def test_an_environment_without_a_time_limit_is_named_and_gets_one(script, capsys):
+    """--max-episode-steps, with which all is as if it were the environment's own."""
+    env_id = TINY[script.__name__]["env_id"].replace(":", ":Endless")
+    folder = run(script, env_id=env_id, max_episode_steps=12)
+    if script.__name__ != "dyna_q":  # whose limit holds for all environments
+        name = env_id.partition(":")[2]
+        said = f"{name} has no time limit: episodes are truncated after 12 steps (--max-episode-steps)\n"
+        assert capsys.readouterr().out.count(said) == 1
+    assert differences(load(folder)["parts"], load(finished(script))["parts"]) == []
 
 
 def test_steps_per_second_are_those_of_training(script):
     """An evaluation of 100 seconds does not count."""
     quiet = lambda *args, **kwargs: None  # noqa: E731
     run = types.SimpleNamespace(step=5, reported=(3, 7.0), eval_began=time.perf_counter() - 100, say=quiet, log=quiet)
-    run.args, run.progress = types.SimpleNamespace(eval_frequency=2), types.SimpleNamespace(set_description=quiet)
+    run.args, run.progress = types.SimpleNamespace(eval_frequency=2), types.SimpleNamespace(set_description_str=quiet)
     script.Run.log_evaluation(run, np.ones(2))
     assert run.next_eval == 6 and run.reported[0] == 3 and 107 <= run.reported[1] < 110
 
@@ -87,3 +81,25 @@ def test_a_finished_run_that_is_begun_again_has_learned(script, capsys):
     capsys.readouterr()
     script.main(script.Args(**load(folder)["args"] | {"resume": folder}))
     assert "no update was made" not in capsys.readouterr().out
+
+
+def test_a_progress_bar_beyond_its_end_has_one_colon(script):
+    """What takes its time, and the steps: 16 environments pass the last step that was asked for."""
+    run = types.SimpleNamespace(stop=types.SimpleNamespace(requested=0))
+    for done in (3, 8):
+        run.progress = script.Bar(total=5, initial=done, unit="step", file=io.StringIO())
+        assert not script.Run.tick(run, "evaluating")
+        assert str(run.progress).startswith("evaluating: ") and str(run.progress).count(": ") == 1
+
+
+@pytest.mark.stands_for_all("dyna_q")
+def test_pictures_need_no_window(script, monkeypatch, capfd):
+    """No word of SDL about a display that is not there."""
+    for name in ("XDG_RUNTIME_DIR", "DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    env = script.make_gymnasium("FrozenLake-v1", render_mode="rgb_array")
+    env.reset(seed=0)
+    assert env.render().shape[-1] == 3
+    env.close()
+    assert capfd.readouterr().err == ""

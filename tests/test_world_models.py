@@ -5,6 +5,7 @@ import importlib
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import cma
 import fake_envs
 import gymnasium as gym
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -394,8 +396,8 @@ def test_ten_frames_are_learned_by_heart():
         frames.append(envs.reset(seed=seed)[0])
     image = world_models.preprocess(torch.from_numpy(np.stack(frames)))
     vae, draw = world_models.VAE(8, 8), generator()
-    optimizer = torch.optim.Adam(vae.parameters(), 1e-3)
-    for _ in range(700):
+    optimizer = torch.optim.Adam(vae.parameters(), 4e-3)
+    for _ in range(300):
         optimizer.zero_grad()
         loss, metrics = world_models.vae_loss(vae, image, torch.randn(10, 8, generator=draw), 0.5)
         loss.backward()
@@ -919,10 +921,9 @@ def test_pictures_are_cropped_and_resized():
     """CarRacing: rows 0-83 without the instruments, 64 x 64; CartPole as it is drawn."""
     env = world_models.make_env(make_args(env_id="CarRacing-v3"))()
     obs, _ = env.reset(seed=1)
-    whole, _ = gym.make("CarRacing-v3").reset(seed=1)
     import cv2
 
-    assert np.array_equal(obs, cv2.resize(whole[:84], (64, 64), interpolation=cv2.INTER_AREA))
+    assert np.array_equal(obs, cv2.resize(env.unwrapped.state[:84], (64, 64), interpolation=cv2.INTER_AREA))
     env.close()
     args = make_args(env_id="CartPole-v1", render_obs=True)
     envs = world_models.make_vector_env(args, 1)
@@ -1518,20 +1519,34 @@ KILLS += [(1, "c", "write_gif", 3), (1, "c", "write_file", 2), (2, "collect", "a
 KILLS += [(2, "collect", "save_checkpoint", 2), (2, "v", "sees_new_scenery", 1), (2, "v", "update_vae", 6)]
 KILLS += [(2, "m", "encode", 1), (2, "m", "update_model", 7), (2, "m", "set_dream_starts", 1)]
 KILLS += [(2, "c", "calibrate", 1), (2, "c", "dream", 4), (2, "c", "write_file", 2), (2, "c", "write_gif", 2)]
-WHOLE: dict[int, tuple] = {}  # rounds -> final checkpoint and log of a run that was never interrupted
+WHOLE: dict[int, tuple] = {}  # rounds -> end and log of a run that was never interrupted, its folder as stages began
 
 
 @pytest.mark.parametrize(("number", "stage", "function", "call"), KILLS)
-def test_killed_in_any_stage_and_resumed_equals_never_interrupted(monkeypatch, number, stage, function, call):
-    """kill -9 after some of the stage's work: what was saved of it is not done again, and the end is the same."""
+def test_killed_in_any_stage_and_resumed_equals_never_interrupted(
+    monkeypatch, tmp_path_factory, number, stage, function, call
+):
+    """kill -9 after some of the stage's work: what was saved of it is not done again, and the end is the same.
+
+    The run that is killed goes on from where the stage began in the one that is not.
+    """
     settings = {"eval_frequency": 1, "checkpoint_frequency": 8, "model_updates": 9, "generations": 3}
     settings |= {"rounds": number, "round_timesteps": 30, "eval_episodes": 1, "idle_limit": 7, "explore": 0.5}
-    running, init, saw = [], world_models.Stages.__init__, []
+    running, init, finish, begun = [], world_models.Stages.__init__, world_models.Stages.finish, {}
+
+    def copied(run) -> None:
+        finish(run)
+        begun[run.round, run.stage] = shutil.copytree(run.folder, tmp_path_factory.mktemp("stage") / "run")
+
     monkeypatch.setattr(world_models.Stages, "__init__", lambda self, *a: (running.append(self), init(self, *a))[1])
-    monkeypatch.setattr(world_models, "sees_new_scenery", lambda run, frames: saw.append(run.round) or True)
+    monkeypatch.setattr(world_models, "sees_new_scenery", lambda run, frames: True)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *_: None)
     if number not in WHOLE:
-        whole = run(world_models, **settings)
-        WHOLE[number] = load(whole), losses(whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(world_models.Stages, "finish", copied)
+            whole = run(world_models, **settings)
+        WHOLE[number] = load(whole), losses(whole), begun
+    run_dir = str(shutil.copytree(WHOLE[number][2][number, stage], Path.cwd() / "run"))
     original, calls = getattr(world_models, function), []
 
     def killed(*args, **kwargs):
@@ -1544,13 +1559,13 @@ def test_killed_in_any_stage_and_resumed_equals_never_interrupted(monkeypatch, n
     if not child:
         try:
             setattr(world_models, function, killed)
-            run(world_models, **settings)
+            resume(world_models, run_dir, **settings)
         finally:
             os._exit(0)  # it has not been killed
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    run_dir = str(max(Path.cwd().glob("run_*/runs/*"), key=os.path.getmtime))
-    (events,) = Path(run_dir).glob("events*")  # names have seconds and process: they are to sort by age
-    events.rename(events.with_name(re.sub(r"\d{10}", "1" * 10, events.name)))
+    events = sorted(Path(run_dir).glob("events*"), key=os.path.getmtime)
+    for i, path in enumerate(events):  # names have seconds and process: they are to sort by age
+        path.rename(path.with_name(re.sub(r"\d{10}", f"{i:010}", path.name, count=1)))
     counters = load(run_dir)["parts"]["counters"]
     assert (counters["round"], counters["stage"]) == (number, stage)
     resume(world_models, run_dir, **settings)
