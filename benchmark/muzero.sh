@@ -31,13 +31,13 @@ swingup() { # dm_control from state, 100K steps: hours on one core for each seed
 tables() { # FrozenLake and Taxi, a few minutes on one core for each seed
   for seed in 1 2 3; do
     python muzero.py --env-id FrozenLake-v1 --seed "$seed" --total-timesteps 20000 --eval-frequency 5000 --eval-episodes 100
-    python muzero.py --env-id Taxi-v4 --seed "$seed" --total-timesteps 30000 --eval-frequency 10000 --eval-episodes 50
+    python muzero.py --env-id Taxi-v4 --seed "$seed" --eval-episodes 20
   done
 }
 
 physics() { # Acrobot and LunarLander
   for seed in 1 2 3; do
-    python muzero.py --env-id Acrobot-v1 --seed "$seed" --total-timesteps 30000
+    python muzero.py --env-id Acrobot-v1 --seed "$seed" --eval-frequency 5000
     python muzero.py --env-id LunarLander-v3 --seed "$seed"
   done
 }

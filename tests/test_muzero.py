@@ -1969,17 +1969,23 @@ def test_any_game_in_a_row_has_the_settings_of_a_board(monkeypatch):
 
 
 def test_support_is_checked_against_the_largest_return(capsys):
-    """CartPole with gamma 0.997, its limit bootstrapped: 333.3 -> h = 17.62; 500 -> 21.88; 10 bins end at 117.4."""
-    for support, gamma, fits in (
-        (10, 0.997, False),
-        (17, 0.997, False),
-        (18, 0.997, True),
-        (10, 0.99, True),
-        (9, 0.99, False),
-        (21, 1.0, False),
-        (22, 1.0, True),
+    """CartPole with gamma 0.997, its limit bootstrapped: 333.3 -> h = 17.62; 500 -> 21.88; 10 bins end at 117.4.
+
+    Four steps an action earn four times as much: 400 with gamma 0.99, h = 19.42; but 500 in a whole episode.
+    """
+    for support, gamma, repeat, fits in (
+        (10, 0.997, 1, False),
+        (17, 0.997, 1, False),
+        (18, 0.997, 1, True),
+        (10, 0.99, 1, True),
+        (9, 0.99, 1, False),
+        (19, 0.99, 4, False),
+        (20, 0.99, 4, True),
+        (21, 1.0, 1, False),
+        (22, 1.0, 1, True),
+        (22, 1.0, 4, True),
     ):
-        args = make_args(support_size=support, gamma=gamma)
+        args = make_args(support_size=support, gamma=gamma, action_repeat=repeat)
         envs = muzero.make_vector_env(args, 1)
         if fits:
             muzero.check_support(args, envs)
@@ -1987,6 +1993,8 @@ def test_support_is_checked_against_the_largest_return(capsys):
         with pytest.raises(SystemExit):
             muzero.check_support(args, envs)
         assert "--support-size" in capsys.readouterr().err
+    for env_id in ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1"):  # the defaults
+        muzero.check_support(args := make_args(env_id=env_id), muzero.make_vector_env(args, 1))
     args = make_args(env_id="LunarLander-v3", support_size=10)
     muzero.check_support(args, muzero.make_vector_env(args, 1))
     assert "117" in capsys.readouterr().out
