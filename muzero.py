@@ -69,6 +69,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import gymnasium as gym
 import numpy as np
 import torch
+import torch._dynamo  # with Triton, which crashes if Mesa's OpenGL is loaded before it; optimizers need it anyway
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
@@ -1143,7 +1144,8 @@ def side_by_side(env_id: str, thunks: list[Callable[[], gym.Env]], workers: bool
     if len(thunks) == 1 or not workers:
         envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=mode)
     else:
-        multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])  # once for all
+        packages = ["torch._dynamo", "torch.utils.tensorboard", "gymnasium", "tyro"]
+        multiprocessing.set_forkserver_preload(packages)  # once for all
         envs = gym.vector.AsyncVectorEnv(thunks, context="forkserver", autoreset_mode=mode)
         warnings.filterwarnings("ignore", ".*ERROR: ")  # Gymnasium's own account of a worker's fault
 

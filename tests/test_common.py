@@ -310,6 +310,13 @@ def test_imports_have_no_side_effects(tmp_path):
     assert not LAZY - {"PIL"} & set(modules)
 
 
+def test_triton_is_loaded_before_opengl():
+    """Of PyTorch's wheel for GPUs. The first optimizer loads it, and if Mesa's OpenGL is there by then, it crashes."""
+    for path in SCRIPTS:
+        imports = {alias.name for node in ast.parse(path.read_text()).body for alias in getattr(node, "names", ())}
+        assert ("torch._dynamo" in imports) == (path.stem != "dyna_q"), path.stem  # which has no networks
+
+
 HELP = """
 import importlib, json, os, runpy, sys
 folders, packages = map(json.loads, sys.argv[1:])

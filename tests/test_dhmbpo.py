@@ -1439,17 +1439,6 @@ def test_walker_without_its_clip():
     assert not isinstance(dhmbpo.make_env(published("Hopper-v5"))().env.env.env, dhmbpo.Unclipped)
 
 
-def test_triton_is_loaded_before_opengl(monkeypatch):
-    """Of PyTorch's wheel for GPUs; an optimizer would load it after the first film, and the process would crash."""
-    calls = []
-    monkeypatch.setattr(dhmbpo.importlib, "import_module", calls.append)
-    monkeypatch.setattr(dhmbpo, "make_gymnasium", lambda *_, **__: calls.append("environment") or 1 / 0)
-    for film in (False, True):
-        with pytest.raises(ZeroDivisionError):
-            dhmbpo.make_env(make_args(env_id="Hopper-v5", capture_video=film))()
-    assert calls == ["environment", "torch._dynamo", "environment"]
-
-
 def test_unknown_terminations_are_refused(capsys):
     with pytest.raises(SystemExit):
         dhmbpo.main(Args(env_id="MountainCarContinuous-v0"))
