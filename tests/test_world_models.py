@@ -1804,10 +1804,10 @@ def test_streams_of_random_numbers_are_all_different():
 
 SIZES = {
     "frames": ({"total_timesteps": 10**9}, "GB of frames do not fit on the disk"),
-    "V": ({"vae_depth": 10**5}, "sizes of V, M and their batches"),
-    "frames of a batch": ({"vae_batch_size": 10**8}, "sizes of V, M and their batches"),
-    "M": ({"hidden_size": 10**6}, "sizes of V, M and their batches"),
-    "sequences": ({"model_batch_size": 10**9}, "sizes of V, M and their batches"),
+    "V": ({"vae_depth": 2**16}, "sizes of V, M and their batches"),
+    "frames of a batch": ({"vae_batch_size": 2**16, "vae_depth": 1024}, "sizes of V, M and their batches"),
+    "M": ({"hidden_size": 2**16}, "sizes of V, M and their batches"),
+    "sequences": ({"model_batch_size": 2**16, "sequence_length": 10**4}, "sizes of V, M and their batches"),
     "dreams": ({"population": 10**6, "episodes": 10**4}, "--population and --episodes"),
 }
 
