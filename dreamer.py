@@ -40,6 +40,7 @@ import glob
 import importlib
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
@@ -903,6 +904,8 @@ def be_a_worker() -> None:
     parent = multiprocessing.parent_process().sentinel  # a pipe; when its other end closes, SIGIO ends this process
     fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(parent, fcntl.F_SETFL, os.O_ASYNC)
+    if multiprocessing.connection.wait([parent], 0):  # it is gone already
+        os._exit(1)
 
 
 def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
@@ -1501,8 +1504,8 @@ def check_bounds(args: Args) -> None:
     for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')} ({error})")
+        except Exception as error:  # it may be missing, broken, or made for another version of another one
+            fail(f"cannot import {name} ({one_line(error)}): pip install {name.replace('PIL', 'pillow')}")
     if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
         fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
     for name, hint in get_type_hints(Args, include_extras=True).items():
@@ -1567,7 +1570,7 @@ def write_file(path: str, state: dict) -> None:
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # a full disk, above all, which torch puts behind an error of its own
-        cause = isinstance(error, RuntimeError) and error.__context__ or error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {cause}") from error
     finally:
         with contextlib.suppress(OSError):

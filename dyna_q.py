@@ -881,12 +881,14 @@ def open_loop(model: Model, i: int, s: int, actions: np.ndarray) -> tuple[np.nda
     """
     belief, places, rewards = np.eye(1, model.visits.shape[1], s)[0], [], []
     for a in actions:
-        visits, counts, ends = model.visits[i, :, a], model.counts[i, :, a], model.terminations[i, :, a]
-        share, stays = (belief / np.maximum(visits, 1))[:, None], np.where(visits == 0, belief, 0)
-        arrive = functools.partial(np.bincount, model.next_states[i, :, a].ravel(), minlength=len(belief))
+        here, stays = np.flatnonzero(belief), np.zeros_like(belief)  # few of many states
+        visits, counts, weights = model.visits[i, here, a], model.counts[i, here, a], belief[here]
+        stays[here] = np.where(visits == 0, weights, 0)
+        share = (weights / np.maximum(visits, 1))[:, None]
+        arrive = functools.partial(np.bincount, model.next_states[i, here, a].ravel(), minlength=len(belief))
         places.append(stays + arrive((share * counts).ravel()))
-        rewards.append(belief @ model.rewards[i, :, a])
-        belief = stays + arrive((share * (counts - ends)).ravel())
+        rewards.append(weights @ model.rewards[i, here, a])
+        belief = stays + arrive((share * (counts - model.terminations[i, here, a])).ravel())
     return np.array(places), np.array(rewards)
 
 
@@ -898,6 +900,8 @@ def log_open_loop(model: Model, episodes: list[list[tuple]], run: "Run") -> None
     length, errors = min(25, max(map(len, episodes))), []
     pieces = [steps[t : t + length] for steps in episodes for t in range(0, len(steps) - length + 1, length)]
     for piece in pieces[:100]:
+        if run.tick("open loop"):
+            return
         states, actions, rewards, next_states = map(np.array, zip(*piece, strict=True))
         places, expected = open_loop(model, 0, states[0], actions)
         errors.append((1 - places[np.arange(length), next_states], np.abs(expected - rewards)))
@@ -1080,8 +1084,8 @@ def check_bounds(args: Args) -> None:
     for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')} ({error})")
+        except Exception as error:  # it may be missing, broken, or made for another version of another one
+            fail(f"cannot import {name} ({one_line(error)}): pip install {name.replace('PIL', 'pillow')}")
     if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
         fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
     for name, hint in get_type_hints(Args, include_extras=True).items():
@@ -1146,7 +1150,7 @@ def write_file(path: str, state: dict) -> None:
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # a full disk, above all, which torch puts behind an error of its own
-        cause = isinstance(error, RuntimeError) and error.__context__ or error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {cause}") from error
     finally:
         with contextlib.suppress(OSError):

@@ -115,7 +115,7 @@ class Args:
     total_timesteps: Count | None = None  # environment steps of the run; default by task
     num_envs: Few | None = None  # environments or games played side by side, one search for all; default by task
     max_episode_steps: Count | None = None  # time limit where there is none; default by task
-    action_repeat: Few | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
+    action_repeat: Few | None = None  # environment steps per action (rewards summed); default by task
     gamma: Share | None = None  # discount per action; default by task
     two_player: bool | None = None  # players alternate, values are the mover's and within -1 ... 1; default by task
 
@@ -1046,7 +1046,7 @@ TASKS = {
 ATARI = {  # deviation 12: EfficientZero's
     "total_timesteps": 500_000, "buffer_size": 100_000, "batch_size": 256, "td_steps": 5, "num_simulations": 50,
     "learning_rate": 5e-4, "dirichlet_alpha": 0.3, "temperature_steps": (250_000, 375_000),
-    "priority_alpha": 1.0, "max_episode_steps": 27_000,  # decisions: 30 minutes of play
+    "priority_alpha": 1.0, "max_episode_steps": 27_000,  # 30 minutes of play
 }  # fmt: skip
 DM_CONTROL = {
     "total_timesteps": 100_000, "num_envs": 8, "buffer_size": 100_000, "action_repeat": 2, "gamma": 0.994,
@@ -1941,8 +1941,8 @@ def check_bounds(args: Args) -> None:
     for name in LATE_IMPORTS + ["wandb"] * args.track + ["moviepy"] * args.capture_video:
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            fail(f"a package is missing: pip install {name.replace('PIL', 'pillow')} ({error})")
+        except Exception as error:  # it may be missing, broken, or made for another version of another one
+            fail(f"cannot import {name} ({one_line(error)}): pip install {name.replace('PIL', 'pillow')}")
     if re.fullmatch(r"[\w.+-]+", args.exp_name) is None or args.exp_name == "checkpoint":
         fail(f"--exp-name {args.exp_name!r} must be made of letters, digits and _.+-, and not be 'checkpoint'")
     for name, hint in get_type_hints(Args, include_extras=True).items():
@@ -2007,7 +2007,7 @@ def write_file(path: str, state: dict) -> None:
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # a full disk, above all, which torch puts behind an error of its own
-        cause = isinstance(error, RuntimeError) and error.__context__ or error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise SystemExit(f"\nerror: cannot write {path}, the last checkpoint stays as it is: {cause}") from error
     finally:
         with contextlib.suppress(OSError):

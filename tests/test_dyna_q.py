@@ -1319,7 +1319,9 @@ def test_open_loop_errors_by_hand(length):
     for s in range(90):
         learners.update((s, 0, 1.0, s + 1, False)).update((s, 0, 0.0, s, False))
     episodes = [[(s, 0, 1.0, s + 1) for s in range(length)], [(7, 0, 1.0, 0)] * 3, []]  # too short, and one that began
-    dyna_q.log_open_loop(learners.model, episodes, SimpleNamespace(log=logged.update))
+    dyna_q.log_open_loop(learners.model, episodes, SimpleNamespace(log=logged.update, tick=lambda doing: True))
+    assert not logged  # the run was asked to stop
+    dyna_q.log_open_loop(learners.model, episodes, SimpleNamespace(log=logged.update, tick=lambda doing: False))
     expected = {f"open_loop/obs_error_{k}": 1 - 0.5**k for k in range(1, min(25, length) + 1)}
     expected |= {f"open_loop/reward_error_{k}": 0.5 for k in range(1, min(25, length) + 1)}
     assert logged == pytest.approx(expected)
@@ -1334,7 +1336,7 @@ def test_open_loop_stretches(monkeypatch):
         return np.zeros((25, 9000)), np.zeros(25)
 
     monkeypatch.setattr(dyna_q, "open_loop", spy)
-    run = SimpleNamespace(log=lambda values: None)
+    run = SimpleNamespace(log=lambda values: None, tick=lambda doing: False)
     dyna_q.log_open_loop(None, [[(s, -s, 0.0, s + 1) for s in range(n)] for n in (60, 24, 2_900)], run)
     starts = [0, 25, *range(0, 98 * 25, 25)]
     assert asked == [(0, s, *range(-s, -s - 25, -1)) for s in starts]

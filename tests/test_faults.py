@@ -512,7 +512,7 @@ def test_a_package_that_is_broken_is_named(script, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == "moviepy"]:
         monkeypatch.delitem(sys.modules, name)
     line = error_of(capsys, script.main, tiny(script, capture_video=True))
-    assert "pip install moviepy (a library of another version)" in line and not Path("runs").exists()
+    assert "(ImportError: a library of another version): pip install moviepy" in line and not Path("runs").exists()
 
 
 def test_a_film_of_a_run_needs_its_package(script, monkeypatch, capsys):

@@ -1898,6 +1898,21 @@ def test_a_run_that_kept_no_buffer_records_anew():
     assert os.path.getsize(Path(run_dir, "frames.bin")) == 72 * 64 * 64 * 3
 
 
+@pytest.mark.parametrize("screen", [None, "dummy"])
+def test_the_window_opens_where_the_user_wants_it(screen, monkeypatch):
+    """Environments are made without a screen; that is not left to the window."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    import pygame
+
+    asked, run_dir = [], run(world_models)
+    if screen is None:
+        monkeypatch.delenv("SDL_VIDEODRIVER")
+    monkeypatch.setattr(pygame, "init", lambda: asked.append(os.environ.get("SDL_VIDEODRIVER")) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world_models.main(tiny(world_models, play=run_dir))
+    assert asked == [screen] and not pygame.display.get_init()
+
+
 def test_the_dream_is_entered_by_keyboard(monkeypatch):
     """Headless: what is pressed acts, C acts after c, a dream begins anew after r and where it ends, escape closes."""
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
