@@ -101,8 +101,8 @@ def test_a_fault_between_checkpoints(script, when, num_envs, capsys):
     folder = str(next(Path.cwd().glob("run_0/runs/*")))
     line, step = fault_of(capsys, script, folder), load(folder)["global_step"]
     assert f"step {last_good + 1}: " in line and num_envs * last_good - 10 <= step <= num_envs * last_good
-    resume(script, folder, **settings, total_timesteps=step + 24)
-    assert load(folder)["global_step"] == step + 24
+    resume(script, folder, **settings, total_timesteps=step + 24 * num_envs)
+    assert load(folder)["global_step"] == step + 24 * num_envs
 
 
 @pytest.mark.parametrize("fault", ["array", "options", pytest.param("close raises", marks=ONCE)])
