@@ -2,7 +2,7 @@
 # Every command behind docs/dyna_q.md, from the repository root: bash benchmark/dyna_q.sh figures|tasks|speed
 set -euo pipefail
 
-figures() { # Sutton & Barto, chapter 8: about two minutes
+figures() { # Sutton & Barto, chapter 8: a quarter of an hour, nearly all of it prioritized sweeping
   python benchmark/dyna_q_figures.py 8.2 docs/dyna_q_8_2.png
   python benchmark/dyna_q_figures.py 8.4 docs/dyna_q_8_4.png
   python benchmark/dyna_q_figures.py 8.5 docs/dyna_q_8_5.png
