@@ -2,6 +2,7 @@
 
 import ctypes.util
 import dataclasses
+import fcntl
 import importlib
 import os
 import re
@@ -154,6 +155,41 @@ def test_an_environment_that_hangs_holds_nothing(script, fault, num_envs, number
     assert process.returncode == (128 + number if number == signal.SIGTERM else -number), err
     assert "Traceback" not in err and (number == signal.SIGKILL or "does not return" in err)
     wait_for(lambda: not processes_in(str(Path.cwd())))
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_worker_of_a_run_that_is_gone_ends_at_once(alive, monkeypatch):
+    """The kernel tells it when the pipe closes, not that it was closed before."""
+    mbpo, (reader, writer), ended = importlib.import_module("mbpo"), os.pipe(), []
+    monkeypatch.setattr(mbpo.multiprocessing, "parent_process", lambda: types.SimpleNamespace(sentinel=reader))
+    monkeypatch.setattr(mbpo.os, "setsid", lambda: None)
+    monkeypatch.setattr(mbpo.os, "_exit", ended.append)
+    if not alive:
+        os.close(writer)
+    mbpo.be_a_worker()
+    assert ended == [] if alive else ended == [1]
+    fcntl.fcntl(reader, fcntl.F_SETFL, 0)  # this process is not to end with it
+    os.close(reader)
+    if alive:
+        os.close(writer)
+
+
+@pytest.mark.stands_for_all("mbpo")
+@pytest.mark.parametrize("former", [OSError("No space left"), ValueError("of the environment")])
+def test_what_cannot_be_written_says_why(script, former, monkeypatch):
+    """Torch puts a full disk behind an error of its own; a fault that is being handled is not the reason."""
+
+    def save(state, file):
+        try:
+            raise former
+        except Exception:
+            raise RuntimeError("enforce fail")  # noqa: B904
+
+    monkeypatch.setattr(script.torch, "save", save)
+    with pytest.raises(SystemExit) as stopped:
+        script.write_file("checkpoint.pt", {})
+    assert str(stopped.value).endswith("No space left" if isinstance(former, OSError) else "enforce fail")
+    assert os.listdir() == []
 
 
 @pytest.mark.stands_for_all("dyna_q", "mbpo")
