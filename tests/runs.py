@@ -4,6 +4,8 @@ import dataclasses
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import random
 import runpy
@@ -378,19 +380,19 @@ def flags_of(args) -> list[str]:
 class Started:
     """`python script.py flags` in a process and a session of its own, in the folder where it was begun.
 
-    It is forked from a process that has imported the packages already (conftest.py), numba's functions run as Python,
-    and alarms come ten times as early: all of that takes seconds each time. What it says goes into files beside the
-    folder.
+    It is forked from a process that has imported the packages already (conftest.py), so are its workers if `own_server`
+    does not ask for a fork server of its own; numba's functions run as Python, alarms come ten times as early: all that
+    takes seconds each time. What it says goes into files beside the folder.
     """
 
     count = 0
 
-    def __init__(self, script, *flags: str):
+    def __init__(self, script, *flags: str, own_server: bool = False):
         Started.count += 1
         self.streams = [f"{os.getcwd()}.{Started.count}.{name}" for name in ("out", "err")]
         path = str(ROOT / f"{script.__name__}.py")
         context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=be_a_script, args=([path, *flags], *self.streams))
+        self.process = context.Process(target=be_a_script, args=([path, *flags], self.streams, own_server))
         self.process.start()
         self.pid = self.process.pid
 
@@ -419,24 +421,54 @@ class Started:
         return self.process.exitcode
 
 
-def be_a_script(argv: list[str], out: str, err: str) -> None:
+def be_a_script(argv: list[str], streams: list[str], own_server: bool) -> None:
     """Body of the process of Started: what the interpreter does with a script."""
     os.setsid()
     hear_signals()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream, name in ((sys.stdout, out), (sys.stderr, err)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    say_into(streams)
     tests = [multiprocessing.parent_process().sentinel]
     threading.Thread(target=lambda: (multiprocessing.connection.wait(tests), os._exit(1)), daemon=True).start()
+    if not own_server:
+        multiprocessing.forkserver.ensure_running = multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+        multiprocessing.context.ForkServerContext.Process, Worker.streams = Worker, streams
     numba.config.DISABLE_JIT = True
-    wait = signal.setitimer  # ten times as impatient, and what is left of the former one in the script's own seconds
-    signal.setitimer = lambda which, *seconds: tuple(10 * left for left in wait(which, *(s / 10 for s in seconds)))
+    be_impatient()
     sys.argv = argv
     try:
         runpy.run_path(argv[0], run_name="__main__")
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
+
+
+class Worker(multiprocessing.context.ForkServerProcess):
+    """A worker that comes from the tests' fork server; a script's own would hand it streams and environment."""
+
+    streams: list[str]
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.inherited = self.streams, dict(os.environ)
+
+    def run(self) -> None:
+        streams, environ = self.inherited
+        say_into(streams)
+        os.environ.update(environ)
+        be_impatient()
+        super().run()
+
+
+def be_impatient() -> None:
+    """Alarms come ten times as early; what is left of one is told in the script's own seconds."""
+    wait = signal.setitimer
+    signal.setitimer = lambda which, *seconds: tuple(10 * left for left in wait(which, *(s / 10 for s in seconds)))
+
+
+def say_into(streams: list[str]) -> None:
+    """Standard output and error go into these files from now on, behind what is there."""
+    for stream, name in zip((sys.stdout, sys.stderr), streams, strict=True):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
 
 
 def start(script, *flags: str) -> subprocess.Popen:

@@ -148,7 +148,8 @@ def test_an_environment_that_hangs_holds_nothing(script, fault, num_envs, number
     if num_envs > 1 and not TRAITS[script.__name__]["workers"]:
         pytest.skip("plays all environments in its own process")
     settings = {"env_id": faulty(script, fault), "num_envs": num_envs, "total_timesteps": 10**6}
-    process = Started(script, *flags_of(tiny(script, **settings)))
+    own_server = (fault, number) == ("hang", signal.SIGKILL)  # which is to end with the run, too
+    process = Started(script, *flags_of(tiny(script, **settings)), own_server=own_server)
     wait_for(Path("hanging").exists)
     process.send_signal(number)
     _, err = process.communicate(timeout=30)

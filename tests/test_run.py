@@ -273,7 +273,7 @@ def test_kill_at_random_moments_keeps_a_loadable_checkpoint(script, num_envs):
         step = state["global_step"]
     assert step > 24, "the kills were too early to see any training"
     wait_for(lambda: not processes_in(os.getcwd()))
-    final = resume(script, run_dir, **settings | {"total_timesteps": step + 24})
+    final = resume(script, run_dir, **settings | {"total_timesteps": step + 24, "checkpoint_frequency": 24})
     assert load(final)["global_step"] == step + 24
     assert_healthy(run_dir)
 
@@ -314,7 +314,7 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, num
     script = importlib.import_module(name)
     changes = {"total_timesteps": 10**6, "checkpoint_frequency": 0, "num_envs": num_envs}
     before = set(processes_in(os.getcwd()))
-    process = Started(script, *flags_of(tiny(script, **changes)))
+    process = Started(script, *flags_of(tiny(script, **changes)), own_server=True)
     process.wait_for("episodic_return")
     assert len(set(processes_in(os.getcwd())) - before) >= (num_envs if TRAITS[name]["workers"] else 1)
     os.killpg(process.pid, number)
