@@ -110,7 +110,7 @@ class Args:
     env_id: str = "Hopper-v5"  # Gymnasium id (my_module:MyEnv-v0) or dm_control task (walker-walk), observed by state
     total_timesteps: Count | None = None  # environment steps of the run, the random ones included; default by task
     num_envs: Few = 1  # environments played side by side, each in its own process if more than one
-    max_episode_steps: Count = 1_000  # time limit where there is none
+    max_episode_steps: Count | None = None  # most steps of an episode; default the task's limit, or 1,000
     buffer_size: Count = 1_000_000  # capacity of the replay buffer of real transitions
     learning_starts: Count | None = None  # environment steps of random actions before learning begins; default by task
     model_train_frequency: Count | None = None  # environment steps between blocks of learning; default by task
@@ -785,8 +785,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             env = make_gymnasium(args.env_id, **render, **ENV_KWARGS.get(args.env_id, {}))
             if task_name(args.env_id) == "Walker2d":
                 env = Unclipped(env)  # deviation 5: velocities as they are
-            if env.spec.max_episode_steps is None:
-                env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
+        if args.max_episode_steps or not env.has_wrapper_attr("_max_episode_steps"):
+            env = gym.wrappers.TimeLimit(env, args.max_episode_steps or 1_000)
         env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
         return fit_spaces(Film(env, video) if video else env, args.env_id)
 

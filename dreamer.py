@@ -112,7 +112,7 @@ class Args:
     size: Literal["auto", "published", "laptop"] = "auto"  # SIZES, of what is None below; auto: laptop without a GPU
     obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; a Gymnasium id has its own
     renderer: Literal["auto", "gl", "raycast"] = "auto"  # dm_control pixels: OpenGL, our ray-caster; auto = gl if there
-    max_episode_steps: Count | None = None  # time limit where there is none; default 1,000, Atari 27,000 decisions
+    max_episode_steps: Count | None = None  # most steps of an episode; default the task's limit, or 1,000
     action_repeat: Count | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
     cont_head: bool | None = None  # learn when episodes terminate; default: not on dm_control, else yes
     clip_rewards: Literal["none", "tanh"] = "none"  # squash rewards before learning (tanh in V1's Atari experiments)
@@ -795,7 +795,7 @@ def with_task_defaults(args: Args) -> Args:
     suite = is_dm_control(args.env_id)
     size = {"cuda": "published", "cpu": "laptop"}[choose_device(args).type] if args.size == "auto" else args.size
     defaults = {"action_repeat": 2 if suite else 1, "cont_head": not suite, **SIZES[size]}
-    defaults["max_episode_steps"] = 27_000 if re.match(ATARI, args.env_id) else 1_000
+    defaults |= {"max_episode_steps": 27_000} if re.match(ATARI, args.env_id) else {}
     args = replace(args, size=size)
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
@@ -816,8 +816,8 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
-            if env.spec.max_episode_steps is None:  # deviation 13: an evaluation must end
-                env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
+        if args.max_episode_steps or not env.has_wrapper_attr("_max_episode_steps"):  # deviation 13
+            env = gym.wrappers.TimeLimit(env, args.max_episode_steps or 1_000)
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
         if pixels:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)

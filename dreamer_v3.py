@@ -115,7 +115,7 @@ class Args:
     num_envs: Few = 1  # environments played side by side, each in its own process if more than one
     obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; a Gymnasium id has its own
     renderer: Literal["auto", "gl", "raycast"] = "auto"  # dm_control pixels: OpenGL, our ray-caster; auto = gl if there
-    max_episode_steps: Count | None = None  # time limit where there is none; default 1,000, Atari 27,000 decisions
+    max_episode_steps: Count | None = None  # most steps of an episode; default the task's limit, or 1,000
     action_repeat: Few | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
 
     # replay, and how often to learn from it
@@ -893,7 +893,7 @@ def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given depends on the kind of environment."""
     args = replace(args, env_id=re.sub(r"^dm_control/(.+)-v0$", r"\1", args.env_id))  # what Shimmy calls a task
     defaults = {"action_repeat": 2 if is_dm_control(args.env_id) else 1}  # deviation 3
-    defaults["max_episode_steps"] = 27_000 if re.match(ATARI, args.env_id) else 1_000
+    defaults |= {"max_episode_steps": 27_000} if re.match(ATARI, args.env_id) else {}
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
@@ -913,8 +913,8 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
-            if env.spec.max_episode_steps is None:  # deviation 13: an evaluation must end
-                env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
+        if args.max_episode_steps or not env.has_wrapper_attr("_max_episode_steps"):  # deviation 13
+            env = gym.wrappers.TimeLimit(env, args.max_episode_steps or 1_000)
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
         if pixels:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)

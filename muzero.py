@@ -114,7 +114,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id (ALE/Pong-v5), dm_control task (cartpole-swingup) or tictactoe
     total_timesteps: Count | None = None  # environment steps of the run; default by task
     num_envs: Few | None = None  # environments or games played side by side, one search for all; default by task
-    max_episode_steps: Count | None = None  # time limit where there is none; default by task
+    max_episode_steps: Count | None = None  # most steps of an episode; default the task's limit, or 1,000
     action_repeat: Few | None = None  # environment steps per action (rewards summed); default by task
     gamma: Share | None = None  # discount per action; default by task
     two_player: bool | None = None  # players alternate, values are the mover's and within -1 ... 1; default by task
@@ -1014,7 +1014,7 @@ DEFAULTS = {
     "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
     "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,  # deviation 10: uniform
     "two_player": False, "action_repeat": 1, "reanalyze_ratio": 0.0, "consistency_scale": 0.0,
-    "entropy_scale": 0.05, "q_floor": 0.0, "max_episode_steps": 1_000,
+    "entropy_scale": 0.05, "q_floor": 0.0,
 }  # fmt: skip
 BOARD = {
     "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
@@ -1091,8 +1091,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
-            if env.spec.max_episode_steps is None:
-                env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
+        if args.max_episode_steps or not env.has_wrapper_attr("_max_episode_steps"):
+            env = gym.wrappers.TimeLimit(env, args.max_episode_steps or 1_000)
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
         return fit_spaces(Film(env, video) if video else env, args.env_id)
 
@@ -2435,8 +2435,8 @@ def check_args(args: Args) -> None:
     most = math.inf if callable(game) else 2 * game[2] - 2  # one more could win
     if args.opening_moves > most:
         fail(f"--opening-moves of {args.env_id} must be at most {most}, not {args.opening_moves}")
-    if args.capture_video and args.env_id in BOARD_GAMES:
-        fail(f"{args.env_id} has no pictures for --capture-video")
+    if args.env_id in BOARD_GAMES and (args.capture_video or args.max_episode_steps):
+        fail(f"{args.env_id} has no pictures for --capture-video and no use for --max-episode-steps")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 

@@ -123,7 +123,7 @@ class Args:
     env_id: str = "VizdoomTakeCover-v1"  # Gymnasium id with image observations (CarRacing-v3, my_module:MyEnv-v0)
     total_timesteps: Count | None = None  # environment steps of random actions, recorded for V and M; default by task
     num_envs: Few = 1  # environments played side by side in all stages, each in its own process if more than one
-    max_episode_steps: Count | None = None  # time limit where there is none; default by task
+    max_episode_steps: Count | None = None  # most steps of an episode; default by task: its own, 10,000
     rounds: Count = 1  # times that the stages follow each other; C plays what the later rounds record; may be raised
     round_timesteps: Count = 15_000  # environment steps that each later round records
     record_sigma: Amount = 0.05  # standard deviation of the weights around C's that play an episode of a later round
@@ -933,7 +933,7 @@ LATE_IMPORTS = ["cma", "PIL", "matplotlib"]  # packages that are imported where 
 DEFAULTS = {
     "total_timesteps": 1_000_000, "controller_env": "dream", "max_hold": 10, "min_episode_length": 2, "latent_size": 32,
     "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0, "end_weight": 1.0,
-    "pessimism": 1.0, "at_rest": 1.0, "max_episode_steps": 10_000,
+    "pessimism": 1.0, "at_rest": 1.0,
 }  # fmt: skip
 TASKS = {
     "VizdoomTakeCover": {
@@ -1147,8 +1147,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
         if os.getpid() != main_process:
             be_a_worker()
         env = make_pictures(args, video is not None)
-        if env.spec.max_episode_steps is None:
-            env = gym.wrappers.TimeLimit(env, args.max_episode_steps)
+        limits = filter(None, (args.max_episode_steps, env.spec.max_episode_steps))
+        env = gym.wrappers.TimeLimit(env, min(limits, default=10_000))
         env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
         return Resting(fit_spaces(Film(env, video) if video else env, args))
 

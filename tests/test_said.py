@@ -39,6 +39,15 @@ def test_an_environment_without_a_time_limit_is_named_and_gets_one(script, capsy
     assert differences(load(folder)["parts"], load(finished(script))["parts"]) == []
 
 
+def test_an_environment_with_a_time_limit_gets_a_shorter_one(script):
+    """--max-episode-steps are the most steps of an episode: beyond the task's own limit they change nothing."""
+    env_id = TINY[script.__name__]["env_id"]
+    cases = (env_id, 5), (env_id.replace(":", ":Endless"), 5), (env_id, 12), (env_id, 10**6)
+    parts = [load(run(script, env_id=name, max_episode_steps=limit))["parts"] for name, limit in cases]
+    same = [differences(parts[0], others) == [] for others in parts]
+    assert same == [True, True, False, False] and differences(parts[2], parts[3]) == []
+
+
 def test_steps_per_second_are_those_of_training(script):
     """An evaluation of 100 seconds does not count."""
     quiet = lambda *args, **kwargs: None  # noqa: E731
