@@ -757,9 +757,9 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         fail(f"{env_id}: actions must be a bounded vector Box, not {action}")
     unbounded = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
     env = gym.wrappers.TransformObservation(env, lambda o: np.asarray(o, np.float32), unbounded)
-    low, scale = action.low, (action.high - action.low) / 2
+    low, high = action.low.astype(float), action.high.astype(float)
     space = gym.spaces.Box(-1, 1, action.shape, np.float32)
-    return gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
+    return gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) / 2 * (high - low)).astype(action.dtype), space)
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:

@@ -1107,9 +1107,9 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
     obs, action = env.observation_space, env.action_space
     is_box, vector = (isinstance(space, gym.spaces.Box) for space in (obs, action))
     if vector and len(action.shape) == 1 and action.is_bounded("both") and len(obs.shape or (1,)) == 1:
-        low, scale = action.low, (action.high - action.low) / 2
+        low, high, kind = action.low.astype(float), action.high.astype(float), action.dtype
         space = gym.spaces.Box(-1, 1, action.shape, np.float32)
-        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) * scale).astype(action.dtype), space)
+        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) / 2 * (high - low)).astype(kind), space)
     elif not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
         fail(f"{env_id}: actions must be Discrete starting at 0, or with vectors a bounded vector Box, not {action}")
     if is_box and len(obs.shape) == 3 and max(obs.shape[:2]) <= 24:  # a grid

@@ -1417,7 +1417,8 @@ def test_update_of_continuous_actions():
 
 def test_box_actions_are_rescaled_to_the_environment():
     """-1 and 1 of the agent are the bounds of the box, each number's its own; a repeated action earns the sum."""
-    box, taken = gym.spaces.Box(np.array([-2, 0], np.float32), np.array([2, 1], np.float32)), []
+    most, taken = np.finfo(np.float32).max, []
+    box = gym.spaces.Box(np.float32([-2, 0, -most]), np.float32([2, 1, most]))
 
     class Recorder(gym.Env):
         observation_space, action_space = gym.spaces.Box(-1, 1, (3,)), box
@@ -1427,11 +1428,11 @@ def test_box_actions_are_rescaled_to_the_environment():
             return np.zeros(3), 1.5, False, len(taken) == 3, {}
 
     env = muzero.fit_spaces(muzero.ActionRepeat(Recorder(), 2), "recorder")
-    assert env.action_space == gym.spaces.Box(-1, 1, (2,), np.float32)
-    assert env.step(np.array([-1, 1], np.float32))[1:4] == (3.0, False, False)
-    obs, reward, _, truncated, _ = env.step(np.array([0, 0], np.float32))
+    assert env.action_space == gym.spaces.Box(-1, 1, (3,), np.float32)
+    assert env.step(np.array([-1, 1, 1], np.float32))[1:4] == (3.0, False, False)
+    obs, reward, _, truncated, _ = env.step(np.array([0, 0, 0], np.float32))
     assert (reward, truncated, obs.dtype) == (1.5, True, np.float32)
-    np.testing.assert_allclose(taken, [[-2, 1], [-2, 1], [0, 0.5]])
+    np.testing.assert_allclose(taken, [[-2, 1, most], [-2, 1, most], [0, 0.5, 0]])
 
 
 def test_dm_control_tasks_run():
