@@ -1660,16 +1660,18 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.requested = 0
+        self.requested, self.since = 0, -math.inf  # the signal, and when it came
         signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
         heard = [s for s in signals if signal.getsignal(s) is not signal.SIG_IGN]  # nohup has SIGHUP ignored
         self.previous = {s: signal.signal(s, self) for s in heard}
         self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
 
     def __call__(self, signum: int, frame) -> None:
+        if time.monotonic() < self.since + 0.5:  # a launcher such as uv hands on what its group was sent, too
+            return
         if self.requested:
             raise StopNow(128 + signum)
-        self.requested = signum
+        self.requested, self.since = signum, time.monotonic()
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
         signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms

@@ -158,7 +158,7 @@ def test_drift_is_noticed():
     head, text = "def next_multiple(step: int, frequency: int) -> float:", "The next multiple of a frequency after"
     assert planted(head, head) == []
     assert planted(text, "The multiple of a frequency after") == ["next_multiple"]
-    assert planted("self.requested = signum\n", "self.requested = True\n") == ["StopRequest"]
+    assert planted("self.since = signum, ", "self.since = True, ") == ["StopRequest"]
     assert planted("    seed: Seed = 1  #", "    seed: Seed = 2  #") == ["Args"]
     assert planted("def main(", "def extra():\n    pass\n\n\ndef main(") == []
     function = definitions(source)["next_multiple"]

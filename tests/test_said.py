@@ -65,6 +65,20 @@ def test_an_id_that_names_a_module_is_not_one_of_dm_control(script):
     assert [script.is_dm_control(env_id) for env_id in ids] == [True, False, False, False]
 
 
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_request_stops_at_once(script, again, monkeypatch):
+    """But not one that is handed on: `uv run` and service managers send what the whole group was sent once more."""
+    stop, now = script.StopRequest(), [100.0]
+    monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
+    for now[0] in (100.0, 100.4):
+        signal.raise_signal(signal.SIGTERM if now[0] == 100 else again)
+        assert stop.requested == signal.SIGTERM
+    now[0] = 100.6
+    with pytest.raises(script.StopNow) as stopped:
+        signal.raise_signal(again)
+    assert stopped.value.code == 128 + again
+
+
 def test_a_stop_outlives_the_end_of_an_environment(script):
     """Its alarm is not taken back with that of close."""
 
