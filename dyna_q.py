@@ -410,18 +410,6 @@ def main(args: Args) -> str:
     dones, step = np.ones(args.num_envs, bool), run.step // args.num_envs
     eval_envs, world = None, known_dynamics(envs)
 
-    def report() -> None:
-        """TD errors since the last report, and the model beside the environment's own table, if it has one."""
-        direct, planning, updates = sums.sum(0)
-        steps = (step - 1) % args.report_frequency + 1  # since the last report
-        run.metrics = {"losses/td_error": direct / steps / args.num_envs}
-        run.metrics |= {"model/planning_td_error": planning / max(updates, 1)}
-        run.metrics |= {"model/states_visited": model.num_visited.mean()}
-        if world is not None:
-            run.metrics |= model_errors(model, *read_table(world, getattr(world, "layout", 0)))
-        run.report()
-        run.metrics, sums[:] = {}, 0
-
     while True:
         if run.eval_due(dones):
             eval_envs = evaluate_and_log(q, model, eval_envs, run, step)
@@ -442,10 +430,10 @@ def main(args: Args) -> str:
         if dones.any():
             run.log_episodes(infos, dones)
         if step % args.report_frequency == 0:
-            report()
+            report(model, sums, world, step, run)
 
     if step % args.report_frequency and run.step > run.reported[0]:
-        report()  # the rest; what was saved has the sums that a resumed run goes on with
+        report(model, sums, world, step, run)  # the rest; what was saved has the sums that a resumed run goes on with
     if arrows := draw_policy(values_to_play(q[:1], model, args)[0], envs):
         run.say(f"what the first learner would do:\n{arrows}")
     envs.close()
@@ -1011,6 +999,19 @@ def read_table(world: gym.Env, layout: int) -> tuple[np.ndarray, np.ndarray]:
         reached |= new
         new = {n for s in new for a in range(A) for p, n, _, end in P[s][a] if p > 0 and not end} - reached
     return table, np.isin(np.arange(S), list(reached))
+
+
+def report(model: Model, sums: np.ndarray, world, step: int, run: "Run") -> None:
+    """TD errors since the last report, and the model beside the environment's own table, if it has one."""
+    args, (direct, planning, updates) = run.args, sums.sum(0)
+    steps = (step - 1) % args.report_frequency + 1  # since the last report
+    run.metrics = {"losses/td_error": direct / steps / args.num_envs}
+    run.metrics |= {"model/planning_td_error": planning / max(updates, 1)}
+    run.metrics |= {"model/states_visited": model.num_visited.mean()}
+    if world is not None:
+        run.metrics |= model_errors(model, *read_table(world, getattr(world, "layout", 0)))
+    run.report()
+    run.metrics, sums[:] = {}, 0
 
 
 def model_errors(model: Model, table: np.ndarray, reached: np.ndarray) -> dict[str, float]:
