@@ -202,6 +202,18 @@ def register(name: str, entry_point, max_episode_steps: int | None, **kwargs) ->
 WHEN = {"": 30, "Early": 0, "Quarter": 225, "Late": 900}  # how many steps are good
 
 
+class FaultyPixels(MovingPixels):
+    """Fails in its eighteenth step, as long as there is a file `fault`."""
+
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 18 and os.path.exists("fault"):
+            raise RuntimeError("no more")
+        return super().step(action)
+
+
 class Faulty(gym.Wrapper):
     """An environment that does `fault` after the first `last_good` steps of its life."""
 
@@ -294,6 +306,7 @@ register("TinyPixels-v0", TinyPixels, 12)
 register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
 register("CalmPixelsDiscrete-v0", TinyPixels, 12, discrete=True)
 register("MovingPixels-v0", MovingPixels, 12)
+register("FaultyPixels-v0", FaultyPixels, 12)
 register("NanReward-v0", TinyPixels, 12, nan_after=30)
 register("Counter-v0", Counter, 12)
 register("DeadlyCounter-v0", Counter, 12, fatal=8)

@@ -1033,7 +1033,7 @@ def test_recording_is_that_of_a_plain_loop():
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_a_fault_while_recording_loses_nothing(num_envs, capsys):
     """What was recorded up to it stays, the episodes in progress too, cut off; the run goes on from there."""
-    settings = {"env_id": "test_world_models:Faulty-v0", "num_envs": num_envs, "total_timesteps": 62}
+    settings = {"env_id": "fake_envs:FaultyPixels-v0", "num_envs": num_envs, "total_timesteps": 62}
     Path("fault").touch()
     with pytest.raises(SystemExit) as stopped:
         world_models.main(tiny(world_models, **settings))
@@ -1047,21 +1047,6 @@ def test_a_fault_while_recording_loses_nothing(num_envs, capsys):
     again = load(resume(world_models, str(run_dir), **settings))
     assert again["global_step"] == sum(again["parts"]["replay"]["lengths"]) == 62
     assert os.path.getsize(run_dir / "frames.bin") == 62 * 64 * 64 * 3
-
-
-class Faulty(fake_envs.MovingPixels):
-    """Fails in its eighteenth step, as long as there is a file `fault`."""
-
-    steps = 0
-
-    def step(self, action):
-        self.steps += 1
-        if self.steps == 18 and os.path.exists("fault"):
-            raise RuntimeError("no more")
-        return super().step(action)
-
-
-fake_envs.register("Faulty-v0", Faulty, 12)
 
 
 @pytest.mark.parametrize("idle_limit", [0, 5])
