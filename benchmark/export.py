@@ -1,6 +1,7 @@
 """Writes the evaluations of run folders as results/<script>/<task>.csv: seed, step, return, std of the episodes.
 
 python benchmark/export.py results/dreamer/walker-walk.csv "comment: command, commit" runs/walker-walk__dreamer__*
+A file that ends in _training.csv gets the training episodes: seed, step, return (mean of those that ended at a step).
 """
 
 import sys
@@ -19,12 +20,20 @@ def evaluations(run_dir: str) -> list[tuple[int, float, float]]:
     return [(mean.step, mean.value, std.value) for mean, std in pairs]
 
 
+def training_episodes(run_dir: str) -> list[tuple[int, float]]:
+    """(step, mean return of the episodes that ended at it) in a run folder's event files."""
+    events = EventAccumulator(run_dir, size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
+
+
 def export(path: str, comment: str, run_dirs: list[str]) -> None:
-    """One row an evaluation; the seed is read from the folder's name <task>__<script>__<seed>__<time>."""
-    lines = [f"# {comment}", "seed,step,return,std"]
+    """One row an evaluation or episode; the seed is in the folder's name, <task>__<script>__<seed>__<time>."""
+    training = path.endswith("_training.csv")
+    lines = [f"# {comment}", "seed,step,return" if training else "seed,step,return,std"]
     for run_dir in sorted(run_dirs):
-        seed = Path(run_dir).name.split("__")[2]
-        lines += [f"{seed},{step},{mean:.2f},{std:.2f}" for step, mean, std in evaluations(run_dir)]
+        seed, points = Path(run_dir).name.split("__")[2], (training_episodes if training else evaluations)(run_dir)
+        lines += [",".join([seed, str(step), *(f"{number:.2f}" for number in numbers)]) for step, *numbers in points]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(lines) + "\n")
 
