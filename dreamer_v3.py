@@ -115,7 +115,7 @@ class Args:
     num_envs: Few = 1  # environments played side by side, each in its own process if more than one
     obs_mode: Literal["pixels", "state"] = "pixels"  # what is seen of a dm_control task; a Gymnasium id has its own
     renderer: Literal["auto", "gl", "raycast"] = "auto"  # dm_control pixels: OpenGL, our ray-caster; auto = gl if there
-    max_episode_steps: Count | None = None  # most steps of an episode; default the task's limit, or 1,000
+    max_episode_steps: Count | None = None  # most steps of an episode; default the task's limit, or 1,000, Atari 27,000
     action_repeat: Few | None = None  # environment steps per action (rewards summed); default 2 on dm_control, else 1
 
     # replay, and how often to learn from it
@@ -907,14 +907,14 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
         pixels = is_dm_control(args.env_id) and args.obs_mode == "pixels"
         if is_dm_control(args.env_id):
             try:
-                env = gym.wrappers.TimeLimit(DrawnTask(args.env_id, renderer, 64 if pixels else 240), 1000)
+                env = DrawnTask(args.env_id, renderer, 64 if pixels else 240)
             except ImportError as error:
                 package = "pip install dm_control==1.0.50 'mujoco>=3.17,<4' (from Python 3.13 on with --no-deps)"
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
-        if args.max_episode_steps or not env.has_wrapper_attr("_max_episode_steps"):  # deviation 13
-            env = gym.wrappers.TimeLimit(env, args.max_episode_steps or 1_000)
+        limits = filter(None, (args.max_episode_steps, env.spec and env.spec.max_episode_steps))
+        env = gym.wrappers.TimeLimit(env, min(limits, default=1_000))  # deviation 13
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
         if pixels:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)
@@ -1020,8 +1020,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             print("warning: this environment has action masks, which this script does not obey", file=sys.stderr)
         for env in getattr(envs.unwrapped, "envs", ()):
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
-            if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
-                limit = env.get_wrapper_attr("_max_episode_steps")
+            if spec and spec.max_episode_steps is None and (limit := env.spec.max_episode_steps):
                 print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
@@ -1616,7 +1615,7 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
 
     parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
     """
-    state = {"version": 2, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state = {"version": 3, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
     state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
     for name, generator in rng.items():
         is_torch = isinstance(generator, torch.Generator)
@@ -1635,7 +1634,7 @@ def load_checkpoint(run_dir: str, args: Args, verify: bool = True) -> dict:
         fail(f"no readable checkpoint at {path} ({type(error).__name__})")
     kinds, hints = {"version": int, "args": dict, "global_step": int, "parts": dict, "rng": dict}, get_type_hints(Args)
     ours = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
-    saved = state["args"] if ours and state["version"] == 2 else {}
+    saved = state["args"] if ours and state["version"] == 3 else {}
     if damaged or set(saved) != set(hints) or not all(is_a(saved[name], hint) for name, hint in hints.items()):
         fail(f"{path} is damaged or was written by another script or version")
     return state | {"inode": inode}
@@ -1701,7 +1700,7 @@ class StopRequest:
         self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
 
     def __call__(self, signum: int, frame) -> None:
-        if time.monotonic() < self.since + 0.5:  # a launcher such as uv hands on what its group was sent, too
+        if self.requested and time.monotonic() < self.since + 0.5:  # handed on by a launcher such as uv, too
             return
         if self.requested:
             raise StopNow(128 + signum)

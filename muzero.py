@@ -114,7 +114,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id (ALE/Pong-v5), dm_control task (cartpole-swingup) or tictactoe
     total_timesteps: Count | None = None  # environment steps of the run; default by task
     num_envs: Few | None = None  # environments or games played side by side, one search for all; default by task
-    max_episode_steps: Count | None = None  # most steps of an episode; default the task's limit, or 1,000
+    max_episode_steps: Count | None = None  # most steps of an episode; default the task's limit, or 1,000, Atari 27,000
     action_repeat: Few | None = None  # environment steps per action (rewards summed); default by task
     gamma: Share | None = None  # discount per action; default by task
     two_player: bool | None = None  # players alternate, values are the mover's and within -1 ... 1; default by task
@@ -1085,14 +1085,14 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             if games := difflib.get_close_matches(args.env_id, BOARD_GAMES):
                 fail(f"unknown game {args.env_id!r}, close: {', '.join(games)}")
             try:
-                env = gym.wrappers.TimeLimit(DMControl(args.env_id), 1000)
+                env = DMControl(args.env_id)
             except ImportError as error:
                 package = "pip install dm_control==1.0.50 'mujoco>=3.17,<4' (from Python 3.13 on with --no-deps)"
                 fail(f"{args.env_id} needs {package} ({error})")
         else:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
-        if args.max_episode_steps or not env.has_wrapper_attr("_max_episode_steps"):
-            env = gym.wrappers.TimeLimit(env, args.max_episode_steps or 1_000)
+        limits = filter(None, (args.max_episode_steps, env.spec and env.spec.max_episode_steps))
+        env = gym.wrappers.TimeLimit(env, min(limits, default=1_000))
         env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
         return fit_spaces(Film(env, video) if video else env, args.env_id)
 
@@ -1179,8 +1179,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             print("warning: this environment has action masks, which this script does not obey", file=sys.stderr)
         for env in getattr(envs.unwrapped, "envs", ()):
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
-            if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
-                limit = env.get_wrapper_attr("_max_episode_steps")
+            if spec and spec.max_episode_steps is None and (limit := env.spec.max_episode_steps):
                 print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
@@ -2019,7 +2018,7 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
 
     parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
     """
-    state = {"version": 2, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state = {"version": 3, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
     state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
     for name, generator in rng.items():
         is_torch = isinstance(generator, torch.Generator)
@@ -2038,7 +2037,7 @@ def load_checkpoint(run_dir: str, args: Args, verify: bool = True) -> dict:
         fail(f"no readable checkpoint at {path} ({type(error).__name__})")
     kinds, hints = {"version": int, "args": dict, "global_step": int, "parts": dict, "rng": dict}, get_type_hints(Args)
     ours = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
-    saved = state["args"] if ours and state["version"] == 2 else {}
+    saved = state["args"] if ours and state["version"] == 3 else {}
     if damaged or set(saved) != set(hints) or not all(is_a(saved[name], hint) for name, hint in hints.items()):
         fail(f"{path} is damaged or was written by another script or version")
     return state | {"inode": inode}
@@ -2104,7 +2103,7 @@ class StopRequest:
         self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
 
     def __call__(self, signum: int, frame) -> None:
-        if time.monotonic() < self.since + 0.5:  # a launcher such as uv hands on what its group was sent, too
+        if self.requested and time.monotonic() < self.since + 0.5:  # handed on by a launcher such as uv, too
             return
         if self.requested:
             raise StopNow(128 + signum)
@@ -2437,8 +2436,9 @@ def check_args(args: Args) -> None:
     most = math.inf if callable(game) else 2 * game[2] - 2  # one more could win
     if args.opening_moves > most:
         fail(f"--opening-moves of {args.env_id} must be at most {most}, not {args.opening_moves}")
-    if args.env_id in BOARD_GAMES and (args.capture_video or args.max_episode_steps):
-        fail(f"{args.env_id} has no pictures for --capture-video and no use for --max-episode-steps")
+    for flag in ("capture_video", "max_episode_steps"):
+        if args.env_id in BOARD_GAMES and getattr(args, flag):
+            fail(f"{args.env_id} has no use for --{flag.replace('_', '-')}")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 

@@ -123,7 +123,7 @@ class Args:
     env_id: str = "VizdoomTakeCover-v1"  # Gymnasium id with image observations (CarRacing-v3, my_module:MyEnv-v0)
     total_timesteps: Count | None = None  # environment steps of random actions, recorded for V and M; default by task
     num_envs: Few = 1  # environments played side by side in all stages, each in its own process if more than one
-    max_episode_steps: Count | None = None  # most steps of an episode; default by task: its own, 10,000
+    max_episode_steps: Count | None = None  # most steps of an episode; default the task's, or 10,000, TakeCover 2,100
     rounds: Count = 1  # times that the stages follow each other; C plays what the later rounds record; may be raised
     round_timesteps: Count = 15_000  # environment steps that each later round records
     record_sigma: Amount = 0.05  # standard deviation of the weights around C's that play an episode of a later round
@@ -159,7 +159,7 @@ class Args:
     # C, the controller, and its dream
     controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
     temperature: Positive = 1.15  # dream: divides the mixture's logits, its root scales the noise (deviation 8)
-    dream_length: Count | None = None  # steps of a dream at most; default by task, the time limit elsewhere
+    dream_length: Count | None = None  # steps of a dream at most; default by task; never beyond the time limit
     at_rest: Share | None = None  # share of dreams that begin at first frames; default by task, 1 elsewhere
     population: Annotated[int, 2, 10**9] = 64  # C: candidates per generation (P)
     episodes: Count = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
@@ -416,7 +416,7 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, genera
     first, state = (c == 0).all(1).float(), (h[None], c[None])  # a zero state is that of an episode's first step
     returns, lengths = torch.zeros(num_jobs, device=device), torch.zeros(num_jobs, device=device)
     alive = torch.ones(num_jobs, device=device)
-    for t in range(args.dream_length or model.spec.time_limit):
+    for t in range(min(args.dream_length or math.inf, model.spec.time_limit)):
         if t % 50 == 0 and t:
             kept = alive.nonzero().squeeze(1)  # host sync
             if not len(kept) or (stop and stop.requested):
@@ -1019,8 +1019,7 @@ def rehearse(make_envs: Callable, film: bool, masks: bool = False) -> None:
             print("warning: this environment has action masks, which this script does not obey", file=sys.stderr)
         for env in getattr(envs.unwrapped, "envs", ()):
             spec = gym.registry.get(getattr(env.unwrapped.spec, "id", None))
-            if spec and spec.max_episode_steps is None and env.has_wrapper_attr("_max_episode_steps"):
-                limit = env.get_wrapper_attr("_max_episode_steps")
+            if spec and spec.max_episode_steps is None and (limit := env.spec.max_episode_steps):
                 print(f"{spec.id} has no time limit: episodes are truncated after {limit} steps (--max-episode-steps)")
         envs.close()
         if film and not os.listdir(folder):
@@ -1653,7 +1652,7 @@ def save_checkpoint(run_dir: str, args: Args, global_step: int, parts: dict, rng
 
     parts: name -> object with state_dict() or plain data; rng: name -> NumPy or torch generator.
     """
-    state = {"version": 2, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
+    state = {"version": 3, "args": asdict(args) | {"resume": None}, "global_step": global_step, "rng": {}}
     state["parts"] = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
     for name, generator in rng.items():
         is_torch = isinstance(generator, torch.Generator)
@@ -1672,7 +1671,7 @@ def load_checkpoint(run_dir: str, args: Args, verify: bool = True) -> dict:
         fail(f"no readable checkpoint at {path} ({type(error).__name__})")
     kinds, hints = {"version": int, "args": dict, "global_step": int, "parts": dict, "rng": dict}, get_type_hints(Args)
     ours = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
-    saved = state["args"] if ours and state["version"] == 2 else {}
+    saved = state["args"] if ours and state["version"] == 3 else {}
     if damaged or set(saved) != set(hints) or not all(is_a(saved[name], hint) for name, hint in hints.items()):
         fail(f"{path} is damaged or was written by another script or version")
     return state | {"inode": inode}
@@ -1738,7 +1737,7 @@ class StopRequest:
         self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.give_up)
 
     def __call__(self, signum: int, frame) -> None:
-        if time.monotonic() < self.since + 0.5:  # a launcher such as uv hands on what its group was sent, too
+        if self.requested and time.monotonic() < self.since + 0.5:  # handed on by a launcher such as uv, too
             return
         if self.requested:
             raise StopNow(128 + signum)
@@ -2072,7 +2071,7 @@ class Stages(Run):
             outcome = play(self, weights.tensor_split(len(outcomes))[0])
             dist.gather_object((self.stop.requested, *outcome), outcomes)
         asked, returns, lengths = zip(*outcomes, strict=True)
-        self.stop.requested = max(asked)  # a stop of one is a stop of all
+        self.stop.requested, self.stop.since = max(asked), time.monotonic()  # a stop of one is a stop of all
         return np.concatenate(returns), np.concatenate(lengths)
 
     def close(self, weights: dict) -> str:
@@ -2258,7 +2257,7 @@ def introduction(run: Stages) -> str:
     frames = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
     depth, size = (args.vae_depth / 32) ** 2, (args.hidden_size / 256) ** 2
     steps = args.population * args.episodes * args.generations * args.rounds
-    dreamed = steps * (args.dream_length or spec.time_limit) / 64_200 * size
+    dreamed = steps * min(args.dream_length or math.inf, spec.time_limit) / 64_200 * size
     hours = {
         "V": frames * args.vae_epochs / 299 * depth,
         "M": args.rounds * args.model_updates * args.model_batch_size * args.sequence_length / 26_500 * size,

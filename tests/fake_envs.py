@@ -331,6 +331,10 @@ register("BoxAction-v0", OddSpaces, 12, observation_space=THREE, action_space=BO
 register("MissingPackage-v0", missing_package, 12)
 
 
+for kind in (TinyPixels, Counter, Ladder, Point):
+    kind._max_episode_steps = None  # the name of TimeLimit's own attribute, which an environment may have, too
+
+
 POINTS = {"Point", "EndlessPoint"}
 for name in ("TinyPixels-v0", "MovingPixels-v0", "DiscreteCounter-v0", "Ladder-v0", "Point-v0"):
     register("Slow" + name, slow, 12)

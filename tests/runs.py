@@ -382,7 +382,7 @@ class Started:
 
     It is forked from a process that has imported the packages already (conftest.py), so are its workers if `own_server`
     does not ask for a fork server of its own; numba's functions run as Python, alarms come ten times as early: all that
-    takes seconds each time. What it says goes into files beside the folder.
+    takes seconds each time. What it says goes into files beside the folder, but for what workers say on their way in.
     """
 
     count = 0

@@ -1719,7 +1719,7 @@ def test_discrete_actions_may_begin_anywhere():
     assert stepped(env, [0, 2]) == [5, 7] and env.action_space == DISCRETE
 
 
-NAMES_OF_TASKS = {  # what is typed: the id it stands for, its time limit
+NAMES_OF_TASKS = {  # what is typed: the id it stands for, --max-episode-steps
     "dm_control/cup-catch-v0": ("cup-catch", None),
     "ALE/Pong-v5": ("ALE/Pong-v5", 27_000),
     "PongNoFrameskip-v4": ("PongNoFrameskip-v4", 27_000),

@@ -1196,13 +1196,14 @@ def test_paper_observations_of_ant_and_humanoid():
         env.close()
 
 
-def test_actions_are_rescaled_to_the_box():
+@pytest.mark.parametrize("script", ["mbpo", "dhmbpo"], indirect=True)
+def test_actions_are_rescaled_to_the_box(script):
     """-1, 0 and 1 are the ends and the middle of each dimension, even of the widest."""
     seen, most = [], np.finfo(np.float32).max
     box = gym.spaces.Box(np.float32([-3, 0, -most]), np.float32([1, 5, most]))
     env = fake_envs.OddSpaces(fake_envs.VECTOR, box)
     env.step = lambda action: (seen.append(action), (np.zeros(3), 0.0, False, False, {}))[1]
-    fitted = mbpo.fit_spaces(env, "Odd-v0")
+    fitted = script.fit_spaces(env, "Odd-v0")
     assert fitted.action_space == gym.spaces.Box(-1, 1, (3,), np.float32)
     for number in (-1, 0, 1):
         fitted.step(np.full(3, number, np.float32))

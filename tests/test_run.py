@@ -314,7 +314,7 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, num
     script = importlib.import_module(name)
     changes = {"total_timesteps": 10**6, "checkpoint_frequency": 0, "num_envs": num_envs}
     before = set(processes_in(os.getcwd()))
-    own_server = (num_envs, number) == (2, signal.SIGINT)  # which is in the group that gets the signal
+    own_server = (name, num_envs, number) == ("dreamer", 2, signal.SIGTERM)  # of which it dies, unlike of SIGINT
     process = Started(script, *flags_of(tiny(script, **changes)), own_server=own_server)
     process.wait_for("episodic_return")
     assert len(set(processes_in(os.getcwd())) - before) >= (num_envs if TRAITS[name]["workers"] else 1)
@@ -538,7 +538,11 @@ BAD_GAMES = {
     "less than no opening": ({"env_id": "connect_four", "opening_moves": -1}, "--opening-moves must be at least 0"),
     "film of a board": (
         {"env_id": "tictactoe", "support_size": 1, "capture_video": True, "eval_frequency": 6},
-        "pictures",
+        "tictactoe has no use for --capture-video",
+    ),
+    "limit of a board": (
+        {"env_id": "tictactoe", "support_size": 1, "max_episode_steps": 9},
+        "tictactoe has no use for --max-episode-steps",
     ),
     "support": ({"env_id": "CartPole-v1", "support_size": 10}, "--support-size 10 holds values up to 117"),
     "support of a board": ({"env_id": "tictactoe", "support_size": 0}, "--support-size"),

@@ -1,11 +1,13 @@
 """What every script says in one line besides its faults: no update, no time limit."""
 
 import contextlib
+import importlib
 import io
 import signal
 import time
 import types
 
+import fake_envs
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -48,6 +50,24 @@ def test_an_environment_with_a_time_limit_gets_a_shorter_one(script):
     assert same == [True, True, False, False] and differences(parts[2], parts[3]) == []
 
 
+LIMITS = [("Long-v0", None, 3_000), ("Long-v0", 4_000, 3_000), ("EndlessPoint-v0", None, 1_000), ("walker-walk", 5, 5)]
+
+
+@pytest.mark.parametrize(("env_id", "given", "limit"), LIMITS)
+def test_a_time_limit_is_told_by_the_specification(env_id, given, limit):
+    """The shorter one of two, also beyond the default of 1,000; dm_control's tasks have none."""
+    mbpo = importlib.import_module("mbpo")
+    if env_id == "walker-walk":
+        pytest.importorskip("dm_control")
+    gym.register("Long-v0", fake_envs.Point, max_episode_steps=3_000)
+    env = mbpo.make_env(mbpo.Args(env_id=env_id, max_episode_steps=given))()
+    assert env.get_wrapper_attr("_max_episode_steps") == limit
+    assert env.spec is None if env_id == "walker-walk" else env.spec.max_episode_steps == limit
+    env.reset(seed=0)
+    ends = [env.step(env.action_space.sample())[3] for _ in range(limit)]
+    assert ends == [False] * (limit - 1) + [True]
+
+
 def test_steps_per_second_are_those_of_training(script):
     """An evaluation of 100 seconds does not count."""
     quiet = lambda *args, **kwargs: None  # noqa: E731
@@ -67,7 +87,7 @@ def test_an_id_that_names_a_module_is_not_one_of_dm_control(script):
 
 @pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_request_stops_at_once(script, again, monkeypatch):
-    """But not one that is handed on: `uv run` and service managers send what the whole group was sent once more."""
+    """But not one within half a second: launchers such as `uv run` hand on what the whole group was sent."""
     stop, now = script.StopRequest(), [100.0]
     monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
     for now[0] in (100.0, 100.4):
