@@ -311,8 +311,8 @@ class TwoHotHead(nn.Module):
 
     def mean(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (..., 255) -> expectation (...), summed so that opposite bins of equal probability cancel exactly."""
-        probs = logits.softmax(-1)
-        return ((probs - probs.flip(-1)) * self.bins)[..., len(self.bins) // 2 :].sum(-1)
+        probs, half = logits.softmax(-1), len(self.bins) // 2
+        return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * self.bins[half + 1 :]).sum(-1)
 
     def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy (...) towards the two bins around each target (...), which share it by distance."""
