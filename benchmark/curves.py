@@ -67,6 +67,14 @@ FIGURES = {
             [("cartpole-swingup state", "DreamerV3")], until=100_000, ylabel="return",
         ),
         Panel(
+            "walker-walk from state",
+            [
+                ("dreamer_v3/walker-walk_state", ["laptop, ratio 256", "1m, ratio 512"]),
+                ("dreamer_v3/walker-walk_state_training", ["laptop, training", "1m, training"]),
+            ],
+            [("walker-walk state", "DreamerV3")], until=100_000,
+        ),
+        Panel(
             "walker-walk from pixels",
             [("dreamer_v3/walker-walk", "evaluations"), ("dreamer_v3/walker-walk_training", "training episodes")],
             [("walker-walk pixels", "DreamerV3")], until=100_000,
