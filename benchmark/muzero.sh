@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command behind docs/muzero.md, from the repository root: bash benchmark/muzero.sh cartpole|pendulum|swingup|tables|physics|boards|atari|speed
+# Every command behind docs/muzero.md, from the repository root: bash benchmark/muzero.sh cartpole|pendulum|swingup|tables|physics|chain|boards|atari|speed
 set -euo pipefail
 
 cartpole() { # 40K steps, evaluated over 100 episodes every 10K: minutes on one core for each seed
@@ -71,6 +71,7 @@ case "${1:-}" in
   swingup) swingup ;;
   tables) tables ;;
   physics) physics ;;
+  chain) python benchmark/muzero_chain.py ;;
   boards) boards ;;
   atari) atari ;;
   speed) speed ;;
