@@ -76,7 +76,10 @@ FIGURES = {
         ),
         Panel(
             "walker-walk from pixels",
-            [("dreamer_v3/walker-walk", "evaluations"), ("dreamer_v3/walker-walk_training", "training episodes")],
+            [
+                ("dreamer_v3/walker-walk", ["1m, ratio 256", "laptop, ratio 64", None]),
+                ("dreamer_v3/walker-walk_training", "training episodes"),
+            ],
             [("walker-walk pixels", "DreamerV3")], until=100_000,
         ),
     ],
