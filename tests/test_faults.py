@@ -317,16 +317,6 @@ def test_nohup_is_respected(script):
         signal.signal(signal.SIGHUP, previous)
 
 
-def test_a_second_request_stops_at_once(script):
-    """Without a traceback."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
-    stop = script.StopRequest()
-    os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped:
-        os.kill(os.getpid(), signal.SIGINT)
-    assert stopped.value.code == 128 + signal.SIGINT and stop.requested == signal.SIGTERM
-
-
 # === Resuming ===
 
 

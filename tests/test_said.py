@@ -88,6 +88,7 @@ def test_an_id_that_names_a_module_is_not_one_of_dm_control(script):
 @pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_request_stops_at_once(script, again, monkeypatch):
     """But not one within half a second: launchers such as `uv run` hand on what the whole group was sent."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     stop, now = script.StopRequest(), [100.0]
     monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
     for now[0] in (100.0, 100.4):

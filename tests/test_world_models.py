@@ -521,7 +521,7 @@ def plain_dream(agent, controller, which: int, num_dreams: int, seed: int, args)
     return total, args.dream_length
 
 
-@pytest.mark.parametrize("spec", [BOX, DOOM], ids=["z h 1", "z c h"])
+@pytest.mark.parametrize("spec", [BOX._replace(time_limit=1000), DOOM], ids=["z h 1", "z c h"])
 def test_batched_dream_equals_single_ones(spec):
     """4 candidates times 3 dreams that end at many different steps, beyond several removals of the dead."""
     args = make_args(dream_length=180, temperature=1.3, at_rest=0.5)
@@ -540,7 +540,7 @@ def test_batched_dream_equals_single_ones(spec):
         model.start_c[1000:] = normal(1000, 8, seed=7)
     weights = normal(4, *agent.controller.shape, seed=5)
     policy = world_models.linear_policy(weights, "box")
-    seed = 11 if spec is BOX else 12
+    seed = 12 if spec is DOOM else 11
     returns, lengths = world_models.dream(agent, policy, 12, 3, generator(seed), args)
     with torch.no_grad():
         single = [plain_dream(agent, weights[j // 3], j % 3, 3, seed, args) for j in range(12)]
@@ -550,6 +550,16 @@ def test_batched_dream_equals_single_ones(spec):
     trace, policy = [], world_models.linear_policy(weights.flip(0), "box")
     world_models.dream(agent, policy, 12, 3, generator(seed), args, trace=trace)
     assert len(trace) == lengths[9] < lengths.max()  # of the first dream alone
+
+
+def test_a_dream_ends_with_the_time_limit():
+    """Whatever --dream-length says, and without it."""
+    policy = world_models.linear_policy(normal(4, *make_agent(BOX).controller.shape, seed=5), "box")
+    for dream_length, longest in ((180, 12), (None, 12), (7, 7)):
+        args, agent = make_args(dream_length=dream_length), make_agent(BOX)
+        with torch.no_grad():
+            agent.model.head.bias[36] = -100  # nobody dies
+        assert world_models.dream(agent, policy, 12, 3, generator(1), args)[1].tolist() == 12 * [longest]
 
 
 @pytest.mark.parametrize("at_rest", [0.0, 0.25, 1.0])
