@@ -21,9 +21,9 @@ walker() { # 20,000 updates each
   done
 }
 
-cpu_pixels() { # 12,400 updates of 0.6 s
+cpu_pixels() { # 12,400 updates of 0.64 s
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python dreamer_v3.py --env-id walker-walk --size laptop --total-timesteps 100000 --batch-size 8 \
-    --batch-length 32 --imag-last 8 --train-ratio 64 --learning-rate 3e-4 --warmup 200 --buffer-size 60000 --eval-frequency 10000 \
+    --batch-length 32 --train-ratio 64 --learning-rate 3e-4 --warmup 200 --buffer-size 60000 --eval-frequency 10000 \
     --eval-episodes 3 "$@"
 }
 
