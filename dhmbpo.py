@@ -101,7 +101,7 @@ class Args:
     keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
     eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
     eval_episodes: Size = 10  # episodes of one evaluation
-    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
+    checkpoint_frequency: Natural = 10_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
     resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
@@ -408,7 +408,7 @@ def distribution_rollout(agent: Agent, rb, states, rows: int, terminated_fn: Cal
         visited = torch.stack(path.obs)[path.alive]  # host sync
         states.add(agent.obs_mean + agent.obs_std * visited)  # deviation 6: in raw units
         count, passes = count + len(visited), passes + 1
-    return count / max(passes * path.alive.numel(), 1)
+    return count / (passes * path.alive.numel())
 
 
 # === Updates ===
@@ -431,7 +431,7 @@ def batches(rows: torch.Tensor, size: int, generator: torch.Generator):
 def p_value(differences: torch.Tensor) -> float:
     """Of a paired, one-sided test that the mean of differences (N,) is below 0: small if it is (deviation 8)."""
     z = differences.mean() / (differences.std() / math.sqrt(len(differences)))
-    return 0.5 * (1 + math.erf(z.item() / math.sqrt(2)))  # host sync; nan if all differences are the same
+    return 0.5 * (1 + math.erf(z.item() / math.sqrt(2)))  # host sync; nan if all differences are 0
 
 
 def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: Args, fast, tick: Callable) -> dict:
@@ -520,7 +520,8 @@ def learn(agent: Agent, rb, states, terminated_fn: Callable, rng: dict, args: Ar
     update_all = functools.partial(update, agent, optimizers, terminated_fn=terminated_fn, rng=rng, args=args)
     update_critics, update_all = fast(functools.partial(update_all, only_critics=True)), fast(update_all)
     visit = functools.partial(distribution_rollout, agent, rb, states, terminated_fn=terminated_fn, rng=rng, args=args)
-    visit(rows=args.batch_size * args.critic_warmup // args.rollout_frequency)  # fewer, as the reference has it
+    if args.critic_warmup:  # on fewer rows, as the reference has it
+        visit(rows=max(args.batch_size * args.critic_warmup // args.rollout_frequency, 1))
     for i in range(args.critic_warmup):
         tick(f"critics, update {i}")
         update_critics(states.sample(args.batch_size, generator=rng["update"]))
@@ -617,7 +618,6 @@ def main(args: Args) -> str:
     if checkpoint:
         counters |= checkpoint["parts"]["counters"]
         checkpoint = None  # what refers to the file keeps it on the disk
-        run.reported = run.step - 1, run.reported[1]  # a block that was interrupted is reported, too
     fast = functools.partial(GraphedFunction, generators=rng) if args.cudagraphs else lambda function: function
     envs.on_fault = run.abort
     print(f"{run.folder}: {device}, {obs_dim} observations, {action_dim} actions")
@@ -638,6 +638,8 @@ def main(args: Args) -> str:
             scale = 1 if counters["blocks"] else args.first_block
             run.metrics = learn(agent, rb, states, terminated_fn, generators, args, scale, fast, tick)
             counters["blocks"] = blocks
+            if run.step == run.reported[0]:  # a block that was interrupted: there is no speed to report with it
+                run.log(require_finite(run.metrics, run.step))
             run.report()
             run.metrics = {}  # reported once
         except Interrupted:
@@ -804,7 +806,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
     env = gym.wrappers.TransformObservation(env, lambda o: np.asarray(o, np.float32), unbounded)
     low, high = action.low.astype(float), action.high.astype(float)
     space = gym.spaces.Box(-1, 1, action.shape, np.float32)
-    return gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) / 2 * (high - low)).astype(action.dtype), space)
+    rounded, kind = np.rint if action.dtype.kind in "iu" else np.asarray, action.dtype
+    return gym.wrappers.TransformAction(env, lambda a: rounded(low + (a + 1) / 2 * (high - low)).astype(kind), space)
 
 
 def make_vector_env(args: Args, num_envs: int, video: str | None = None) -> gym.vector.VectorEnv:
@@ -915,7 +918,10 @@ class CheckedEnv(gym.Wrapper):
                 flat = gym.spaces.flatten(space, obs)
                 finite("observation", flat, np.shape(flat))
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
-            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+            kept = {name: info[name] for name in self.KEPT if name in info}
+            if "action_mask" in kept and isinstance(self.action_space, gym.spaces.Discrete):
+                kept["action_mask"] = finite("action_mask", kept["action_mask"], (self.action_space.n,))
+            return obs, *numbers, kept
         except (Exception, SystemExit) as error:  # an environment may raise anything, and call sys.exit
             if isinstance(error, StopNow):
                 raise
@@ -1065,7 +1071,7 @@ def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, run: "Run"
     args = run.args
     if envs is None:
         video = run.picture("videos/evaluation.mp4") if args.capture_video else None
-        envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+        envs = run.make_envs(make_vector_env, args, min(args.num_envs, args.eval_episodes), video)
         envs.on_fault = run.abort
     returns, full_length, speeds, episodes = evaluate(agent, envs, args, run.device, run.stop)
     if not run.stop.requested:
@@ -1131,19 +1137,19 @@ def evaluate_run(args: Args) -> str:
         agent.load_state_dict(checkpoint["parts"]["agent"])
     returns, full_length, speeds, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
-    print_returns(args, checkpoint, returns)
-    if len(returns):
-        print(*(f"{name} {value:.2f}" for name, value in walking_metrics(full_length, speeds).items()), sep=", ")
+    if not stop.requested:
+        for name, value in walking_metrics(full_length, speeds).items():
+            print(f"{name} {value:.2f}")
+        print_returns(args, checkpoint, returns)
     stop.exit()
     return args.evaluate
 
 
 def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
-    """The last two lines of --evaluate, if it was not interrupted."""
-    if len(returns):
-        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-        print(f"{args.env_id} at step {checkpoint['global_step']}:")
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    """The last two lines of --evaluate."""
+    single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+    print(f"{args.env_id} at step {checkpoint['global_step']}:")
+    print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
 
 
 # === Run: folder, log, checkpoints, signals (same text in every script) ===
@@ -1366,9 +1372,9 @@ class StopRequest:
         signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
 
     def give_up(self, signum: int, frame) -> None:
-        """An alarm: if the program is in a call of its environments, this call is left."""
+        """An alarm: if the program is in a reset or a step of its environments, this call is left."""
         while frame is not None:
-            if "vector_env" in frame.f_code.co_filename:
+            if "vector_env" in frame.f_code.co_filename and re.match("reset|step", frame.f_code.co_name):
                 too_long(signum, frame)
             frame = frame.f_back
 
@@ -1406,6 +1412,8 @@ FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile
 class Run:
     """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
+    launcher = ("python",)
+
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
@@ -1437,7 +1445,7 @@ class Run:
         self.metrics, self.learned, self.saved = {}, checkpoint is not None, None
         self.reported = self.step, time.perf_counter()
         self.eval_began = self.reported[1]  # of the newest evaluation
-        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
+        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run has ended before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
@@ -1492,8 +1500,8 @@ class Run:
         return not ending
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, if it is not there yet; a stop may leave an evaluation to the resume."""
-        owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+        """Writes the checkpoint of this step, if it is not there yet; an evaluation that is due is left to a resume."""
+        owed = {"eval_owed": self.step >= self.next_eval}
         if self.saved != (self.step, owed):
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
@@ -1546,6 +1554,16 @@ class Run:
             os.remove(path)
         return f"{name}_{self.step}{suffix}"
 
+    def make_envs(self, make: Callable, *args) -> gym.vector.VectorEnv:
+        """make(*args), the environments of an evaluation; where they cannot be made the run is saved and ends."""
+        try:
+            return make(*args)
+        except StopNow:
+            raise
+        except (Exception, SystemExit) as error:
+            reason = "" if isinstance(error, SystemExit) else f": {one_line(error)}"  # fail has given its own
+            self.abort(f"cannot make the environments of an evaluation{reason}")
+
     def abort(self, fault: str) -> NoReturn:
         """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
         self.save()
@@ -1562,7 +1580,7 @@ class Run:
             write_file(f"{self.folder}/{self.args.exp_name}.pt", weights)
         if not self.learned:
             self.say("no update was made")
-        command = shlex.join(["python", sys.argv[0], "--resume", self.folder])
+        command = shlex.join([*self.launcher, sys.argv[0], "--resume", self.folder])
         self.say(f"checkpoint at step {self.step}; continue with: {command}")
         self.lock.close()
         self.stop.exit()
@@ -1618,6 +1636,8 @@ def check_args(args: Args) -> None:
         fail(f"--learning-starts {args.learning_starts} must be from 2 to --total-timesteps {args.total_timesteps}")
     if args.buffer_size < args.learning_starts:
         fail(f"--buffer-size {args.buffer_size} does not hold the {args.learning_starts} steps of --learning-starts")
+    if args.num_envs > args.model_train_frequency:
+        fail(f"--num-envs must be at most --model-train-frequency {args.model_train_frequency}, not {args.num_envs}")
     if args.batch_size % args.num_nets:
         fail(f"--batch-size {args.batch_size} cannot be dealt to --num-nets {args.num_nets} in blocks of equal size")
     if not 1 <= args.holdout_ratio * args.learning_starts:
@@ -1632,7 +1652,7 @@ def check_memory(args: Args, obs_dim: int, action_dim: int) -> None:
         num_weights = sum(weight.numel() for weight in Agent(obs_dim, action_dim, args).parameters())
     num_states = args.rollout_length * args.rollout_retain + args.critic_warmup // args.rollout_frequency
     num_floats = 4 * num_weights + args.batch_size * num_states * obs_dim
-    num_floats += args.buffer_size * (2 * obs_dim + action_dim + 2 + args.num_nets)
+    num_floats += 3 * args.buffer_size * (2 * obs_dim + action_dim + 2 + args.num_nets)  # and a block's copies of it
     require_memory(4 * num_floats, "--buffer-size, sizes of networks and batches", choose_device(args))
 
 

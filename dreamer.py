@@ -100,7 +100,7 @@ class Args:
     keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
     eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
     eval_episodes: Size = 10  # episodes of one evaluation
-    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
+    checkpoint_frequency: Natural = 10_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
     resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
@@ -971,7 +971,10 @@ class CheckedEnv(gym.Wrapper):
                 flat = gym.spaces.flatten(space, obs)
                 finite("observation", flat, np.shape(flat))
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
-            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+            kept = {name: info[name] for name in self.KEPT if name in info}
+            if "action_mask" in kept and isinstance(self.action_space, gym.spaces.Discrete):
+                kept["action_mask"] = finite("action_mask", kept["action_mask"], (self.action_space.n,))
+            return obs, *numbers, kept
         except (Exception, SystemExit) as error:  # an environment may raise anything, and call sys.exit
             if isinstance(error, StopNow):
                 raise
@@ -1362,7 +1365,7 @@ def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, renderer: 
     args = run.args
     if envs is None:
         video = run.picture("videos/evaluation.mp4") if args.capture_video else None
-        envs = make_vector_env(args, renderer, args.eval_episodes, video)
+        envs = run.make_envs(make_vector_env, args, renderer, args.eval_episodes, video)
         envs.on_fault = run.abort
     returns, episodes = evaluate(agent, envs, args, run.device, run.stop)
     if not run.stop.requested:
@@ -1387,17 +1390,17 @@ def evaluate_run(args: Args) -> str:
         agent.load_state_dict(checkpoint["parts"]["agent"])
     returns, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
-    print_returns(args, checkpoint, returns)
+    if not stop.requested:
+        print_returns(args, checkpoint, returns)
     stop.exit()
     return args.evaluate
 
 
 def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
-    """The last two lines of --evaluate, if it was not interrupted."""
-    if len(returns):
-        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-        print(f"{args.env_id} at step {checkpoint['global_step']}:")
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    """The last two lines of --evaluate."""
+    single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+    print(f"{args.env_id} at step {checkpoint['global_step']}:")
+    print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
 
 
 @torch.no_grad()
@@ -1676,9 +1679,9 @@ class StopRequest:
         signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
 
     def give_up(self, signum: int, frame) -> None:
-        """An alarm: if the program is in a call of its environments, this call is left."""
+        """An alarm: if the program is in a reset or a step of its environments, this call is left."""
         while frame is not None:
-            if "vector_env" in frame.f_code.co_filename:
+            if "vector_env" in frame.f_code.co_filename and re.match("reset|step", frame.f_code.co_name):
                 too_long(signum, frame)
             frame = frame.f_back
 
@@ -1716,6 +1719,8 @@ FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile
 class Run:
     """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
+    launcher = ("python",)
+
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
@@ -1747,7 +1752,7 @@ class Run:
         self.metrics, self.learned, self.saved = {}, checkpoint is not None, None
         self.reported = self.step, time.perf_counter()
         self.eval_began = self.reported[1]  # of the newest evaluation
-        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
+        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run has ended before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
@@ -1802,8 +1807,8 @@ class Run:
         return not ending
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, if it is not there yet; a stop may leave an evaluation to the resume."""
-        owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+        """Writes the checkpoint of this step, if it is not there yet; an evaluation that is due is left to a resume."""
+        owed = {"eval_owed": self.step >= self.next_eval}
         if self.saved != (self.step, owed):
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
@@ -1856,6 +1861,16 @@ class Run:
             os.remove(path)
         return f"{name}_{self.step}{suffix}"
 
+    def make_envs(self, make: Callable, *args) -> gym.vector.VectorEnv:
+        """make(*args), the environments of an evaluation; where they cannot be made the run is saved and ends."""
+        try:
+            return make(*args)
+        except StopNow:
+            raise
+        except (Exception, SystemExit) as error:
+            reason = "" if isinstance(error, SystemExit) else f": {one_line(error)}"  # fail has given its own
+            self.abort(f"cannot make the environments of an evaluation{reason}")
+
     def abort(self, fault: str) -> NoReturn:
         """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
         self.save()
@@ -1872,7 +1887,7 @@ class Run:
             write_file(f"{self.folder}/{self.args.exp_name}.pt", weights)
         if not self.learned:
             self.say("no update was made")
-        command = shlex.join(["python", sys.argv[0], "--resume", self.folder])
+        command = shlex.join([*self.launcher, sys.argv[0], "--resume", self.folder])
         self.say(f"checkpoint at step {self.step}; continue with: {command}")
         self.lock.close()
         self.stop.exit()
@@ -1931,6 +1946,7 @@ class RankedRun(Run):
 
     def __init__(self, args: Args, checkpoint: dict | None):
         self.rank, folders = dist.get_rank(), [None]
+        self.launcher = "torchrun", "--nproc-per-node", str(dist.get_world_size())
         self.ranks = checkpoint["parts"]["ranks"] if checkpoint else [dist.get_world_size(), 0]  # and saves so far
         if self.rank == 0:
             super().__init__(args, checkpoint)
@@ -2103,7 +2119,8 @@ def check_memory(args: Args, obs_space: gym.Space, action_space: gym.Space) -> N
     weights = sum(weight.nbytes for weight in agent.parameters())
     batch = args.batch_size * args.batch_length * (8 * math.prod(obs_space.shape) + 4 * args.horizon * args.deter_size)
     device = choose_device(args)
-    require_memory(4 * weights + batch + rb.nbytes, "--buffer-size and sizes of networks and batches", device)
+    require_memory(rb.nbytes, "--buffer-size", device if args.buffer_on_gpu else torch.device("cpu"))
+    require_memory(4 * weights + batch, "sizes of networks and batches", device)
 
 
 if __name__ == "__main__":

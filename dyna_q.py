@@ -100,7 +100,7 @@ class Args:
     keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
     eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
     eval_episodes: Size = 10  # episodes of one evaluation
-    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
+    checkpoint_frequency: Natural = 10_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
     resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
@@ -710,7 +710,10 @@ class CheckedEnv(gym.Wrapper):
                 flat = gym.spaces.flatten(space, obs)
                 finite("observation", flat, np.shape(flat))
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
-            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+            kept = {name: info[name] for name in self.KEPT if name in info}
+            if "action_mask" in kept and isinstance(self.action_space, gym.spaces.Discrete):
+                kept["action_mask"] = finite("action_mask", kept["action_mask"], (self.action_space.n,))
+            return obs, *numbers, kept
         except (Exception, SystemExit) as error:  # an environment may raise anything, and call sys.exit
             if isinstance(error, StopNow):
                 raise
@@ -849,7 +852,7 @@ def evaluate_and_log(q: np.ndarray, model: Model, envs: gym.vector.VectorEnv | N
     q = values_to_play(q[: args.eval_episodes], model, args)
     if envs is None:
         video = run.picture("videos/evaluation.mp4") if args.capture_video else None
-        envs = make_vector_env(args, len(q), video)
+        envs = run.make_envs(make_vector_env, args, len(q), video)
         envs.unwrapped.on_fault = run.abort
     returns, episodes = evaluate(q, envs, args, step, run.stop)
     if not run.stop.requested:
@@ -915,17 +918,17 @@ def evaluate_run(args: Args) -> str:
             q = values_to_play(q, load_model(checkpoint["parts"]["replay"]), args)
     returns, _ = evaluate(q, envs, args, step, stop)
     envs.close()
-    print_returns(args, checkpoint, returns)
+    if not stop.requested:
+        print_returns(args, checkpoint, returns)
     stop.exit()
     return args.evaluate
 
 
 def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
-    """The last two lines of --evaluate, if it was not interrupted."""
-    if len(returns):
-        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-        print(f"{args.env_id} at step {checkpoint['global_step']}:")
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    """The last two lines of --evaluate."""
+    single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+    print(f"{args.env_id} at step {checkpoint['global_step']}:")
+    print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
 
 
 def values_to_play(q: np.ndarray, model: Model, args: Args) -> np.ndarray:
@@ -1257,9 +1260,9 @@ class StopRequest:
         signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
 
     def give_up(self, signum: int, frame) -> None:
-        """An alarm: if the program is in a call of its environments, this call is left."""
+        """An alarm: if the program is in a reset or a step of its environments, this call is left."""
         while frame is not None:
-            if "vector_env" in frame.f_code.co_filename:
+            if "vector_env" in frame.f_code.co_filename and re.match("reset|step", frame.f_code.co_name):
                 too_long(signum, frame)
             frame = frame.f_back
 
@@ -1297,6 +1300,8 @@ FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile
 class Run:
     """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
+    launcher = ("python",)
+
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
@@ -1328,7 +1333,7 @@ class Run:
         self.metrics, self.learned, self.saved = {}, checkpoint is not None, None
         self.reported = self.step, time.perf_counter()
         self.eval_began = self.reported[1]  # of the newest evaluation
-        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
+        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run has ended before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
@@ -1383,8 +1388,8 @@ class Run:
         return not ending
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, if it is not there yet; a stop may leave an evaluation to the resume."""
-        owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+        """Writes the checkpoint of this step, if it is not there yet; an evaluation that is due is left to a resume."""
+        owed = {"eval_owed": self.step >= self.next_eval}
         if self.saved != (self.step, owed):
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
@@ -1437,6 +1442,16 @@ class Run:
             os.remove(path)
         return f"{name}_{self.step}{suffix}"
 
+    def make_envs(self, make: Callable, *args) -> gym.vector.VectorEnv:
+        """make(*args), the environments of an evaluation; where they cannot be made the run is saved and ends."""
+        try:
+            return make(*args)
+        except StopNow:
+            raise
+        except (Exception, SystemExit) as error:
+            reason = "" if isinstance(error, SystemExit) else f": {one_line(error)}"  # fail has given its own
+            self.abort(f"cannot make the environments of an evaluation{reason}")
+
     def abort(self, fault: str) -> NoReturn:
         """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
         self.save()
@@ -1453,7 +1468,7 @@ class Run:
             write_file(f"{self.folder}/{self.args.exp_name}.pt", weights)
         if not self.learned:
             self.say("no update was made")
-        command = shlex.join(["python", sys.argv[0], "--resume", self.folder])
+        command = shlex.join([*self.launcher, sys.argv[0], "--resume", self.folder])
         self.say(f"checkpoint at step {self.step}; continue with: {command}")
         self.lock.close()
         self.stop.exit()

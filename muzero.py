@@ -105,7 +105,7 @@ class Args:
     keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
     eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
     eval_episodes: Size = 10  # episodes of one evaluation
-    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
+    checkpoint_frequency: Natural = 10_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
     resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
@@ -207,6 +207,7 @@ class VectorNetwork(nn.Module):
 
     def represent(self, obs: torch.Tensor) -> torch.Tensor:
         """Observations (B, D) -> latent state; symlog tames large numbers (deviation 3: vectors)."""
+        obs = obs.float()
         return scale_latent(self.encoder(torch.sign(obs) * torch.log1p(torch.abs(obs))))
 
     def dynamics(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -792,7 +793,7 @@ class ReplayBuffer:
 
     def __init__(self, envs, agent: Agent, args: Args, device: torch.device):
         space, A, D = envs.single_observation_space, agent.num_actions, agent.action_dim
-        self.num_envs, self.stack = envs.num_envs, space.shape[0] if space.dtype == np.uint8 else 1
+        self.num_envs, self.stack = envs.num_envs, space.shape[0] if len(space.shape) == 4 else 1
         self.capacity = args.buffer_size // args.action_repeat // self.num_envs
         self.span = args.unroll_steps + args.td_steps + 1
         self.td_steps, self.discount, self.alpha = args.td_steps, args.discount, args.priority_alpha
@@ -802,7 +803,7 @@ class ReplayBuffer:
         self.numbers = torch.zeros(*rows, sum(widths), device=device)  # of all columns but the observations
         parts = zip(self.shapes.items(), self.numbers.split(widths, -1), strict=True)
         self.data = {name: part.view(*rows, *shape) for (name, shape), part in parts}  # the same memory
-        dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
+        dtype = torch.uint8 if self.stack > 1 else torch.float32
         self.data["obs"] = torch.zeros(*rows, *space.shape[self.stack > 1 :], dtype=dtype, device=device)
         self.priority = torch.zeros(*rows, device=device)  # 0 = not to be drawn
         self.ends = np.zeros(self.num_envs, np.int64)  # rows ever written; row i lives in slot i % capacity
@@ -824,7 +825,7 @@ class ReplayBuffer:
         numbers = np.concatenate([host(columns[name]).reshape(self.num_envs, -1) for name in self.shapes], 1)
         self.numbers[slots, index] = torch.from_numpy(numbers[envs].astype(np.float32)).to(index.device)
         newest = rows["obs"][:, -1] if self.stack > 1 else rows["obs"]
-        self.data["obs"][slots, index] = newest[index]
+        self.data["obs"][slots, index] = newest[index].to(self.data["obs"].dtype)
         for ahead in range(self.stack):  # the oldest rows have lost the frames before them
             self.priority[(slots + ahead) % self.capacity, index] = 0
         self.age[envs] = 0 if closing else self.age[envs] + 1
@@ -979,6 +980,7 @@ def main(args: Args) -> str:
         noise, temperature = draw_noise(allowed, args, rng["act"]), temperature_of(moves, run.step, args)
         obs, draws = torch.as_tensor(obs, device=device), agent.draws(args.num_envs, args, rng["candidates"])
         result = act(agent, obs, allowed, noise, temperature, args, step_fn, draws)
+        require_finite({"the search's value": result.value.sum()}, run.step)
         next_obs, rewards, terminations, truncations, infos = envs.step(result.action.numpy())
         found = {name: getattr(result, name) for name in ("action", "policy", "value", "candidates")}
         rb.add(found | {"obs": obs, "legal": allowed, "reward": rewards}, np.arange(args.num_envs))
@@ -1075,7 +1077,8 @@ def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given is filled in from TASKS."""
     board, atari = args.env_id in BOARD_GAMES, args.env_id.startswith("ALE/")
     kind = BOARD if board else ATARI if atari else DM_CONTROL if is_dm_control(args.env_id) else {}
-    task = DEFAULTS | kind | TASKS.get(task_name(args.env_id), {})
+    name = re.sub("^ball-in-cup-", "cup-", args.env_id.replace("_", "-")) if kind is DM_CONTROL else args.env_id
+    task = DEFAULTS | kind | TASKS.get(task_name(name), {})
     return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
 
 
@@ -1112,7 +1115,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
     if vector and len(action.shape) == 1 and action.is_bounded("both") and len(obs.shape or (1,)) == 1:
         low, high, kind = action.low.astype(float), action.high.astype(float), action.dtype
         space = gym.spaces.Box(-1, 1, action.shape, np.float32)
-        env = gym.wrappers.TransformAction(env, lambda a: (low + (a + 1) / 2 * (high - low)).astype(kind), space)
+        rounded = np.rint if kind.kind in "iu" else np.asarray
+        env = gym.wrappers.TransformAction(env, lambda a: rounded(low + (a + 1) / 2 * (high - low)).astype(kind), space)
     elif not (isinstance(action, gym.spaces.Discrete) and action.start == 0):
         fail(f"{env_id}: actions must be Discrete starting at 0, or with vectors a bounded vector Box, not {action}")
     if is_box and len(obs.shape) == 3 and max(obs.shape[:2]) <= 24:  # a grid
@@ -1230,7 +1234,10 @@ class CheckedEnv(gym.Wrapper):
                 flat = gym.spaces.flatten(space, obs)
                 finite("observation", flat, np.shape(flat))
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
-            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+            kept = {name: info[name] for name in self.KEPT if name in info}
+            if "action_mask" in kept and isinstance(self.action_space, gym.spaces.Discrete):
+                kept["action_mask"] = finite("action_mask", kept["action_mask"], (self.action_space.n,))
+            return obs, *numbers, kept
         except (Exception, SystemExit) as error:  # an environment may raise anything, and call sys.exit
             if isinstance(error, StopNow):
                 raise
@@ -1402,7 +1409,7 @@ class ConvNetwork(nn.Module):
             return nn.Sequential(*reduced, nn.Linear(16 * height * width, 64), nn.ReLU())
 
         if self.image:  # deviation 7: four frames, no actions
-            half = channels // 2
+            half = math.ceil(channels / 2)
             self.encoder = nn.Sequential(
                 conv(obs_shape[0] * obs_shape[3], half, stride=2), nn.ReLU(), ResidualBlock(half),  # 48 x 48
                 conv(half, channels, stride=2), nn.ReLU(), *blocks(),  # 24 x 24
@@ -1419,8 +1426,9 @@ class ConvNetwork(nn.Module):
 
     def represent(self, obs: torch.Tensor) -> torch.Tensor:
         """Frames (B, 4, H, W, 3) of uint8, or grids (B, C, h, w) -> latent state."""
+        obs = obs.float()
         if self.image:
-            obs = obs.movedim(-1, 2).flatten(1, 2).float() / 255
+            obs = obs.movedim(-1, 2).flatten(1, 2) / 255
         return scale_latent(self.encoder(obs))
 
     def dynamics(self, latent: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1477,7 +1485,7 @@ class SampledAgent(Agent):
             noise[0, :, 0] = 0
         else:
             noise[0, :, self.num_narrow :] *= WIDE
-        root = torch.zeros_like(inner) if greedy else candidate_logits(noise[0], WIDE_SHARE)
+        root = torch.zeros_like(inner) if greedy else candidate_logits(noise[0], 1 - self.num_narrow / K)
         return [(noise[0], root), *((x, inner) for x in noise[1:])]
 
     def played(self, latent: torch.Tensor, result: SearchResult) -> SearchResult:
@@ -1741,7 +1749,7 @@ def evaluate_and_log(agent: Agent, envs, run: Run, step_fn: Callable):
     args = run.args
     if envs is None:
         video = run.picture("videos/evaluation.mp4") if args.capture_video else None
-        envs = make_vector_env(args, min(args.eval_episodes, 100), video)
+        envs = run.make_envs(make_vector_env, args, min(args.eval_episodes, 100), video)
         envs.on_fault = run.abort
     opponent = random_player if args.two_player else None
     tick = functools.partial(Run.tick, run)  # of this process alone
@@ -1787,13 +1795,15 @@ def evaluate_run(args: Args) -> str:
     returns, _ = evaluate(agent, envs, args, device, tick, executables(args)[0], opponent, longest=math.inf)
     bar.close()
     envs.close()
-    print_returns(args, checkpoint, returns)
+    if not stop.requested:
+        print_returns(args, checkpoint, returns)
     stop.exit()
     return args.evaluate
 
 
 def play_against(args: Args) -> str:
     """A board game in the terminal against the agent of a run folder, whose searches show their visits."""
+    args = replace(args, play=os.path.normpath(args.play.removesuffix("checkpoint.pt")))
     torch.set_num_threads(1)
     check_bounds(args)
     if args != Args(play=args.play, num_simulations=args.num_simulations):
@@ -1829,11 +1839,10 @@ def play_against(args: Args) -> str:
 
 
 def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
-    """The last two lines of --evaluate, if it was not interrupted."""
-    if len(returns):
-        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-        print(f"{args.env_id} at step {checkpoint['global_step']}:")
-        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
+    """The last two lines of --evaluate."""
+    single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+    print(f"{args.env_id} at step {checkpoint['global_step']}:")
+    print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
 
 
 def discounted_sums(rewards: np.ndarray, last: float, d: float) -> np.ndarray:
@@ -2116,9 +2125,9 @@ class StopRequest:
         signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
 
     def give_up(self, signum: int, frame) -> None:
-        """An alarm: if the program is in a call of its environments, this call is left."""
+        """An alarm: if the program is in a reset or a step of its environments, this call is left."""
         while frame is not None:
-            if "vector_env" in frame.f_code.co_filename:
+            if "vector_env" in frame.f_code.co_filename and re.match("reset|step", frame.f_code.co_name):
                 too_long(signum, frame)
             frame = frame.f_back
 
@@ -2156,6 +2165,8 @@ FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile
 class Run:
     """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
+    launcher = ("python",)
+
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
@@ -2187,7 +2198,7 @@ class Run:
         self.metrics, self.learned, self.saved = {}, checkpoint is not None, None
         self.reported = self.step, time.perf_counter()
         self.eval_began = self.reported[1]  # of the newest evaluation
-        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
+        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run has ended before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
@@ -2242,8 +2253,8 @@ class Run:
         return not ending
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, if it is not there yet; a stop may leave an evaluation to the resume."""
-        owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+        """Writes the checkpoint of this step, if it is not there yet; an evaluation that is due is left to a resume."""
+        owed = {"eval_owed": self.step >= self.next_eval}
         if self.saved != (self.step, owed):
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
@@ -2296,6 +2307,16 @@ class Run:
             os.remove(path)
         return f"{name}_{self.step}{suffix}"
 
+    def make_envs(self, make: Callable, *args) -> gym.vector.VectorEnv:
+        """make(*args), the environments of an evaluation; where they cannot be made the run is saved and ends."""
+        try:
+            return make(*args)
+        except StopNow:
+            raise
+        except (Exception, SystemExit) as error:
+            reason = "" if isinstance(error, SystemExit) else f": {one_line(error)}"  # fail has given its own
+            self.abort(f"cannot make the environments of an evaluation{reason}")
+
     def abort(self, fault: str) -> NoReturn:
         """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
         self.save()
@@ -2312,7 +2333,7 @@ class Run:
             write_file(f"{self.folder}/{self.args.exp_name}.pt", weights)
         if not self.learned:
             self.say("no update was made")
-        command = shlex.join(["python", sys.argv[0], "--resume", self.folder])
+        command = shlex.join([*self.launcher, sys.argv[0], "--resume", self.folder])
         self.say(f"checkpoint at step {self.step}; continue with: {command}")
         self.lock.close()
         self.stop.exit()
@@ -2371,6 +2392,7 @@ class RankedRun(Run):
 
     def __init__(self, args: Args, checkpoint: dict | None):
         self.rank, folders = dist.get_rank(), [None]
+        self.launcher = "torchrun", "--nproc-per-node", str(dist.get_world_size())
         self.ranks = checkpoint["parts"]["ranks"] if checkpoint else [dist.get_world_size(), 0]  # and saves so far
         if self.rank == 0:
             super().__init__(args, checkpoint)
@@ -2439,9 +2461,11 @@ def check_args(args: Args) -> None:
     most = math.inf if callable(game) else 2 * game[2] - 2  # one more could win
     if args.opening_moves > most:
         fail(f"--opening-moves of {args.env_id} must be at most {most}, not {args.opening_moves}")
-    for flag in ("capture_video", "max_episode_steps"):
-        if args.env_id in BOARD_GAMES and getattr(args, flag):
+    for flag, default in (("capture_video", False), ("max_episode_steps", None), ("action_repeat", 1)):
+        if args.env_id in BOARD_GAMES and getattr(args, flag) != default:
             fail(f"{args.env_id} has no use for --{flag.replace('_', '-')}")
+    if args.two_player and args.env_id not in BOARD_GAMES:
+        fail(f"--two-player: {args.env_id} is no game of BOARD_GAMES")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 
@@ -2461,7 +2485,8 @@ def check_memory(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
     weights = 4 * sum(weight.numel() for weight in agent.parameters())
     num_bytes += weights
     if args.evaluate is None and args.play is None:
-        num_bytes += 4 * weights + rb.numbers.nbytes + rb.data["obs"].nbytes + rb.priority.nbytes
+        copies = 1 + (choose_device(args).type == "cpu")  # a checkpoint takes a copy
+        num_bytes += 4 * weights + copies * (rb.numbers.nbytes + rb.data["obs"].nbytes + rb.priority.nbytes)
         num_bytes += 16 * args.batch_size * (args.unroll_steps + 1) * (len(agent.bins) + latent_size)
     sizes = "--buffer-size, sizes of networks, batches and searches"
     require_memory(num_bytes, sizes, choose_device(args))

@@ -27,13 +27,13 @@ Evaluate:   python world_models.py --evaluate runs/<run folder> [--capture-video
 Watch:      tensorboard --logdir runs; curves stand at environment steps + all updates and generations made
 In the stages some common flags mean:
   total_timesteps       counts what collect records; a resume with more goes on recording and learns V, M, C anew
-  checkpoint_frequency  counts environment steps, frames of V, sequences of M; C saves as often as it costs 5 %
+  checkpoint_frequency  counts environment steps, frames of V, sequences of M; saving V, M and C costs 5 % at most
   eval_frequency        counts the steps that C's candidates make where they are evolved, in dreams too
 Deviations from the reference code, each also marked at the line it concerns:
   1. Random actions of CarRacing are held random numbers (there: randomly initialised networks).
   2. Frames are scaled to [0, 1] as they are (there stretched in contrast, and black turns white by an overflow);
      TakeCover is drawn at 160 x 120 (there: 640 x 480).
-  3. The last episodes (holdout_ratio) are kept from M, which is tested on them.
+  3. Episodes drawn at random (holdout_ratio) are kept from M, which is tested on them.
   4. M's sequences are pieces of episodes from the zero state, padded (there so for the car; TakeCover's episodes are
      joined end to end and the state is carried on), and z after an episode's last frame is no target.
   5. Only terminations are ends (there also where the time limit cut an episode off).
@@ -114,7 +114,7 @@ class Args:
     keep_pictures: Count = 10  # pictures and films of each kind that stay in the run folder, the newest
     eval_frequency: Natural = 10_000  # environment steps between evaluations, 0 = none
     eval_episodes: Size = 10  # episodes of one evaluation
-    checkpoint_frequency: Natural = 50_000  # environment steps between checkpoints, 0 = only when the run ends
+    checkpoint_frequency: Natural = 10_000  # environment steps between checkpoints, 0 = only when the run ends
     save_buffer: bool = True  # keep the replay buffer in the checkpoint
     resume: str | None = None  # run folder to continue; auto = the newest of the same script, task and seed, if any
     evaluate: str | None = None  # run folder to evaluate: plays eval_episodes, prints their returns, trains nothing
@@ -165,7 +165,7 @@ class Args:
     episodes: Count = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
     generations: Count = 1_800  # C: generations; may be raised on a resume
     sigma: Positive = 0.1  # C: standard deviation of the first generation's weights
-    idle_limit: Natural = 0  # real episodes of C end after so many steps without reward, 0 = never (deviation 12)
+    idle_limit: Natural = 0  # steps without reward that end an episode of collect or C, 0 = never (deviation 12)
     eval_generations: Count = 10  # C: generations between evaluations at least, beside eval_frequency
 
 
@@ -638,10 +638,10 @@ class Latents:
         data = {"action": action, "reward": reward, "first": first, "last": last, "terminated": terminated}
         self.data = {name: torch.from_numpy(array.astype(np.float32)).to(device) for name, array in data.items()}
         self.data |= {"mu": rows[:, 0], "logvar": rows[:, 1]}  # float16
-        held_out = max(int(args.holdout_ratio * len(spans)), 1)
-        order = np.random.default_rng(7).permutation(len(spans))  # the same for whoever looks at these episodes
-        self.spans, self.holdout = spans, spans[np.sort(order[:held_out])]  # deviation 3
-        self.train = spans[np.sort(order[held_out:])] if len(spans) > 1 else spans  # a single episode is both
+        held_out = np.random.default_rng(7).random(len(spans)) < args.holdout_ratio  # in all rounds the same ones
+        held_out[0] |= not held_out.any()
+        self.spans, self.holdout = spans, spans[held_out]  # deviation 3
+        self.train = spans if held_out.all() else spans[~held_out]  # a single episode is both
 
     def batches(self, spans: np.ndarray, length: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
         """One pass over episodes, shuffled: batches of B pieces (B, 2) of at most `length` steps (deviation 4)."""
@@ -905,10 +905,10 @@ def main(args: Args) -> str:
     rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
     envs = make_vector_env(args, args.num_envs)
     spec = make_spec(envs, args)
-    check_sizes(args, spec)
-    help_first(args, spec, envs)  # under torchrun only the first process gets further
     if checkpoint:
         rewind(checkpoint, args)
+    check_sizes(args, spec, checkpoint)
+    help_first(args, spec, envs)  # under torchrun only the first process gets further
     run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
     envs.on_fault = run.abort
     checkpoint = None  # what refers to the file keeps it on the disk
@@ -1067,7 +1067,10 @@ class CheckedEnv(gym.Wrapper):
                 flat = gym.spaces.flatten(space, obs)
                 finite("observation", flat, np.shape(flat))
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
-            return obs, *numbers, {name: info[name] for name in self.KEPT if name in info}
+            kept = {name: info[name] for name in self.KEPT if name in info}
+            if "action_mask" in kept and isinstance(self.action_space, gym.spaces.Discrete):
+                kept["action_mask"] = finite("action_mask", kept["action_mask"], (self.action_space.n,))
+            return obs, *numbers, kept
         except (Exception, SystemExit) as error:  # an environment may raise anything, and call sys.exit
             if isinstance(error, StopNow):
                 raise
@@ -1224,7 +1227,7 @@ def log_scores(run: "Stages") -> None:
     args, trace, envs = run.args, [], run.envs
     if args.capture_video:  # a film of each evaluation needs a new recorder
         video = run.picture("videos/evaluation.mp4")
-        envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
+        envs = run.make_envs(make_vector_env, args, min(args.num_envs, args.eval_episodes), video)
         envs.on_fault = run.abort
     real, dreamed = real_and_dream_scores(run.agent, envs, args, run.stop, trace)
     if args.capture_video:
@@ -1453,6 +1456,9 @@ def enter_dream(args: Args) -> str:
     """A window in which M dreams and the keyboard acts: c hands over to C and back, r begins anew, escape ends."""
     import pygame
 
+    args = replace(args, play=os.path.normpath(args.play.removesuffix("checkpoint.pt")))
+    if args != with_task_defaults(Args(play=args.play, cuda=args.cuda, seed=args.seed)):
+        fail("--play takes --seed and --cuda and no other setting")
     screen = os.environ.get("SDL_VIDEODRIVER")  # environments are made without one
     folder, checkpoint = args.play, load_run(args.play, args)
     args = replace(Args(**checkpoint["args"]), cuda=args.cuda, seed=args.seed)
@@ -1466,10 +1472,15 @@ def enter_dream(args: Args) -> str:
     generator = make_generator(device, args.seed, 18)
     pygame.init()
     window, font, clock = pygame.display.set_mode((512, 552)), pygame.font.Font(None, 28), pygame.time.Clock()
+    if screen is None and pygame.display.get_driver() in ("dummy", "offscreen"):
+        fail("--play opens a window, and there is no display")
     pressed, own, z, state = set(), True, None, None
     while True:
         for event in pygame.event.get():
-            pressed ^= {event.key} if event.type in (pygame.KEYDOWN, pygame.KEYUP) else set()
+            if event.type == pygame.KEYDOWN:
+                pressed.add(event.key)
+            elif event.type == pygame.KEYUP:
+                pressed.discard(event.key)
             if event.type == pygame.QUIT or pygame.K_ESCAPE in pressed:
                 pygame.quit()
                 return folder
@@ -1747,9 +1758,9 @@ class StopRequest:
         signal.setitimer(signal.ITIMER_REAL, 5, 1)  # seconds until the first alarm, and between alarms
 
     def give_up(self, signum: int, frame) -> None:
-        """An alarm: if the program is in a call of its environments, this call is left."""
+        """An alarm: if the program is in a reset or a step of its environments, this call is left."""
         while frame is not None:
-            if "vector_env" in frame.f_code.co_filename:
+            if "vector_env" in frame.f_code.co_filename and re.match("reset|step", frame.f_code.co_name):
                 too_long(signum, frame)
             frame = frame.f_back
 
@@ -1787,6 +1798,8 @@ FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile
 class Run:
     """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
+    launcher = ("python",)
+
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
             refuse_changes(args, checkpoint, FREE)
@@ -1818,7 +1831,7 @@ class Run:
         self.metrics, self.learned, self.saved = {}, checkpoint is not None, None
         self.reported = self.step, time.perf_counter()
         self.eval_began = self.reported[1]  # of the newest evaluation
-        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run was stopped before it
+        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run has ended before it
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
@@ -1873,8 +1886,8 @@ class Run:
         return not ending
 
     def save(self) -> None:
-        """Writes the checkpoint of this step, if it is not there yet; a stop may leave an evaluation to the resume."""
-        owed = {"eval_owed": bool(self.stop.requested) and self.step >= self.next_eval}
+        """Writes the checkpoint of this step, if it is not there yet; an evaluation that is due is left to a resume."""
+        owed = {"eval_owed": self.step >= self.next_eval}
         if self.saved != (self.step, owed):
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
@@ -1927,6 +1940,16 @@ class Run:
             os.remove(path)
         return f"{name}_{self.step}{suffix}"
 
+    def make_envs(self, make: Callable, *args) -> gym.vector.VectorEnv:
+        """make(*args), the environments of an evaluation; where they cannot be made the run is saved and ends."""
+        try:
+            return make(*args)
+        except StopNow:
+            raise
+        except (Exception, SystemExit) as error:
+            reason = "" if isinstance(error, SystemExit) else f": {one_line(error)}"  # fail has given its own
+            self.abort(f"cannot make the environments of an evaluation{reason}")
+
     def abort(self, fault: str) -> NoReturn:
         """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
         self.save()
@@ -1943,7 +1966,7 @@ class Run:
             write_file(f"{self.folder}/{self.args.exp_name}.pt", weights)
         if not self.learned:
             self.say("no update was made")
-        command = shlex.join(["python", sys.argv[0], "--resume", self.folder])
+        command = shlex.join([*self.launcher, sys.argv[0], "--resume", self.folder])
         self.say(f"checkpoint at step {self.step}; continue with: {command}")
         self.lock.close()
         self.stop.exit()
@@ -1967,7 +1990,8 @@ class Stages(Run):
     Curves stand at the environment steps plus `ticks`: one for each update, generation, and end of C.
     """
 
-    COUNTERS = "stage round units_done ticks began collected record_until returns frames_seen start fitness unscored"
+    COUNTERS = "stage round units_done ticks began collected record_until returns frames_seen frames_before start "
+    COUNTERS += "fitness unscored"
 
     def __init__(self, args: Args, checkpoint: dict | None, spec: Spec, envs: gym.vector.VectorEnv):
         step, ticks = (checkpoint["global_step"], checkpoint["parts"]["counters"]["ticks"]) if checkpoint else (0, 0)
@@ -1981,14 +2005,14 @@ class Stages(Run):
         self.ticks, self.began = 0, {"collect": 0}  # ticks when each stage of this round began
         self.collected, self.record_until = 0, args.total_timesteps  # steps when recording ended, and when it will
         self.returns: list[float] = []  # of the episodes that this round has recorded
-        self.frames_seen = 0  # frames that V was trained on
+        self.frames_seen, self.frames_before = 0, 0  # frames that V was trained on, by now and when this round began
         self.start: dict = {}  # where CMA-ES began: mean, sigma, generation
         self.fitness: list[list[float]] = []  # of all candidates of all generations since, as CMA-ES was told
         self.unscored = 0  # steps that C's candidates have made since the last evaluation
         self.scored = False  # has C been evaluated as it is?
         self.known = 0  # the round whose networks the other processes have
         self.saved_optimizer = deepcopy(checkpoint["parts"].get("optimizer")) if checkpoint else None
-        self.next_save_time, self.only_c = 0.0, False  # of C, seconds of perf_counter; is the rest on the disk?
+        self.next_save_time, self.only_c = 0.0, False  # seconds of perf_counter; is all but C on the disk?
         rng = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(("actions", "reset"))}
         rng |= {name: make_generator(self.device, args.seed, i) for i, name in ((11, "v"), (12, "m"))}
         if checkpoint:  # without what is to be learned, or recorded, anew
@@ -2033,7 +2057,7 @@ class Stages(Run):
     def save(self) -> None:
         """A checkpoint of the stage in progress, in a folder of its own what changes while C is evolved (see load_run).
 
-        Where generations are short, writing takes a twentieth of the time.
+        Where updates and generations are short, writing takes a twentieth of the time.
         """
         begin, self.saved, folder = time.perf_counter(), None, f"{self.folder}/c"
         if self.only_c:
@@ -2096,7 +2120,7 @@ class Stages(Run):
         self.stage, self.units_done = STAGES[STAGES.index(self.stage) + 1], 0
         if self.stage == "finished" and self.round < self.args.rounds:
             self.stage, self.round, self.returns = "collect", self.round + 1, []
-            self.record_until = self.step + self.args.round_timesteps
+            self.record_until, self.frames_before = self.step + self.args.round_timesteps, self.frames_seen
         self.began[self.stage], self.only_c, self.unscored = self.ticks, False, 0
         self.parts.pop("optimizer", None)
         self.save()
@@ -2117,7 +2141,7 @@ class Stages(Run):
             metrics = update(batches[i])
             self.count_unit()
             self.progress.update()
-            saving = self.units_done % save_every == 0
+            saving = self.units_done % save_every == 0 and time.perf_counter() > self.next_save_time
             if self.units_done % 100 == 0 or self.units_done == total or saving:
                 self.log(require_finite(metrics, self.step + self.units_done))
             if saving and self.units_done < total:
@@ -2168,7 +2192,14 @@ def rewind(checkpoint: dict, args: Args) -> None:
     if args.from_stage:
         if STAGES.index(args.from_stage) > STAGES.index(counters["stage"]):
             fail(f"--from-stage {args.from_stage}: this run has not come further than {counters['stage']}")
+        if args.from_stage != "collect" and args.total_timesteps != saved["total_timesteps"]:
+            fail(f"--from-stage {args.from_stage} records nothing: --total-timesteps alone, or --from-stage collect")
         forget(checkpoint, args.from_stage)
+        if counters["round"] > 1:  # these stages went on from what the round before had left
+            sizes = "latent_size vae_depth hidden_size num_mixtures heads"
+            refuse_changes(args, checkpoint, " ".join(set(saved) - set(sizes.split())))
+            before = torch.load(f"{args.resume}/round_{counters['round'] - 1}.pt", "cpu", weights_only=True)
+            parts["agent"] = before | parts["agent"]
         for name in STAGES[STAGES.index(args.from_stage) : -1]:
             saved |= {setting: getattr(args, setting) for setting in STAGE_SETTINGS[name].split()}
     elif args.total_timesteps > saved["total_timesteps"] and (counters["stage"], counters["round"]) != ("collect", 1):
@@ -2199,10 +2230,10 @@ def forget(checkpoint: dict, stage: str) -> None:
     checkpoint["rng"] = {k: state for k, state in checkpoint["rng"].items() if stage_of.get(k, k) not in gone}
     counters |= {"stage": stage, "units_done": 0, "ticks": counters["began"][stage], "unscored": 0}
     if "v" in gone:
-        counters["frames_seen"] = 0
+        counters["frames_seen"] = counters["frames_before"]
     if "collect" in gone:
         parts.pop("replay", None)
-        counters |= {"round": 1, "ticks": 0, "collected": 0, "returns": []}
+        counters |= {"round": 1, "ticks": 0, "collected": 0, "returns": [], "frames_seen": 0, "frames_before": 0}
     checkpoint["global_step"] = min(checkpoint["global_step"], counters["collected"])
 
 
@@ -2267,10 +2298,14 @@ def introduction(run: Stages) -> str:
     return f"{text}; at most about so many hours of one core: {parts}; minutes: bash benchmark/world_models.sh small"
 
 
-def check_sizes(args: Args, spec: Spec) -> None:
+def check_sizes(args: Args, spec: Spec, checkpoint: dict | None) -> None:
     """Refuses what the disk or the device cannot hold: frames; weights, latents and batches; dreams and CMA-ES."""
-    frames = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
-    missing = frames - (frames_file(args.resume).num_rows() if args.resume else 0)
+    later = args.round_timesteps  # environment steps of each round but the first
+    frames = missing = args.total_timesteps + (args.rounds - 1) * later
+    if checkpoint:  # as rewind has left it
+        counters = checkpoint["parts"]["counters"]
+        left = counters["record_until"] - checkpoint["global_step"] if counters["stage"] == "collect" else 0
+        missing = left + (args.rounds - counters["round"]) * later
     needed, free = missing * 64 * 64 * 3 / 1e9, shutil.disk_usage(args.resume or ".").free / 1e9
     if needed > free:
         fail(f"--total-timesteps: {needed:.0f} GB of frames do not fit on the disk, which has {free:.0f} GB")

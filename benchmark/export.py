@@ -17,7 +17,8 @@ def evaluations(run_dir: str) -> list[tuple[int, float, float]]:
     if "eval/episodic_return" not in events.Tags()["scalars"]:
         return []
     pairs = zip(events.Scalars("eval/episodic_return"), events.Scalars("eval/episodic_return_std"), strict=True)
-    return [(mean.step, mean.value, std.value) for mean, std in pairs]
+    points = {mean.step: (mean.value, std.value) for mean, std in pairs}  # one that was made again counts once
+    return [(step, *values) for step, values in points.items()]
 
 
 def training_episodes(run_dir: str) -> list[tuple[int, float]]:

@@ -1015,6 +1015,19 @@ def test_order_and_amount_of_work_of_a_block(monkeypatch):
     assert {id(p) for p in first["actor"].param_groups[0]["params"]} == expected
 
 
+@pytest.mark.parametrize(("warmup", "rollouts"), [(0, [36]), (1, [1, 36]), (9, [2, 36])])
+def test_critics_need_no_warmup(monkeypatch, warmup, rollouts):
+    """Without one there are no rollouts for it; with a short one there is one at least."""
+    args = make_args(batch_size=12, critic_warmup=warmup, rollout_frequency=40, rollout_length=3, **{
+        "updates_per_step": 1, "model_train_frequency": 1})  # fmt: skip
+    agent, rb = make_agent(args), RingBuffer(200, 2 * D + A + 2 + 4, CPU)
+    rb.add(make_rows(100, args))
+    visit, rows = dhmbpo.distribution_rollout, []
+    monkeypatch.setattr(dhmbpo, "distribution_rollout", lambda *a, **k: (rows.append(k["rows"]), visit(*a, **k))[1])
+    metrics = dhmbpo.learn(agent, rb, RingBuffer(100, D, CPU), never, generators(), args, 1, eager, quiet)
+    assert rows == rollouts and metrics["model/alive_share"] == 1
+
+
 def test_a_large_replay_is_trained_on_in_part(monkeypatch):
     """A random part, without repetition; the statistics are over all."""
     args = make_args(model_rows=30)
@@ -1124,7 +1137,8 @@ def test_an_interrupted_block_is_learned_anew(monkeypatch, step, text):
     dhmbpo.main(dataclasses.replace(args, resume=folder))
     assert same(saved(whole)["parts"], saved(folder)["parts"]) and same(saved(whole)["rng"], saved(folder)["rng"])
     found, expected = scalars(folder), scalars(whole)
-    del found["charts/SPS"], expected["charts/SPS"]
+    speeds, _ = [[at for at, _ in tags.pop("charts/SPS")] for tags in (found, expected)]
+    assert speeds == [at for at in (24, 32, 40) if at != step]  # no steps were made between the resume and the block
     assert found == expected
     assert [s for s, _ in expected["eval/episodic_return"]] == [8, 16, 24, 32, 40]
 

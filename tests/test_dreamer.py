@@ -1299,6 +1299,20 @@ def test_random_actions_and_what_the_environment_gets():
     assert np.array_equal(np.eye(3)[dreamer.env_action(agent, actions)], actions)
 
 
+@pytest.mark.parametrize("buffer_on_gpu", [True, False])
+def test_memory_is_asked_for_where_it_will_be_needed(buffer_on_gpu, monkeypatch):
+    """The replay may lie beside the GPU; weights and batches may not."""
+    asked, cuda = [], torch.device("cuda")
+    monkeypatch.setattr(dreamer, "choose_device", lambda args: cuda)
+    monkeypatch.setattr(dreamer, "require_memory", lambda *args: asked.append(args))
+    args = tiny(dreamer, buffer_on_gpu=buffer_on_gpu, buffer_size=1000)
+    image, box = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Box(-1, 1, (2,))
+    dreamer.check_memory(args, image, box)
+    (replay, _, at), (_, _, device) = asked
+    assert at == (cuda if buffer_on_gpu else torch.device("cpu")) and device == cuda
+    assert replay == dreamer.ReplayBuffer(1000, image, 2, "cpu").nbytes > 1000 * 64 * 64 * 3
+
+
 # === Learning ===
 
 

@@ -1,8 +1,10 @@
 """What goes wrong around a run: bad numbers of an environment, second processes, hangups, closed pipes, full disks."""
 
+import contextlib
 import ctypes.util
 import dataclasses
 import fcntl
+import functools
 import importlib
 import os
 import re
@@ -156,6 +158,43 @@ def test_an_environment_that_hangs_holds_nothing(script, fault, num_envs, number
     assert process.returncode == (128 + number if number == signal.SIGTERM else -number), err
     assert "Traceback" not in err and (number == signal.SIGKILL or "does not return" in err)
     wait_for(lambda: not processes_in(str(Path.cwd())))
+
+
+def test_an_alarm_leaves_steps_and_resets_alone(script):
+    """Not what makes or closes environments, which may take their time."""
+    path = gym.vector.sync_vector_env.__file__
+    for name in ("reset", "step", "step_async", "reset_wait", "__init__", "close"):
+        found = {}
+        exec(compile(f"def {name}(call): call()", path, "exec"), found)
+        alarm = functools.partial(script.StopRequest.give_up, None, signal.SIGALRM)
+        if name in ("__init__", "close"):
+            found[name](lambda alarm=alarm: alarm(sys._getframe()))
+        else:
+            with pytest.raises(TimeoutError, match="does not return"):
+                found[name](lambda alarm=alarm: alarm(sys._getframe()))
+
+
+@pytest.mark.parametrize("fault", ["raises", "is refused"])
+def test_an_evaluation_whose_environments_cannot_be_made(script, monkeypatch, capsys, fault):
+    """Ends the run like a fault of theirs: exit code 1, and what was before it is saved."""
+    if script.__name__ == "world_models":
+        pytest.skip("makes environments for an evaluation only to film it")
+    make, calls = script.make_vector_env, []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 2:  # to rehearse, to train, to evaluate
+            raise RuntimeError("no room") if fault == "raises" else script.fail("no display")
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(script, "make_vector_env", failing)
+    with pytest.raises(SystemExit) as stopped:
+        run(script, eval_frequency=12, checkpoint_frequency=0, total_timesteps=48)
+    err, folder = capsys.readouterr().err, str(next(Path.cwd().glob("run_0/runs/*")))
+    step, reason = load(folder)["global_step"], ": RuntimeError: no room" if fault == "raises" else ""
+    assert stopped.value.code == 1 and step >= 12
+    line = f"error: cannot make the environments of an evaluation{reason}; checkpoint at step {step}"
+    assert err.splitlines()[-1] == line and ("error: no display" in err) == (fault != "raises")
 
 
 @pytest.mark.parametrize("alive", [True, False])
@@ -365,8 +404,13 @@ def test_the_checkpoint_comes_before_the_evaluation(script, monkeypatch):
     monkeypatch.setattr(script, "log_scores" if by_generation else "evaluate", fail)
     with pytest.raises(RuntimeError, match="the evaluation failed"):
         run(script, eval_frequency=1 if by_generation else 24, checkpoint_frequency=24)
-    state = load(str(next(Path.cwd().glob("run_0/runs/*/c" if by_generation else "run_0/runs/*"))))
+    folder = str(next(Path.cwd().glob("run_0/runs/*/c" if by_generation else "run_0/runs/*")))
+    state = load(folder)
     assert state["parts"]["counters"]["units_done"] == 1 if by_generation else state["global_step"] == 24
+    if not by_generation:  # and it is made by the resume
+        monkeypatch.undo()
+        resume(script, folder, eval_frequency=24, checkpoint_frequency=24, total_timesteps=48)
+        assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [24, 48]
 
 
 def test_a_picture_that_fails_is_a_line(script, capsys):
@@ -463,6 +507,24 @@ def test_an_evaluation_that_was_due_is_made_after_the_resume(script, monkeypatch
     wanted = list(range(eval_frequency, 49, eval_frequency))
     assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == wanted
     assert not load(folder)["parts"]["eval_owed"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_evaluation_that_was_interrupted_says_no_return(script, monkeypatch, capsys, interrupted):
+    """Short episodes end first: the mean of some is not that of all."""
+    folder, evaluate = finished(script), "real_and_dream_scores" if script.__name__ == "world_models" else "evaluate"
+    played = getattr(script, evaluate)
+
+    def stopped(*args, **kwargs):
+        found = played(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return found
+
+    if interrupted:
+        monkeypatch.setattr(script, evaluate, stopped)
+    with pytest.raises(SystemExit) if interrupted else contextlib.nullcontext():
+        command_line(monkeypatch, script, "--evaluate", folder)
+    assert ("return " in capsys.readouterr().out) != interrupted
 
 
 # === What is said in one line ===

@@ -1288,6 +1288,16 @@ def test_the_model_steps_along_the_candidate_that_was_chosen():
     torch.testing.assert_close(value, muzero.from_distribution(value_logits, agent.bins), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("K", [2, 3, 5, 8])
+def test_candidates_are_corrected_for_how_many_are_wide(K):
+    """Weighted by their prior, candidates have the second moment of the policy, 1; also where K is odd."""
+    agent, args = sampled_agent(num_candidates=K, inner_candidates=2, num_simulations=1)
+    noise, logits = agent.draws(20_000, args, torch.Generator().manual_seed(1))[0]
+    weights = logits.double().exp()
+    moment = (weights * noise[..., 0].double() ** 2).sum() / weights.sum()
+    assert abs(moment - 1) < 0.03
+
+
 def test_greedy_candidates_hold_the_mode():
     """Without noise and without wide ones, all with the same prior."""
     (agent, args), generator = sampled_agent(), torch.Generator().manual_seed(0)
@@ -1913,6 +1923,31 @@ def test_action_masks_are_obeyed():
     del gym.registry["Masked-v0"]
 
 
+@pytest.mark.parametrize(("mask", "words"), [([0, 1, 1], ""), ((0, 1, 1), ""), ([1, 1], "action_mask must be numbers")])
+def test_action_masks_as_lists(mask, words, capsys):
+    """Of the wrong length: one line, before there is a run folder. Three environments, as many as actions."""
+
+    class Listed(Masked):
+        def _show(self):
+            obs, _ = super()._show()
+            self.allowed = 1
+            return obs, {"action_mask": mask}
+
+        def step(self, action):
+            assert action in (1, 2)
+            self.allowed = action
+            return super().step(action)
+
+    gym.register("Listed-v0", Listed, max_episode_steps=7, disable_env_checker=True)
+    settings = {"env_id": "Listed-v0", "num_envs": 3, "total_timesteps": 60, "learning_starts": 24}
+    if words:
+        assert words in error_of(capsys, run, muzero, **settings)
+    else:
+        data = load(run(muzero, **settings))["parts"]["replay"]["data"]
+        assert data["legal"][data["kind"] == muzero.STEP][:20].tolist() == [[0, 1, 1]] * 20
+    del gym.registry["Listed-v0"]
+
+
 def test_legal_actions_of_some_environments():
     """What has not been told stays as it was."""
     before = np.array([[True, False], [True, True]])
@@ -1999,6 +2034,12 @@ def test_support_is_checked_against_the_largest_return(capsys):
     args = make_args(env_id="LunarLander-v3", support_size=10)
     muzero.check_support(args, muzero.make_vector_env(args, 1))
     assert "117" in capsys.readouterr().out
+
+
+def test_a_task_has_its_settings_under_each_of_its_names():
+    for names in (("cartpole-swingup", "cartpole_swingup"), ("cup-catch", "ball-in-cup-catch", "ball_in_cup-catch")):
+        settings = [replace(make_args(env_id=name), env_id="") for name in names]
+        assert settings[0].action_repeat == 4 and settings == [settings[0]] * len(names)
 
 
 def test_a_flag_wins_over_the_task():
@@ -2339,7 +2380,7 @@ def test_memory_is_that_of_the_arrays(monkeypatch):
         muzero.check_memory(args, envs)
         rb = muzero.ReplayBuffer(envs, agent, args, CPU)
         replay = sum(column.nbytes for column in rb.data.values()) + rb.priority.nbytes
-        assert asked[-1] - asked[-2] - 4 * weights - replay == 16 * 6 * (len(agent.bins) + 16)
+        assert asked[-1] - asked[-2] - 4 * weights - 2 * replay == 16 * 6 * (len(agent.bins) + 16)  # a checkpoint's too
 
 
 @pytest.mark.parametrize(
@@ -2350,6 +2391,9 @@ def test_memory_is_that_of_the_arrays(monkeypatch):
         ({"learning_starts": 40_001}, "--learning-starts 40001 must be within"),
         ({"c_scale": 0.0}, "--c-scale must be at least"),
         ({"num_candidates": 1}, "--num-candidates must be at least 2"),
+        ({"two_player": True}, "--two-player: CartPole-v1 is no game of BOARD_GAMES"),
+        ({"env_id": "tictactoe", "action_repeat": 2}, "tictactoe has no use for --action-repeat"),
+        ({"env_id": "tictactoe", "max_episode_steps": 2}, "tictactoe has no use for --max-episode-steps"),
     ],
 )
 def test_settings_that_cannot_learn_are_refused(changes, line, capsys):
@@ -2377,18 +2421,40 @@ def test_muzero_keeps_open_episodes_as_truncated():
     assert data["obs"][row + 1, :, 1].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("key", ["network.encoder.0.weight", "network.reward.bias"])
-def test_muzero_stops_where_a_loss_is_not_finite(key):
-    """A poisoned parameter is reported as a loss; the checkpoint from before stays."""
+@pytest.mark.parametrize(
+    ("part", "key", "words"),
+    [
+        ("agent", "network.encoder.0.weight", "the search's value"),
+        ("agent", "network.reward.bias", "the search's value"),
+        ("target", "network.policy_value.bias", "(losses/|the search's value)"),  # of the first update, or after it
+    ],
+)
+def test_muzero_stops_where_something_is_not_finite(part, key, words):
+    """A poisoned parameter is found in a search or in a loss; the last checkpoint stays."""
     run_dir = run(muzero)
     path = Path(run_dir, "checkpoint.pt")
     state = load(run_dir)
-    state["parts"]["agent"][key][:] = math.nan
+    state["parts"][part][key][:] = math.nan
     torch.save(state, path)
     poisoned = path.read_bytes()
-    with pytest.raises(SystemExit, match=r"not finite at step \d+: losses/"):
+    with pytest.raises(SystemExit, match=rf"not finite at step \d+: {words}"):
         resume(muzero, run_dir, total_timesteps=96)
     assert path.read_bytes() == poisoned
+
+
+def test_muzero_stops_on_a_board_where_values_are_not_finite():
+    """Between two reports, too: a full column would be the next choice."""
+    run_dir = run(muzero, env_id="tictactoe", num_simulations=4, **FOUR_ENVS | {"total_timesteps": 40})
+    path, state = Path(run_dir, "checkpoint.pt"), load(run_dir)
+    state["parts"]["agent"]["network.policy_value.bias"][:] = math.nan
+    torch.save(state, path)
+    with pytest.raises(SystemExit, match="not finite at step 40: the search's value"):
+        resume(muzero, run_dir, env_id="tictactoe", num_simulations=4, **FOUR_ENVS | {"total_timesteps": 80})
+
+
+def test_an_image_network_may_be_small():
+    network = muzero.make_agent(TinyVector(2, (4, 96, 96, 3), dtype=np.uint8), make_args(hidden_size=1)).network
+    assert network.represent(torch.zeros(2, 4, 96, 96, 3, dtype=torch.uint8)).shape == (2, 1, 6, 6)
 
 
 # === Playing against it ===
@@ -2446,6 +2512,15 @@ def test_a_game_of_ones_own(monkeypatch):
     (folder,) = Path("runs").iterdir()
     args = muzero.Args(**load(str(folder))["args"])
     assert (args.two_player, args.discount) == (True, -1.0)
+    assert_plays_nim(folder)
+    for numbers in ("uint8", "float64"):
+        other = code.replace("float32", numbers).replace('"nim"', f'"nim-{numbers}"')
+        sys.argv[2] = f"nim-{numbers}"
+        exec(compile(other, "nim.py", "exec"), {"__name__": "__main__"})
+        assert_plays_nim(next(Path("runs").glob(f"*{numbers}*")))
+
+
+def assert_plays_nim(folder: Path) -> None:
     data = load(str(folder))["parts"]["replay"]["data"]
     steps, left = (data["kind"] == muzero.STEP)[:10], data["obs"][:11].argmax(-1)
     assert (data["reward"][:10] == (left[:10] == data["action"][:10] + 1) * steps).all()

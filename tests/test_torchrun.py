@@ -380,7 +380,8 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_of_all(learner):
     process = begin([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: "episodic_return" in process.stdout.readline())
     process.send_signal(signal.SIGTERM)
-    assert "checkpoint at step" in process.communicate(timeout=60)[0] and process.returncode != 0
+    said = process.communicate(timeout=60)[0]
+    assert f"continue with: torchrun --nproc-per-node {WORLD} " in said and process.returncode != 0
     (folder,) = map(str, Path("runs").absolute().iterdir())
     step = load(folder)["global_step"]
     assert 24 <= step == load(f"{folder}/rank1")["global_step"]

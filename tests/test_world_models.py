@@ -26,6 +26,7 @@ from runs import (
     TWO_ENVS,
     assert_healthy,
     close_writers,
+    command_line,
     copy_of,
     differences,
     error_of,
@@ -698,17 +699,22 @@ def test_a_pass_shows_every_step_once(latents):
 
 
 def test_held_out_episodes_are_drawn_at_random():
-    """A quarter of 80, from everywhere, ends among them; the same ones each time; of a single episode all is seen."""
-    rb = recorded(lengths=[2] * 80)
-    rows = np.zeros((160, 2, 4), np.float16)
-    latents = [Latents(rb, rows, BOX, make_args(holdout_ratio=0.25), torch.device("cpu")) for _ in range(2)]
-    held = latents[0].holdout[:, 0] // 2
-    assert len(held) == 20 and len(latents[0].train) == 60 and held.tolist() == (latents[1].holdout[:, 0] // 2).tolist()
-    assert not set(held) & set(latents[0].train[:, 0] // 2) and (held < 40).sum() in range(5, 16)
-    assert 0 < sum(rb.terminated[i] for i in held) < 20
-    rb.episodes, rb.terminated = rb.episodes[:1], rb.terminated[:1]
-    single = Latents(rb, rows[:2], BOX, make_args(), torch.device("cpu"))
-    assert single.train.tolist() == single.holdout.tolist() == [[0, 2]]
+    """A quarter of 80, from everywhere, ends among them; what was held out stays so when there are more episodes, and
+    what M was trained on too; one at least; of a single episode all is seen."""
+
+    def split(number: int, ratio: float = 0.25) -> tuple[list[int], list[int]]:
+        rb = recorded(lengths=[2] * number)
+        latents = Latents(
+            rb, np.zeros((2 * number, 2, 4), np.float16), BOX, make_args(holdout_ratio=ratio), torch.device("cpu")
+        )
+        return [(spans[:, 0] // 2).tolist() for spans in (latents.train, latents.holdout)]
+
+    train, held = split(80)
+    assert sorted(train + held) == list(range(80)) and len(held) in range(12, 29)
+    assert sum(i < 40 for i in held) in range(4, 25)
+    for number in range(20, 80, 7):  # in all rounds the same ones
+        assert split(number) == [[i for i in part if i < number] for part in (train, held)]
+    assert split(3, 0.0) == [[1, 2], [0]] and split(1) == [[0], [0]] and split(3, 1.0) == [[0, 1, 2]] * 2
 
 
 def test_batch_draws_z_afresh_and_shifts_it_by_one(latents):
@@ -1528,6 +1534,8 @@ def test_killed_in_any_stage_and_resumed_equals_never_interrupted(
     settings = {"eval_frequency": 1, "checkpoint_frequency": 8, "model_updates": 9, "generations": 3}
     settings |= {"rounds": number, "round_timesteps": 30, "eval_episodes": 1, "idle_limit": 7, "explore": 0.5}
     running, init, finish, begun = [], world_models.Stages.__init__, world_models.Stages.finish, {}
+    now = property(lambda run: 0.0, lambda run, seconds: None)  # saves whenever it may, however long that took
+    monkeypatch.setattr(world_models.Stages, "next_save_time", now, raising=False)
 
     def copied(run) -> None:
         finish(run)
@@ -1676,6 +1684,63 @@ def test_stages_are_done_again_on_purpose(capsys):
     assert differences(after, load(again)) == []
 
 
+def test_stages_of_a_later_round_go_on_from_the_round_before(capsys):
+    """C again is the same C, V and M again begin with the weights of round 1; sizes stay, and nothing is recorded."""
+    settings = {"rounds": 2, "round_timesteps": 30, "explore": 0.5}
+    whole = run(world_models, **settings)
+
+    def again() -> str:
+        return shutil.copytree(whole, f"again_{len(os.listdir())}")
+
+    same = resume(world_models, again(), from_stage="c", **settings)
+    assert differences(load(whole), load(same)) == []
+    before = torch.load(f"{whole}/round_1.pt", weights_only=True)
+    still = {"vae_lr": 1e-12, "model_lr": 1e-12, "model_lr_decay": 0.0}  # M's rate falls to 1e-5 from the second update
+    for stage, parts in (("m", ("model.lstm", "model.head")), ("v", ("vae", "model.lstm", "model.head"))):
+        flags = still if stage == "v" else {name: still[name] for name in still if name != "vae_lr"}
+        found = load(resume(world_models, again(), from_stage=stage, **settings | flags))
+        for name, tensor in before.items():
+            if name.startswith(parts):
+                torch.testing.assert_close(found["parts"]["agent"][name], tensor, rtol=0, atol=3e-4)
+        counters = found["parts"]["counters"]
+        assert counters["round"] == 2 and counters["frames_before"] == 48 <= counters["frames_seen"]
+    line = error_of(capsys, resume, world_models, again(), from_stage="m", **settings | {"hidden_size": 24})
+    assert "--hidden-size 24 clashes" in line
+    for stage in ("v", "m", "c"):
+        more = settings | {"total_timesteps": 96}
+        line = error_of(capsys, resume, world_models, again(), from_stage=stage, **more)
+        assert f"--from-stage {stage} records nothing" in line
+
+
+def test_only_what_will_be_recorded_needs_room(monkeypatch, capsys):
+    """Not what has been, nor episodes that were dropped for being short."""
+    settings = {"rounds": 2, "round_timesteps": 30, "total_timesteps": 48}
+    whole = run(world_models, **settings)
+    Path(whole, "frames.bin").write_bytes(b"")  # as if all had been dropped; C does not need them
+    free = SimpleNamespace(free=29 * 12288)  # bytes: one frame less than a round
+    monkeypatch.setattr(world_models.shutil, "disk_usage", lambda path: free)
+    resume(world_models, whole, from_stage="c", **settings)
+    assert "frames do not fit" in error_of(capsys, resume, world_models, whole, **settings | {"rounds": 3})
+    free.free += 12288
+    with pytest.raises(SystemExit):  # for want of frames, later
+        resume(world_models, whole, **settings | {"rounds": 3})
+    assert "frames do not fit" not in capsys.readouterr().err
+
+
+def test_play_takes_few_settings_and_a_display(monkeypatch, capsys):
+    """Others would be ignored; and a window that nobody sees would run for ever."""
+    run_dir = run(world_models)
+    import pygame
+
+    line = error_of(capsys, command_line, monkeypatch, world_models, "--play", run_dir, "--temperature", "0.5")
+    assert "--play takes --seed and --cuda and no other setting" in line
+    monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
+    monkeypatch.setattr(pygame.display, "get_driver", lambda: "offscreen")
+    monkeypatch.setattr(pygame.display, "set_mode", lambda size: pygame.Surface(size))
+    line = error_of(capsys, command_line, monkeypatch, world_models, "--play", f"{run_dir}/checkpoint.pt")
+    assert "there is no display" in line
+
+
 def test_more_generations_go_on_where_the_others_ended():
     """As if all had been asked for at once, curves included; both scores of the old end stay."""
     whole = run(world_models, generations=4, eval_frequency=1)
@@ -1772,7 +1837,7 @@ def test_what_does_not_fit_is_a_line(way, capsys):
     start = {
         "resume": lambda: resume(world_models, run_dir, from_stage="c"),
         "evaluate": lambda: world_models.main(tiny(world_models, evaluate=run_dir)),
-        "play": lambda: world_models.main(tiny(world_models, play=run_dir)),
+        "play": lambda: world_models.main(Args(play=run_dir)),
     }[way]
     weights = state["parts"]["agent"]
     weights["model.lstm.weight_ih_l0"] = torch.zeros(32, 9)  # of actions of more numbers
@@ -1814,7 +1879,7 @@ def test_sizes_that_fit_no_memory_are_refused(name, capsys):
     assert words in error_of(capsys, world_models.main, tiny(world_models, **changes)) and os.listdir() == []
     assert "episodes end after 12" in error_of(capsys, world_models.main, tiny(world_models, min_episode_length=13))
     args, many = make_args(hidden_size=256, total_timesteps=99), Spec("discrete", 3000, 2100, True, True)
-    assert "CMA-ES of so many weights" in error_of(capsys, world_models.check_sizes, args, many)
+    assert "CMA-ES of so many weights" in error_of(capsys, world_models.check_sizes, args, many, None)
 
 
 def test_data_that_was_not_kept_is_missed(capsys):
@@ -1904,7 +1969,7 @@ def test_the_window_opens_where_the_user_wants_it(screen, monkeypatch):
         monkeypatch.delenv("SDL_VIDEODRIVER")
     monkeypatch.setattr(pygame, "init", lambda: asked.append(os.environ.get("SDL_VIDEODRIVER")) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        world_models.main(tiny(world_models, play=run_dir))
+        world_models.main(Args(play=run_dir))
     assert asked == [screen] and not pygame.display.get_init()
 
 
@@ -1932,7 +1997,7 @@ def test_the_dream_is_entered_by_keyboard(monkeypatch):
     monkeypatch.setattr(world_models, "dream_step", dream_step)
     monkeypatch.setattr(pygame.display, "flip", flip)
     monkeypatch.setattr(world_models, "controller_action", lambda *args: torch.full((1, 1), 0.25))
-    assert world_models.main(tiny(world_models, play=run_dir)) == run_dir
+    assert world_models.main(Args(play=run_dir)) == run_dir
     actions, firsts = zip(*seen, strict=True)
     assert actions == (0, 0, 1, 1, 0, 0, *[0.25] * 8)
     assert [i for i, first in enumerate(firsts) if first] == [0, 8, 12]
