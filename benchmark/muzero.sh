@@ -35,8 +35,9 @@ tables() { # FrozenLake and Taxi, a few minutes on one core for each seed
   done
 }
 
-physics() { # Acrobot and LunarLander
+physics() { # Acrobot, MountainCar and LunarLander
   for seed in 1 2 3; do
+    python muzero.py --env-id MountainCar-v0 --seed "$seed" --eval-episodes 20
     python muzero.py --env-id Acrobot-v1 --seed "$seed" --eval-frequency 5000
     python muzero.py --env-id LunarLander-v3 --seed "$seed"
   done
