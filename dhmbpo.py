@@ -885,9 +885,9 @@ class CheckedEnv(gym.Wrapper):
 
     KEPT = "action_mask", "x_velocity"
 
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: gym.Env, masks: bool = False):
         super().__init__(env)
-        self.steps = 0
+        self.steps, self.masks = 0, masks  # does the script obey action masks?
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         return self.checked("reset", (), lambda: self.env.reset(seed=seed))
@@ -918,8 +918,8 @@ class CheckedEnv(gym.Wrapper):
                 flat = gym.spaces.flatten(space, obs)
                 finite("observation", flat, np.shape(flat))
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
-            kept = {name: info[name] for name in self.KEPT if name in info}
-            if "action_mask" in kept and isinstance(self.action_space, gym.spaces.Discrete):
+            kept = {name: info[name] for name in self.KEPT if info.get(name) is not None}
+            if self.masks and "action_mask" in kept:
                 kept["action_mask"] = finite("action_mask", kept["action_mask"], (self.action_space.n,))
             return obs, *numbers, kept
         except (Exception, SystemExit) as error:  # an environment may raise anything, and call sys.exit
@@ -1420,7 +1420,8 @@ class Run:
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
-            self.lock = open(f"{self.folder}/.lock", "a")  # held until close
+            self.lock = open(f"{self.folder}/.lock", "a+")  # held until close; a list of the evaluations that were made
+            self.lock.seek(0)
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if checkpoint and os.stat(f"{self.folder}/checkpoint.pt").st_ino != checkpoint["inode"]:
                 fail(f"{self.folder} has gone on meanwhile: resume it again")
@@ -1445,7 +1446,8 @@ class Run:
         self.metrics, self.learned, self.saved = {}, checkpoint is not None, None
         self.reported = self.step, time.perf_counter()
         self.eval_began = self.reported[1]  # of the newest evaluation
-        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run has ended before it
+        owed = checkpoint and args.eval_frequency and checkpoint["parts"].get("eval_owed")  # it was due at this step
+        owed = owed and f"{self.step}\n" not in self.lock.readlines()  # made, before the run was killed
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
@@ -1545,6 +1547,10 @@ class Run:
         self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+        self.writer.flush()
+        with contextlib.suppress(OSError):  # the disk may be full
+            self.lock.write(f"{self.step}\n")  # a resume from the checkpoint before it does not make it again
+            self.lock.flush()
 
     def picture(self, kind: str) -> str:
         """Path of a new picture, kind = name.suffix; of each kind the newest keep_pictures stay."""
@@ -1562,7 +1568,7 @@ class Run:
             raise
         except (Exception, SystemExit) as error:
             reason = "" if isinstance(error, SystemExit) else f": {one_line(error)}"  # fail has given its own
-            self.abort(f"cannot make the environments of an evaluation{reason}")
+            self.abort(f"cannot make the environments of an evaluation (--eval-frequency 0 makes none){reason}")
 
     def abort(self, fault: str) -> NoReturn:
         """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
@@ -1636,7 +1642,7 @@ def check_args(args: Args) -> None:
         fail(f"--learning-starts {args.learning_starts} must be from 2 to --total-timesteps {args.total_timesteps}")
     if args.buffer_size < args.learning_starts:
         fail(f"--buffer-size {args.buffer_size} does not hold the {args.learning_starts} steps of --learning-starts")
-    if args.num_envs > args.model_train_frequency:
+    if args.num_envs > args.model_train_frequency and not args.evaluate:
         fail(f"--num-envs must be at most --model-train-frequency {args.model_train_frequency}, not {args.num_envs}")
     if args.batch_size % args.num_nets:
         fail(f"--batch-size {args.batch_size} cannot be dealt to --num-nets {args.num_nets} in blocks of equal size")

@@ -938,9 +938,9 @@ class CheckedEnv(gym.Wrapper):
 
     KEPT = "action_mask", "x_velocity"
 
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: gym.Env, masks: bool = False):
         super().__init__(env)
-        self.steps = 0
+        self.steps, self.masks = 0, masks  # does the script obey action masks?
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         return self.checked("reset", (), lambda: self.env.reset(seed=seed))
@@ -971,8 +971,8 @@ class CheckedEnv(gym.Wrapper):
                 flat = gym.spaces.flatten(space, obs)
                 finite("observation", flat, np.shape(flat))
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
-            kept = {name: info[name] for name in self.KEPT if name in info}
-            if "action_mask" in kept and isinstance(self.action_space, gym.spaces.Discrete):
+            kept = {name: info[name] for name in self.KEPT if info.get(name) is not None}
+            if self.masks and "action_mask" in kept:
                 kept["action_mask"] = finite("action_mask", kept["action_mask"], (self.action_space.n,))
             return obs, *numbers, kept
         except (Exception, SystemExit) as error:  # an environment may raise anything, and call sys.exit
@@ -1727,7 +1727,8 @@ class Run:
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
-            self.lock = open(f"{self.folder}/.lock", "a")  # held until close
+            self.lock = open(f"{self.folder}/.lock", "a+")  # held until close; a list of the evaluations that were made
+            self.lock.seek(0)
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if checkpoint and os.stat(f"{self.folder}/checkpoint.pt").st_ino != checkpoint["inode"]:
                 fail(f"{self.folder} has gone on meanwhile: resume it again")
@@ -1752,7 +1753,8 @@ class Run:
         self.metrics, self.learned, self.saved = {}, checkpoint is not None, None
         self.reported = self.step, time.perf_counter()
         self.eval_began = self.reported[1]  # of the newest evaluation
-        owed = checkpoint and checkpoint["parts"].get("eval_owed")  # the run has ended before it
+        owed = checkpoint and args.eval_frequency and checkpoint["parts"].get("eval_owed")  # it was due at this step
+        owed = owed and f"{self.step}\n" not in self.lock.readlines()  # made, before the run was killed
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
@@ -1852,6 +1854,10 @@ class Run:
         self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+        self.writer.flush()
+        with contextlib.suppress(OSError):  # the disk may be full
+            self.lock.write(f"{self.step}\n")  # a resume from the checkpoint before it does not make it again
+            self.lock.flush()
 
     def picture(self, kind: str) -> str:
         """Path of a new picture, kind = name.suffix; of each kind the newest keep_pictures stay."""
@@ -1869,7 +1875,7 @@ class Run:
             raise
         except (Exception, SystemExit) as error:
             reason = "" if isinstance(error, SystemExit) else f": {one_line(error)}"  # fail has given its own
-            self.abort(f"cannot make the environments of an evaluation{reason}")
+            self.abort(f"cannot make the environments of an evaluation (--eval-frequency 0 makes none){reason}")
 
     def abort(self, fault: str) -> NoReturn:
         """Ends the run for a fault of its environments; what was before it is saved. Exit code 1."""
@@ -1946,7 +1952,7 @@ class RankedRun(Run):
 
     def __init__(self, args: Args, checkpoint: dict | None):
         self.rank, folders = dist.get_rank(), [None]
-        self.launcher = "torchrun", "--nproc-per-node", str(dist.get_world_size())
+        self.launcher = "torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", str(dist.get_world_size()))
         self.ranks = checkpoint["parts"]["ranks"] if checkpoint else [dist.get_world_size(), 0]  # and saves so far
         if self.rank == 0:
             super().__init__(args, checkpoint)

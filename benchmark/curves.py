@@ -77,8 +77,8 @@ FIGURES = {
         Panel(
             "walker-walk from pixels",
             [
-                ("dreamer_v3/walker-walk", ["1m, ratio 256", "laptop, ratio 64", None]),
-                ("dreamer_v3/walker-walk_training", "training episodes"),
+                ("dreamer_v3/walker-walk", ["1m, ratio 256", None, "laptop, ratio 64"]),
+                ("dreamer_v3/walker-walk_training", ["1m, training", "laptop, training"]),
             ],
             [("walker-walk pixels", "DreamerV3")], until=100_000,
         ),

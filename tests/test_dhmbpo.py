@@ -1028,6 +1028,15 @@ def test_critics_need_no_warmup(monkeypatch, warmup, rollouts):
     assert rows == rollouts and metrics["model/alive_share"] == 1
 
 
+def test_more_environments_than_steps_between_blocks_are_refused(capsys):
+    """Two blocks would be due at once and one be made. An evaluation has no blocks."""
+    args = tiny(num_envs=9)
+    with pytest.raises(SystemExit):
+        dhmbpo.check_args(args)
+    assert "--num-envs must be at most --model-train-frequency 8, not 9" in capsys.readouterr().err
+    dhmbpo.check_args(dataclasses.replace(args, evaluate="runs/x"))
+
+
 def test_a_large_replay_is_trained_on_in_part(monkeypatch):
     """A random part, without repetition; the statistics are over all."""
     args = make_args(model_rows=30)

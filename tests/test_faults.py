@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,8 +194,8 @@ def test_an_evaluation_whose_environments_cannot_be_made(script, monkeypatch, ca
     err, folder = capsys.readouterr().err, str(next(Path.cwd().glob("run_0/runs/*")))
     step, reason = load(folder)["global_step"], ": RuntimeError: no room" if fault == "raises" else ""
     assert stopped.value.code == 1 and step >= 12
-    line = f"error: cannot make the environments of an evaluation{reason}; checkpoint at step {step}"
-    assert err.splitlines()[-1] == line and ("error: no display" in err) == (fault != "raises")
+    line = f"of an evaluation (--eval-frequency 0 makes none){reason}; checkpoint at step {step}"
+    assert err.splitlines()[-1].endswith(line) and ("error: no display" in err) == (fault != "raises")
 
 
 @pytest.mark.parametrize("alive", [True, False])
@@ -407,10 +408,17 @@ def test_the_checkpoint_comes_before_the_evaluation(script, monkeypatch):
     folder = str(next(Path.cwd().glob("run_0/runs/*/c" if by_generation else "run_0/runs/*")))
     state = load(folder)
     assert state["parts"]["counters"]["units_done"] == 1 if by_generation else state["global_step"] == 24
-    if not by_generation:  # and it is made by the resume
-        monkeypatch.undo()
-        resume(script, folder, eval_frequency=24, checkpoint_frequency=24, total_timesteps=48)
-        assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [24, 48]
+    if by_generation:
+        return
+    none = shutil.copytree(folder, "none")  # where evaluations fail a run may go on without
+    resume(script, none, eval_frequency=0, checkpoint_frequency=24, total_timesteps=36)
+    assert load(none)["global_step"] == 36
+    monkeypatch.undo()  # and it is made by the resume
+    before = Path(folder, "checkpoint.pt").read_bytes()
+    for total in (36, 48):  # a kill after the evaluation: the checkpoint is still the one from before it
+        Path(folder, "checkpoint.pt").write_bytes(before)
+        resume(script, folder, eval_frequency=24, checkpoint_frequency=24, total_timesteps=total)
+    assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [24, 48]
 
 
 def test_a_picture_that_fails_is_a_line(script, capsys):

@@ -1713,18 +1713,49 @@ def test_stages_of_a_later_round_go_on_from_the_round_before(capsys):
 
 
 def test_only_what_will_be_recorded_needs_room(monkeypatch, capsys):
-    """Not what has been, nor episodes that were dropped for being short."""
-    settings = {"rounds": 2, "round_timesteps": 30, "total_timesteps": 48}
+    """Not what has been, nor the six steps of an episode that was dropped for being short, nor what will be cut off."""
+    settings = {"rounds": 2, "round_timesteps": 30, "total_timesteps": 48, "min_episode_length": 8}
     whole = run(world_models, **settings)
-    Path(whole, "frames.bin").write_bytes(b"")  # as if all had been dropped; C does not need them
-    free = SimpleNamespace(free=29 * 12288)  # bytes: one frame less than a round
+    assert sum(load(whole)["parts"]["replay"]["lengths"]) == 72
+    free = SimpleNamespace(free=0)  # bytes
     monkeypatch.setattr(world_models.shutil, "disk_usage", lambda path: free)
     resume(world_models, whole, from_stage="c", **settings)
-    assert "frames do not fit" in error_of(capsys, resume, world_models, whole, **settings | {"rounds": 3})
-    free.free += 12288
-    with pytest.raises(SystemExit):  # for want of frames, later
-        resume(world_models, whole, **settings | {"rounds": 3})
-    assert "frames do not fit" not in capsys.readouterr().err
+    for more in ({"rounds": 3}, {"from_stage": "collect"}):
+        free.free = 29 * 12288 if "rounds" in more else 5 * 12288  # one frame less than 30, and than 78 - 72
+        assert "frames do not fit" in error_of(capsys, resume, world_models, whole, **settings | more)
+        free.free += 12288
+        resume(world_models, shutil.copytree(whole, f"again_{len(os.listdir())}"), **settings | more)
+
+
+def test_frames_that_later_rounds_need_are_missed(capsys):
+    """C needs none; but rounds that are left do."""
+    settings = {"round_timesteps": 30, "total_timesteps": 48}
+    whole = run(world_models, rounds=2, **settings)
+    Path(whole, "frames.bin").unlink()
+    resume(world_models, whole, from_stage="c", rounds=2, **settings)
+    assert "has 0 frames of 78" in error_of(capsys, resume, world_models, whole, rounds=3, **settings)
+
+
+@pytest.mark.parametrize(("seconds", "units"), [(0.0, list(range(0, 100, 2))), (1.0, [0, 42, 84])])
+def test_saving_takes_a_twentieth_of_the_time_of_updates(seconds, units, monkeypatch):
+    """Where a save takes long the next one waits, 20 s for 1 s, 40 updates; what is logged does not depend on it."""
+    run, saves, logged, now = make_run(checkpoint_frequency=2), [], [], [0.0]
+
+    def save(run) -> None:
+        saves.append(run.units_done)
+        now[0] += seconds
+
+    def update(batch: int) -> dict:
+        now[0] += 0.5
+        return {"losses/x": torch.tensor(1.0)}
+
+    monkeypatch.setattr(world_models.Run, "save", save)
+    monkeypatch.setattr(world_models.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(run, "log", lambda values: logged.append(run.units_done))
+    run.stage = "v"
+    run.save()
+    assert run.updates(100, 1, lambda number: [0] * 100, update)
+    assert saves == units and logged == list(range(2, 101, 2))
 
 
 def test_play_takes_few_settings_and_a_display(monkeypatch, capsys):
