@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import io
 import signal
 import time
 import types
@@ -73,7 +74,9 @@ def test_steps_per_second_are_those_of_training(script):
     quiet = lambda *args, **kwargs: None  # noqa: E731
     run = types.SimpleNamespace(step=5, reported=(3, 7.0), eval_began=time.perf_counter() - 100, say=quiet, log=quiet)
     run.args, run.progress = types.SimpleNamespace(eval_frequency=2), types.SimpleNamespace(set_description_str=quiet)
+    run.writer, run.lock = types.SimpleNamespace(flush=quiet), io.StringIO()
     script.Run.log_evaluation(run, np.ones(2))
+    assert run.lock.getvalue() == "5\n"  # it is remembered that it was made
     assert run.next_eval == 6 and run.reported[0] == 3 and 107 <= run.reported[1] < 110
 
 
