@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import io
 import signal
 import time
 import types
