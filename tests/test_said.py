@@ -79,6 +79,19 @@ def test_steps_per_second_are_those_of_training(script):
     assert run.next_eval == 6 and run.reported[0] == 3 and 107 <= run.reported[1] < 110
 
 
+def test_whole_numbers_are_rounded_not_cut(script):
+    """Of actions 0 to 3 the highest is played by more than exactly 1."""
+    if script.__name__ not in ("mbpo", "dhmbpo", "muzero"):
+        pytest.skip("has a test of its own, or no such actions")
+    env, played = gym.Env(), []
+    env.observation_space, env.action_space = gym.spaces.Box(0, 1, (2,)), gym.spaces.Box(0, 3, (1,), np.int64)
+    env.step = lambda action: (played.append(action), np.zeros(2), 0.0, False, False, {})[1:]
+    env = script.fit_spaces(env, "Whole-v0")
+    for number in (-1.0, -0.7, 0.3, 0.9):
+        env.step(np.array([number], np.float32))
+    assert np.concatenate(played).tolist() == [0, 0, 2, 3] and played[0].dtype == np.int64
+
+
 def test_an_id_that_names_a_module_is_not_one_of_dm_control(script):
     """With a version or without."""
     if not hasattr(script, "is_dm_control"):

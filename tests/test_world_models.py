@@ -1684,7 +1684,7 @@ def test_stages_are_done_again_on_purpose(capsys):
     assert differences(after, load(again)) == []
 
 
-def test_stages_of_a_later_round_go_on_from_the_round_before(capsys):
+def test_stages_of_a_later_round_go_on_from_the_round_before(capsys, monkeypatch):
     """C again is the same C, V and M again begin with the weights of round 1; sizes stay, and nothing is recorded."""
     settings = {"rounds": 2, "round_timesteps": 30, "explore": 0.5}
     whole = run(world_models, **settings)
@@ -1694,7 +1694,8 @@ def test_stages_of_a_later_round_go_on_from_the_round_before(capsys):
 
     same = resume(world_models, again(), from_stage="c", **settings)
     assert differences(load(whole), load(same)) == []
-    before = torch.load(f"{whole}/round_1.pt", weights_only=True)
+    before, seen = torch.load(f"{whole}/round_1.pt", weights_only=True), []
+    monkeypatch.setattr(world_models, "sees_new_scenery", lambda run, frames: seen.append(run.frames_seen) or True)
     still = {"vae_lr": 1e-12, "model_lr": 1e-12, "model_lr_decay": 0.0}  # M's rate falls to 1e-5 from the second update
     for stage, parts in (("m", ("model.lstm", "model.head")), ("v", ("vae", "model.lstm", "model.head"))):
         flags = still if stage == "v" else {name: still[name] for name in still if name != "vae_lr"}
@@ -1704,6 +1705,7 @@ def test_stages_of_a_later_round_go_on_from_the_round_before(capsys):
                 torch.testing.assert_close(found["parts"]["agent"][name], tensor, rtol=0, atol=3e-4)
         counters = found["parts"]["counters"]
         assert counters["round"] == 2 and counters["frames_before"] == 48 <= counters["frames_seen"]
+    assert seen == [48]  # asked once, by V, of what was new in the second round
     line = error_of(capsys, resume, world_models, again(), from_stage="m", **settings | {"hidden_size": 24})
     assert "--hidden-size 24 clashes" in line
     for stage in ("v", "m", "c"):
