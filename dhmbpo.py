@@ -391,7 +391,9 @@ def rollout(agent: Agent, obs: torch.Tensor, steps: int, terminated_fn: Callable
     for _ in range(steps):
         order = torch.randperm(len(agent.ensemble.log_std), generator=generator, device=device)  # anew in every step
         obs, reward = model_step(agent, obs, action, order, normal(obs.shape))
+        reward = torch.where(alive | reward.isfinite(), reward, 0.0)  # or 0 gradient times infinity would be nan
         alive = alive & ~terminated_fn(agent.obs_mean + agent.obs_std * obs.detach())
+        obs = torch.where(alive[:, None] | obs.isfinite(), obs, 0.0)
         action, log_prob = agent.actor(obs, normal(shape))
         path.append((obs, action, log_prob, reward, alive))
     all_obs, actions, log_probs, rewards, alives = zip(*path, strict=True)
@@ -659,7 +661,7 @@ def main(args: Args) -> str:
         if dones.any():
             seeds = rng["reset"].integers(2**31, size=args.num_envs).tolist()
             obs, _ = envs.reset(seed=seeds, options={"reset_mask": dones})
-        if rb.end >= args.learning_starts:  # again random steps first, if the buffer was not saved
+        if rb.end >= args.learning_starts or counters["blocks"]:  # resumed without its buffer: the policy fills it
             actions = act(agent, obs, device, rng["act"])
             require_finite({"the policy's action": actions.sum()}, run.step)
         else:
@@ -740,6 +742,7 @@ def task_name(env_id: str) -> str:
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given is filled in from TASKS."""
+    args = replace(args, env_id=re.sub(r"^dm_control/(.+)-v0$", r"\1", args.env_id))  # what Shimmy calls a task
     task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
     return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
 
@@ -785,7 +788,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
         else:
             render = {"render_mode": "rgb_array"} if video else {}
             env = make_gymnasium(args.env_id, **render, **ENV_KWARGS.get(args.env_id, {}))
-            if task_name(args.env_id) == "Walker2d":
+            if re.fullmatch(r"Walker2d-v\d", args.env_id):
                 env = Unclipped(env)  # deviation 5: velocities as they are
         limits = filter(None, (args.max_episode_steps, env.spec and env.spec.max_episode_steps))
         env = gym.wrappers.TimeLimit(env, min(limits, default=1_000))
@@ -1648,6 +1651,8 @@ def check_args(args: Args) -> None:
         fail(f"--batch-size {args.batch_size} cannot be dealt to --num-nets {args.num_nets} in blocks of equal size")
     if not 1 <= args.holdout_ratio * args.learning_starts:
         fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to test on")
+    if args.env_id == "Humanoid-v4":
+        fail("Humanoid-v4 has 376 observations, too many for a model: use Humanoid-v5, which has the paper's 45 here")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 

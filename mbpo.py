@@ -695,6 +695,7 @@ def task_name(env_id: str) -> str:
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given is filled in from TASKS."""
+    args = replace(args, env_id=re.sub(r"^dm_control/(.+)-v0$", r"\1", args.env_id))  # what Shimmy calls a task
     task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
     return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
 

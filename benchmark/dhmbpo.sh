@@ -17,10 +17,10 @@ case "${1:-}" in
   humanoid) run Humanoid-v5 1 100000 "${small[@]}" ;;
   published) for task in Hopper-v5 HalfCheetah-v5; do run "$task" 1 20000; done ;; # beside the runs with small batches
   gpu)
-    for seed in 1 2 3; do
-      for task in Hopper-v5 HalfCheetah-v5 Humanoid-v5; do
-        run "$task" "$seed" 100000 --cudagraphs --eval-frequency 5000 --eval-episodes 5
-      done
+    flags=(--cudagraphs --no-save-buffer --eval-frequency 5000 --eval-episodes 5)
+    for task in Hopper-v5 HalfCheetah-v5 Humanoid-v5; do
+      for seed in 1 2 3; do run "$task" "$seed" 100000 "${flags[@]}"; done
+      run "$task" 1 100000 "${flags[@]}" "${small[@]}"
     done
     ;;
   figure) python benchmark/curves.py dhmbpo_returns ;;

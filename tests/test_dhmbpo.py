@@ -320,6 +320,32 @@ def test_what_comes_after_a_termination_does_not_matter():
     close(found, numbers(53.78967601125, 3.08015, 1.12))
 
 
+def test_a_rollout_survives_what_is_not_finite_after_a_termination(monkeypatch):
+    """A row that blows up terminates by its rule; returns, gradients and bounds stay finite, other rows as they were."""
+    args, agent = make_args(), make_agent(make_args())
+    model_step, obs = dhmbpo.model_step, normal(8, D)
+
+    def blows_up(*inputs):
+        next_obs, reward = model_step(*inputs)
+        first = torch.arange(len(next_obs)) == 0
+        calls.append(first)
+        return torch.where(first[:, None], math.inf, next_obs), torch.where(first & (len(calls) > 1), math.nan, reward)
+
+    def terminated(o):
+        return ~o.isfinite().all(-1)
+
+    calm = dhmbpo.rollout(agent, obs, 3, terminated, generator())
+    monkeypatch.setattr(dhmbpo, "model_step", blows_up)
+    calls = []
+    path = dhmbpo.rollout(agent, obs, 3, terminated, generator())
+    assert len(calls) == 3 and path.alive[:, 0].tolist() == [True, False, False, False] and path.alive[:, 1:].all()
+    assert all(torch.equal(a[1:], b[1:]) for a, b in zip(calm.obs, path.obs, strict=True))
+    dhmbpo.track_bounds(agent, path, args)
+    dhmbpo.actor_loss(agent, path, args.gamma).backward()
+    assert agent.bounds.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in agent.actor.parameters())
+
+
 class Lookup(torch.nn.Module):
     """Critics whose outputs at the first and last state are given: their place is told by the observation."""
 
@@ -700,7 +726,7 @@ def copy_of(module: torch.nn.Module) -> dict:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "Hopper-v5", "HalfCheetah-v5"])
+@pytest.mark.parametrize("env_id", SIZES)
 def test_patience_and_cap(env_id, monkeypatch):
     """With scores that never improve, patience ends a training; with ones that always do, the cap."""
     args, obs_dim = published(env_id, model_hidden_size=8, model_batch_size=8), SIZES[env_id][0]
@@ -1299,10 +1325,10 @@ def test_evaluations_do_not_change_the_training():
 
 
 def test_resume_without_the_buffer():
-    """Random steps first, then one block with the networks of before; no second first block."""
+    """The policy fills it, no random steps; then one block with the networks of before, no second first block."""
     args = tiny(save_buffer=False, eval_frequency=0)
     folder = dhmbpo.main(args)
-    calls = []
+    calls, prefill = [], saved(folder)["rng"]["prefill"]
     learn = dhmbpo.learn
 
     def spy(agent, rb, states, terminated_fn, rng, args, scale, *rest):
@@ -1313,6 +1339,7 @@ def test_resume_without_the_buffer():
         patch.setattr(dhmbpo, "learn", spy)
         dhmbpo.main(dataclasses.replace(args, resume=folder, total_timesteps=76))
     assert calls == [(24, 1, 0), (32, 1, 48)] and "replay" not in saved(folder)["parts"]
+    assert saved(folder)["rng"]["prefill"] == prefill
 
 
 def test_the_policy_acts_on_standardised_observations(agent):
@@ -1462,16 +1489,20 @@ def test_walker_without_its_clip():
     assert not isinstance(dhmbpo.make_env(published("Hopper-v5"))().env.env.env, dhmbpo.Unclipped)
 
 
-def test_unknown_terminations_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        dhmbpo.main(Args(env_id="MountainCarContinuous-v0"))
-    assert "TERMINATIONS" in capsys.readouterr().err
+def test_unknown_terminations_are_refused(capsys, monkeypatch):
+    """And a task that is hopeless; one whose name is Walker2d by chance has no MuJoCo data to be asked for."""
+    for env_id, message in (("MountainCarContinuous-v0", "TERMINATIONS"), ("Humanoid-v4", "376 observations")):
+        with pytest.raises(SystemExit):
+            dhmbpo.main(Args(env_id=env_id))
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(dhmbpo, "make_gymnasium", lambda *_, **__: gym.make("Pendulum-v1"))
+    assert dhmbpo.make_env(published("mine:Walker2d-v0"))().reset(seed=1)[0].shape == (3,)
 
 
 def test_dm_control_by_name():
-    """Observations as float32 vectors, 1,000 steps without a termination."""
+    """Observations as float32 vectors, 1,000 steps without a termination; by Shimmy's name of the task, too."""
     pytest.importorskip("dm_control")
-    env = dhmbpo.make_env(published("cartpole-swingup"))()
+    env = dhmbpo.make_env(published("dm_control/cartpole-swingup-v0"))()
     obs, _ = env.reset(seed=1)
     assert obs.dtype == np.float32 and dhmbpo.termination_function("cartpole-swingup") is dhmbpo.never_terminates
 

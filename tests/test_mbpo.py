@@ -512,6 +512,7 @@ def test_a_flag_wins_over_the_task():
         assert {name: getattr(args, name) for name in mbpo.DEFAULTS} == mbpo.DEFAULTS
         assert args.target_entropy is None
     assert published("my_module:Hopper-v4").rollout_schedule == (20, 150, 1, 15)
+    assert published("dm_control/walker-walk-v0").env_id == "walker-walk", "Shimmy's name of a task"
     args = Args(env_id="Hopper-v5")
     mbpo.with_task_defaults(args)
     assert args.updates_per_step is None, "settings are not changed in place"
