@@ -839,7 +839,7 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
         env = gym.wrappers.TransformObservation(env, np.float32, space)
     else:
-        hint = "channels come last, and (obs * 255).astype(np.uint8) makes an image of floats"
+        hint = "larger than 8 x 8, channels come last; (obs * 255).astype(np.uint8) makes an image of floats"
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
     if isinstance(action, gym.spaces.Box):
         low, high = action.low.ravel().astype(float), action.high.ravel().astype(float)
@@ -1350,6 +1350,8 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
         action, state = act(agent, obs, action, dones, state, generator, greedy=True)
         obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
         recorder.add(obs, action, rewards, terminations)
+        for entries in recorder.open:
+            del entries[PIECE:]  # enough for pictures
         dones = terminations | truncations
         for i in np.flatnonzero(dones):
             episode = recorder.end(i)
@@ -1369,8 +1371,8 @@ def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, renderer: 
         envs.on_fault = run.abort
     returns, episodes = evaluate(agent, envs, args, run.device, run.stop)
     if not run.stop.requested:
-        run.log_evaluation(returns)
         warn_of_failure(log_open_loop, agent, episodes, run)
+        run.log_evaluation(returns)
     if args.capture_video:  # the film is written when its environment closes
         envs.close()
         return None
@@ -2079,7 +2081,8 @@ walker-walk 137 886"""
 
 
 def announce(agent: Agent, rb: ReplayBuffer, args: Args, renderer: str, run: "Run") -> None:
-    """The first line: size, what an update takes here (on zeros), when 100K and 500K steps come, what was published."""
+    """The first line: size, what an update takes here (eager, on zeros), hours of updates to 100K, 500K and the last
+    step, what was published."""
     shape, device = (args.batch_length, args.batch_size), run.device
     batch = {name: tensor.new_zeros(*shape, *tensor.shape[1:]).to(device) for name, tensor in rb.data.items()}
     for _ in range(2):  # the first call has more to do
@@ -2089,12 +2092,14 @@ def announce(agent: Agent, rb: ReplayBuffer, args: Args, renderer: str, run: "Ru
         losses["model"].item()  # host sync
         agent.zero_grad()
         seconds = time.perf_counter() - start
-    line, total = f"size {args.size} on {device}, an update takes {seconds:.3f} s", args.total_timesteps
+    eager = " eager" * (args.compile or args.cudagraphs)
+    line, total = f"size {args.size} on {device}, an{eager} update takes {seconds:.3f} s", args.total_timesteps
     for step in sorted({100_000, 500_000, total}):
         if run.step < step <= total:
             hours = seconds * (updates_due(step, run.args) - updates_due(run.step, run.args)) / 3600
             line += f"; {step / 1000:.0f}K steps: {hours:.1f} h of updates"
-    published = re.search(rf"\b{args.env_id.replace('_', '-')} (\d+) (\d+)", PUBLISHED)
+    name = args.env_id.replace("_", "-").replace("ball-in-cup", "cup")
+    published = re.search(rf"\b{name} (\d+) (\d+)", PUBLISHED)
     if published and args.obs_mode == "pixels":
         line += "; published at full size: {} at 105K, {} at 505K steps".format(*published.groups())
     run.say(line)
@@ -2109,6 +2114,8 @@ def check_args(args: Args) -> None:
     least, most = args.batch_length * args.action_repeat, args.total_timesteps
     if not least <= args.learning_starts <= most:  # a sequence, the run
         fail(f"--learning-starts {args.learning_starts} must be from {least} (--batch-length) to {most}")
+    if args.obs_mode == "state" and args.renderer != "auto" and not args.capture_video:
+        fail(f"--renderer {args.renderer} has nothing to draw: no pixels are seen, and there is no --capture-video")
     if not is_dm_control(args.env_id) and (args.obs_mode, args.renderer) != ("pixels", "auto"):
         fail(f"--obs-mode and --renderer are for dm_control, {args.env_id} has its own")
     if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":

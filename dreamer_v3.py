@@ -936,7 +936,7 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
         env = gym.wrappers.TransformObservation(env, np.float32, space)
     else:
-        hint = "channels come last, and (obs * 255).astype(np.uint8) makes an image of floats"
+        hint = "larger than 8 x 8, channels come last; (obs * 255).astype(np.uint8) makes an image of floats"
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
     if isinstance(action, gym.spaces.Box):
         low, high = action.low.ravel().astype(float), action.high.ravel().astype(float)
@@ -1408,8 +1408,8 @@ def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, renderer: 
         envs.on_fault = run.abort
     returns, episode = evaluate(agent, envs, args, run.device, run.stop)
     if not run.stop.requested:
-        run.log_evaluation(returns)
         warn_of_failure(log_open_loop, agent, episode, run)
+        run.log_evaluation(returns)
     if args.capture_video:  # the film is written when its environment closes
         envs.close()
         return None
@@ -2136,6 +2136,8 @@ def check_args(args: Args) -> None:
     decisions = args.total_timesteps // args.action_repeat  # nothing is learned before there are so many, and T more
     if decisions - args.num_envs * args.batch_length < args.learning_starts:
         fail(f"--learning-starts {args.learning_starts} sequences never come in {decisions} decisions")
+    if args.obs_mode == "state" and args.renderer != "auto" and not args.capture_video:
+        fail(f"--renderer {args.renderer} has nothing to draw: no pixels are seen, and there is no --capture-video")
     if not is_dm_control(args.env_id) and (args.obs_mode, args.renderer) != ("pixels", "auto"):
         fail(f"--obs-mode and --renderer are for dm_control, {args.env_id} has its own")
     if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":

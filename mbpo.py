@@ -1016,9 +1016,9 @@ def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, run: "Run"
         envs.on_fault = run.abort
     returns, trajectories = evaluate(agent, envs, args, run.device, run.stop)
     if not run.stop.requested:
-        run.log_evaluation(returns)
         if has_model:
             warn_of_failure(log_open_loop, agent, trajectories, run)
+        run.log_evaluation(returns)
     if args.capture_video:  # the film is written when its environment closes
         envs.close()
         return None

@@ -1759,8 +1759,8 @@ def evaluate_and_log(agent: Agent, envs, run: Run, step_fn: Callable):
     if opponent:  # what the values of self-play are about
         _, trajectories = evaluate(agent, envs, args, run.device, tick, step_fn)
     if not run.stop.requested:
-        run.log_evaluation(returns)
         warn_of_failure(log_diagnostics, agent, trajectories, run)
+        run.log_evaluation(returns)
     if not args.capture_video:
         return envs
     envs.close()  # which writes the film

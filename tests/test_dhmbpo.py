@@ -321,7 +321,7 @@ def test_what_comes_after_a_termination_does_not_matter():
 
 
 def test_a_rollout_survives_what_is_not_finite_after_a_termination(monkeypatch):
-    """A row that blows up terminates by its rule; returns, gradients and bounds stay finite, other rows as they were."""
+    """A row that blows up terminates by its rule; return, gradients, bounds stay finite, other rows as they were."""
     args, agent = make_args(), make_agent(make_args())
     model_step, obs = dhmbpo.model_step, normal(8, D)
 

@@ -1,5 +1,6 @@
 """Numbers of dreamer.py: each piece against its equation written out plainly, a known result or torch.distributions."""
 
+import dataclasses
 import math
 import os
 import re
@@ -1648,12 +1649,13 @@ def test_dreamer_learns_a_tiny_pixel_task():
     assert mean > -20
 
 
-@pytest.mark.parametrize("kind", ["walker", "vectors"])
+@pytest.mark.parametrize("kind", ["walker", "cup", "vectors"])
 def test_the_first_line_says_what_a_run_will_take(kind, capsys, monkeypatch):
     """An update that takes 2 s: 9,600 of them to step 100K, 49,600 to 500K; what was measured leaves no trace."""
-    rb = ReplayBuffer(10, IMAGE if kind == "walker" else VECTOR, 2, CPU)
-    args = tiny_args(env_id="walker_walk" if kind == "walker" else "Toy-v0", total_timesteps=600_000, size="laptop")
-    agent = make_agent(args, IMAGE if kind == "walker" else VECTOR)
+    env_id = {"walker": "walker_walk", "cup": "ball_in_cup-catch", "vectors": "Toy-v0"}[kind]
+    args = tiny_args(env_id=env_id, total_timesteps=600_000, size="laptop", compile=kind == "cup")
+    rb = ReplayBuffer(10, IMAGE if kind != "vectors" else VECTOR, 2, CPU)
+    agent = make_agent(args, IMAGE if kind != "vectors" else VECTOR)
     clock = iter([0.0, 9.0, 10.0, 12.0])  # the first update takes longer
     monkeypatch.setattr(dreamer.time, "perf_counter", lambda: next(clock))
     standin = SimpleNamespace(args=args, device=CPU, step=0, folder="runs/x", say=print)
@@ -1662,8 +1664,10 @@ def test_the_first_line_says_what_a_run_will_take(kind, capsys, monkeypatch):
     first = capsys.readouterr().out.splitlines()[0]
     times = {100: 5.3, 500: 27.6, 600: 33.1}
     hours = "".join(f"; {step}K steps: {hours} h of updates" for step, hours in times.items())
-    published = "; published at full size: 137 at 105K, 886 at 505K steps" if kind == "walker" else ""
-    assert first == f"size laptop on cpu, an update takes 2.000 s{hours}{published}"
+    published = {"walker": "137 at 105K, 886 at 505K steps", "cup": "73 at 105K, 962 at 505K steps"}.get(kind)
+    published = f"; published at full size: {published}" if published else ""
+    eager = " eager" if kind == "cup" else ""
+    assert first == f"size laptop on cpu, an{eager} update takes 2.000 s{hours}{published}"
 
 
 def test_the_table_of_the_replays_passes_over_other_folders(tmp_path, monkeypatch, capsys):
@@ -1767,6 +1771,14 @@ def test_flags_of_dm_control_are_refused_elsewhere(script, flag, capsys):
     assert "fake_envs:Counter-v0 has its own" in error_of(capsys, script.main, args)
 
 
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
+def test_a_renderer_without_pictures_is_refused(script, capsys):
+    """A film is one."""
+    args = script.with_task_defaults(script.Args(env_id="walker-walk", obs_mode="state", renderer="raycast"))
+    assert "--renderer raycast has nothing to draw" in error_of(capsys, script.check_args, args)
+    script.check_args(dataclasses.replace(args, capture_video=True))
+
+
 @pytest.mark.parametrize("shape", [(84, 84), (84, 84, 1), (64, 64, 4), (48, 96, 3), (64, 64)])
 def test_grey_and_stacked_frames(shape):
     """Any number of channels is learned from and decoded; two dimensions are one channel."""
@@ -1778,8 +1790,9 @@ def test_grey_and_stacked_frames(shape):
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
-def test_evaluation_episodes_are_the_same_however_many_play(num_envs):
-    """Seven episodes begin with seven seeds, one environment or three side by side."""
+def test_evaluation_episodes_are_the_same_however_many_play(num_envs, monkeypatch):
+    """Seven episodes begin with seven seeds, one environment or three at once; of long ones the first entries stay."""
+    monkeypatch.setattr(dreamer, "PIECE", 3)
     args = tiny_args(eval_episodes=7)
     agent, seeds = make_agent(args, gym.spaces.Box(-1, 1, (3,), np.float32)), []
 
@@ -1800,6 +1813,7 @@ def test_evaluation_episodes_are_the_same_however_many_play(num_envs):
             zeros, infos = np.zeros(num_envs), {"episode": {"r": self.length.copy()}}
             return np.zeros((num_envs, 3), np.float32), zeros, zeros > 1, self.left == 0, infos
 
-    returns, _ = dreamer.evaluate(agent, Envs(), args, CPU, SimpleNamespace(requested=0))
+    returns, episodes = dreamer.evaluate(agent, Envs(), args, CPU, SimpleNamespace(requested=0))
+    assert [len(episode["reward"]) for episode in episodes] == [min(seed % 5 + 2, 3) for seed in seeds[:num_envs]]
     wanted = np.random.default_rng([1, 99]).integers(2**31, size=7).tolist()
     assert set(seeds) == set(wanted) and sorted(returns) == sorted(seed % 5 + 1 for seed in wanted)

@@ -79,6 +79,27 @@ def test_steps_per_second_are_those_of_training(script):
     assert run.next_eval == 6 and run.reported[0] == 3 and 107 <= run.reported[1] < 110
 
 
+AFTER_THE_ENVIRONMENTS = {  # what evaluate_and_log takes: "run" is the run
+    "mbpo": ["run", True], "dreamer": ["none", "run"], "dreamer_v3": ["none", "run"],
+    "muzero": ["run", None],
+}  # fmt: skip
+
+
+def test_the_pictures_of_an_evaluation_are_made_before_its_time_is_taken(script, monkeypatch):
+    """They are no training either."""
+    if script.__name__ not in AFTER_THE_ENVIRONMENTS:
+        pytest.skip("draws in other ways")
+    made = []
+    run = types.SimpleNamespace(stop=types.SimpleNamespace(requested=False), device=None)
+    run.args = types.SimpleNamespace(capture_video=False, eval_episodes=2, two_player=False)
+    run.log_evaluation = lambda returns: made.append("the time")
+    monkeypatch.setattr(script, "evaluate", lambda *_: (np.ones(2), []))
+    monkeypatch.setattr(script, "warn_of_failure", lambda *_: made.append("pictures"))
+    others = [run if other == "run" else other for other in AFTER_THE_ENVIRONMENTS[script.__name__]]
+    assert script.evaluate_and_log(None, "environments", *others) == "environments"
+    assert made == ["pictures", "the time"]
+
+
 def test_whole_numbers_are_rounded_not_cut(script):
     """Of actions 0 to 3 the highest is played by more than exactly 1."""
     if script.__name__ not in ("mbpo", "dhmbpo", "muzero"):
