@@ -18,12 +18,11 @@ pixels() { # the laptop size: 4.5 hours on two quiet cores for each seed
 }
 
 gpu() { # both sizes; the published one needs OpenGL
-  local flags=(--num-envs 2 --train-frequency 10 --train-steps 1 --buffer-size 150000 --cudagraphs
-    --eval-frequency 20000 --eval-episodes 5)
   for seed in 1 2 3; do
-    python dreamer.py --env-id walker-walk --size laptop --renderer raycast --seed "$seed" "${flags[@]}" \
-      --total-timesteps 200000
-    python dreamer.py --env-id walker-walk --size published --renderer gl --seed "$seed" "${flags[@]}"
+    python dreamer.py --env-id walker-walk --size laptop --renderer raycast --seed "$seed" --total-timesteps 200000 \
+      --num-envs 2 --train-frequency 10 --train-steps 1 --cudagraphs --buffer-size 150000 --eval-frequency 20000 --eval-episodes 5
+    python dreamer.py --env-id walker-walk --size published --renderer gl --seed "$seed" \
+      --num-envs 2 --train-frequency 10 --train-steps 1 --cudagraphs --buffer-size 150000 --eval-frequency 20000 --eval-episodes 5
   done
 }
 
