@@ -916,8 +916,8 @@ def main(args: Args) -> str:
     if args.env_id not in BOARD_GAMES:
         rehearse(functools.partial(make_vector_env, args, 1), args.capture_video, True)  # masks of actions are obeyed
     envs = make_vector_env(args, args.num_envs, opening_moves=args.opening_moves)
-    check_memory(args, envs)
-    check_support(args, envs)
+    for check in (check_memory, check_effects, check_support):
+        check(args, envs)
     compile_search()
     run = (RankedRun if dist.is_initialized() else Run)(whole, checkpoint)
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
@@ -1044,10 +1044,8 @@ TASKS = {
         ("cartpole-swingup", "cup-catch", "reacher-easy"),
         {"action_repeat": 4, "gamma": 0.98, "replay_ratio": 0.25, "reanalyze_ratio": 0.0},
     ),
-    "LunarLander": {"total_timesteps": 500_000, "support_size": 30, "num_simulations": 25},
-    "tictactoe": {
-        "buffer_size": 20_000, "td_steps": 9, "hidden_size": 16, "num_simulations": 25, "temperature_moves": 6,
-    },
+    "LunarLander": {"action_repeat": 4, "gamma": 0.99, "support_size": 30, "num_simulations": 25},
+    "tictactoe": {"buffer_size": 20_000, "hidden_size": 16, "num_simulations": 25, "temperature_moves": 6},
     "connect_four": {"replay_ratio": 0.1, "opening_moves": 6},
 }  # fmt: skip
 ATARI = {  # deviation 12: EfficientZero's
@@ -1077,8 +1075,10 @@ def is_dm_control(env_id: str) -> bool:
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given is filled in from TASKS."""
-    board, atari = args.env_id in BOARD_GAMES, args.env_id.startswith("ALE/")
-    kind = BOARD if board else ATARI if atari else DM_CONTROL if is_dm_control(args.env_id) else {}
+    game, atari = BOARD_GAMES.get(args.env_id), args.env_id.startswith("ALE/")
+    kind = BOARD if game else ATARI if atari else DM_CONTROL if is_dm_control(args.env_id) else {}
+    if game and not callable(game):
+        kind = kind | {"td_steps": math.prod(game[:2])}  # as many moves as a game may have: returns end in its result
     name = re.sub("^ball-in-cup-", "cup-", args.env_id.replace("_", "-")) if kind is DM_CONTROL else args.env_id
     task = DEFAULTS | kind | TASKS.get(task_name(name), {})
     return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
@@ -1101,7 +1101,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
         limits = filter(None, (args.max_episode_steps, env.spec and env.spec.max_episode_steps))
         env = gym.wrappers.TimeLimit(env, min(limits, default=1_000))
-        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env, masks=True)), args.action_repeat)
+        env = RepeatedAction(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env, masks=True)), args.action_repeat)
         return fit_spaces(Film(env, video) if video else env, args.env_id)
 
     return thunk
@@ -1301,6 +1301,11 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, without sticky actions."""
     if not env_id.startswith("ALE/"):
+        if env_id not in gym.registry:
+            with contextlib.suppress(Exception):  # it may be missing, or broken
+                importlib.import_module("ale_py")  # which registers its games
+            if (game := re.sub(r"(NoFrameskip|Deterministic)?-v\d$", "-v5", f"ALE/{env_id}")) in gym.registry:
+                fail(f"{env_id!r} is played as {game}")
         return make_gymnasium(env_id, **settings)
     try:
         import ale_py
@@ -1362,8 +1367,8 @@ class DMControl(gym.Env):
         return self.env.physics.render(240, 240, camera_id=self.camera)
 
 
-class ActionRepeat(gym.Wrapper):
-    """Repeats each action, sums the rewards, stops at the end of the episode."""
+class RepeatedAction(gym.Wrapper):
+    """Repeats each action, sums the rewards, stops at the end of the episode or where a mask forbids the action."""
 
     def __init__(self, env: gym.Env, repeat: int):
         super().__init__(env)
@@ -1374,7 +1379,8 @@ class ActionRepeat(gym.Wrapper):
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += reward
-            if terminated or truncated:
+            mask = info.get("action_mask")
+            if terminated or truncated or mask is not None and not mask[action]:
                 break
         return obs, total, terminated, truncated, info
 
@@ -1782,6 +1788,8 @@ def evaluate_run(args: Args) -> str:
     checkpoint = load_checkpoint(args.evaluate, args)
     free = "evaluate eval_episodes search num_simulations capture_video cuda seed compile cudagraphs"
     refuse_changes(args, checkpoint, free)
+    if args.cudagraphs > checkpoint["args"]["cudagraphs"] and choose_device(args).type != "cuda":
+        fail("--cudagraphs needs a GPU")
     device, stop = choose_device(args), StopRequest()
     video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
     envs = make_vector_env(args, min(args.eval_episodes, 100), video)
@@ -2496,8 +2504,22 @@ def check_memory(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
         copies = 1 + (choose_device(args).type == "cpu")  # a checkpoint takes a copy
         num_bytes += 4 * weights + copies * (rb.numbers.nbytes + rb.data["obs"].nbytes + rb.priority.nbytes)
         num_bytes += 16 * args.batch_size * (args.unroll_steps + 1) * (len(agent.bins) + latent_size)
-    sizes = "--buffer-size, sizes of networks, batches and searches"
-    require_memory(num_bytes, sizes, choose_device(args))
+    require_memory(num_bytes, "--buffer-size, sizes of networks, batches and searches", choose_device(args))
+
+
+def check_effects(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
+    """Refuses settings of a new run that are not those of its task and change nothing."""
+    own, is_box = with_task_defaults(Args(env_id=args.env_id)), isinstance(envs.single_action_space, gym.spaces.Box)
+    for applies, reason, names in (
+        (args.search == "gumbel", "with --search gumbel", "dirichlet_alpha temperature_steps temperature_moves"),
+        (args.search == "puct", "with --search puct", "c_scale max_considered_actions"),
+        (not is_box, "on discrete actions", "entropy_scale num_candidates inner_candidates"),
+        (len(envs.single_observation_space.shape) == 1, "on the network of vectors", "num_blocks"),
+        (args.two_player, "where Q lies within -1 ... 1", "q_floor"),
+    ):
+        for name in names.split():
+            if applies and args.resume is None and getattr(args, name) != getattr(own, name):
+                fail(f"--{name.replace('_', '-')} has no effect {reason}")
 
 
 def check_support(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:

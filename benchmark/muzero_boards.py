@@ -28,7 +28,7 @@ class Args:
     """games against each player, half of them from either seat"""
     num_simulations: int | None = None
     """simulations of the agent's search, default as trained"""
-    mcts: tuple[int, ...] = (100,)
+    mcts: tuple[int, ...] = (100, 1_000)
     """simulations of the MCTS players"""
 
 

@@ -1437,7 +1437,7 @@ def test_box_actions_are_rescaled_to_the_environment():
             taken.append(action)
             return np.zeros(3), 1.5, False, len(taken) == 3, {}
 
-    env = muzero.fit_spaces(muzero.ActionRepeat(Recorder(), 2), "recorder")
+    env = muzero.fit_spaces(muzero.RepeatedAction(Recorder(), 2), "recorder")
     assert env.action_space == gym.spaces.Box(-1, 1, (3,), np.float32)
     assert env.step(np.array([-1, 1, 1], np.float32))[1:4] == (3.0, False, False)
     obs, reward, _, truncated, _ = env.step(np.array([0, 0, 0], np.float32))
@@ -1881,6 +1881,9 @@ def test_grids_are_seen_by_the_board_network():
     assert latent.shape == (1, 8, 10, 8) and logits.shape == (1, 3)
     assert agent.network.action_planes.shape == (3, 3, 10, 8) and agent.projector(latent).shape == (1, 640)
     assert torch.equal(agent.network.action_planes[1].sum((1, 2)), torch.tensor([0.0, 80.0, 0.0]))
+    colours = torch.randint(256, (5, 4, 10, 8), generator=torch.Generator().manual_seed(0))  # bytes need no division:
+    latents = [agent.initial(x)[0] for x in (colours, colours / 255)]  # the first layer's norm takes out their size
+    torch.testing.assert_close(*latents, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("space", [gym.spaces.Box(0, 1, (84, 84, 1)), gym.spaces.Sequence(gym.spaces.Discrete(2))])
@@ -1921,6 +1924,21 @@ def test_action_masks_are_obeyed():
     assert (legal.sum(-1) == 1)[data["legal"][:30].any(-1)[steps[:30]]].all()
     assert len(torch.unique(legal.long().argmax(-1))) == 3
     del gym.registry["Masked-v0"]
+
+
+def test_a_repeated_action_ends_where_it_is_forbidden():
+    """Another action is the only one after one step, after two, never."""
+    for steps, repeats in ((1, 1), (2, 2), (9, 3)):
+
+        class Slow(Masked):
+            def _show(self, steps=steps):
+                self.allowed = self.count // steps % 3
+                return np.array([self.count], np.float32), {"action_mask": np.arange(3) == self.allowed}
+
+        env = muzero.RepeatedAction(Slow(), 3)
+        env.reset(seed=0)
+        obs, reward, *_, info = env.step(0)
+        assert (obs.item(), reward, info["action_mask"][0]) == (repeats, repeats, steps == 9)
 
 
 @pytest.mark.parametrize(("mask", "words"), [([0, 1, 1], ""), ((0, 1, 1), ""), ([1, 1], "action_mask must be numbers")])
@@ -1994,11 +2012,17 @@ def test_evaluation_keeps_few_images():
 
 def test_any_game_in_a_row_has_the_settings_of_a_board(monkeypatch):
     """An entry in BOARD_GAMES is enough: discount -1, values within -1 ... 1, the outcome as return."""
-    monkeypatch.setitem(muzero.BOARD_GAMES, "five", (5, 5, 4, False))
+    monkeypatch.setattr(muzero, "BOARD_GAMES", muzero.BOARD_GAMES | {"five": (5, 5, 4, False), "nim": TinyVector})
     args = make_args(env_id="five")
     assert (args.two_player, args.discount, args.support_size, args.bootstrap) == (True, -1.0, 1, "search")
     muzero.check_args(args)
     assert muzero.make_agent(muzero.make_vector_env(args, 2), args).num_actions == 25
+    muzero.BOARD_GAMES["gomoku"] = (15, 15, 5, False)
+    lengths = {"five": 25, "gomoku": 225, "tictactoe": 9, "connect_four": 42, "nim": 42}  # no return is bootstrapped
+    for name, td_steps in lengths.items():
+        muzero.check_args(args := make_args(env_id=name))
+        assert args.td_steps == td_steps
+    assert make_args(env_id="gomoku", td_steps=7).td_steps == 7 and muzero.BOARD["td_steps"] == 42
 
 
 # === Settings and speed flags ===
@@ -2099,6 +2123,18 @@ def test_missing_atari_package_is_named(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         muzero.make_vector_env(make_args(env_id="ALE/Pong-v5"), 1)
     assert "pip install ale_py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["Pong-v5", "Pong-v4", "PongNoFrameskip-v4", "PongDeterministic-v0"])
+def test_other_names_of_atari_games_are_told(name, capsys):
+    """In a process that has registered none of them."""
+    pytest.importorskip("ale_py")
+    known = {key: gym.registry.pop(key) for key in list(gym.registry) if key == name}
+    assert (
+        error_of(capsys, muzero.make_vector_env, make_args(env_id=name), 1)
+        == f"error: {name!r} is played as ALE/Pong-v5"
+    )
+    gym.registry.update(known)
 
 
 def test_atari_frames():
@@ -2398,6 +2434,51 @@ def test_memory_is_that_of_the_arrays(monkeypatch):
 )
 def test_settings_that_cannot_learn_are_refused(changes, line, capsys):
     assert line in error_of(capsys, muzero.check_args, make_args(**changes))
+
+
+USELESS = {  # why, and settings of which the first is refused
+    "with --search gumbel": [{"dirichlet_alpha": 0.5}, {"temperature_steps": (1, 2)}, {"temperature_moves": 3}],
+    "with --search puct": [{"c_scale": 0.2, "search": "puct"}, {"max_considered_actions": 4, "search": "puct"}],
+    "on discrete actions": [{"entropy_scale": 0.0}, {"num_candidates": 4}, {"inner_candidates": 3}],
+    "on the network of vectors": [{"num_blocks": 2}],
+    "where Q lies within -1 ... 1": [{"q_floor": 0.1, "env_id": "tictactoe"}],
+}
+
+
+@pytest.mark.parametrize("reason", USELESS)
+def test_settings_without_effect_are_refused(reason, capsys):
+    """Of a new run; where they have one, or are the task's own, nothing is said; a resumed run may have them."""
+    for changes in USELESS[reason]:
+        args, name = make_args(**changes), next(iter(changes)).replace("_", "-")
+        envs = muzero.make_vector_env(args, 1)
+        assert error_of(capsys, muzero.check_effects, args, envs) == f"error: --{name} has no effect {reason}"
+        muzero.check_effects(replace(args, resume="x"), envs)
+    envs, board = TinyVector(1, action_dim=2), muzero.make_vector_env(make_args(env_id="tictactoe"), 1)
+    muzero.check_effects(make_args(entropy_scale=0.0, num_candidates=4, inner_candidates=3, q_floor=0.1), envs)
+    settings = {"dirichlet_alpha": 0.5, "temperature_steps": (1, 2), "temperature_moves": 3, "num_blocks": 2}
+    muzero.check_effects(make_args(env_id="tictactoe", search="puct", **settings), board)
+    muzero.check_effects(make_args(env_id="tictactoe", c_scale=0.2, max_considered_actions=4), board)
+
+
+def test_a_saved_run_keeps_its_settings_without_effect(monkeypatch, capsys):
+    """One of an older version, say: it goes on and is evaluated, by the other search too; a GPU's without one."""
+    assert "--num-blocks has no effect" in error_of(capsys, run, muzero, num_blocks=3)
+    run_dir = run(muzero)
+    state = load(run_dir)
+    state["args"] |= {"dirichlet_alpha": 0.7, "num_blocks": 3, "num_candidates": 5}
+    torch.save(state, Path(run_dir, "checkpoint.pt"))
+    command_line(monkeypatch, muzero, "--resume", run_dir, "--total-timesteps", "60")
+    state = load(run_dir)
+    assert state["global_step"] == 60 and state["args"]["dirichlet_alpha"] == 0.7
+    evaluate = "--evaluate", run_dir, "--eval-episodes", "1", "--search", "puct"
+    command_line(monkeypatch, muzero, *evaluate)
+    assert "(1 episodes:" in capsys.readouterr().out
+    line = error_of(capsys, command_line, monkeypatch, muzero, *evaluate, "--cudagraphs")
+    assert "--cudagraphs needs a GPU" in line
+    state["args"] |= {"cudagraphs": True}
+    torch.save(state, Path(run_dir, "checkpoint.pt"))
+    command_line(monkeypatch, muzero, *evaluate)
+    assert "(1 episodes:" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_other_sizes_is_one_line(capsys, monkeypatch):
