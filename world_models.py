@@ -27,8 +27,10 @@ Evaluate:   python world_models.py --evaluate runs/<run folder> [--capture-video
 Watch:      tensorboard --logdir runs; curves stand at environment steps + all updates and generations made
 In the stages some common flags mean:
   total_timesteps       counts what collect records; a resume with more goes on recording and learns V, M, C anew
-  checkpoint_frequency  counts environment steps, frames of V, sequences of M; saving V, M and C costs 5 % at most
-  eval_frequency        counts the steps that C's candidates make where they are evolved, in dreams too
+  checkpoint_frequency  counts environment steps, then frames of V, then sequences of M; saving V and M takes 5 % of
+                        the time at most, and so does saving C, which has no other count and is saved when evaluated
+  eval_frequency        counts the steps that C's candidates make where they are evolved, in dreams too; evaluations
+                        are also eval_generations apart at least, and C is evaluated at its end
 Deviations from the reference code, each also marked at the line it concerns:
   1. Random actions of CarRacing are held random numbers (there: randomly initialised networks).
   2. Frames are scaled to [0, 1] as they are (there stretched in contrast, and black turns white by an overflow);
@@ -709,18 +711,18 @@ def collect(run: "Stages") -> bool:
         raise SystemExit(f"\nerror: no episode of {args.min_episode_length} steps in {run.step}: nothing to learn from")
     run.collected, returns = run.step, np.array(run.returns or [np.nan])
     text = f"{len(run.returns)} whole episodes recorded, {returns.mean():.1f} +- {returns.std():.1f}"
-    run.say(f"round {run.round}, {run.step} environment steps: {text}")
+    run.say(f"round {run.round}, {run.step} environment steps, {len(rb)} of them kept: {text}")
     return True
 
 
 def train_vae(run: "Stages") -> bool:
     """V: passes over all recorded frames, in an order drawn for each pass.
 
-    In later rounds as many updates as passes over the new frames would have, none where V does not need them.
+    In later rounds as many updates as passes over new frames would have, none where V needs none or no frame is new.
     """
     args, vae, frames = run.args, run.agent.vae, run.rb.frames.rows()
     new = (len(frames) - run.frames_seen) / len(frames)
-    if not run.units_done and run.frames_seen and not sees_new_scenery(run, frames):
+    if not run.units_done and run.frames_seen and not (new and sees_new_scenery(run, frames)):
         return True
     run.latents.cut(0)  # those of another V
     batch_size = min(args.vae_batch_size, len(frames))
@@ -850,8 +852,8 @@ def evolve(run: "Stages") -> bool:
 
     args, controller = run.args, run.agent.controller
     if not run.units_done:
-        run.fitness = []
-        run.start = {"mean": controller.cpu().clone(), "sigma": args.sigma, "generation": 0}
+        run.fitness, run.sigma = [], args.sigma
+        run.start = {"mean": controller.cpu().clone(), "sigma": run.sigma, "generation": 0}
         if args.controller_env == "dream" and not calibrate(run):
             return False
 
@@ -865,8 +867,8 @@ def evolve(run: "Stages") -> bool:
     for fitness in run.fitness:  # random numbers and fitness are all that CMA-ES depends on: a resume repeats its steps
         es.tell(es.ask(), fitness)
     if run.fitness and not np.allclose(es.mean, controller.cpu().flatten().numpy(), atol=1e-4):
-        run.say("CMA-ES could not be repeated, as with another LAPACK: it starts anew from its mean")
-        run.start = {"mean": controller.cpu().clone(), "sigma": float(es.sigma), "generation": run.units_done}
+        run.say("CMA-ES could not be repeated, as with another LAPACK: it starts anew from its mean and sigma")
+        run.start = {"mean": controller.cpu().clone(), "sigma": run.sigma, "generation": run.units_done}
         run.fitness, es = [], cma_es()
     run.begin("c", args.generations, run.units_done)
     while not run.stop.requested:
@@ -883,6 +885,7 @@ def evolve(run: "Stages") -> bool:
             raise SystemExit(f"\nerror: not finite: generation {run.units_done + 1}; the last checkpoint is intact")
         es.tell(candidates, -scores)  # deviation 10: nothing for large weights
         run.fitness.append((-scores).tolist())
+        run.sigma = float(es.sigma)
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))  # deviation 11: the last mean, not the best
         run.count_unit()
         run.unscored = int(lengths.sum()) + (0 if run.scored else run.unscored)
@@ -1204,7 +1207,7 @@ def make_spec(envs: gym.vector.VectorEnv, args: Args) -> Spec:
 
 
 def make_pictures(args: Args, film: bool) -> gym.Env:
-    """A Gymnasium environment that can be drawn if it has to be; ViZDoom at a resolution that is drawn quickly."""
+    """A Gymnasium environment that can be drawn if it has to be; ViZDoom at a size drawn quickly (deviation 2)."""
     settings = {"render_mode": "rgb_array"} if film or args.render_obs else {}
     os.environ.setdefault("MUJOCO_GL", "egl" if settings else "disable")
     if not args.env_id.startswith("Vizdoom"):
@@ -1280,14 +1283,21 @@ def load_run(folder: str, args: Args) -> dict:
     return checkpoint
 
 
+def round_of(counters: dict) -> int:
+    """The round that a run's controller is of: while the next C is not evolved, the one before."""
+    is_new = counters["stage"] == "finished" or (counters["stage"] == "c" and counters["units_done"])
+    return counters["round"] - (not is_new)
+
+
 def weights_of(folder: str, checkpoint: dict) -> dict:
-    """V, M and C of a run that belong together: while the next C is not evolved, those of the round before."""
+    """V, M and C of a run that belong together."""
     counters = checkpoint["parts"]["counters"]
-    if counters["stage"] == "finished" or (counters["stage"] == "c" and counters["units_done"]):
+    number = round_of(counters)
+    if number == counters["round"]:
         return checkpoint["parts"]["agent"]
-    if counters["round"] == 1:
+    if not number:
         fail(f"{folder} has no controller yet, it is at stage {counters['stage']}")
-    return torch.load(f"{folder}/round_{counters['round'] - 1}.pt", map_location="cpu", weights_only=True)
+    return torch.load(f"{folder}/round_{number}.pt", map_location="cpu", weights_only=True)
 
 
 def trained_agent(folder: str, checkpoint: dict, envs: gym.vector.VectorEnv, args: Args) -> Agent:
@@ -1308,7 +1318,10 @@ def evaluate_run(args: Args) -> str:
     real, dreamed = real_and_dream_scores(agent, envs, args, stop)
     envs.close()
     if not stop.requested:
-        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        counters = checkpoint["parts"]["counters"]
+        number, generation = round_of(counters), counters["units_done"] or args.generations
+        when = f"generation {generation}" if number == counters["round"] else "the end"
+        print(f"{args.env_id} at {when} of round {number}, environment step {checkpoint['global_step']}:")
         if dreamed is not None:
             print(f"dream {dreamed.mean():.1f} +- {dreamed.std():.1f} ({len(dreamed)} dreams at {args.temperature})")
         single = " ".join(f"{episodic_return:.1f}" for episodic_return in real)
@@ -1322,6 +1335,9 @@ def calibrate(run: "Stages") -> bool:
 
     Plays 100 dreams as this round's episodes were played, and compares the returns.
     """
+    if not run.returns:
+        run.say(f"calibration: NOTHING to compare dreams with, no whole episode was recorded in round {run.round}")
+        return True
     held = HeldActions(100, run.agent, run.args, np.random.default_rng([run.args.seed, 97]), run.round)
     restart, generator = np.ones(100, bool), make_generator(run.device, run.args.seed, 15)
 
@@ -1333,7 +1349,7 @@ def calibrate(run: "Stages") -> bool:
     dreamed, _ = dream(run.agent, policy, 100, 100, generator, like_episodes(run.args), run.stop)
     if run.stop.requested:
         return False
-    dreamed, recorded = dreamed.cpu().numpy(), np.array(run.returns or [np.nan])
+    dreamed, recorded = dreamed.cpu().numpy(), np.array(run.returns)
     ratio, error, verdict = compare(dreamed, recorded)
     both = [f"{returns.mean():.1f} +- {returns.std():.1f}" for returns in (dreamed, recorded)]
     run.say(f"calibration: as recorded, dream {both[0]}, real {both[1]}: {ratio:.2f} +- {error:.2f} times as much")
@@ -1391,8 +1407,11 @@ def holdout_scores(model: MDNRNN, latents: Latents, args: Args) -> dict[str, flo
     return scores
 
 
-def log_open_dream(run: "Stages", latents: Latents) -> None:
-    """M left to itself on held-out episodes: error of the pictures by horizon, and a film of truth above dream."""
+def log_open_dream(run: "Stages", latents: Latents, samples: int = 8) -> None:
+    """M left to itself on held-out episodes: error of the pictures by horizon, and a film of truth above dream.
+
+    The error is the mean over so many rollouts of each episode, all sampled at the run's temperature, as dreams are.
+    """
     from matplotlib.figure import Figure
 
     spans, warm_up = latents.holdout, run.agent.model.WARM_UP
@@ -1404,12 +1423,13 @@ def log_open_dream(run: "Stages", latents: Latents) -> None:
         return
     generator = make_generator(run.device, run.args.seed, 17)
     batch = latents.batch(np.stack([starts, starts + length], 1), generator)
-    normal = torch.randn(batch["z"].shape, generator=generator, device=run.device)
-    uniform = torch.rand(normal.shape, generator=generator, device=run.device)
-    z = open_loop(run.agent.model, batch, uniform, normal, run.args.temperature, context)
-    dreamed = decode_frames(run.agent, z[warm_up:].flatten(0, 1)).reshape(-1, len(starts), 64, 64, 3)
-    truth = run.rb.frames.rows()[starts + np.arange(warm_up, length)[:, None]]
-    error = ((dreamed / 255.0 - truth / 255.0) ** 2).mean((1, 2, 3, 4))
+    truth, error = run.rb.frames.rows()[starts + np.arange(warm_up, length)[:, None]], 0.0
+    for _ in range(samples):
+        normal = torch.randn(batch["z"].shape, generator=generator, device=run.device)
+        uniform = torch.rand(normal.shape, generator=generator, device=run.device)
+        z = open_loop(run.agent.model, batch, uniform, normal, run.args.temperature, context)
+        dreamed = decode_frames(run.agent, z[warm_up:].flatten(0, 1)).reshape(-1, len(starts), 64, 64, 3)
+        error = error + ((dreamed / 255.0 - truth / 255.0) ** 2).mean((1, 2, 3, 4)) / samples
     context, length = context - warm_up, length - warm_up
     horizons = [k for k in (1, 5, 15, 45) if context + k <= length]
     run.log({f"open_loop/image_mse_horizon_{k}": error[context + k - 1] for k in horizons})
@@ -1497,13 +1517,16 @@ def enter_dream(args: Args) -> str:
         z, state, reward, logit = dream_step(model, z, action, first, state, uniform, normal, args.temperature)
         total, steps, end = total + float(reward), steps + 1, float(torch.sigmoid(logit))
         picture = pygame.surfarray.make_surface(enlarged(image[None], 8)[0].transpose(1, 0, 2))
-        text = f"{'you' if own else 'C'}  step {steps}  reward {float(reward):.2f}  sum {total:.1f}  P[end] {end:.2f}"
+        told = "reward -  sum -  P[end] -"  # where M predicts z alone
+        if spec.end_head:
+            told = f"reward {float(reward):.2f}  sum {total:.1f}  P[end] {end:.2f}"
+        text = f"{'you' if own else 'C'}  step {steps}  {told}"
         window.fill("black")
         window.blit(picture, (0, 0))
         window.blit(font.render(text, True, "white"), (8, 522))
         pygame.display.flip()
         clock.tick(fps)
-        z = None if end > 0.5 else z
+        z = None if end > 0.5 or steps == spec.time_limit else z
 
 
 def keyboard_action(pressed: set, spec: Spec) -> torch.Tensor:
@@ -1997,12 +2020,14 @@ class Stages(Run):
     """
 
     COUNTERS = "stage round units_done ticks began collected record_until returns frames_seen frames_before start "
-    COUNTERS += "fitness unscored"
+    COUNTERS += "fitness sigma unscored"
 
     def __init__(self, args: Args, checkpoint: dict | None, spec: Spec, envs: gym.vector.VectorEnv):
         step, ticks = (checkpoint["global_step"], checkpoint["parts"]["counters"]["ticks"]) if checkpoint else (0, 0)
         super().__init__(args, checkpoint and checkpoint | {"global_step": step + ticks})
         self.step = step
+        both = ["Multiline", ["eval/episodic_return", "dream/episodic_return"]]
+        self.writer.add_custom_scalars({"controller": {"real return beside the dream's": both}})
         self.next_save = next_multiple(step, args.checkpoint_frequency) if checkpoint else 0
         self.spec, self.envs, self.agent = spec, envs, Agent(spec, args).to(self.device)
         self.rb = ReplayBuffer(frames_file(self.folder), args.num_envs, args.min_episode_length)
@@ -2014,6 +2039,7 @@ class Stages(Run):
         self.frames_seen, self.frames_before = 0, 0  # frames that V was trained on, by now and when this round began
         self.start: dict = {}  # where CMA-ES began: mean, sigma, generation
         self.fitness: list[list[float]] = []  # of all candidates of all generations since, as CMA-ES was told
+        self.sigma = args.sigma  # of CMA-ES, now
         self.unscored = 0  # steps that C's candidates have made since the last evaluation
         self.scored = False  # has C been evaluated as it is?
         self.known = 0  # the round whose networks the other processes have
@@ -2105,6 +2131,8 @@ class Stages(Run):
         return np.concatenate(returns), np.concatenate(lengths)
 
     def close(self, weights: dict) -> str:
+        if self.stage == "finished":
+            self.say("finished: the command below goes on with more --generations or --rounds, or with --from-stage")
         if dist.is_initialized():
             with together():
                 dist.broadcast_object_list([None])
@@ -2283,25 +2311,27 @@ def frames_file(run_dir: str) -> ArrayFile:
 
 
 def introduction(run: Stages) -> str:
-    """Where the run writes, its size, and on a CPU its price: hours of one core for all rounds.
+    """Where the run writes, its size, and its price: disk, and hours of one core for all rounds (networks on a CPU).
 
-    The rates are those of docs/world_models.md, at other sizes by their square.
+    The rates are those of docs/world_models.md, of networks at other sizes by their square, of other environments the
+    car's.
     """
     args, agent, spec = run.args, run.agent, run.spec
     v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (agent.vae, agent.model))
     text = f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {agent.controller.numel():,}"
-    if run.device.type != "cpu":
-        return text
     frames = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
-    depth, size = (args.vae_depth / 32) ** 2, (args.hidden_size / 256) ** 2
+    text += f"; {frames * 64 * 64 * 3 / 1e9:.1f} GB of frames"
+    depth, size, rate = (args.vae_depth / 32) ** 2, (args.hidden_size / 256) ** 2, 2_300 if spec.is_takecover else 138
     steps = args.population * args.episodes * args.generations * args.rounds
     dreamed = steps * min(args.dream_length or math.inf, spec.time_limit) / 64_200 * size
     hours = {
+        "recording": frames / rate,
         "V": frames * args.vae_epochs / 299 * depth,
         "M": args.rounds * args.model_updates * args.model_batch_size * args.sequence_length / 26_500 * size,
-        "C": dreamed if args.controller_env == "dream" else steps * spec.time_limit / 138,
+        "C": dreamed if args.controller_env == "dream" else steps * spec.time_limit / rate,
     }
-    parts = ", ".join(f"{name} {seconds / 3600:.1f}" for name, seconds in hours.items())
+    known = list(hours) if run.device.type == "cpu" else ["recording"] + ["C"] * (args.controller_env == "real")
+    parts = ", ".join(f"{name} {hours[name] / 3600:.1f}" for name in known)
     return f"{text}; at most about so many hours of one core: {parts}; minutes: bash benchmark/world_models.sh small"
 
 

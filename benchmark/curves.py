@@ -86,11 +86,13 @@ FIGURES = {
     "muzero_cartpole": [Panel("CartPole-v1", [("muzero/CartPole-v1_2K", "20 episodes every 2K steps")])],
     "world_models_scores": [
         Panel(
-            "CarRacing-v3, C in the real environment", [("world_models/CarRacing-v3_real", "real")],
+            "CarRacing-v3, C in the real environment\n(100K steps recorded, its own come on top)",
+            [("world_models/CarRacing-v3_real", "real")],
             [("CarRacing generations", "World Models")], until=50, xlabel="generation",
         ),
         Panel(
-            "TakeCover, C in its dream alone", [("world_models/VizdoomTakeCover-v1_dream", "real game")],
+            "TakeCover, C in its dream alone\n(400K real steps recorded, no others)",
+            [("world_models/VizdoomTakeCover-v1_dream", "real game")],
             xlabel="generation", marks={"counts as solved": 750, "published": 1092},
         ),
     ],

@@ -11,7 +11,10 @@ import numpy as np
 
 
 class EnvPoolCarRacing(gym.Env):
-    """A pool of one environment is made for each episode, with its seed."""
+    """A pool of one environment is made for each episode: EnvPool takes a seed there, at no reset, and C's candidates
+    play the same seeds. Each pool leaves 26 KB behind in its process (envpool 1.2.5, 1,200 episodes), 26 MB in 1,000
+    episodes; one pool reset 900 times leaves nothing, but then an episode depends on those before it.
+    """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
     observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every command behind docs/world_models.md, from the repository root:
-#   bash benchmark/world_models.sh small|car|takecover|car_dream ROUNDS [SEED]|published|temperature RUN|speed
+#   bash benchmark/world_models.sh small [SEED]|car|takecover|car_dream ROUNDS [SEED]|published|temperature RUN|speed
 set -euo pipefail
 
 car() { # CarRacing with C in the real environment, sized for two cores; pip install envpool first
@@ -28,12 +28,13 @@ car_dream() { # CarRacing with C in dreams alone, from random recordings: $1 rou
     --generations 50 --eval-generations 10000 --eval-episodes 10 --seed "$seed"
 }
 
-small() { # a tiny task whose picture shows the right action: a minute or two of one core, both scores printed
+small() { # a tiny task whose picture shows the right action: a minute or two of one core, both scores printed; $1 seed
   export PYTHONPATH=tests
   OMP_NUM_THREADS=1 python world_models.py --env-id fake_envs:TinyPixels-v0 --no-cuda --total-timesteps 6000 \
     --vae-depth 8 --vae-batch-size 32 --vae-epochs 12 --vae-lr 1e-3 --hidden-size 32 --num-mixtures 3 \
     --sequence-length 24 --model-batch-size 16 --model-updates 3000 --model-lr 3e-3 --model-lr-decay 0.999 \
-    --temperature 1 --population 24 --episodes 8 --generations 200 --sigma 0.3 --eval-generations 50 --eval-episodes 20
+    --temperature 1 --population 24 --episodes 8 --generations 200 --sigma 0.3 --eval-generations 50 --eval-episodes 20 \
+    --seed "$1"
 }
 
 published() { # the settings of the paper and its code; needs a GPU, the car many cores
@@ -53,7 +54,7 @@ case "${1:-}" in
   car) car ;;
   takecover) takecover ;;
   car_dream) car_dream "${2:-6}" "${3:-1}" ;;
-  small) small ;;
+  small) small "${2:-1}" ;;
   published) published ;;
   temperature) temperature "$2" ;;
   speed) speed ;;

@@ -38,6 +38,8 @@ from runs import (
     scalars,
     tiny,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
 import world_models
@@ -1135,18 +1137,31 @@ def test_v_is_trained_on_where_it_does_not_know_the_scenery(monkeypatch, capsys)
         assert ("not trained on" in capsys.readouterr().out) == (updates == 0)
 
 
+def test_a_later_round_may_keep_nothing(capsys):
+    """Episodes of one step are too short: V has nothing new, M and C go on, and no return calibrates the dream."""
+    run_dir = run(world_models, rounds=2, round_timesteps=1, generations=1)
+    said = capsys.readouterr().out
+    assert "round 2, 49 environment steps, 48 of them kept: 0 whole episodes" in said
+    assert said.count("calibration: ") == 3 and "NOTHING to compare dreams with" in said and "V's error" not in said
+    state = load(run_dir)
+    assert state["global_step"] == 49 and state["parts"]["counters"]["stage"] == "finished"
+    assert sum(state["parts"]["replay"]["lengths"]) == state["parts"]["counters"]["frames_seen"] == 48
+
+
 def test_cma_es_that_cannot_be_repeated_starts_anew_from_its_mean(capsys):
-    """Another LAPACK has other signs of eigenvectors: the saved controller is kept, and a line says so."""
+    """Another LAPACK has other signs of eigenvectors: saved controller and sigma are kept, and a line says so."""
     run_dir = run(world_models)
     state = load(run_dir)
     moved = state["parts"]["agent"]["controller"] + 0.01
-    state["parts"]["agent"]["controller"] = moved
+    assert state["parts"]["counters"]["sigma"] == pytest.approx(scalars(run_dir)["controller/sigma"][-1][1])
+    state["parts"]["agent"]["controller"], state["parts"]["counters"]["sigma"] = moved, 0.237
     torch.save(state, Path(run_dir, "checkpoint.pt"))
     capsys.readouterr()
     resume(world_models, run_dir, generations=4)
-    assert "starts anew from its mean" in capsys.readouterr().out
+    assert "starts anew from its mean and sigma" in capsys.readouterr().out
     counters = load(run_dir)["parts"]["counters"]
     assert torch.equal(counters["start"]["mean"], moved) and counters["start"]["generation"] == 2
+    assert counters["start"]["sigma"] == 0.237 and 0 < scalars(run_dir)["controller/sigma"][2][1] / 0.237 - 0.5 < 1
     assert counters["units_done"] == 0 and len(counters["fitness"]) == 2
     resume(world_models, run_dir, generations=5)
     assert "starts anew" not in capsys.readouterr().out
@@ -1167,6 +1182,25 @@ def test_more_rounds_go_on_where_the_others_ended(capsys):
     assert world_models.weights_of(whole, saved).keys() == first.keys()
     assert differences(dict(world_models.weights_of(whole, saved)), dict(first)) == []
     assert "raise --rounds" in error_of(capsys, resume, world_models, run_dir, rounds=2, total_timesteps=60, **settings)
+
+
+def test_an_evaluation_says_of_which_controller(capsys):
+    """Generation and round; while the next round is at work, the end of the one before. What is finished says so."""
+    run_dir = run(world_models, rounds=2, round_timesteps=24, generations=1)
+    assert "finished: the command below goes on with more --generations or --rounds" in capsys.readouterr().out
+    state, task = load(run_dir), "fake_envs:MovingPixels-v0 at"
+
+    def said(**changes) -> str:
+        state["parts"]["counters"] |= changes
+        torch.save(state, Path(run_dir, "checkpoint.pt"))
+        settings = {"rounds": 2, "round_timesteps": 24, "generations": 1, "evaluate": run_dir}
+        world_models.main(tiny(world_models, **settings))
+        return capsys.readouterr().out
+
+    assert f"{task} generation 1 of round 2, environment step 72:" in said()
+    assert f"{task} generation 7 of round 2, environment step 72:" in said(stage="c", units_done=7)
+    assert f"{task} the end of round 1, environment step 72:" in said(stage="c", units_done=0)
+    assert f"{task} the end of round 1, environment step 72:" in said(stage="m", units_done=5)
 
 
 def test_the_same_v_and_m_serve_both(capsys):
@@ -1361,11 +1395,12 @@ def test_scores_are_those_of_episodes_and_dreams_of_the_runs_temperature():
 
 @pytest.mark.parametrize(("spec", "warm_up"), [(BOX, 0), (CAR, 100)])
 def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(spec, warm_up, monkeypatch):
-    """5 frames are seen, after the zoom of CarRacing, so horizon 1 is the error of the sixth.
+    """5 frames are seen, after the zoom of CarRacing, so horizon 1 is the error of the sixth, mean of three samples.
 
-    Frame t shows t, and here its dream t more than the first of these frames.
+    Frame t shows t, and here its dream t more than the first of these frames, its second and third sample 2 and 4 more
+    than that.
     """
-    run, logged, T = make_run(temperature=1.3), {}, warm_up + 60
+    run, logged, T, noises = make_run(temperature=1.3), {}, warm_up + 60, []
     run.spec = spec
     for _ in range(4):
         frames = np.arange(T, dtype=np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2).repeat(3, 3)
@@ -1374,7 +1409,8 @@ def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(spec
 
     def open_loop(model, batch, uniform, noise, temperature, context):
         assert (temperature, context) == (1.3, warm_up + 5) and uniform.min() >= 0 and noise.min() < 0
-        return torch.arange(T - 1)[:, None, None].expand(batch["z"].shape)
+        noises.append(float(noise.sum() + uniform.sum()))
+        return len(noises) - 1 + torch.arange(T - 1)[:, None, None].expand(batch["z"].shape)
 
     def decode(agent, z):
         shades = (2 * z[:, 0].numpy() - warm_up).astype(np.uint8)
@@ -1383,11 +1419,11 @@ def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(spec
     monkeypatch.setattr(world_models, "open_loop", open_loop)
     monkeypatch.setattr(world_models, "decode_frames", decode)
     monkeypatch.setattr(run, "log", logged.update)
-    world_models.log_open_dream(
-        run, Latents(run.rb, run.latents.rows(), spec, make_args(holdout_ratio=0.5), run.device)
-    )
-    expected = {f"open_loop/image_mse_horizon_{k}": ((4 + k) / 255) ** 2 for k in (1, 5, 15, 45)}
-    assert logged == pytest.approx(expected)
+    latents = Latents(run.rb, run.latents.rows(), spec, make_args(holdout_ratio=0.5), run.device)
+    world_models.log_open_dream(run, latents, samples=3)
+    horizons = {k: np.mean([((4 + k + more) / 255) ** 2 for more in (0, 2, 4)]) for k in (1, 5, 15, 45)}
+    assert logged == pytest.approx({f"open_loop/image_mse_horizon_{k}": error for k, error in horizons.items()})
+    assert len(set(noises)) == 3
 
 
 def test_ratio_of_dreamed_and_recorded_returns():
@@ -1458,6 +1494,16 @@ def test_what_is_told_of_held_out_episodes(monkeypatch, capsys):
 
 # === Whole runs ===
 
+
+def charts(run_dir: str) -> list[tuple[str, list[str]]]:
+    """Titles and scalars of the charts that TensorBoard lays out under Custom Scalars."""
+    events = EventAccumulator(run_dir)
+    events.Reload()
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
+    return [(chart.title, list(chart.multiline.tag)) for category in layout.category for chart in category.chart]
+
+
 WORLDS = {
     "pixels": {},
     "deadly discrete": {"env_id": "fake_envs:TinyPixelsDiscrete-v0", "total_timesteps": 96},
@@ -1483,6 +1529,7 @@ def test_world_models_logs_everything_and_moves_all_parameters(kind):
     horizons = {f"open_loop/image_mse_horizon_{k}" for k in (1, 5, 15, 45)}
     tags = scalars(run_dir)
     assert expected <= set(tags) <= expected | horizons | {"model/deaths_recall"}
+    assert charts(run_dir) == [("real return beside the dream's", ["eval/episodic_return", "dream/episodic_return"])]
     assert_healthy(run_dir)
     assert image_tags(run_dir) == set()  # pictures are files, stored once
     files = [re.sub(r"\d+", "N", name) for name in os.listdir(run_dir)]
@@ -2045,6 +2092,31 @@ def test_the_dream_is_entered_by_keyboard(monkeypatch):
         assert world_models.keyboard_action(set(keys), three).argmax() == choice
 
 
+def test_a_dream_of_z_alone_tells_of_nothing_else(monkeypatch):
+    """M of the published car has no heads: dashes stand for reward and end, and a dream lasts as long as an episode."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    import pygame
+
+    run_dir, firsts, told = run(world_models, controller_env="real"), [], []
+    step, make_font = world_models.dream_step, pygame.font.Font
+
+    def dream_step(model, z, action, first, *rest):
+        firsts.append(int(first))
+        return step(model, z, action, first, *rest)
+
+    def render(text, *style):
+        told.append(text)
+        if len(told) == 14:
+            pygame.event.post(pygame.event.Event(pygame.QUIT))
+        return make_font(None, 28).render(text, *style)
+
+    monkeypatch.setattr(world_models, "dream_step", dream_step)
+    monkeypatch.setattr(pygame.font, "Font", lambda *size: SimpleNamespace(render=render))
+    world_models.main(Args(play=run_dir))
+    assert told[1] == "you  step 2  reward -  sum -  P[end] -" and len(told) == 14
+    assert [i for i, first in enumerate(firsts) if first] == [0, 12]  # its episodes have 12 steps
+
+
 def test_temperature_table(monkeypatch, capsys):
     """Two temperatures, each evolved in a copy of the run, which itself stays as it is; once more over the copies."""
     monkeypatch.syspath_prepend(ROOT / "benchmark")
@@ -2071,22 +2143,28 @@ TINY_TASK = dict(  # the command of benchmark/world_models.sh small
 
 
 def test_the_price_is_said_before_it_is_paid(capsys):
-    """TakeCover as published: V 3.08M x 10 frames, M 24,400 x 100 x 500 steps, C 1,800 x 64 x 16 dreams of 2,100."""
+    """TakeCover as published: 3.08M steps, V 10 times as many frames, M 24,400 x 100 x 500 steps, C 1,800 x 64 x 16
+    dreams of 2,100. A frame is 12,288 bytes."""
 
-    def introduction(spec, **changes) -> str:
+    def introduction(spec, device="cpu", **changes) -> str:
         args = world_models.with_task_defaults(Args(**changes))
         agent = SimpleNamespace(vae=nn.Linear(2, 3), model=nn.Linear(4, 5), controller=torch.zeros(6))
-        run = SimpleNamespace(args=args, spec=spec, agent=agent, folder="runs/x", device=torch.device("cpu"))
+        run = SimpleNamespace(args=args, spec=spec, agent=agent, folder="runs/x", device=torch.device(device))
         return world_models.introduction(run)
 
-    hours = 3.08e7 / 299 / 3600, 24_400 * 50_000 / 26_500 * 4 / 3600, 1800 * 1024 * 2100 / 64_200 * 4 / 3600
+    hours = [3.08e6 / 2300, 3.08e7 / 299, 24_400 * 50_000 / 26_500 * 4, 1800 * 1024 * 2100 / 64_200 * 4]
+    prices = "recording {:.1f}, V {:.1f}, M {:.1f}, C {:.1f};"
     line = introduction(DOOM)
-    assert "V {:.1f}, M {:.1f}, C {:.1f};".format(*hours) in line and "V 9, M 25, C 6;" in line
-    car = 10_015_000 * 10 / 299 / 4 / 3600, 2 * 4000 * 1e5 / 26_500 / 4 / 3600, 2 * 1800 * 1024 * 1000 / 138 / 3600
-    line = introduction(CAR, env_id="CarRacing-v3", rounds=2, hidden_size=128, vae_depth=16)
-    assert "V {:.1f}, M {:.1f}, C {:.1f};".format(*car) in line
+    assert prices.format(*(seconds / 3600 for seconds in hours)) in line and "V 9, M 25, C 6; 37.8 GB of" in line
+    car = [10_015_000 / 138, 10_015_000 * 10 / 299 / 4, 2 * 4000 * 1e5 / 26_500 / 4, 2 * 1800 * 1024 * 1000 / 138]
+    published = {"env_id": "CarRacing-v3", "rounds": 2, "hidden_size": 128, "vae_depth": 16}
+    line = introduction(CAR, **published)
+    assert prices.format(*(seconds / 3600 for seconds in car)) in line and "123.1 GB of frames" in line
+    line = introduction(CAR, "meta", **published)  # networks are as fast as that device is
+    assert f"one core: recording {car[0] / 3600:.1f}, C {car[3] / 3600:.1f};" in line
+    assert f"one core: recording {3.08e6 / 2300 / 3600:.1f};" in introduction(DOOM, "meta")
     run(world_models)
-    assert "hours of one core: V 0.0, M 0.0, C 0.0;" in capsys.readouterr().out
+    assert "hours of one core: recording 0.0, V 0.0, M 0.0, C 0.0;" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -2106,5 +2184,5 @@ def test_world_models_learn_a_tiny_pixel_task_in_their_dream(capsys):
     tags = scalars(run_dir)
     real, dreamed = (tags[f"{name}/episodic_return"][-1][1] for name in ("eval", "dream"))
     print(f"dream {dreamed:.1f}, real {real:.1f}")
-    assert real > -20 and abs(real - dreamed) < 10
+    assert real > -25 and abs(real - dreamed) < 10
     assert "NOT like" not in capsys.readouterr().out
