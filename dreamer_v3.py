@@ -1133,6 +1133,11 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, with all lives (deviation 12)."""
     if not re.match(ATARI, env_id):
+        if env_id not in gym.registry:
+            with contextlib.suppress(Exception):  # it may be missing, or broken
+                importlib.import_module("ale_py")  # which registers its games
+            if (game := re.sub(r"(NoFrameskip|Deterministic)?-v\d$", "-v5", f"ALE/{env_id}")) in gym.registry:
+                fail(f"{env_id!r} is played as {game}")
         return make_gymnasium(env_id, **settings)
     try:
         import ale_py

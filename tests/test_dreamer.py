@@ -1755,6 +1755,16 @@ def test_names_of_tasks_elsewhere_are_understood(script, env_id):
 
 
 @pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
+def test_other_names_of_atari_games_are_told(script, capsys):
+    """In a process that has registered none of them."""
+    pytest.importorskip("ale_py")
+    gym.registry.pop("Pong-v5", None)
+    args = script.with_task_defaults(script.Args(env_id="Pong-v5"))
+    line = error_of(capsys, script.make_vector_env, args, "none", 1)
+    assert line == "error: 'Pong-v5' is played as ALE/Pong-v5"
+
+
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
 def test_float64_observations_are_no_warning(script, recwarn):
     """As every MuJoCo task of Gymnasium has them; whatever their bounds."""
     for low in (-1e300, -np.pi):
