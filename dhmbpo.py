@@ -391,9 +391,10 @@ def rollout(agent: Agent, obs: torch.Tensor, steps: int, terminated_fn: Callable
     for _ in range(steps):
         order = torch.randperm(len(agent.ensemble.log_std), generator=generator, device=device)  # anew in every step
         obs, reward = model_step(agent, obs, action, order, normal(obs.shape))
-        reward = torch.where(alive | reward.isfinite(), reward, 0.0)  # or 0 gradient times infinity would be nan
+        # what terminated before may run off to infinity, where its gradient, 0 times infinity, would not be a number
+        obs = torch.where(alive[:, None] | (obs.abs() < 1e6), obs, 0.0)
+        reward = torch.where(alive | (reward.abs() < 1e6), reward, 0.0)
         alive = alive & ~terminated_fn(agent.obs_mean + agent.obs_std * obs.detach())
-        obs = torch.where(alive[:, None] | obs.isfinite(), obs, 0.0)
         action, log_prob = agent.actor(obs, normal(shape))
         path.append((obs, action, log_prob, reward, alive))
     all_obs, actions, log_probs, rewards, alives = zip(*path, strict=True)
@@ -1078,10 +1079,10 @@ def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, run: "Run"
         envs.on_fault = run.abort
     returns, full_length, speeds, episodes = evaluate(agent, envs, args, run.device, run.stop)
     if not run.stop.requested:
-        if not agent.bounds.isnan().any():  # it has learned
-            warn_of_failure(log_open_loop, agent, episodes, run)
         run.log_evaluation(returns)
         run.log(walking_metrics(full_length, speeds))
+        if not agent.bounds.isnan().any():  # it has learned
+            warn_of_failure(log_open_loop, agent, episodes, run)
     if args.capture_video:  # the film is written when its environment closes
         envs.close()
         return None
@@ -1448,7 +1449,7 @@ class Run:
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.learned, self.saved = {}, checkpoint is not None, None
         self.reported = self.step, time.perf_counter()
-        self.eval_began = self.reported[1]  # of the newest evaluation
+        self.eval_began = None  # of the evaluation that is being made
         owed = checkpoint and args.eval_frequency and checkpoint["parts"].get("eval_owed")  # it was due at this step
         owed = owed and f"{self.step}\n" not in self.lock.readlines()  # made, before the run was killed
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
@@ -1499,6 +1500,9 @@ class Run:
 
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
+        if self.eval_began is not None:  # what was made since then is not training
+            self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began
+            self.eval_began = None
         ending = self.stop.requested or self.step >= self.args.total_timesteps
         if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
             self.save()
@@ -1546,7 +1550,6 @@ class Run:
 
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
-        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
         self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})

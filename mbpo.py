@@ -1016,9 +1016,9 @@ def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, run: "Run"
         envs.on_fault = run.abort
     returns, trajectories = evaluate(agent, envs, args, run.device, run.stop)
     if not run.stop.requested:
+        run.log_evaluation(returns)
         if has_model:
             warn_of_failure(log_open_loop, agent, trajectories, run)
-        run.log_evaluation(returns)
     if args.capture_video:  # the film is written when its environment closes
         envs.close()
         return None
@@ -1398,7 +1398,7 @@ class Run:
         self.device, self.stop = choose_device(args), StopRequest()
         self.metrics, self.learned, self.saved = {}, checkpoint is not None, None
         self.reported = self.step, time.perf_counter()
-        self.eval_began = self.reported[1]  # of the newest evaluation
+        self.eval_began = None  # of the evaluation that is being made
         owed = checkpoint and args.eval_frequency and checkpoint["parts"].get("eval_owed")  # it was due at this step
         owed = owed and f"{self.step}\n" not in self.lock.readlines()  # made, before the run was killed
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
@@ -1449,6 +1449,9 @@ class Run:
 
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
+        if self.eval_began is not None:  # what was made since then is not training
+            self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began
+            self.eval_began = None
         ending = self.stop.requested or self.step >= self.args.total_timesteps
         if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
             self.save()
@@ -1496,7 +1499,6 @@ class Run:
 
     def log_evaluation(self, returns: np.ndarray) -> None:
         self.next_eval = next_multiple(self.step, self.args.eval_frequency)
-        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began  # not training
         self.progress.set_description_str("", refresh=False)
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})

@@ -320,30 +320,34 @@ def test_what_comes_after_a_termination_does_not_matter():
     close(found, numbers(53.78967601125, 3.08015, 1.12))
 
 
-def test_a_rollout_survives_what_is_not_finite_after_a_termination(monkeypatch):
-    """A row that blows up terminates by its rule; return, gradients, bounds stay finite, other rows as they were."""
+@pytest.mark.parametrize("size", [1e30, math.inf])
+def test_a_rollout_survives_what_runs_off_after_a_termination(size, monkeypatch):
+    """Return, gradients and bounds stay finite, other rows as they were; while alive nothing is hidden."""
     args, agent = make_args(), make_agent(make_args())
     model_step, obs = dhmbpo.model_step, normal(8, D)
 
-    def blows_up(*inputs):
+    def runs_off(*inputs):
+        """Row 0, in the second step."""
+        calls.append(1)
         next_obs, reward = model_step(*inputs)
-        first = torch.arange(len(next_obs)) == 0
-        calls.append(first)
-        return torch.where(first[:, None], math.inf, next_obs), torch.where(first & (len(calls) > 1), math.nan, reward)
+        first = (torch.arange(len(next_obs)) == 0) & (len(calls) == 2)
+        return next_obs + torch.where(first[:, None], size, 0.0), torch.where(first, size, reward)
 
-    def terminated(o):
-        return ~o.isfinite().all(-1)
+    def rollout(terminated_after):
+        calls.clear()
+        alive = torch.arange(8) > 0
+        return dhmbpo.rollout(agent, obs, 3, lambda o: ~alive & (len(calls) >= terminated_after), generator())
 
-    calm = dhmbpo.rollout(agent, obs, 3, terminated, generator())
-    monkeypatch.setattr(dhmbpo, "model_step", blows_up)
-    calls = []
-    path = dhmbpo.rollout(agent, obs, 3, terminated, generator())
-    assert len(calls) == 3 and path.alive[:, 0].tolist() == [True, False, False, False] and path.alive[:, 1:].all()
+    calls, calm = [], dhmbpo.rollout(agent, obs, 3, dhmbpo.never_terminates, generator())
+    monkeypatch.setattr(dhmbpo, "model_step", runs_off)
+    path = rollout(terminated_after=1)
+    assert path.alive[:, 0].tolist() == [True, False, False, False] and path.alive[:, 1:].all()
     assert all(torch.equal(a[1:], b[1:]) for a, b in zip(calm.obs, path.obs, strict=True))
     dhmbpo.track_bounds(agent, path, args)
     dhmbpo.actor_loss(agent, path, args.gamma).backward()
-    assert agent.bounds.isfinite().all()
+    assert agent.bounds.isfinite().all() and agent.bounds.abs().max() < 1e4
     assert all(parameter.grad.isfinite().all() for parameter in agent.actor.parameters())
+    assert rollout(terminated_after=2).obs[2][0].abs().min() >= size
 
 
 class Lookup(torch.nn.Module):

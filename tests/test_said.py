@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import math
 import signal
 import time
 import types
@@ -11,6 +12,7 @@ import fake_envs
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from runs import TINY, differences, finished, load, run
 
 
@@ -69,35 +71,40 @@ def test_a_time_limit_is_told_by_the_specification(env_id, given, limit):
 
 
 def test_steps_per_second_are_those_of_training(script):
-    """An evaluation of 100 seconds does not count."""
+    """An evaluation of 100 seconds, with all that was made then, does not count, once."""
     quiet = lambda *args, **kwargs: None  # noqa: E731
     run = types.SimpleNamespace(step=5, reported=(3, 7.0), eval_began=time.perf_counter() - 100, say=quiet, log=quiet)
-    run.args, run.progress = types.SimpleNamespace(eval_frequency=2), types.SimpleNamespace(set_description_str=quiet)
+    run.args = types.SimpleNamespace(eval_frequency=2, total_timesteps=9)
+    run.progress = types.SimpleNamespace(set_description_str=quiet)
     run.writer, run.lock = types.SimpleNamespace(flush=quiet), io.StringIO()
+    run.stop, run.next_save = types.SimpleNamespace(requested=False), math.inf
     script.Run.log_evaluation(run, np.ones(2))
     assert run.lock.getvalue() == "5\n"  # it is remembered that it was made
-    assert run.next_eval == 6 and run.reported[0] == 3 and 107 <= run.reported[1] < 110
+    for _ in range(2):
+        assert script.Run.goes_on(run, np.ones(1))
+        assert run.next_eval == 6 and run.reported[0] == 3 and 107 <= run.reported[1] < 110
 
 
 AFTER_THE_ENVIRONMENTS = {  # what evaluate_and_log takes: "run" is the run
-    "mbpo": ["run", True], "dreamer": ["none", "run"], "dreamer_v3": ["none", "run"],
+    "mbpo": ["run", True], "dhmbpo": ["run"], "dreamer": ["none", "run"], "dreamer_v3": ["none", "run"],
     "muzero": ["run", None],
 }  # fmt: skip
 
 
-def test_the_pictures_of_an_evaluation_are_made_before_its_time_is_taken(script, monkeypatch):
-    """They are no training either."""
+def test_an_evaluation_is_remembered_before_its_pictures_are_made(script, monkeypatch):
+    """Whatever happens to them."""
     if script.__name__ not in AFTER_THE_ENVIRONMENTS:
-        pytest.skip("draws in other ways")
-    made = []
-    run = types.SimpleNamespace(stop=types.SimpleNamespace(requested=False), device=None)
-    run.args = types.SimpleNamespace(capture_video=False, eval_episodes=2, two_player=False)
-    run.log_evaluation = lambda returns: made.append("the time")
-    monkeypatch.setattr(script, "evaluate", lambda *_: (np.ones(2), []))
+        pytest.skip("evaluates in other ways")
+    made, is_dhmbpo = [], script.__name__ == "dhmbpo"
+    run = types.SimpleNamespace(stop=types.SimpleNamespace(requested=False), device=None, log=lambda values: None)
+    run.args = types.SimpleNamespace(capture_video=False, eval_episodes=2, two_player=False, num_envs=1)
+    run.log_evaluation = lambda returns: made.append("the returns")
+    agent = types.SimpleNamespace(bounds=torch.zeros(2))
+    monkeypatch.setattr(script, "evaluate", lambda *_: (*[np.ones(2, int)] * (3 if is_dhmbpo else 1), []))
     monkeypatch.setattr(script, "warn_of_failure", lambda *_: made.append("pictures"))
     others = [run if other == "run" else other for other in AFTER_THE_ENVIRONMENTS[script.__name__]]
-    assert script.evaluate_and_log(None, "environments", *others) == "environments"
-    assert made == ["pictures", "the time"]
+    assert script.evaluate_and_log(agent, "environments", *others) == "environments"
+    assert made == ["the returns", "pictures"]
 
 
 def test_whole_numbers_are_rounded_not_cut(script):
