@@ -1033,14 +1033,19 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         fail(f"cannot make {env_id!r} with {settings}: {one_line(error)}{where}")
 
 
+def refuse_old_game(env_id: str) -> None:
+    """Pong-v5 and the like are no longer registered: says what the game is called now."""
+    if ":" not in env_id and env_id not in gym.registry:
+        with contextlib.suppress(Exception):  # it may be missing, or broken
+            importlib.import_module("ale_py")  # which registers its games
+        if (game := re.sub(r"(NoFrameskip|Deterministic)?-v\d$", "-v5", f"ALE/{env_id}")) in gym.registry:
+            fail(f"{env_id!r} is played as {game}")
+
+
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, with all lives (deviation 12)."""
     if not re.match(ATARI, env_id):
-        if env_id not in gym.registry:
-            with contextlib.suppress(Exception):  # it may be missing, or broken
-                importlib.import_module("ale_py")  # which registers its games
-            if (game := re.sub(r"(NoFrameskip|Deterministic)?-v\d$", "-v5", f"ALE/{env_id}")) in gym.registry:
-                fail(f"{env_id!r} is played as {game}")
+        refuse_old_game(env_id)
         return make_gymnasium(env_id, **settings)
     try:
         import ale_py
@@ -2121,10 +2126,11 @@ def check_args(args: Args) -> None:
     least, most = args.batch_length * args.action_repeat, args.total_timesteps
     if not least <= args.learning_starts <= most:  # a sequence, the run
         fail(f"--learning-starts {args.learning_starts} must be from {least} (--batch-length) to {most}")
-    if args.obs_mode == "state" and args.renderer != "auto" and not args.capture_video:
-        fail(f"--renderer {args.renderer} has nothing to draw: no pixels are seen, and there is no --capture-video")
     if not is_dm_control(args.env_id) and (args.obs_mode, args.renderer) != ("pixels", "auto"):
         fail(f"--obs-mode and --renderer are for dm_control, {args.env_id} has its own")
+    draws = args.obs_mode == "pixels" or args.capture_video or args.resume or args.evaluate  # what was saved stays
+    if args.renderer != "auto" and not draws:
+        fail(f"--renderer {args.renderer} has nothing to draw: no pixels are seen, and there is no --capture-video")
     if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":

@@ -1130,14 +1130,19 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         fail(f"cannot make {env_id!r} with {settings}: {one_line(error)}{where}")
 
 
+def refuse_old_game(env_id: str) -> None:
+    """Pong-v5 and the like are no longer registered: says what the game is called now."""
+    if ":" not in env_id and env_id not in gym.registry:
+        with contextlib.suppress(Exception):  # it may be missing, or broken
+            importlib.import_module("ale_py")  # which registers its games
+        if (game := re.sub(r"(NoFrameskip|Deterministic)?-v\d$", "-v5", f"ALE/{env_id}")) in gym.registry:
+            fail(f"{env_id!r} is played as {game}")
+
+
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, with all lives (deviation 12)."""
     if not re.match(ATARI, env_id):
-        if env_id not in gym.registry:
-            with contextlib.suppress(Exception):  # it may be missing, or broken
-                importlib.import_module("ale_py")  # which registers its games
-            if (game := re.sub(r"(NoFrameskip|Deterministic)?-v\d$", "-v5", f"ALE/{env_id}")) in gym.registry:
-                fail(f"{env_id!r} is played as {game}")
+        refuse_old_game(env_id)
         return make_gymnasium(env_id, **settings)
     try:
         import ale_py
@@ -1381,7 +1386,8 @@ class RayCaster:
 def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch.device, stop: "StopRequest"):
     """Plays args.eval_episodes, actions sampled, with generators and seeds of its own: training does not notice.
 
-    Returns the returns (episodes,) and the first environment's first episode: obs, action, reward (T, 1, ...).
+    Returns the returns (episodes,) and of the first environment's first episode 1,000 steps at most: obs, action,
+    reward (T, 1, ...).
     """
     generator = make_generator(device, args.seed, 98)
     seeds = np.random.default_rng([args.seed, 99]).integers(2**31, size=args.eval_episodes)  # deviation 10: the same
@@ -1397,7 +1403,7 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
         action, state = act(agent, obs, action, dones, state, generator)
         obs, rewards, terminations, truncations, infos = envs.step(env_action(agent, action))
         dones = terminations | truncations
-        played += [(obs[:1], action[:1], rewards[:1])] if number[0] == 0 else []
+        played += [(obs[:1], action[:1], rewards[:1])] if number[0] == 0 and len(played) < 1_000 else []
         returns += infos["episode"]["r"][dones & (number < args.eval_episodes)].tolist() if dones.any() else []
         number += envs.num_envs * dones
     fields = map(np.stack, zip(*played, strict=True))
@@ -2143,10 +2149,11 @@ def check_args(args: Args) -> None:
     decisions = args.total_timesteps // args.action_repeat  # nothing is learned before there are so many, and T more
     if decisions - args.num_envs * args.batch_length < args.learning_starts:
         fail(f"--learning-starts {args.learning_starts} sequences never come in {decisions} decisions")
-    if args.obs_mode == "state" and args.renderer != "auto" and not args.capture_video:
-        fail(f"--renderer {args.renderer} has nothing to draw: no pixels are seen, and there is no --capture-video")
     if not is_dm_control(args.env_id) and (args.obs_mode, args.renderer) != ("pixels", "auto"):
         fail(f"--obs-mode and --renderer are for dm_control, {args.env_id} has its own")
+    draws = args.obs_mode == "pixels" or args.capture_video or args.resume or args.evaluate  # what was saved stays
+    if args.renderer != "auto" and not draws:
+        fail(f"--renderer {args.renderer} has nothing to draw: no pixels are seen, and there is no --capture-video")
     if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":

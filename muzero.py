@@ -1298,14 +1298,19 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         fail(f"cannot make {env_id!r} with {settings}: {one_line(error)}{where}")
 
 
+def refuse_old_game(env_id: str) -> None:
+    """Pong-v5 and the like are no longer registered: says what the game is called now."""
+    if ":" not in env_id and env_id not in gym.registry:
+        with contextlib.suppress(Exception):  # it may be missing, or broken
+            importlib.import_module("ale_py")  # which registers its games
+        if (game := re.sub(r"(NoFrameskip|Deterministic)?-v\d$", "-v5", f"ALE/{env_id}")) in gym.registry:
+            fail(f"{env_id!r} is played as {game}")
+
+
 def make_frames(env_id: str, **settings) -> gym.Env:
     """A Gymnasium environment; Atari games with the usual preprocessing, in colour, without sticky actions."""
     if not env_id.startswith("ALE/"):
-        if env_id not in gym.registry:
-            with contextlib.suppress(Exception):  # it may be missing, or broken
-                importlib.import_module("ale_py")  # which registers its games
-            if (game := re.sub(r"(NoFrameskip|Deterministic)?-v\d$", "-v5", f"ALE/{env_id}")) in gym.registry:
-                fail(f"{env_id!r} is played as {game}")
+        refuse_old_game(env_id)
         return make_gymnasium(env_id, **settings)
     try:
         import ale_py
@@ -1375,10 +1380,10 @@ class RepeatedAction(gym.Wrapper):
         self.repeat = repeat
 
     def step(self, action):
-        total = 0.0
+        total, info = 0.0, {}
         for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += reward
+            obs, reward, terminated, truncated, latest = self.env.step(action)
+            total, info = total + reward, info | latest
             mask = info.get("action_mask")
             if terminated or truncated or mask is not None and not mask[action]:
                 break

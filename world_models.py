@@ -1321,7 +1321,7 @@ def evaluate_run(args: Args) -> str:
         counters = checkpoint["parts"]["counters"]
         number, generation = round_of(counters), counters["units_done"] or args.generations
         when = f"generation {generation}" if number == counters["round"] else "the end"
-        print(f"{args.env_id} at {when} of round {number}, environment step {checkpoint['global_step']}:")
+        print(f"{args.env_id} at {when} of round {number}, of a run at environment step {checkpoint['global_step']}:")
         if dreamed is not None:
             print(f"dream {dreamed.mean():.1f} +- {dreamed.std():.1f} ({len(dreamed)} dreams at {args.temperature})")
         single = " ".join(f"{episodic_return:.1f}" for episodic_return in real)
@@ -2147,7 +2147,7 @@ class Stages(Run):
         self.progress.unit = {"collect": "step", "encode": "frame", "c": "generation"}.get(text, "update")
         self.progress.initial = 0
         self.progress.reset(total)  # which draws it
-        self.progress.n = self.progress.initial = already
+        self.progress.n = self.progress.last_print_n = self.progress.initial = already
 
     def finish(self) -> None:
         """The stage in progress is done, the next one begins, or the next round; each round's weights are kept."""

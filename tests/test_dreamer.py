@@ -1783,10 +1783,11 @@ def test_flags_of_dm_control_are_refused_elsewhere(script, flag, capsys):
 
 @pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
 def test_a_renderer_without_pictures_is_refused(script, capsys):
-    """A film is one."""
+    """A film is one; a run that was saved with it goes on."""
     args = script.with_task_defaults(script.Args(env_id="walker-walk", obs_mode="state", renderer="raycast"))
     assert "--renderer raycast has nothing to draw" in error_of(capsys, script.check_args, args)
-    script.check_args(dataclasses.replace(args, capture_video=True))
+    for change in ({"capture_video": True}, {"resume": "runs/x"}, {"evaluate": "runs/x"}):
+        script.check_args(dataclasses.replace(args, **change))
 
 
 @pytest.mark.parametrize("shape", [(84, 84), (84, 84, 1), (64, 64, 4), (48, 96, 3), (64, 64)])

@@ -1941,6 +1941,20 @@ def test_a_repeated_action_ends_where_it_is_forbidden():
         assert (obs.item(), reward, info["action_mask"][0]) == (repeats, repeats, steps == 9)
 
 
+def test_a_mask_between_two_repeats_is_handed_on():
+    """It holds until another one is given."""
+
+    class Once(Masked):
+        def _show(self):
+            self.allowed = 0
+            return np.array([self.count], np.float32), {"action_mask": np.array([1, 0, 1])} if self.count == 1 else {}
+
+    env = muzero.RepeatedAction(Once(), 3)
+    env.reset(seed=0)
+    obs, *_, info = env.step(0)
+    assert obs.item() == 3 and info["action_mask"].tolist() == [1, 0, 1]
+
+
 @pytest.mark.parametrize(("mask", "words"), [([0, 1, 1], ""), ((0, 1, 1), ""), ([1, 1], "action_mask must be numbers")])
 def test_action_masks_as_lists(mask, words, capsys):
     """Of the wrong length: one line, before there is a run folder. Three environments, as many as actions."""

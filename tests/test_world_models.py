@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 import math
 import os
 import re
@@ -1184,6 +1185,21 @@ def test_more_rounds_go_on_where_the_others_ended(capsys):
     assert "raise --rounds" in error_of(capsys, resume, world_models, run_dir, rounds=2, total_timesteps=60, **settings)
 
 
+def test_the_bar_of_a_stage_that_is_resumed_tells_the_speed_of_this_process():
+    """From the 500 units of before on: neither those nor another stage's count."""
+    now, drawn = [100.0], io.StringIO()
+    stand_in = SimpleNamespace(progress=world_models.Bar(total=9_000, initial=700, file=drawn, mininterval=0))
+    stand_in.progress._time = lambda: now.append(now[-1] + 1e-6) or now[-1]
+    world_models.Stages.begin(stand_in, "m", 1_000, 500)
+    assert "-" not in drawn.getvalue()
+    for _ in range(10):
+        now.append(now[-1] + 1)
+        stand_in.progress.update(2)
+    bar = stand_in.progress.format_dict
+    assert (bar["n"], bar["total"], bar["initial"], bar["prefix"], bar["unit"]) == (520, 1_000, 500, "m", "update")
+    assert bar["rate"] == pytest.approx(2, rel=0.01)
+
+
 def test_an_evaluation_says_of_which_controller(capsys):
     """Generation and round; while the next round is at work, the end of the one before. What is finished says so."""
     run_dir = run(world_models, rounds=2, round_timesteps=24, generations=1)
@@ -1197,10 +1213,10 @@ def test_an_evaluation_says_of_which_controller(capsys):
         world_models.main(tiny(world_models, **settings))
         return capsys.readouterr().out
 
-    assert f"{task} generation 1 of round 2, environment step 72:" in said()
-    assert f"{task} generation 7 of round 2, environment step 72:" in said(stage="c", units_done=7)
-    assert f"{task} the end of round 1, environment step 72:" in said(stage="c", units_done=0)
-    assert f"{task} the end of round 1, environment step 72:" in said(stage="m", units_done=5)
+    assert f"{task} generation 1 of round 2, of a run at environment step 72:" in said()
+    assert f"{task} generation 7 of round 2, of a run at environment step 72:" in said(stage="c", units_done=7)
+    assert f"{task} the end of round 1, of a run at environment step 72:" in said(stage="c", units_done=0)
+    assert f"{task} the end of round 1, of a run at environment step 72:" in said(stage="m", units_done=5)
 
 
 def test_the_same_v_and_m_serve_both(capsys):
@@ -2174,7 +2190,7 @@ def test_a_second_round_is_worth_more_than_the_first(capsys):
     run_dir = run(world_models, **TINY_TASK | changes)
     first, second = (value for _, value in scalars(run_dir)["eval/episodic_return"])
     print(f"round 1 {first:.1f}, round 2 {second:.1f}")
-    assert second > -23 and second > first + 5
+    assert second > -25 and second > first + 5  # the best constant action has -30
 
 
 @pytest.mark.slow
@@ -2184,5 +2200,5 @@ def test_world_models_learn_a_tiny_pixel_task_in_their_dream(capsys):
     tags = scalars(run_dir)
     real, dreamed = (tags[f"{name}/episodic_return"][-1][1] for name in ("eval", "dream"))
     print(f"dream {dreamed:.1f}, real {real:.1f}")
-    assert real > -25 and abs(real - dreamed) < 10
+    assert real > -25 and abs(real - dreamed) < 10  # the best constant action has -30
     assert "NOT like" not in capsys.readouterr().out
