@@ -21,7 +21,7 @@ pendulum() { # continuous actions; 10K steps are minutes on one core for each se
   python benchmark/export.py results/muzero/Pendulum-v1.csv "muzero.py --env-id Pendulum-v1" runs/Pendulum-v1__muzero__*
 }
 
-swingup() { # dm_control from state, 100K steps: 9 minutes on one core for each seed
+swingup() { # dm_control from state, 100K steps: 16 minutes on one busy core for each seed
   for seed in 1 2 3; do
     python muzero.py --env-id cartpole-swingup --seed "$seed" --eval-episodes 5
   done
