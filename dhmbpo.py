@@ -719,8 +719,8 @@ def inverted_double_pendulum_terminated(o: torch.Tensor) -> torch.Tensor:
     return ~(0.6 * (first.cos() + (first + second).cos()) > 1.0)
 
 
-# Which next observations (..., D) end an episode; one that is not a number does, too (deviation 5). To add a task: one
-# line here and, if it needs other settings, one in TASKS.
+# Which next observations (..., D) end an episode; what is not a number where a rule looks does, too (deviation 5).
+# To add a task: one line here and, if it needs other settings, one in TASKS.
 TERMINATIONS = {
     "Hopper": hopper_terminated,
     "Walker2d": lambda o: ~(inside(o[..., 0], 0.8, 2.0) & inside(o[..., 1], -1.0, 1.0)),

@@ -764,10 +764,13 @@ class ReplayBuffer:
             self.data[name][slots] = tensor.to(self.device)  # deviation 9: of equal slots any
 
     def state_dict(self) -> dict:
-        """The filled part; through NumPy, because torch would save the whole storage behind a slice."""
+        """The filled part; through NumPy, because torch would save the whole storage behind a slice.
+
+        Only several rings that are not full yet are copied in memory.
+        """
         filled = min(int(self.end.max()), self.size)
         rings = {name: tensor.unflatten(0, (-1, self.size))[:, :filled] for name, tensor in self.data.items()}
-        data = {name: torch.from_numpy(tensor.cpu().numpy().copy()) for name, tensor in rings.items()}
+        data = {name: torch.from_numpy(np.ascontiguousarray(tensor.cpu().numpy())) for name, tensor in rings.items()}
         return {"data": data, "end": self.end.tolist(), "fresh": list(self.fresh)}
 
     def load_state_dict(self, state: dict) -> None:
@@ -927,7 +930,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
     """Refuses what DreamerV3 cannot use; resizes images to 64x64, rescales the bounded action dimensions to [-1, 1]."""
     obs, action = env.observation_space, env.action_space
     is_box = isinstance(obs, gym.spaces.Box)
-    if is_box and obs.dtype == np.uint8 and len(obs.shape) in (2, 3) and min(obs.shape[:2]) > 8:
+    is_image = is_box and obs.dtype == np.uint8 and len(obs.shape) in (2, 3) and min(obs.shape[:2]) > 8
+    if is_image and (obs.shape[:2] == (64, 64) or math.prod(obs.shape[2:]) <= 4):  # OpenCV resizes up to 4 channels
         if obs.shape[:2] != (64, 64):
             env = gym.wrappers.ResizeObservation(env, (64, 64))
         if len(env.observation_space.shape) == 2:  # grey
@@ -936,7 +940,8 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
         env = gym.wrappers.TransformObservation(env, np.float32, space)
     else:
-        hint = "larger than 8 x 8, channels come last; (obs * 255).astype(np.uint8) makes an image of floats"
+        hint = "larger than 8 x 8, channels last, more than 4 of them 64 x 64; (obs * 255).astype(np.uint8) makes an "
+        hint += "image of floats"
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
     if isinstance(action, gym.spaces.Box):
         low, high = action.low.ravel().astype(float), action.high.ravel().astype(float)
@@ -1254,7 +1259,7 @@ def choose_renderer(args: Args, checkpoint: dict | None) -> str:
         os.environ["MUJOCO_GL"] = backend
         return "gl"
     if wanted == "gl":
-        fail("no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or use --renderer raycast)")
+        fail("no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or begin a run with --renderer raycast)")
     os.environ["MUJOCO_GL"] = "disable"
     return "raycast"  # deviation 14: pictures without OpenGL
 

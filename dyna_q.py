@@ -916,6 +916,8 @@ def evaluate_run(args: Args) -> str:
         q[:] = checkpoint["parts"]["agent"]["q_table"][:players]
         if "replay" in checkpoint["parts"]:
             q = values_to_play(q, load_model(checkpoint["parts"]["replay"]), args)
+        elif args.kappa > 0:
+            print("the model was not saved: what is played is greedy in the table with the bonus (deviation 5)")
     returns, _ = evaluate(q, envs, args, step, stop)
     envs.close()
     if not stop.requested:
@@ -979,7 +981,8 @@ def known_dynamics(envs: gym.vector.VectorEnv) -> gym.Env | None:
     world = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
     S, A = int(envs.single_observation_space.n), int(envs.single_action_space.n)
     try:  # to measure the model, never to learn
-        outcomes = [outcome for s in range(S) for a in range(A) for outcome in world.P[s][a]]
+        P = world.P  # of a maze it is made here
+        outcomes = [outcome for s in range(S) for a in range(A) for outcome in P[s][a]]
         fits = all(len(outcome) == 4 and outcome[1] in range(S) for outcome in outcomes)
         return world if fits and len(world.initial_state_distrib) == S else None
     except (AttributeError, LookupError, TypeError):  # no P, or one of another form
@@ -1488,6 +1491,8 @@ def check_args(args: Args) -> None:
     check_bounds(args)
     if args.prioritized and (args.kappa > 0 or args.planning_steps == 0):
         fail("--prioritized goes with --planning-steps of at least 1 and without --kappa")
+    if args.kappa > 0 and args.planning_steps == 0:
+        fail("--kappa is a bonus in planning: it goes with --planning-steps of at least 1")
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ Evaluate:   python mbpo.py --evaluate runs/<run folder> [--capture-video]
 Watch:      tensorboard --logdir runs
 Where the paper differs from the reference code (there it trains the ensemble once an epoch, the policy on model rows
 alone, and Hopper's k is 15 at epoch 100) the code is followed. Deviations from it, each also marked at its line:
-  1. A rollout step deals its rows to the elites in random groups of equal size (the reference draws one for each row).
+  1. A rollout step deals its rows to the elites in random groups of equal size (the reference draws one for each row);
+     20,000 starts are rolled out at a time (there all).
   2. Evaluation by eval_frequency and eval_episodes (the reference: one episode at the end of each epoch).
   3. A transition is in the replay at once, and there are exactly learning_starts random ones (the reference adds whole
      episodes when they end); updates begin right after them (the reference waits for 1,000, twice the pendulums' 500).
   4. Critics, actor and temperature step from the same parameters (the reference's single call has no defined order).
   5. Both angles of the double pendulum's termination are normalised, Hopper's bound of 100 holds on both sides, and an
-     observation that is not a number terminates.
+     observation that is not a number where its task's rule looks terminates.
   6. Gymnasium's v5 tasks (the reference: gym's v2), whose reward drops at the step that terminates. Tasks that the
      paper does not have (Pendulum, dm_control, Swimmer, Reacher, Pusher) have settings of ours.
 """
@@ -671,8 +672,8 @@ def inverted_double_pendulum_terminated(o: torch.Tensor) -> torch.Tensor:
     return ~(0.6 * (first.cos() + (first + second).cos()) > 1.0)
 
 
-# Which next observations (..., D) end an episode; one that is not a number does, too (deviation 5). To add a task: one
-# line here and, if it needs other settings, one in TASKS.
+# Which next observations (..., D) end an episode; what is not a number where a rule looks does, too (deviation 5).
+# To add a task: one line here and, if it needs other settings, one in TASKS.
 TERMINATIONS = {
     "Hopper": hopper_terminated,
     "Walker2d": lambda o: ~(inside(o[..., 0], 0.8, 2.0) & inside(o[..., 1], -1.0, 1.0)),
@@ -1570,7 +1571,9 @@ def check_memory(args: Args, obs_dim: int, action_dim: int) -> None:
     """Refuses what the device cannot hold: weights, gradients and Adam's moments, buffers, the rows of a step."""
     with torch.device("meta"):  # tensors that have shapes alone
         num_weights = sum(weight.numel() for weight in Agent(obs_dim, action_dim, args).parameters())
-    num_rows = args.buffer_size + model_buffer_size(rollout_length(args.total_timesteps, args), args)
+    lengths = [rollout_length(step, args) for step in (args.learning_starts, args.total_timesteps)]  # may fall
+    num_rows = args.buffer_size + (model_buffer_size(max(lengths), args) if args.real_ratio < 1 else 0)
+    num_rows *= 1 + args.save_buffer  # a checkpoint copies the buffers
     num_rows += args.rollout_batch_size + args.updates_per_step * args.batch_size
     num_floats = 4 * num_weights + num_rows * (2 * obs_dim + action_dim + 2)
     require_memory(4 * num_floats, "--buffer-size, rollouts, sizes of networks and batches", choose_device(args))

@@ -885,10 +885,11 @@ class ReplayBuffer:
         return self.window(slots, envs, self.span) | {"slots": slots, "envs": envs, "weights": weights / largest}
 
     def state_dict(self) -> dict:
-        """The filled part, cloned: torch would save the whole storage behind a slice."""
+        """The filled part; through NumPy, because torch would save the whole storage behind a slice."""
         filled = min(int(self.ends.max()), self.capacity)
         tensors = self.data | {"priority": self.priority}
-        data = {name: tensor[:filled].cpu().clone() for name, tensor in tensors.items()}
+        arrays = {name: np.ascontiguousarray(tensor[:filled].cpu().numpy()) for name, tensor in tensors.items()}
+        data = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {"data": data} | {name: getattr(self, name).tolist() for name in ("ends", "ready", "age")}
 
     def load_state_dict(self, state: dict) -> None:

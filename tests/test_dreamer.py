@@ -1800,6 +1800,15 @@ def test_grey_and_stacked_frames(shape):
     assert agent.world_model.decode(torch.zeros(1, 1, 11)).shape == (1, 1, channels, 64, 64)
 
 
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3])
+def test_more_channels_than_are_resized(script, capsys):
+    """Five are taken as they are at 64 x 64; of another size they are refused, and what to do is said."""
+    make = lambda shape: Spaces(gym.spaces.Box(0, 255, shape, np.uint8), BOX)  # noqa: E731
+    assert script.fit_spaces(make((64, 64, 5)), "x").observation_space.shape == (64, 64, 5)
+    line = error_of(capsys, script.fit_spaces, make((84, 84, 5)), "x")
+    assert "more than 4 of them 64 x 64" in line and "(84, 84, 5)" in line
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_evaluation_episodes_are_the_same_however_many_play(num_envs, monkeypatch):
     """Seven episodes begin with seven seeds, one environment or three at once; of long ones the first entries stay."""

@@ -1016,6 +1016,17 @@ def test_replay_state_round_trip(tmp_path, steps):
     assert (tmp_path / "replay.pt").stat().st_size < 60_000
 
 
+@pytest.mark.parametrize(("num_envs", "steps", "copied"), [(1, 9, False), (2, 50, False), (2, 9, True)])
+def test_a_checkpoint_copies_no_replay(num_envs, steps, copied):
+    """One ring, or several that are full, are written from where they lie; and never more than what is filled."""
+    buffer = replay(num_envs, buffer_size=40)
+    for _ in range(steps):
+        fill(buffer, list(range(num_envs)))
+    for name, saved in buffer.state_dict()["data"].items():
+        assert (saved.data_ptr() != buffer.data[name].data_ptr()) == copied, name
+        assert saved.untyped_storage().nbytes() == saved.nbytes, name
+
+
 def test_images_are_stored_as_bytes_and_latents_as_class_numbers():
     """12,288 + 32 bytes per step, deter and a few floats."""
     args = tiny_args(buffer_size=20)

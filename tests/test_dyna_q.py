@@ -1208,6 +1208,7 @@ def test_refused_environments(env_id, env_kwargs, words, capsys, register):
         {"planning_steps": -1}, {"kappa": -0.1}, {"num_envs": 0}, {"max_episode_steps": 0}, {"total_timesteps": 0},
         {"report_frequency": 0}, {"eval_episodes": 0}, {"seed": -1}, {"gamma": math.nan}, {"eval_frequency": -1},
         {"checkpoint_frequency": -1}, {"prioritized": True, "kappa": 0.1}, {"prioritized": True, "planning_steps": 0},
+        {"kappa": 0.1, "planning_steps": 0},
     ],
 )  # fmt: skip
 def test_refused_numbers(settings, capsys):
@@ -1500,6 +1501,17 @@ def test_a_table_of_another_form_is_none():
     assert dyna_q.known_dynamics(around(world)) is world
     del world.initial_state_distrib
     assert dyna_q.known_dynamics(around(world)) is None
+
+
+def test_a_table_that_is_made_when_it_is_asked_for_is_made_once():
+    """As that of a maze is: a table for each state and action would take minutes."""
+    asked = []
+
+    class Making(World):
+        P = property(lambda self: asked.append(1) or WORLD, lambda self, P: None)
+
+    world = Making(None, np.eye(4)[0])
+    assert dyna_q.known_dynamics(around(world)) is world and len(asked) == 1
 
 
 @pytest.mark.parametrize("env_id", ["FrozenLake-v1", "CliffWalking-v1", "Taxi-v4"])
@@ -2070,6 +2082,15 @@ def test_a_model_that_was_not_saved_is_learned_anew():
     before, after = (max(value for step, value in visits[False] if (step <= 48) == early) for early in (True, False))
     assert after <= 12 < before
     assert [value for _, value in visits[True]] == sorted(value for _, value in visits[True])
+
+
+def test_a_table_with_the_bonus_is_not_played_in_silence(capsys):
+    """Without its model a Dyna-Q+ run can only play the table with the bonus: --evaluate says so."""
+    for saves, kappa in ((False, 0.1), (True, 0.1), (False, 0.0)):
+        run_dir = run(dyna_q, save_buffer=saves, kappa=kappa)
+        capsys.readouterr()
+        dyna_q.main(Args(**load(run_dir)["args"] | {"evaluate": run_dir}))
+        assert ("the model was not saved" in capsys.readouterr().out) == (not saves and kappa > 0)
 
 
 WALLS = {"env_id": "BlockingMaze-v0", "max_episode_steps": 30}

@@ -467,6 +467,22 @@ def test_rollout_length_is_linear_and_cut(schedule):
         assert mbpo.rollout_length(5000 + 1000 * epoch, args) == int(k0 + share * (k1 - k0)), epoch
 
 
+def test_memory_is_that_of_the_longest_rollouts(monkeypatch):
+    """At either end of the schedule; a checkpoint copies both buffers; without a model there is none of its rows."""
+    asked = []
+    monkeypatch.setattr(mbpo, "require_memory", lambda num_bytes, *rest: asked.append(num_bytes))
+
+    def floats(**settings) -> float:
+        mbpo.check_memory(published("Hopper-v5", total_timesteps=200_000, **settings), 11, 3)
+        return asked.pop() / 4 / (2 * 11 + 3 + 2)
+
+    rising, falling = (floats(rollout_schedule=schedule) for schedule in ((0, 100, 1, 25), (0, 100, 25, 1)))
+    assert rising == falling
+    assert rising - floats(rollout_schedule=(0, 1, 1, 1)) == pytest.approx(2 * 24 * 400_000)
+    assert rising - floats(rollout_schedule=(0, 100, 1, 25), save_buffer=False) == pytest.approx(11_000_000, rel=1e-3)
+    assert rising - floats(rollout_schedule=(0, 100, 1, 25), real_ratio=1.0) == pytest.approx(2 * 25 * 400_000)
+
+
 def test_model_buffer_sizes():
     """400,000 k rows; Humanoid 5 epochs of one training of 100,000 k; the pendulums one of 100,000."""
     for k in (1, 2, 15, 25):

@@ -916,6 +916,16 @@ def test_replay_state_round_trip():
     assert all(torch.equal(column, other.data[name]) for name, column in rb.data.items())
 
 
+@pytest.mark.parametrize("steps", [7, 200])
+def test_a_checkpoint_copies_no_observations(steps):
+    """They are written from where they lie; of the columns beside them no more than what is filled."""
+    rb = make_rb(num_envs=2, capacity=60)
+    fill(rb, steps)
+    data = rb.state_dict()["data"]
+    assert data["obs"].data_ptr() == rb.data["obs"].data_ptr()
+    assert all(saved.untyped_storage().nbytes() == saved.nbytes for saved in data.values())
+
+
 # === Networks and losses ===
 
 
