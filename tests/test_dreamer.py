@@ -1811,7 +1811,10 @@ def test_more_channels_than_are_resized(script, capsys):
 
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_evaluation_episodes_are_the_same_however_many_play(num_envs, monkeypatch):
-    """Seven episodes begin with seven seeds, one environment or three at once; of long ones the first entries stay."""
+    """Seven episodes begin with seven seeds, one environment or three at once; of long ones the first entries stay.
+
+    The action before an episode's first observation is 0.
+    """
     monkeypatch.setattr(dreamer, "PIECE", 3)
     args = tiny_args(eval_episodes=7)
     agent, seeds = make_agent(args, gym.spaces.Box(-1, 1, (3,), np.float32)), []
@@ -1833,7 +1836,16 @@ def test_evaluation_episodes_are_the_same_however_many_play(num_envs, monkeypatc
             zeros, infos = np.zeros(num_envs), {"episode": {"r": self.length.copy()}}
             return np.zeros((num_envs, 3), np.float32), zeros, zeros > 1, self.left == 0, infos
 
+    act, firsts, others = dreamer.act, [], []
+
+    def spy(agent, obs, action, is_first, *rest, **kwargs):
+        firsts.append(action[is_first])
+        others.append(action[~is_first])
+        return act(agent, obs, action, is_first, *rest, **kwargs)
+
+    monkeypatch.setattr(dreamer, "act", spy)
     returns, episodes = dreamer.evaluate(agent, Envs(), args, CPU, SimpleNamespace(requested=0))
+    assert len(np.concatenate(firsts)) >= 7 and not np.concatenate(firsts).any() and np.concatenate(others).all()
     assert [len(episode["reward"]) for episode in episodes] == [min(seed % 5 + 2, 3) for seed in seeds[:num_envs]]
     wanted = np.random.default_rng([1, 99]).integers(2**31, size=7).tolist()
     assert set(seeds) == set(wanted) and sorted(returns) == sorted(seed % 5 + 1 for seed in wanted)
