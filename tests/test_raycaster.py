@@ -102,3 +102,78 @@ def test_site_sphere_is_drawn_and_hidden():
     row = int(32 - caster.focal * 0.5 / 2)
     assert image[row, 32, 1] > 200 and image[row, 32, 0] < 20  # in front
     assert image[32, 32, 0] > 150  # the other one is behind the ball
+
+
+FROM_ABOVE = """<mujoco><statistic extent="4" center="0 0 0"/>
+<visual><headlight ambient="{ambient} {ambient} {ambient}" diffuse="0 0 0"/></visual>
+<asset><texture type="skybox" builtin="flat" rgb1="0 0 1" rgb2="0 0 1" width="64" height="384"/>
+<texture name="four" type="2d" builtin="flat" rgb1="1 1 1" width="40" height="40"/>
+<material name="plain"/><material name="tiled" texture="four" texuniform="{uniform}"/></asset>
+<worldbody><camera pos="0 0 4" fovy="90"/><geom type="plane" size="4 4 1" material="{floor}"/>{world}</worldbody>
+{rest}</mujoco>"""
+FLOOR = np.stack(
+    np.meshgrid((np.arange(64) - 31.5) / 8, (31.5 - np.arange(64)) / 8), -1
+)  # (64, 64, 2): x, y of a pixel
+
+
+def from_above(world="", rest="", ambient=1.0, floor="plain", uniform="false"):
+    """Model and its state of a white floor from -4 to 4, which fills the picture of a camera four units above it."""
+    settings = {"world": world, "rest": rest, "ambient": ambient, "floor": floor, "uniform": uniform}
+    model = mujoco.MjModel.from_xml_string(FROM_ABOVE.format(**settings))
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    return model, data
+
+
+LIGHTS = {
+    "above": ('pos="0 0 3" dir="0 0 -1"', (0, 0, 3)),
+    "aslant": ('pos="-2 1 4" dir="2 -1 -4"', (-2, 1, 4)),
+    "directional": ('directional="true" dir="1 0 -1"', (-1e4, 0, 1e4)),
+}
+
+
+@pytest.mark.parametrize("light", LIGHTS)
+def test_shadow_of_a_ball(light):
+    """Dark is where the line from floor to light passes the ball; elsewhere the floor is lit by Lambert's cosine."""
+    words, source = LIGHTS[light]
+    world = f'<light {words} cutoff="90" exponent="0" diffuse=".5 .5 .5" ambient="0 0 0"/>'
+    world += '<geom type="sphere" size=".5" pos="0 0 1" rgba="1 0 0 1"/>'
+    model, data = from_above(world, ambient=0.25)
+    image = RayCaster(model, 64, 64, 0).render(data)
+    points = np.concatenate([FLOOR, np.zeros((64, 64, 1))], -1)
+    to = (source - points) / np.linalg.norm(source - points, axis=-1, keepdims=True)
+    passes = np.linalg.norm(np.cross([0, 0, 1] - points, to), axis=-1)  # how far from the ball's centre
+    wanted = 255 * np.where(passes < 0.5, 0.25, 0.25 + 0.5 * to[..., 2])
+    floor = (image[..., 1] > 0) & (np.abs(passes - 0.5) > 0.03)  # the ball is red, and hides some of it
+    assert np.abs(image[floor] - wanted[floor, None]).max() < 2
+    assert (floor & (passes < 0.5)).sum() > 20
+
+
+@pytest.mark.parametrize("uniform", ["false", "true"])
+def test_texture_of_a_floor(uniform):
+    """An image of four colours lies with its first row at +y and its first column at -x, as bright as it is.
+
+    It covers the floor once, or two by two units where it is uniform.
+    """
+    model, data = from_above(floor="tiled", uniform=uniform)
+    four = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 80, 255], [200, 200, 0]]], np.uint8)
+    model.tex_data[model.tex_adr[1] :][: 40 * 40 * 3] = four.repeat(20, 0).repeat(20, 1).ravel()
+    wanted = (
+        four.repeat(32, 0).repeat(32, 1) if uniform == "false" else np.tile(four.repeat(8, 0).repeat(8, 1), (4, 4, 1))
+    )
+    np.testing.assert_allclose(RayCaster(model, 64, 64, 0).render(data), wanted, atol=1)
+
+
+def test_tendon_is_drawn_between_its_sites():
+    """As wide as it is; one below the floor is hidden."""
+    sites = {"a": "-2 -1 1", "b": "2 .5 1", "c": "-2 1 -1", "d": "2 1 -1"}
+    world = "".join(f'<site name="{name}" pos="{pos}" rgba="0 0 0 0"/>' for name, pos in sites.items())
+    tendon = '<spatial width=".2" rgba="0 1 0 1"><site site="{}"/><site site="{}"/></spatial>'
+    model, data = from_above(world, f"<tendon>{tendon.format('a', 'b')}{tendon.format('c', 'd')}</tendon>")
+    image = RayCaster(model, 64, 64, 0).render(data)
+    near = FLOOR * 3 / 4  # where the pixels' rays are at the height of the tendon
+    a, b = np.array([-2, -1]), np.array([2, 0.5])
+    along = np.clip((near - a) @ (b - a) / ((b - a) @ (b - a)), 0, 1)[..., None]
+    distance = np.linalg.norm(near - a - along * (b - a), axis=-1)
+    pixel = 3 / 32
+    assert (image[distance < 0.2 - pixel / 2] == [0, 255, 0]).all() and (image[distance > 0.2 + pixel / 2] == 255).all()
