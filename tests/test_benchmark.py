@@ -1,0 +1,78 @@
+"""Measures and files that all pages' numbers come from: benchmark/open_loop.py and benchmark/export.py."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import ROOT
+from torch.utils.tensorboard import SummaryWriter
+
+sys.path.append(str(ROOT / "benchmark"))
+import export
+import open_loop
+
+# === open_loop.py ===
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 4, 5)], ids=["rewards", "vectors", "pictures"])
+def test_relative_errors_of_knowing_all_the_mean_and_nothing(shape):
+    """What came true: 0; the mean of the moments: 1; another sample of the same distribution: 2."""
+    gen = torch.Generator().manual_seed(1)
+    truth, other = (7 + 3 * torch.randn(2, 20_000, *shape, generator=gen) for _ in range(2))
+    for predicted, error in ((truth, 0), (truth.mean((0, 1)).expand_as(truth), 1), (other, 2)):
+        np.testing.assert_allclose(open_loop.relative_errors(truth, predicted), [error] * 2, atol=0.07)
+
+
+def test_relative_errors_by_hand():
+    """Errors by step, averaged over predictions and moments, over the spread of all steps.
+
+    Of vectors each number is divided by its own spread, and one that never varies is left out; of pictures the sums.
+    """
+    truth = torch.tensor([[1.0, 3.0], [1.0, 3.0]])  # spread 1
+    two = torch.stack([truth + 1, truth - 3], 1)  # of two models: errors 1 and 9
+    assert open_loop.relative_errors(truth, two).tolist() == [5, 5]
+    assert open_loop.relative_errors(truth, truth + torch.tensor([[1.0], [2.0]])).tolist() == [1, 4]
+    vectors = torch.stack([truth, 10 * truth, torch.full((2, 2), 5.0)], -1)  # spreads 1, 100, 0
+    wrong = vectors + torch.tensor([2.0, 10.0, 7.0])
+    assert open_loop.relative_errors(vectors, wrong).tolist() == [2.5, 2.5]  # of 4 / 1 and 100 / 100
+    pictures, wrong = vectors[..., None], wrong[..., None]
+    np.testing.assert_allclose(open_loop.relative_errors(pictures, wrong), [(4 + 100 + 49) / 101] * 2)
+
+
+def test_pieces_begin_at_every_fifth_moment_that_has_enough_left():
+    """Of each episode by itself; moments are columns."""
+    tracks = [{"reward": np.arange(float(n)) + start} for n, start in ((12, 0), (6, 100), (7, 200))]
+    starts = torch.tensor([0.0, 5, 200])
+    assert torch.equal(open_loop.pieces(tracks, 7)["reward"], starts + torch.arange(7.0)[:, None])
+
+
+# === export.py ===
+
+
+def logged(seed: int, values: dict[str, list[tuple[int, float]]]) -> str:
+    """A run folder with these scalars."""
+    with SummaryWriter(f"runs/A-v0__x__{seed}__9") as writer:
+        for tag, points in values.items():
+            for step, value in points:
+                writer.add_scalar(tag, value, step)
+    return f"runs/A-v0__x__{seed}__9"
+
+
+def test_what_is_exported():
+    """A comment, a head and one row an evaluation, by seed; of one that was made again after a resume the later value.
+
+    A run without an evaluation has no row. The episodes of training have no deviation.
+    """
+    episodes = {"charts/episodic_return": [(3, 1.004), (6, 2.0)]}
+    means, stds = [(10, 1.25), (20, -3.006), (20, 4.0)], [(10, 0.5), (20, 0.125), (20, 1.0)]
+    second = {"eval/episodic_return": [(10, 1000.0)], "eval/episodic_return_std": [(10, 0.0)]}
+    first = logged(1, {"eval/episodic_return": means, "eval/episodic_return_std": stds} | episodes)
+    folders = [logged(2, second | episodes), first]
+    export.export("results/x/A-v0.csv", "a command", [*folders, logged(3, episodes)])
+    rows = ["1,10,1.25,0.50", "1,20,4.00,1.00", "2,10,1000.00,0.00"]
+    assert Path("results/x/A-v0.csv").read_text().split("\n") == ["# a command", "seed,step,return,std", *rows, ""]
+    export.export("A-v0_training.csv", "another", folders)
+    rows = ["1,3,1.00", "1,6,2.00", "2,3,1.00", "2,6,2.00"]
+    assert Path("A-v0_training.csv").read_text().split("\n") == ["# another", "seed,step,return", *rows, ""]
