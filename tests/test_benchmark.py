@@ -30,15 +30,15 @@ def test_relative_errors_by_hand():
 
     Of vectors each number is divided by its own spread, and one that never varies is left out; of pictures the sums.
     """
-    truth = torch.tensor([[1.0, 3.0], [1.0, 3.0]])  # spread 1
+    truth = torch.tensor([[2.0, 2.0], [0.0, 4.0]])  # spread 2
     two = torch.stack([truth + 1, truth - 3], 1)  # of two models: errors 1 and 9
-    assert open_loop.relative_errors(truth, two).tolist() == [5, 5]
-    assert open_loop.relative_errors(truth, truth + torch.tensor([[1.0], [2.0]])).tolist() == [1, 4]
-    vectors = torch.stack([truth, 10 * truth, torch.full((2, 2), 5.0)], -1)  # spreads 1, 100, 0
+    assert open_loop.relative_errors(truth, two).tolist() == [2.5, 2.5]
+    assert open_loop.relative_errors(truth, truth + torch.tensor([[1.0], [2.0]])).tolist() == [0.5, 2]
+    vectors = torch.stack([truth, 10 * truth, torch.full((2, 2), 5.0)], -1)  # spreads 2, 200, 0
     wrong = vectors + torch.tensor([2.0, 10.0, 7.0])
-    assert open_loop.relative_errors(vectors, wrong).tolist() == [2.5, 2.5]  # of 4 / 1 and 100 / 100
+    assert open_loop.relative_errors(vectors, wrong).tolist() == [1.25, 1.25]  # of 4 / 2 and 100 / 200
     pictures, wrong = vectors[..., None], wrong[..., None]
-    np.testing.assert_allclose(open_loop.relative_errors(pictures, wrong), [(4 + 100 + 49) / 101] * 2)
+    np.testing.assert_allclose(open_loop.relative_errors(pictures, wrong), [(4 + 100 + 49) / 202] * 2)
 
 
 def test_pieces_begin_at_every_fifth_moment_that_has_enough_left():
