@@ -1,7 +1,9 @@
-"""What the pages point at exists; pictures stay small; the version is one number."""
+"""What the pages point at exists; pictures stay small; the version is one number; README's results are in results/."""
 
+import csv
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -53,3 +55,49 @@ def test_version():
         r"^version: (\S+)\ndate-released: (\S+)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE
     ).groups()
     assert cited == newest
+
+
+def rows_of(pattern: str) -> list[dict]:
+    """All rows of these CSV files."""
+    files = [path.read_text().splitlines() for path in sorted(ROOT.glob(f"results/{pattern}.csv"))]
+    return [row for lines in files for row in csv.DictReader(line for line in lines if line and line[0] != "#")]
+
+
+def said(cell: str) -> list[str]:
+    """Numbers of a cell of README's table that say how well it went: no steps (30K), seeds, generations, episodes."""
+    cell = re.sub(r"`[^`]*`|[\d.]+K|(?:seed|support|generation|over|about) \d+", "", cell)
+    return [number.replace(",", "") for number in re.findall(r"(?<!\w)-?\d+(?:,\d{3})*(?:\.\d+)?", cell)]
+
+
+def is_from(number: str, known: list[float]) -> bool:
+    """Whether a number is one of these, rounded."""
+    return any(abs(x - float(number)) <= 0.5 / 10 ** len(number.partition(".")[2]) + 1e-9 for x in known)
+
+
+RESULTS = (ROOT / "README.md").read_text().split("## Results\n")[1].split("\n## ")[0]
+RESULTS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in RESULTS.splitlines() if ".py" in line[:20]]
+FILES = {"Taxi-v4, exact greedy return": ["tasks"], "tic-tac-toe, every reply of the opponent": ["tictactoe"]}
+NOT_THERE = {("Taxi-v4", "7.5"), ("Taxi-v4", "-186")}  # of training episodes and of legal moves: docs/muzero.md alone
+
+
+@pytest.mark.parametrize("row", RESULTS, ids=lambda row: "-".join(row[:3]))
+def test_results_are_those_of_the_files(row):
+    """Each return in README's table rounds from a number in the CSV files of its script and task.
+
+    Or from the mean over seeds of the returns at one step, or is the mean of the numbers before it. Those of random
+    actions are in results/random.csv, or with the others.
+    """
+    script, task, _, _, returns, random, _ = row
+    names = FILES.get(task) or re.findall(r"\w+-[\w-]+|TakeCover", task)
+    rows = [row for name in names for row in rows_of(f"{script.split('.py')[0]}/*{name}*")]
+    known = [float(x) for row in rows for x in row.values() if x and re.fullmatch(r"-?[\d.]+", x)]
+    at_random = [float(row["return"]) for row in rows_of("random") if row["task"] in names] or known
+    steps = {}
+    for row in rows:
+        if row.get("return"):
+            steps.setdefault(row.get("step"), []).append(float(row["return"]))
+    first, _, last = returns.partition(": mean ")
+    known += [mean(x) for x in steps.values()] + ([mean(map(float, said(first)))] if last else [])
+    assert names and rows and said(returns)
+    assert [x for x in said(returns) if not is_from(x, known) and (task, x) not in NOT_THERE] == []
+    assert [x for x in said(random) if not is_from(x, at_random) and (task, x) not in NOT_THERE] == []
