@@ -125,6 +125,28 @@ def eager(function):
 
 # === Layers and networks ===
 
+
+def test_published_settings():
+    """One set for all tasks of the paper; the pendulums, which are not in it, have shorter blocks."""
+    wanted = {
+        "total_timesteps": 100_000,
+        "learning_starts": 5_000,
+        "model_train_frequency": 1_000,
+        "critic_warmup": 250,
+    }
+    small = {"total_timesteps": 10_000, "learning_starts": 500, "model_train_frequency": 250, "critic_warmup": 62}
+    both = {"buffer_size": 1_000_000, "gamma": 0.995, "tau": 0.005, "learning_rate": 3e-4, "batch_size": 256}
+    both |= {"hidden_size": 256, "num_critics": 5, "num_targets": 2, "critic_dropout": 1e-3, "initial_alpha": 0.1}
+    both |= {"target_entropy": None, "value_quantile": 0.01, "train_horizon": 3, "rollout_length": 20}
+    both |= {"rollout_frequency": 20, "rollout_retain": 10, "updates_per_step": 1, "first_block": 5, "num_nets": 8}
+    both |= {"model_hidden_size": 256, "model_lr": 1e-3, "model_batch_size": 2_048, "model_batches": 6}
+    both |= {"model_patience": 50, "model_max_epochs": 250, "holdout_ratio": 0.2, "holdout_rows": 12_288}
+    cases = {"Hopper-v5": wanted, "Humanoid-v5": wanted, "walker-walk": wanted, "Pendulum-v1": small}
+    for env_id, own in (cases | {"InvertedPendulum-v5": small, "InvertedDoublePendulum-v5": small}).items():
+        args = published(env_id)
+        assert {name: getattr(args, name) for name in own | both} == own | both
+
+
 SIZES = {  # env: D, A, one net, critics, actor, patience and cap of the ensemble, the same in the first block
     "InvertedPendulum-v5": (4, 1, 134_410, 666_885, 133_378, 80, 402, 402, 2_011),
     "Hopper-v5": (11, 3, 138_520, 678_405, 136_198, 124, 621, 621, 3_106),

@@ -289,6 +289,18 @@ def test_size_of_the_machine(gpu, monkeypatch):
     assert dreamer.with_task_defaults(dreamer.replace(saved, cuda=gpu)).dense_size == 200
 
 
+def test_published_settings():
+    """Those of the reference code, beside what belongs to a size."""
+    wanted = {"total_timesteps": 1_000_000, "action_repeat": 2, "learning_starts": 5_000, "train_frequency": 1_000}
+    wanted |= {"train_steps": 100, "pretrain_steps": 100, "stoch_size": 30, "deter_size": 200, "horizon": 15}
+    wanted |= {"free_nats": 3, "kl_scale": 1, "gamma": 0.99, "td_lambda": 0.95, "max_grad_norm": 100}
+    wanted |= {"model_lr": 6e-4, "actor_lr": 8e-5, "value_lr": 8e-5, "expl_noise": 0.3, "clip_rewards": "none"}
+    wanted |= {"expl_epsilon": (0.4, 0.1, 200_000)}
+    args = dreamer.with_task_defaults(Args())
+    assert {name: getattr(args, name) for name in wanted} == wanted
+    assert (dreamer.ADAM_EPS, dreamer.CONT_SCALE) == (1e-7, 10)
+
+
 def test_initial_latents(walker):
     """Standard deviation softplus(0) + 0.1 = 0.793 and entropy 35.6 nats, prior and posterior."""
     agent, _, _, _, post, metrics = walker

@@ -1383,6 +1383,19 @@ def test_open_loop_goes_on_from_filtered_states(monkeypatch):
         torch.testing.assert_close(predicted[k, 1:], agent.world_model.reward.mean(agent.world_model.reward(feat)))
 
 
+def test_published_settings():
+    """What a user gets without a flag is what the paper's curves of dm_control were made with."""
+    wanted = {"size": "12m", "batch_size": 16, "batch_length": 64, "train_ratio": 512, "learning_starts": 1_024}
+    wanted |= {"learning_rate": 4e-5, "warmup": 1_000, "agc": 0.3, "horizon": 15, "imag_last": 0, "td_lambda": 0.95}
+    wanted |= {"gamma": 1 - 1 / 333, "entropy_scale": 3e-4, "replay_value_scale": 0.3, "action_repeat": 2}
+    wanted |= {"free_nats": 1, "dyn_scale": 1, "rep_scale": 0.1, "total_timesteps": 1_000_000}
+    args = dreamer_v3.with_task_defaults(Args())
+    assert {name: getattr(args, name) for name in wanted} == wanted
+    assert dreamer_v3.with_task_defaults(Args(env_id="CarRacing-v3")).action_repeat == 1
+    rates = dreamer_v3.SLOW_RATE, dreamer_v3.RANGE_RATE, dreamer_v3.UNIMIX, STOCH, BLOCKS
+    assert rates == (0.02, 0.01, 0.01, 32, 8)
+
+
 def test_names_of_sizes_are_those_of_the_command_line():
     """And every one is larger than the one before."""
     names = ["laptop", "1m", "12m", "25m", "50m", "100m", "200m", "400m"]

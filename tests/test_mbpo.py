@@ -493,17 +493,18 @@ def test_model_buffer_sizes():
     assert mbpo.model_buffer_size(3, odd) == int(1000 / 300 * 90 * 3)
 
 
-TABLE = {  # G, schedule, target entropy, F, retained epochs, units, random steps, E
-    "InvertedPendulum": (10, (0, 1, 1, 1), -0.05, 250, 1, 200, 500, 250),
-    "InvertedDoublePendulum": (20, (0, 1, 1, 1), -0.5, 250, 1, 200, 500, 250),
-    "Hopper": (20, (20, 150, 1, 15), -1, 250, 1, 200, 5000, 1000),
-    "Walker2d": (20, (0, 1, 1, 1), -3, 250, 1, 200, 5000, 1000),
-    "HalfCheetah": (40, (0, 1, 1, 1), -3, 250, 1, 200, 5000, 1000),
-    "Ant": (20, (20, 100, 1, 25), -4, 250, 1, 200, 5000, 1000),
-    "Humanoid": (20, (20, 300, 1, 25), -2, 1000, 5, 400, 5000, 1000),
+TABLE = {  # G, schedule, target entropy, F, retained epochs, units, random steps, E, all steps
+    "InvertedPendulum": (10, (0, 1, 1, 1), -0.05, 250, 1, 200, 500, 250, 20_500),
+    "InvertedDoublePendulum": (20, (0, 1, 1, 1), -0.5, 250, 1, 200, 500, 250, 20_500),
+    "Hopper": (20, (20, 150, 1, 15), -1, 250, 1, 200, 5000, 1000, 130_000),
+    "Walker2d": (20, (0, 1, 1, 1), -3, 250, 1, 200, 5000, 1000, 305_000),
+    "HalfCheetah": (40, (0, 1, 1, 1), -3, 250, 1, 200, 5000, 1000, 405_000),
+    "Ant": (20, (20, 100, 1, 25), -4, 250, 1, 200, 5000, 1000, 305_000),
+    "Humanoid": (20, (20, 300, 1, 25), -2, 1000, 5, 400, 5000, 1000, 305_000),
+    "Pendulum": (20, (0, 1, 1, 1), None, 250, 1, 200, 500, 250, 10_000),  # not the paper's
 }
 COLUMNS = ["updates_per_step", "rollout_schedule", "target_entropy", "model_train_frequency", "model_retain_epochs"]
-COLUMNS += ["model_hidden_size", "learning_starts", "epoch_length"]
+COLUMNS += ["model_hidden_size", "learning_starts", "epoch_length", "total_timesteps"]
 
 
 @pytest.mark.parametrize("task", TABLE)

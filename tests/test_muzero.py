@@ -2090,6 +2090,54 @@ def test_a_task_has_its_settings_under_each_of_its_names():
         assert settings[0].action_repeat == 4 and settings == [settings[0]] * len(names)
 
 
+# with which README's results were made: steps, environments, replay, updates per step, steps an action, gamma, n, M,
+# simulations, units, c_scale, weight of the consistency loss, share that is searched anew, floor
+SETTINGS = "total_timesteps num_envs buffer_size replay_ratio action_repeat gamma td_steps support_size".split()
+SETTINGS += "num_simulations hidden_size c_scale consistency_scale reanalyze_ratio q_floor".split()
+BY_TASK = {
+    "CartPole-v1": (40_000, 16, 40_000, 0.25, 1, 0.997, 20, 20, 16, 64, 0.03, 0, 0, 0),
+    "Acrobot-v1": (40_000, 16, 50_000, 0.25, 4, 0.99, 20, 20, 16, 64, 0.1, 0, 0, 0),
+    "MountainCar-v0": (60_000, 16, 50_000, 0.25, 8, 0.98, 20, 20, 16, 64, 0.1, 0, 0, 0),
+    "LunarLander-v3": (200_000, 16, 50_000, 0.25, 4, 0.99, 20, 30, 25, 64, 0.1, 0, 0, 0),
+    "Pendulum-v1": (20_000, 8, 50_000, 0.5, 1, 0.99, 5, 41, 16, 64, 0.1, 2, 0, 0),
+    "Taxi-v4": (100_000, 16, 20_000, 0.25, 1, 0.95, 5, 10, 16, 64, 0.1, 2, 0, 0.1),
+    "cartpole-swingup": (100_000, 8, 100_000, 0.5, 4, 0.98, 5, 18, 16, 128, 0.1, 2, 0, 0),
+    "cup-catch": (100_000, 8, 100_000, 0.25, 4, 0.98, 5, 18, 16, 128, 0.1, 2, 0, 0),
+    "reacher-easy": (100_000, 8, 100_000, 0.25, 4, 0.98, 5, 18, 16, 128, 0.1, 2, 0, 0),
+    "walker-walk": (100_000, 8, 100_000, 0.5, 2, 0.994, 5, 18, 16, 128, 0.1, 2, 0.1, 0),
+    "tictactoe": (200_000, 64, 20_000, 0.25, 1, 1, 9, 1, 25, 16, 0.25, 0, 0, 0),
+    "connect_four": (200_000, 64, 100_000, 0.1, 1, 1, 42, 1, 32, 32, 0.25, 0, 0, 0),
+    "ALE/Pong-v5": (500_000, 16, 100_000, 0.25, 1, 0.997, 5, 300, 50, 64, 0.1, 0, 0, 0),
+    "Toy-v0": (200_000, 16, 50_000, 0.25, 1, 0.997, 20, 300, 16, 64, 0.1, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("env_id", BY_TASK)
+def test_settings_by_task(env_id):
+    """What a user gets with an id alone; the rest goes by the kind of task."""
+    args = make_args(env_id=env_id)
+    assert tuple(getattr(args, name) for name in SETTINGS) == BY_TASK[env_id]
+    board, atari = env_id in muzero.BOARD_GAMES, env_id.startswith("ALE/")
+    rest = args.batch_size, args.learning_rate, args.priority_alpha, args.max_episode_steps, args.dirichlet_alpha
+    assert rest == (
+        (128, 3e-3, 0, None, 1) if board else (256, 5e-4, 1, 27_000, 0.3) if atari else (128, 1e-3, 0, None, 0.25)
+    )
+    moves = {"tictactoe": (6, 4), "connect_four": (12, 6)}.get(env_id, (None, 0))
+    assert (args.temperature_moves, args.opening_moves) == moves
+    assert (args.two_player, args.bootstrap) == (board, "search" if board else "target")
+    falls = {"CartPole-v1": (10_000, 20_000), "ALE/Pong-v5": (250_000, 375_000)}.get(env_id, (50_000, 100_000))
+    assert args.temperature_steps == ((10**9, 10**9) if board else falls)
+    wanted = {"learning_starts": 1_000, "unroll_steps": 5, "target_network_frequency": 200, "weight_decay": 1e-4}
+    wanted |= {"max_grad_norm": 5, "value_scale": 0.25, "entropy_scale": 0.05, "num_blocks": 1, "search": "gumbel"}
+    wanted |= {"num_candidates": 8, "inner_candidates": 2, "max_considered_actions": 16}
+    assert {name: getattr(args, name) for name in wanted} == wanted
+
+
+def test_constants_of_the_search():
+    """Those of the papers."""
+    assert (muzero.PB_C_INIT, muzero.PB_C_BASE, muzero.DIRICHLET_FRACTION, muzero.C_VISIT) == (1.25, 19_652, 0.25, 50)
+
+
 def test_a_flag_wins_over_the_task():
     assert make_args().support_size == 20 and make_args(support_size=30).support_size == 30
     assert (
