@@ -711,7 +711,8 @@ def test_settings_of_another_type_in_a_checkpoint_are_a_line(script, capsys, mon
     state = load(folder)
     state["args"][name] = value
     torch.save(state, os.path.join(folder, "checkpoint.pt"))
-    error_of(capsys, command_line, monkeypatch, script, f"--{flag}", folder)
+    line = error_of(capsys, command_line, monkeypatch, script, f"--{flag}", folder)
+    assert line == f"error: {folder}/checkpoint.pt is damaged or was written by another script or version"
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])

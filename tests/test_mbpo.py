@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from runs import TWO_ENVS, assert_healthy, differences, load, resume, run, scalars, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Normal, TransformedDistribution
@@ -933,8 +934,12 @@ def test_open_loop_errors_against_a_loop(agent):
 
 
 def test_open_loop_pieces_are_cut_from_the_trajectories(agent, monkeypatch, tmp_path):
-    """25 steps from every fifth step on that has so many left; if no episode has 25 steps, as many as the longest."""
-    asked, logged = [], {}
+    """25 steps from every fifth step on that has so many left; if no episode has 25 steps, as many as the longest.
+
+    What is logged is drawn, too.
+    """
+    asked, logged, figures, savefig = [], {}, [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: (figures.append(self), savefig(self, path)))
 
     def errors(ensemble, *parts):
         asked.append(parts)
@@ -958,7 +963,9 @@ def test_open_loop_pieces_are_cut_from_the_trajectories(agent, monkeypatch, tmp_
         points = {f"open_loop/obs_error_{k}": (k, number) for k in range(1, length + 1)}
         points |= {f"open_loop/reward_error_{k}": (-k, number) for k in range(1, length + 1)}
         assert logged == points
-        assert (tmp_path / f"{number}_open_loop_error.png").stat().st_size > 5_000
+        drawn = [axis.lines[0].get_xydata().tolist() for axis in figures.pop().axes]
+        assert drawn == [[[k, sign * k] for k in range(1, length + 1)] for sign in (1, -1)]
+        assert (tmp_path / f"{number}_open_loop_error.png").exists()
 
 
 # === Terminations ===

@@ -680,7 +680,7 @@ def latents():
     """The recorded episodes with latents that name their row."""
     rb = recorded()
     file = ArrayFile("latents.bin", (2, 4), np.float16)
-    rows = np.stack([np.arange(18)[:, None].repeat(4, 1), np.full((18, 4), -20)], 1)
+    rows = np.stack([np.arange(18)[:, None].repeat(4, 1), np.full((18, 4), -30)], 1)
     file.append(rows.astype(np.float16))
     return Latents(rb, file.rows(), BOX, make_args(holdout_ratio=0.25), torch.device("cpu"))
 
@@ -755,7 +755,7 @@ def test_dreams_begin_at_first_frames_and_with_the_state_of_what_came_before(lat
         z, action = latents.data["mu"][row - 3 : row, None].float(), latents.data["action"][row - 3 : row, None]
         _, (h, c) = model(z, action, torch.zeros(3, 1), model.initial(1))
         i = 1000 + found.index(row)
-        torch.testing.assert_close((model.start_c[i], model.start_h[i]), (c[0, 0], h[0, 0]), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close((model.start_c[i], model.start_h[i]), (c[0, 0], h[0, 0]), rtol=1e-4, atol=1e-6)
     assert set(draw(50)) == {0, 5, 8, 14} and not model.start_h.any()  # longer than every episode
 
 
@@ -1465,7 +1465,8 @@ def test_ratio_of_dreamed_and_recorded_returns():
 def test_calibration_plays_as_was_recorded(round_number, share, monkeypatch, capsys):
     """Held random actions; in later rounds a share of them, the others those of controllers drawn around C. Whole
     episodes, from first frames."""
-    run, logged, seen = make_run(explore=0.25, dream_length=5, at_rest=0.5, record_sigma=0.5), {}, []
+    settings = {"explore": 0.25, "dream_length": 5, "at_rest": 0.5, "record_sigma": 0.5, "max_hold": 1}
+    run, logged, seen = make_run(**settings), {}, []
     run.round, run.returns = round_number, [10.0, 20.0, 30.0]
     monkeypatch.setattr(run, "log", logged.update)
     run.agent.controller[:] = 1.0
@@ -1489,7 +1490,7 @@ def test_calibration_plays_as_was_recorded(round_number, share, monkeypatch, cap
         logged.clear()
     actions = torch.stack(seen[:40])  # C's are all near one
     own = (actions > 0.99).all(-1).float().mean()
-    assert float(own) == pytest.approx(1 - share, abs=0.12)
+    assert float(own) == pytest.approx(1 - share, abs=0.03)  # of 2,000
     run.stop.requested = 2
     assert not world_models.calibrate(run)
 
