@@ -53,8 +53,8 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 def pytest_generate_tests(metafunc):
     """A test that takes `script` is made for each of them, if it does not say for which."""
-    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    if "script" in metafunc.fixturenames and "script" not in given:
+    given = any("script" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "script" in metafunc.fixturenames and not given:
         from runs import SCRIPTS
 
         metafunc.parametrize("script", SCRIPTS, indirect=True)

@@ -243,6 +243,21 @@ def each(cases: dict[str, dict]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in SCRIPTS for kind in cases[name]])
 
 
+def only(*names: str) -> pytest.MarkDecorator:
+    """Makes a test that takes `script` for these alone."""
+    return pytest.mark.parametrize("script", names, indirect=True)
+
+
+def without(*names: str) -> pytest.MarkDecorator:
+    """Makes a test that takes `script` for all others."""
+    return only(*(name for name in SCRIPTS if name not in names))
+
+
+def having(text: str) -> pytest.MarkDecorator:
+    """Makes a test that takes `script` for those in whose text this stands."""
+    return only(*(name for name in SCRIPTS if text in (ROOT / f"{name}.py").read_text()))
+
+
 def tiny(script, **changes):
     return script.Args(**TINY[script.__name__] | changes)
 

@@ -1527,7 +1527,7 @@ def test_unknown_terminations_are_refused(capsys, monkeypatch):
 
 def test_dm_control_by_name():
     """Observations as float32 vectors, 1,000 steps without a termination; by Shimmy's name of the task, too."""
-    pytest.importorskip("dm_control")
+    pytest.importorskip("dm_control", reason="dm_control is not installed.")
     env = dhmbpo.make_env(published("dm_control/cartpole-swingup-v0"))()
     obs, _ = env.reset(seed=1)
     assert obs.dtype == np.float32 and dhmbpo.termination_function("cartpole-swingup") is dhmbpo.never_terminates
@@ -1556,7 +1556,7 @@ def test_impossible_settings_are_refused(capsys, monkeypatch, changes, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU on this machine.")
 def test_whole_runs_on_a_gpu():
     """Finite metrics at all blocks, the same with CUDA graphs, and an update in which the host waits for nothing."""
     blocks = [scalars(dhmbpo.main(tiny(cuda=True, cudagraphs=graphs)))["losses/qf_loss"] for graphs in (False, True)]

@@ -895,7 +895,7 @@ def test_compiled_losses_are_one_graph_each(action_space, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++, which is not installed.")
 @pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
 def test_compiled_update_equals_eager(obs_space):
     """Losses, gradients and weights after one update through generated code, to rounding."""
@@ -909,7 +909,7 @@ def test_what_a_graph_is_given_are_the_tensors_of_batch_and_noise(monkeypatch):
     assert_same_update(updated(VECTOR, updates=3, cudagraphs=True), updated(VECTOR, updates=3), 0.0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none on this machine.")
 @pytest.mark.parametrize("compile", [False, True])
 def test_cuda_graph_updates_equal_eager(compile, monkeypatch):
     """Six updates on six batches, the last three replayed from the graph: same losses and weights."""
@@ -1769,7 +1769,7 @@ def test_names_of_tasks_elsewhere_are_understood(script, env_id):
 @pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
 def test_other_names_of_atari_games_are_told(script, capsys):
     """In a process that has registered none of them."""
-    pytest.importorskip("ale_py")
+    pytest.importorskip("ale_py", reason="ale_py is not installed.")
     gym.registry.pop("Pong-v5", None)
     args = script.with_task_defaults(script.Args(env_id="Pong-v5"))
     line = error_of(capsys, script.make_vector_env, args, "none", 1)

@@ -895,7 +895,7 @@ def test_compiled_losses_are_one_graph_each(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++, which is not installed.")
 @pytest.mark.parametrize("obs_space", [VECTOR, IMAGE], ids=["vector", "image"])
 def test_compiled_update_equals_eager(obs_space):
     """Losses and weights after two updates through generated code, to rounding."""
@@ -909,7 +909,7 @@ def test_what_a_graph_is_given_are_the_tensors_of_batch_and_noise(monkeypatch):
     assert_same_update(updated(VECTOR, updates=3, cudagraphs=True), updated(VECTOR, updates=3), 0.0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none on this machine.")
 @pytest.mark.parametrize("compile", [False, True])
 def test_cuda_graph_updates_equal_eager(compile, monkeypatch):
     """Six updates on six batches, the last three replayed from the graph: same losses and weights."""

@@ -2183,7 +2183,7 @@ FILMS = {
 @pytest.mark.parametrize("kind", FILMS)
 def test_films_change_no_figure(monkeypatch, capsys, kind):
     """Training and evaluations are the same with and without; the maze's way is blocked on the evaluation's clock."""
-    pytest.importorskip("moviepy")
+    pytest.importorskip("moviepy", reason="moviepy is not installed.")
     settings = FILMS[kind] | LONG | {"eval_frequency": 500}
     filmed, plain = run(dyna_q, **settings, capture_video=True), run(dyna_q, **settings)
     assert losses(filmed) == losses(plain)
@@ -2222,7 +2222,7 @@ def test_the_clock_of_the_walls_is_that_of_the_run(monkeypatch):
 def test_the_walls_stand_still_while_an_evaluation_plays(video):
     """Two learners on the way that is open until step 1000, one of them late at times, evaluated 5 steps before it."""
     if video:
-        pytest.importorskip("moviepy")
+        pytest.importorskip("moviepy", reason="moviepy is not installed.")
     settings = {"env_id": "BlockingMaze-v0", "max_episode_steps": 60, "eval_episodes": 10}
     args, stop = dyna_q.with_task_defaults(tiny(dyna_q, **settings)), types.SimpleNamespace(requested=0)
     q = np.zeros((2, 54, 4))

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import functools
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import torch
 from fake_envs import FAULTS
 from runs import (
     ROOT,
+    SCRIPTS,
     TINY,
     TRAITS,
     Started,
@@ -32,8 +34,10 @@ from runs import (
     error_of,
     finished,
     flags_of,
+    having,
     load,
     not_finite,
+    only,
     processes_in,
     resume,
     run,
@@ -41,6 +45,7 @@ from runs import (
     start,
     tiny,
     wait_for,
+    without,
 )
 
 UNKNOWN = ["/agent/bounds"]  # what may be not finite: dhmbpo.py's bounds of values, before the first block
@@ -63,6 +68,8 @@ def fault_of(capsys, script, folder: str) -> str:
 
 SAID = [name for name, said in FAULTS.items() if said and name not in ("die", "old reset")]
 ONE_OR_FOUR = pytest.mark.parametrize("num_envs", [1, pytest.param(4, marks=pytest.mark.slow)])
+WITH_WORKERS = [name for name in SCRIPTS if TRAITS[name]["workers"]]
+ONE_OR_SEVERAL = [(name, num_envs) for name in SCRIPTS for num_envs in (1, 4) if num_envs == 1 or name in WITH_WORKERS]
 ONCE = pytest.mark.stands_for_all("muzero")  # CheckedEnv is one text: for the other scripts two kinds are enough
 SAID = [name if name in ("raise", "nan", "exit") else pytest.param(name, marks=ONCE) for name in SAID]
 
@@ -116,20 +123,18 @@ def test_what_is_no_fault(script, fault):
     assert differences(load(folder)["parts"], load(plain)["parts"]) == []
 
 
+@without("muzero")
 def test_action_masks_that_are_not_obeyed_are_named(script, capsys):
     """Only muzero.py obeys them."""
-    if script.__name__ == "muzero":
-        pytest.skip("obeys them")
     run(script, env_id=faulty(script, "mask"))
     assert capsys.readouterr().err.count("action masks, which this script does not obey") == 1
 
 
-@pytest.mark.stands_for_all("dyna_q", "mbpo")
+@only(*WITH_WORKERS)
+@pytest.mark.stands_for_all("mbpo")
 @pytest.mark.parametrize("fault", ["die", "exit", pytest.param("nan", marks=pytest.mark.slow)])  # told as exit is
 def test_a_fault_in_a_worker_process(script, fault):
     """One line, exit code 1, saved, and no process is left."""
-    if not TRAITS[script.__name__]["workers"]:
-        pytest.skip("plays all environments in its own process")
     flags = flags_of(tiny(script, env_id=faulty(script, fault), num_envs=4, total_timesteps=10**6))
     process = Started(script, *flags)
     _, err = process.communicate()
@@ -141,15 +146,14 @@ def test_a_fault_in_a_worker_process(script, fault):
 
 HANGS = [("hang", 1, signal.SIGTERM), ("hang", 4, signal.SIGTERM), ("deaf", 4, signal.SIGTERM)]
 HANGS += [("hang", 4, signal.SIGKILL), ("deaf", 4, signal.SIGKILL)]
+HANGS = [(name, *hang) for name, num_envs in ONE_OR_SEVERAL for hang in HANGS if hang[1] == num_envs]
 
 
 @pytest.mark.stands_for_all("dyna_q", "mbpo")
-@pytest.mark.parametrize(("fault", "num_envs", "number"), HANGS)
+@pytest.mark.parametrize(("script", "fault", "num_envs", "number"), HANGS, indirect=["script"])
 def test_an_environment_that_hangs_holds_nothing(script, fault, num_envs, number):
     """Five seconds (here: half of one) after a request the run is saved and ends; no process is left, after a kill
     neither: also where a worker hangs in foreign code, which hears no signal."""
-    if num_envs > 1 and not TRAITS[script.__name__]["workers"]:
-        pytest.skip("plays all environments in its own process")
     settings = {"env_id": faulty(script, fault), "num_envs": num_envs, "total_timesteps": 10**6}
     own_server = (fault, number) == ("hang", signal.SIGKILL)  # which is to end with the run, too
     process = Started(script, *flags_of(tiny(script, **settings)), own_server=own_server)
@@ -175,11 +179,10 @@ def test_an_alarm_leaves_steps_and_resets_alone(script):
                 found[name](lambda alarm=alarm: alarm(sys._getframe()))
 
 
+@without("world_models")  # which makes environments for an evaluation only to film it
 @pytest.mark.parametrize("fault", ["raises", "is refused"])
 def test_an_evaluation_whose_environments_cannot_be_made(script, monkeypatch, capsys, fault):
     """Ends the run like a fault of theirs: exit code 1, and what was before it is saved."""
-    if script.__name__ == "world_models":
-        pytest.skip("makes environments for an evaluation only to film it")
     make, calls = script.make_vector_env, []
 
     def failing(*args, **kwargs):
@@ -234,11 +237,9 @@ def test_what_cannot_be_written_says_why(script, former, monkeypatch):
 
 
 @pytest.mark.stands_for_all("dyna_q", "mbpo")
-@pytest.mark.parametrize("num_envs", [1, 4])
+@pytest.mark.parametrize(("script", "num_envs"), ONE_OR_SEVERAL, indirect=["script"])
 def test_an_environment_that_hangs_in_close_holds_nothing(script, num_envs):
     """The run ends as any other, with a warning; no process is left."""
-    if num_envs > 1 and not TRAITS[script.__name__]["workers"]:
-        pytest.skip("plays all environments in its own process")
     process = Started(script, *flags_of(tiny(script, env_id=faulty(script, "early close"), num_envs=num_envs)))
     out, err = process.communicate()
     assert process.returncode == 0 and "continue with" in out and "warning: close failed" in err, err
@@ -248,7 +249,7 @@ def test_an_environment_that_hangs_in_close_holds_nothing(script, num_envs):
 @pytest.mark.stands_for_all("dyna_q", "mbpo")
 def test_a_picture_that_an_environment_cannot_draw(script, capsys, monkeypatch):
     """At the start: why, in one line, and no run. Later: a warning, and the run goes on."""
-    pytest.importorskip("moviepy")
+    pytest.importorskip("moviepy", reason="moviepy is not installed.")
     films = {"capture_video": True, "eval_frequency": 24, "total_timesteps": 24, "eval_episodes": 4, "num_envs": 1}
     with pytest.raises(SystemExit) as stopped:
         run(script, env_id=faulty(script, "early render"), **films)
@@ -264,7 +265,7 @@ GAMES = {"mbpo": {}, "dhmbpo": {}, "dreamer": {}, "dreamer_v3": {}, "muzero": {}
 
 
 @pytest.mark.stands_for_all("dreamer")
-@pytest.mark.skipif(ctypes.util.find_library("EGL") is None, reason="needs OpenGL")
+@pytest.mark.skipif(ctypes.util.find_library("EGL") is None, reason="There is no OpenGL library (EGL) on this machine.")
 @pytest.mark.parametrize("name", GAMES)
 @pytest.mark.parametrize("chosen", [pytest.param(None, marks=pytest.mark.slow), "egl"])
 def test_mujoco_is_filmed_where_opengl_is(name, chosen, monkeypatch):
@@ -427,8 +428,6 @@ def test_a_picture_that_fails_is_a_line(script, capsys):
     def draw():
         raise ValueError("no ink")
 
-    if not hasattr(script, "warn_of_failure"):
-        pytest.skip("makes no pictures")
     script.warn_of_failure(draw)
     assert capsys.readouterr().err == "warning: draw failed: ValueError: no ink\n"
 
@@ -494,11 +493,10 @@ def command_line_of(script, monkeypatch, *flags: str) -> str:
     return script.main(script.parse_args())
 
 
+@without("world_models")  # which evaluates by generations
 @pytest.mark.parametrize("eval_frequency", [pytest.param(12, marks=ONCE), 24])
 def test_an_evaluation_that_was_due_is_made_after_the_resume(script, monkeypatch, eval_frequency):
     """Asked to stop at the step of an evaluation, the run leaves it to the one that continues it; and only then."""
-    if script.__name__ == "world_models":
-        pytest.skip("evaluates by generations")
     evaluate, stopped = script.evaluate, []
 
     def interrupted(*args):
@@ -632,7 +630,7 @@ def test_what_fits_no_memory_is_refused(script, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
+@pytest.mark.skipif(os.geteuid() != 0, reason="Only root can make a small disk.")
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.6])
 def test_a_disk_that_fills_up(script, share):
     """With room for this share of what a tiny run leaves: one line, the checkpoint that was there stays and nothing of
@@ -640,7 +638,7 @@ def test_a_disk_that_fills_up(script, share):
     size = 20_000 + share * sum(path.stat().st_size for path in Path(finished(script)).rglob("*"))
     Path("disk").mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size:.0f}", "tmpfs", "disk"], check=False).returncode:
-        pytest.skip("no disks can be made here")
+        pytest.skip("This machine lets nobody mount a small disk.")
     try:
         os.chdir("disk")
         process = Started(script, *flags_of(tiny(script, total_timesteps=10**6, checkpoint_frequency=1)))
@@ -679,11 +677,10 @@ def test_the_newest_pictures_stay(script):
     assert names == kept | {"policy_1.txt"}
 
 
+@having("    bfloat16: bool")
 def test_bfloat16_without_its_arithmetic_is_said(script, monkeypatch, capsys):
     """On a processor of AVX2 alone it is slower than float32."""
     args = script.with_task_defaults(tiny(script)) if hasattr(script, "with_task_defaults") else tiny(script)
-    if not hasattr(args, "bfloat16"):
-        pytest.skip("has no --bfloat16")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     for wanted in (False, True):
         script.check_args(dataclasses.replace(args, bfloat16=wanted))
@@ -715,15 +712,16 @@ def test_settings_of_another_type_in_a_checkpoint_are_a_line(script, capsys, mon
     assert line == f"error: {folder}/checkpoint.pt is damaged or was written by another script or version"
 
 
+OTHER_TYPES = itertools.product(["version", "args", "global_step", "parts", "rng"], [None, 5, "text", []])
+OTHER_TYPES = [case for case in OTHER_TYPES if case != ("global_step", 5)]  # which is a step
+
+
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
-@pytest.mark.parametrize("value", [None, 5, "text", []])
-@pytest.mark.parametrize("name", ["version", "args", "global_step", "parts", "rng"])
+@pytest.mark.parametrize(("name", "value"), OTHER_TYPES)
 def test_what_is_of_another_type_in_a_checkpoint_is_a_line(capsys, monkeypatch, flag, name, value):
-    """At its top level; a number is a step."""
+    """At its top level."""
     import dyna_q
 
-    if (name, value) == ("global_step", 5):
-        pytest.skip("is one")
     folder = finished(dyna_q)
     state = load(folder)
     state[name] = value
@@ -732,12 +730,11 @@ def test_what_is_of_another_type_in_a_checkpoint_is_a_line(capsys, monkeypatch, 
     assert "is damaged or was written by another script" in line
 
 
+@without("dyna_q", "world_models")  # which read their tables, and stages, by themselves
 @pytest.mark.parametrize("damage", ["nothing", "shapes"])
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
 def test_a_checkpoint_that_does_not_fit_is_a_line(script, capsys, monkeypatch, damage, flag):
     """Of the right form outside, but another one inside, as after a change of the environment."""
-    if script.__name__ in ("dyna_q", "world_models"):
-        pytest.skip("reads its tables, or stages, by itself")
     folder = finished(script)
     state = load(folder)
     parts = [name for name, part in state["parts"].items() if isinstance(part, dict) and part]

@@ -1291,7 +1291,7 @@ def learned(device="cpu", steps: int = 1, **flags) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++, which is not installed.")
 def test_compiled_updates_equal_eager():
     """Losses and parameters after one step through generated code, to rounding."""
     torch._dynamo.reset()
@@ -1329,7 +1329,7 @@ def test_graphs_are_of_the_largest_shape(monkeypatch):
     assert len(captured) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU on this machine.")
 @pytest.mark.parametrize("cudagraphs", [False, True])
 def test_whole_runs_on_a_gpu(cudagraphs):
     """Trainings, rollouts, updates, an evaluation and a resume."""
@@ -1340,7 +1340,7 @@ def test_whole_runs_on_a_gpu(cudagraphs):
     assert state["parts"]["counters"]["num_updates"] == 72
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none on this machine.")
 @pytest.mark.parametrize("compile", [False, True])
 def test_cuda_graph_updates_equal_eager(compile):
     """Six steps, the last three of them replayed from the graphs: the same losses and parameters."""

@@ -1457,7 +1457,7 @@ def test_box_actions_are_rescaled_to_the_environment():
 
 def test_dm_control_tasks_run():
     """From state, each action twice: steps and returns are the environment's own."""
-    pytest.importorskip("dm_control")
+    pytest.importorskip("dm_control", reason="dm_control is not installed.")
     args = make_args(env_id="cartpole-balance")
     assert (args.action_repeat, args.gamma, args.two_player) == (2, 0.994, False)
     envs = muzero.make_vector_env(args, 2)
@@ -1690,7 +1690,7 @@ def test_board_rules_against_plain_ones(name):
 @pytest.mark.parametrize(("name", "theirs"), [("tictactoe", "tic_tac_toe"), ("connect_four", "connect_four")])
 def test_board_rules_against_open_spiel(name, theirs):
     """Move by move on 100 random games."""
-    pyspiel = pytest.importorskip("pyspiel", reason="OpenSpiel is not installed")
+    pyspiel = pytest.importorskip("pyspiel", reason="OpenSpiel is not installed.")
     rng, spiel = np.random.default_rng(0), pyspiel.load_game(theirs)
     for _ in range(100):
         game, state = muzero.BoardGame(name, 1), spiel.new_initial_state()
@@ -2150,7 +2150,7 @@ def test_a_flag_wins_over_the_task():
 
 
 @pytest.mark.slow  # half a minute of compiling; dreamer.py's and dreamer_v3.py's stand for it
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++, which is not installed.")
 def test_compiled_equals_eager():
     """The model's step as the search has it, and the losses with their gradients."""
     agent, args = vector_agent(num_simulations=4, unroll_steps=2)
@@ -2170,7 +2170,7 @@ def test_compiled_equals_eager():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none on this machine.")
 @pytest.mark.parametrize(("search", "action_dim"), [("gumbel", 0), ("puct", 0), ("gumbel", 2)])
 def test_captured_model_equals_eager(search, action_dim):
     """Searches of two sizes in turn, with new inputs and with weights that have changed since the capture."""
@@ -2200,7 +2200,7 @@ def test_missing_atari_package_is_named(capsys, monkeypatch):
 @pytest.mark.parametrize("name", ["Pong-v5", "Pong-v4", "PongNoFrameskip-v4", "PongDeterministic-v0"])
 def test_other_names_of_atari_games_are_told(name, capsys):
     """In a process that has registered none of them."""
-    pytest.importorskip("ale_py")
+    pytest.importorskip("ale_py", reason="ale_py is not installed.")
     known = {key: gym.registry.pop(key) for key in list(gym.registry) if key == name}
     assert (
         error_of(capsys, muzero.make_vector_env, make_args(env_id=name), 1)
@@ -2211,7 +2211,7 @@ def test_other_names_of_atari_games_are_told(name, capsys):
 
 def test_atari_frames():
     """Four frames of 96 x 96 in colour, the first repeated after a reset; games played out, not one life."""
-    pytest.importorskip("ale_py")
+    pytest.importorskip("ale_py", reason="ale_py is not installed.")
     envs = muzero.make_vector_env(make_args(env_id="ALE/Pong-v5"), 2)
     obs, _ = envs.reset(seed=[1, 2])
     assert obs.shape == (2, 4, 96, 96, 3) and obs.dtype == np.uint8 and (obs == obs[:, :1]).all()
@@ -2281,7 +2281,7 @@ def test_perfect_player_never_loses(boards):
 
 @pytest.mark.parametrize("name", ["tictactoe", "connect_four"])
 def test_mcts_player_beats_an_agent_that_knows_nothing(boards, name):
-    pytest.importorskip("pyspiel", reason="OpenSpiel is not installed")
+    pytest.importorskip("pyspiel", reason="OpenSpiel is not installed.")
     args = make_args(env_id=name, eval_episodes=6, num_simulations=2, hidden_size=8, num_blocks=1)
     agent = muzero.make_agent(muzero.BoardGame(name, 1), args)
     game = muzero.BoardGame(name, 3)
@@ -2292,7 +2292,7 @@ def test_mcts_player_beats_an_agent_that_knows_nothing(boards, name):
 
 def test_the_solver_judges_moves(boards):
     """Connect four is won in the middle and lost at the border; three on three is answered or lost."""
-    pytest.importorskip("bitbully", reason="bitbully is not installed")
+    pytest.importorskip("bitbully", reason="bitbully is not installed.")
     tracks = [{"action": np.array([action])} for action in (3, 0, 2, 6)]
     assert boards.kept_values(tracks, [0] * 4) == (1, 4)
     blocked, open_ = ({"action": np.array([3, 0, 3, 0, 3, reply])} for reply in (3, 0))

@@ -38,6 +38,7 @@ from runs import (
     flags_of,
     load,
     losses,
+    only,
     processes_in,
     resume,
     run,
@@ -332,6 +333,7 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, num
     assert_healthy(run_dir)
 
 
+@only("mbpo", "dreamer", "muzero")  # the others' checkpoints hold none of torch's optimizers between their stages
 def test_a_run_of_a_gpu_goes_on_without_one(script):
     """Optimizers remember the kind of device that they were saved on, and must not."""
     run_dir = finished(script)
@@ -339,12 +341,10 @@ def test_a_run_of_a_gpu_goes_on_without_one(script):
     for part in state["parts"].values():
         for group in part.get("param_groups", ()) if isinstance(part, dict) else ():
             group["capturable"], found = True, found + 1
-    if not found:
-        pytest.skip("saves no optimizers")
     torch.save(state, os.path.join(run_dir, "checkpoint.pt"))
     parts = load(resume(script, run_dir, total_timesteps=60))["parts"].values()
     groups = [group for part in parts if isinstance(part, dict) for group in part.get("param_groups", ())]
-    assert len(groups) == found and not any(group["capturable"] for group in groups)
+    assert len(groups) == found > 0 and not any(group["capturable"] for group in groups)
 
 
 # === Damaged and foreign checkpoints ===
@@ -744,7 +744,7 @@ def test_evaluate_prints_mean_and_std_and_changes_nothing(script, monkeypatch, c
 @pytest.mark.stands_for_all("dyna_q", "mbpo", "dreamer")
 def test_capture_video_films_the_evaluation(script, monkeypatch):
     """An MP4 of every evaluation while training, and of `--evaluate`."""
-    pytest.importorskip("moviepy")
+    pytest.importorskip("moviepy", reason="moviepy is not installed.")
     frequency = 1 if script.__name__ == "world_models" else 12  # of whose C's steps, which are few
     run_dir = run(script, total_timesteps=24, eval_frequency=frequency, eval_episodes=1, capture_video=True)
     videos = list(Path(run_dir).rglob("*.mp4"))

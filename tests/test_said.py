@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from runs import TINY, differences, finished, load, run
+from runs import TINY, differences, finished, having, load, only, run
 
 
 @pytest.mark.parametrize("updates", [0, 1])
@@ -60,7 +60,7 @@ def test_a_time_limit_is_told_by_the_specification(env_id, given, limit):
     """The shorter one of two, also beyond the default of 1,000; dm_control's tasks have none."""
     mbpo = importlib.import_module("mbpo")
     if env_id == "walker-walk":
-        pytest.importorskip("dm_control")
+        pytest.importorskip("dm_control", reason="dm_control is not installed.")
     gym.register("Long-v0", fake_envs.Point, max_episode_steps=3_000)
     env = mbpo.make_env(mbpo.Args(env_id=env_id, max_episode_steps=given))()
     assert env.get_wrapper_attr("_max_episode_steps") == limit
@@ -91,10 +91,9 @@ AFTER_THE_ENVIRONMENTS = {  # what evaluate_and_log takes: "run" is the run
 }  # fmt: skip
 
 
+@only(*AFTER_THE_ENVIRONMENTS)
 def test_an_evaluation_is_remembered_before_its_pictures_are_made(script, monkeypatch):
     """Whatever happens to them."""
-    if script.__name__ not in AFTER_THE_ENVIRONMENTS:
-        pytest.skip("evaluates in other ways")
     made, is_dhmbpo = [], script.__name__ == "dhmbpo"
     run = types.SimpleNamespace(stop=types.SimpleNamespace(requested=False), device=None, log=lambda values: None)
     run.args = types.SimpleNamespace(capture_video=False, eval_episodes=2, two_player=False, num_envs=1)
@@ -107,10 +106,9 @@ def test_an_evaluation_is_remembered_before_its_pictures_are_made(script, monkey
     assert made == ["the returns", "pictures"]
 
 
+@only("mbpo", "dhmbpo", "muzero")  # the others have no such actions, or tests of their own
 def test_whole_numbers_are_rounded_not_cut(script):
     """Of actions 0 to 3 the highest is played by more than exactly 1."""
-    if script.__name__ not in ("mbpo", "dhmbpo", "muzero"):
-        pytest.skip("has a test of its own, or no such actions")
     env, played = gym.Env(), []
     env.observation_space, env.action_space = gym.spaces.Box(0, 1, (2,)), gym.spaces.Box(0, 3, (1,), np.int64)
     env.step = lambda action: (played.append(action), np.zeros(2), 0.0, False, False, {})[1:]
@@ -120,10 +118,9 @@ def test_whole_numbers_are_rounded_not_cut(script):
     assert np.concatenate(played).tolist() == [0, 0, 2, 3] and played[0].dtype == np.int64
 
 
+@having("\ndef is_dm_control")
 def test_an_id_that_names_a_module_is_not_one_of_dm_control(script):
     """With a version or without."""
-    if not hasattr(script, "is_dm_control"):
-        pytest.skip("plays none of its tasks")
     ids = "walker-walk", "my_tasks:Reach", "my_tasks:Reach-v0", "CartPole-v1"
     assert [script.is_dm_control(env_id) for env_id in ids] == [True, False, False, False]
 

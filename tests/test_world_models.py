@@ -670,7 +670,7 @@ def test_recorded_data_comes_back_and_later_frames_are_cut_off():
 def test_a_full_disk_while_recording(monkeypatch):
     """One line, nothing of the checkpoint is touched."""
     if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
+        pytest.skip("There is no /dev/full on this machine.")
     with pytest.raises(SystemExit, match="cannot write /dev/full, the last checkpoint is intact"):
         ArrayFile("/dev/full", (1000,), np.uint8).append(np.zeros((100, 1000), np.uint8))
 
@@ -954,7 +954,7 @@ def test_pictures_are_cropped_and_resized():
 
 def test_takecover_is_the_game_of_the_paper():
     """Pictures of the screen, an end after 2100 steps at most, death as termination, no file left behind."""
-    pytest.importorskip("vizdoom")
+    pytest.importorskip("vizdoom", reason="vizdoom is not installed.")
     args = world_models.with_task_defaults(Args())
     envs = world_models.make_vector_env(args, 1)
     assert world_models.make_spec(envs, args) == DOOM
@@ -988,7 +988,7 @@ def test_the_faster_car_is_drawn_pixel_for_pixel(monkeypatch):
 
 def test_envpool_plays_the_same_game(monkeypatch):
     """benchmark/envpool_car.py: a seed fixes track and pictures, another one changes them; gas earns new tiles."""
-    pytest.importorskip("envpool")
+    pytest.importorskip("envpool", reason="envpool is not installed.")
     monkeypatch.syspath_prepend(ROOT / "benchmark")
     args = make_args(env_id="envpool_car:EnvPool/CarRacing-v3")
     assert (args.controller_env, args.sequence_length) == ("real", 1000)
