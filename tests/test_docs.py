@@ -54,7 +54,7 @@ ANY |= OTHERS | {flag for flag in torchrun.get_args_parser()._option_string_acti
 
 def unknown(text: str) -> set[str]:
     """Flags between backticks, outside of blocks, that nothing has."""
-    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     return {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)} - ANY
 
 
