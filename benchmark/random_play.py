@@ -16,6 +16,7 @@ TASKS = [
     ("CartPole-v1", 1, 100), ("Pendulum-v1", 1, 100), ("InvertedPendulum-v5", 1, 100), ("Hopper-v5", 1, 100),
     ("HalfCheetah-v5", 1, 20), ("cartpole-swingup", 1, 10), ("cartpole-swingup", 4, 30), ("walker-walk", 2, 10),
     ("reacher-easy", 4, 30), ("cup-catch", 4, 30), ("LunarLander-v3", 4, 100), ("Acrobot-v1", 4, 30),
+    ("MountainCar-v0", 8, 100),
 ]  # fmt: skip
 
 
