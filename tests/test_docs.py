@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import fnmatch
 import importlib
 import io
 import re
@@ -53,9 +54,10 @@ ANY |= OTHERS | {flag for flag in torchrun.get_args_parser()._option_string_acti
 
 
 def unknown(text: str) -> set[str]:
-    """Flags between backticks, outside of blocks, that nothing has."""
+    """Flags between backticks, outside of blocks, that nothing has; `--model-*` stands for all that begin so."""
     spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    return {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)} - ANY
+    found = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*\*?", span)}
+    return {flag for flag in found if not fnmatch.filter(ANY, flag)}
 
 
 def wrong_parts(text: str) -> set[tuple[str, str]]:
@@ -109,7 +111,7 @@ def test_commands_are_found():
 
 def test_what_does_not_exist_is_found():
     """A flag of no script in prose, one of a measure, a part of a file in benchmark/ that it does not have."""
-    assert unknown("with `--bfloat17`, `--bfloat16` and `x --no-cuda`, not\n```\n--every\n```\n") == {"--bfloat17"}
+    assert unknown("with `--bfloat17`, `--model-*` and `x --no-cuda`, not\n```\n--every\n```\n") == {"--bfloat17"}
     assert wrong_parts("`bash benchmark/world_models.sh smalll` | car_dream 3 1") == {("world_models", "smalll")}
     assert wrong_parts("bash benchmark/dyna_q.sh figures|task|speed; bash benchmark/gpu.sh x") == {("dyna_q", "task")}
     assert "--env-id" not in flags(ROOT / "benchmark/muzero_boards.py") > {"--games"}

@@ -58,9 +58,18 @@ def test_version():
 
 
 def rows_of(pattern: str) -> list[dict]:
-    """All rows of these CSV files."""
-    files = [path.read_text().splitlines() for path in sorted(ROOT.glob(f"results/{pattern}.csv"))]
-    return [row for lines in files for row in csv.DictReader(line for line in lines if line and line[0] != "#")]
+    """All rows of these CSV files, with the group of runs that each is of: lines of comments are between groups."""
+    rows = []
+    for path in sorted(ROOT.glob(f"results/{pattern}.csv")):
+        lines, head = path.read_text().splitlines(), None
+        for i, line in enumerate(lines):
+            if line.startswith("#"):
+                group = f"{path} {i}"
+            elif head:
+                rows.append(dict(zip(["group", *head], [group, *next(csv.reader([line]))], strict=True)))
+            else:
+                head = line.split(",")
+    return rows
 
 
 def said(cell: str) -> list[str]:
@@ -95,7 +104,7 @@ def test_results_are_those_of_the_files(row):
     steps = {}
     for row in rows:
         if row.get("return"):
-            steps.setdefault(row.get("step"), []).append(float(row["return"]))
+            steps.setdefault((row["group"], row.get("step")), []).append(float(row["return"]))
     first, _, last = returns.partition(": mean ")
     known += [mean(x) for x in steps.values()] + ([mean(map(float, said(first)))] if last else [])
     assert names and rows and said(returns)
