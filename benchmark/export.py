@@ -2,6 +2,7 @@
 
 python benchmark/export.py results/dreamer/walker-walk.csv "comment: command, commit" runs/walker-walk__dreamer__*
 A file that ends in _training.csv gets the training episodes: seed, step, return (mean of those that ended at a step).
+A file that has more points than these runs is left as it is.
 """
 
 import sys
@@ -35,6 +36,9 @@ def export(path: str, comment: str, run_dirs: list[str]) -> None:
     for run_dir in sorted(run_dirs):
         seed, points = Path(run_dir).name.split("__")[2], (training_episodes if training else evaluations)(run_dir)
         lines += [",".join([seed, str(step), *(f"{number:.2f}" for number in numbers)]) for step, *numbers in points]
+    if Path(path).exists() and len(Path(path).read_text().splitlines()) > len(lines):
+        print(f"{path} has more points than these runs and stays: move it away first", file=sys.stderr)
+        return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(lines) + "\n")
 

@@ -76,3 +76,14 @@ def test_what_is_exported():
     export.export("A-v0_training.csv", "another", folders)
     rows = ["1,3,1.00", "1,6,2.00", "2,3,1.00", "2,6,2.00"]
     assert Path("A-v0_training.csv").read_text().split("\n") == ["# another", "seed,step,return", *rows, ""]
+
+
+def test_points_are_not_lost(capsys):
+    """A file with more points than the runs that are to replace them stays as it is, and this is said."""
+    points = {"eval/episodic_return": [(10, 1.0), (20, 2.0)], "eval/episodic_return_std": [(10, 0.0), (20, 0.0)]}
+    export.export("A-v0.csv", "long", [logged(1, points)])
+    before = Path("A-v0.csv").read_text()
+    export.export("A-v0.csv", "short", [logged(2, {name: pairs[:1] for name, pairs in points.items()})])
+    assert Path("A-v0.csv").read_text() == before and "A-v0.csv has more points" in capsys.readouterr().err
+    export.export("A-v0.csv", "another", [logged(3, points)])
+    assert Path("A-v0.csv").read_text().startswith("# another")
