@@ -451,6 +451,8 @@ def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: A
     obs, actions, outputs, held_out, weights = agent.unpack(rows)
     inputs, targets = torch.cat([agent.standardize(obs), actions], -1), (outputs - agent.out_mean) / agent.out_std
     train, held_out = (~held_out).nonzero().squeeze(-1), held_out.nonzero().squeeze(-1)
+    if not len(train) or not len(held_out):  # rows too few to divide are both
+        train = held_out = torch.arange(len(rows), device=rows.device)
     chosen = torch.randperm(len(held_out), generator=generator, device=rows.device)[: args.holdout_rows]
     holdout = inputs[held_out[chosen]], targets[held_out[chosen]]
     size = min(args.model_batch_size, len(train))
@@ -1638,12 +1640,11 @@ class GraphedFunction:
 def check_args(args: Args) -> None:
     """Refuses impossible numbers in one line."""
     check_bounds(args)
-    for name, bound in (("value_quantile", 0.5), ("num_targets", args.num_critics)):
-        if getattr(args, name) > bound:
-            fail(f"--{name.replace('_', '-')} must be at most {bound}, not {getattr(args, name)}")
-    for name in ("gamma", "critic_dropout", "holdout_ratio"):
-        if getattr(args, name) == 1:
-            fail(f"--{name.replace('_', '-')} must be below 1")
+    if args.num_targets > args.num_critics:
+        fail(f"--num-targets must be at most {args.num_critics}, not {args.num_targets}")
+    for name, bound in (("gamma", 1), ("critic_dropout", 1), ("holdout_ratio", 1), ("value_quantile", 0.5)):
+        if getattr(args, name) >= bound:
+            fail(f"--{name.replace('_', '-')} must be below {bound}")
     if not 2 <= args.learning_starts <= args.total_timesteps:
         fail(f"--learning-starts {args.learning_starts} must be from 2 to --total-timesteps {args.total_timesteps}")
     if args.buffer_size < args.learning_starts:

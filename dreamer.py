@@ -556,7 +556,7 @@ def exploration(agent: Agent, global_step: int, args: Args) -> float:
     if not agent.discrete:
         return args.expl_noise
     first, last, decay = args.expl_epsilon
-    return max(first + (last - first) * global_step / decay, last)  # deviation 7: epsilon falls
+    return first + (last - first) * min(global_step / decay, 1.0)  # deviation 7: epsilon falls
 
 
 # === Updates ===
@@ -791,7 +791,8 @@ def is_dm_control(env_id: str) -> bool:
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given depends on the kind of environment."""
-    args = replace(args, env_id=re.sub(r"^dm_control/(.+)-v0$", r"\1", args.env_id))  # what Shimmy calls a task
+    env_id = re.sub(r"^dm_control/(.+)-v0$|^ale_py:", r"\1", args.env_id)  # what Shimmy calls a task; ALE's own module
+    args = replace(args, env_id=env_id)
     suite = is_dm_control(args.env_id)
     size = {"cuda": "published", "cpu": "laptop"}[choose_device(args).type] if args.size == "auto" else args.size
     defaults = {"action_repeat": 2 if suite else 1, "cont_head": not suite, **SIZES[size]}
@@ -1208,7 +1209,9 @@ def choose_renderer(args: Args, checkpoint: dict | None) -> str:
         os.environ["MUJOCO_GL"] = backend
         return "gl"
     if wanted == "gl":
-        fail("no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or begin a run with --renderer raycast)")
+        fail(
+            "no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or, but for a resume, --renderer raycast)"
+        )
     os.environ["MUJOCO_GL"] = "disable"
     return "raycast"  # deviation 14: pictures without OpenGL
 
@@ -1452,7 +1455,8 @@ def log_open_loop(agent: Agent, episodes: list[dict], run: "Run") -> None:
     batch = {name: torch.from_numpy(np.stack([c[name] for c in chunks], 1)).to(device) for name in chunks[0]}
     batch = {name: tensor if tensor.dtype == torch.uint8 else tensor.float() for name, tensor in batch.items()}
     truth, model, reward = open_loop(agent, batch, make_generator(device, args.seed, 97), context)
-    obs_mse, reward_error = ((model - truth) ** 2).flatten(2).mean((1, 2)), (reward - batch["reward"]).abs().mean(1)
+    rewards = torch.tanh(batch["reward"]) if args.clip_rewards == "tanh" else batch["reward"]
+    obs_mse, reward_error = ((model - truth) ** 2).flatten(2).mean((1, 2)), (reward - rewards).abs().mean(1)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")

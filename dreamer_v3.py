@@ -894,7 +894,8 @@ def is_dm_control(env_id: str) -> bool:
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given depends on the kind of environment."""
-    args = replace(args, env_id=re.sub(r"^dm_control/(.+)-v0$", r"\1", args.env_id))  # what Shimmy calls a task
+    env_id = re.sub(r"^dm_control/(.+)-v0$|^ale_py:", r"\1", args.env_id)  # what Shimmy calls a task; ALE's own module
+    args = replace(args, env_id=env_id)
     defaults = {"action_repeat": 2 if is_dm_control(args.env_id) else 1}  # deviation 3
     defaults |= {"max_episode_steps": 27_000} if re.match(ATARI, args.env_id) else {}
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
@@ -1259,7 +1260,9 @@ def choose_renderer(args: Args, checkpoint: dict | None) -> str:
         os.environ["MUJOCO_GL"] = backend
         return "gl"
     if wanted == "gl":
-        fail("no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or begin a run with --renderer raycast)")
+        fail(
+            "no OpenGL for --renderer gl: apt-get install -y libegl1 libgl1 (or, but for a resume, --renderer raycast)"
+        )
     os.environ["MUJOCO_GL"] = "disable"
     return "raycast"  # deviation 14: pictures without OpenGL
 

@@ -775,7 +775,11 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
 
 
 def updates_due(global_step: int, args: Args) -> int:
-    """Updates that a run has made once it is at this step: tied to environment steps, whatever the number of envs."""
+    """Updates of a run up to this step: tied to environment steps, whatever the number of envs.
+
+    Those that fall due while no row can be drawn yet (after learning_starts, or after a resume without a replay) are
+    not made up for.
+    """
     return max(0, int((global_step - args.learning_starts) * args.replay_ratio))
 
 
@@ -1077,6 +1081,8 @@ def is_dm_control(env_id: str) -> bool:
 
 def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given is filled in from TASKS."""
+    env_id = re.sub(r"^dm_control/(.+)-v0$|^ale_py:", r"\1", args.env_id)  # what Shimmy calls a task; ALE's own module
+    args = replace(args, env_id=env_id)
     game, atari = BOARD_GAMES.get(args.env_id), args.env_id.startswith("ALE/")
     kind = BOARD if game else ATARI if atari else DM_CONTROL if is_dm_control(args.env_id) else {}
     if game and not callable(game):
@@ -2489,8 +2495,10 @@ def check_args(args: Args) -> None:
     for flag, default in (("capture_video", False), ("max_episode_steps", None), ("action_repeat", 1)):
         if args.env_id in BOARD_GAMES and getattr(args, flag) != default:
             fail(f"{args.env_id} has no use for --{flag.replace('_', '-')}")
-    if args.two_player and args.env_id not in BOARD_GAMES:
-        fail(f"--two-player: {args.env_id} is no game of BOARD_GAMES")
+    if args.two_player != (args.env_id in BOARD_GAMES) and not callable(game):
+        fail(f"--two-player {args.two_player}: {args.env_id} is {'no' if args.two_player else 'a'} game of BOARD_GAMES")
+    if args.inner_candidates > args.num_candidates:
+        fail(f"--inner-candidates {args.inner_candidates} must be at most --num-candidates {args.num_candidates}")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 
@@ -2510,8 +2518,8 @@ def check_memory(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
     weights = 4 * sum(weight.numel() for weight in agent.parameters())
     num_bytes += weights
     if args.evaluate is None and args.play is None:
-        copies = 1 + (choose_device(args).type == "cpu")  # a checkpoint takes a copy
-        num_bytes += 4 * weights + copies * (rb.numbers.nbytes + rb.data["obs"].nbytes + rb.priority.nbytes)
+        copies = 1 + (choose_device(args).type == "cpu")  # a checkpoint copies the numbers
+        num_bytes += 4 * weights + copies * rb.numbers.nbytes + rb.data["obs"].nbytes + rb.priority.nbytes
         num_bytes += 16 * args.batch_size * (args.unroll_steps + 1) * (len(agent.bins) + latent_size)
     require_memory(num_bytes, "--buffer-size, sizes of networks, batches and searches", choose_device(args))
 
@@ -2525,6 +2533,7 @@ def check_effects(args: Args, envs: gym.vector.VectorEnv | BoardGame) -> None:
         (not is_box, "on discrete actions", "entropy_scale num_candidates inner_candidates"),
         (len(envs.single_observation_space.shape) == 1, "on the network of vectors", "num_blocks"),
         (args.two_player, "where Q lies within -1 ... 1", "q_floor"),
+        (args.reanalyze_ratio == 1, "where all is searched anew", "bootstrap"),
     ):
         for name in names.split():
             if applies and args.resume is None and getattr(args, name) != getattr(own, name):

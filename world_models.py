@@ -618,12 +618,13 @@ def learnable_rewards(rewards: np.ndarray, spec: Spec, window: int) -> np.ndarra
     """Rewards (T,) of an episode as M learns them (deviation 6): CarRacing pays 1000 / (tiles of the track) for a tile.
 
     How many tiles a track has is in no picture, so here each pays the mean, 3.4. A step may pass several; it costs 0.1.
-    Nor is where a tile begins: what tiles pay is spread evenly over a window of steps around it.
+    Nor is where a tile begins: what tiles pay is spread evenly over a window of steps around it, within the episode.
     """
     if spec.action_kind != "car" or not (rewards > 0).any():
         return rewards
     tiles = np.where(rewards > 0, np.round((rewards + 0.1) / (rewards[rewards > 0].min() + 0.1)), 0)
-    spread = np.convolve(tiles, np.full(window, 1 / window), "full")[window // 2 :][: len(tiles)]
+    inside = np.convolve(np.ones(len(tiles)), np.ones(window))[(window - 1) // 2 :][: len(tiles)]  # of its window
+    spread = np.convolve(tiles / inside, np.ones(window))[window // 2 :][: len(tiles)]
     return np.where(rewards > 0, -0.1, rewards) + 3.4 * spread
 
 
@@ -641,7 +642,7 @@ class Latents:
         self.data = {name: torch.from_numpy(array.astype(np.float32)).to(device) for name, array in data.items()}
         self.data |= {"mu": rows[:, 0], "logvar": rows[:, 1]}  # float16
         held_out = np.random.default_rng(7).random(len(spans)) < args.holdout_ratio  # in all rounds the same ones
-        held_out[0] |= not held_out.any()
+        held_out[0] |= not held_out.any()  # as long as there is no other
         self.spans, self.holdout = spans, spans[held_out]  # deviation 3
         self.train = spans if held_out.all() else spans[~held_out]  # a single episode is both
 

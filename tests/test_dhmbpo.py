@@ -698,6 +698,18 @@ def train(agent, rows, args: Args, scale: int = 1) -> dict:
     return dhmbpo.train_model(agent, rows, scale, generator(), args, eager, quiet)
 
 
+@pytest.mark.parametrize("held_out", [0.0, 1.0])
+def test_rows_too_few_to_divide_are_trained_on_and_tested_on(held_out):
+    """Chance may hold out none of a few rows, or all."""
+    args = make_args(model_batch_size=4)
+    agent, rows = make_agent(args), make_rows(10, args)
+    rows[:, 2 * D + A + 1] = held_out
+    before = agent.ensemble.layers[0].weight.clone()
+    metrics = train(agent, rows, args)
+    assert math.isfinite(metrics["model/holdout_score"]) and metrics["model/epochs"] > 0
+    assert not torch.equal(agent.ensemble.layers[0].weight, before)
+
+
 def spied(monkeypatch, name: str, record: Callable) -> list:
     """Results of record(*arguments) for each call of a function of the script."""
     calls, function = [], getattr(dhmbpo, name)
@@ -1540,6 +1552,7 @@ def test_dm_control_by_name():
         ({"batch_size": 250}, "--batch-size 250 cannot be dealt"),
         ({"gamma": 1.0}, "--gamma must be below 1"),
         ({"num_targets": 6}, "--num-targets must be at most 5"),
+        ({"value_quantile": 0.5}, "--value-quantile must be below 0.5"),
         ({"buffer_size": 4_000}, "--buffer-size 4000 does not hold"),
         ({"holdout_ratio": 0.0}, "--holdout-ratio 0.0 leaves nothing"),
         ({"initial_alpha": 0.0}, "--initial-alpha must be at least"),

@@ -1159,6 +1159,24 @@ def test_exploration_schedule():
     assert {dreamer.exploration(continuous, n, args) for n in (0, 10_000, 10**6)} == {0.3}
     epsilons = [dreamer.exploration(discrete, n, args) for n in (0, 50_000, 100_000, 200_000, 10**6)]
     assert epsilons == pytest.approx([0.4, 0.325, 0.25, 0.1, 0.1])
+    rising = tiny_args(expl_epsilon=(0.1, 0.5, 1000))
+    epsilons = [dreamer.exploration(discrete, n, rising) for n in (0, 250, 1000, 2000)]
+    assert epsilons == pytest.approx([0.1, 0.2, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("clip_rewards", ["none", "tanh"])
+def test_open_loop_rewards_are_those_that_are_learned(clip_rewards, monkeypatch, tmp_path):
+    """With --clip-rewards tanh the reward head predicts tanh(r): predicted exactly, the error is 0."""
+    args, logged = tiny_args(clip_rewards=clip_rewards, batch_length=12), {}
+    learned = {"none": lambda r: r, "tanh": torch.tanh}[clip_rewards]
+    monkeypatch.setattr(
+        dreamer, "open_loop", lambda agent, batch, *_: (batch["obs"], batch["obs"], learned(batch["reward"]))
+    )
+    length = args.batch_length
+    episode = {"obs": np.zeros((length, 3), np.float32), "reward": np.arange(length, dtype=np.float32)}
+    run = SimpleNamespace(args=args, device=CPU, log=logged.update, picture=lambda kind: f"{tmp_path}/{kind}")
+    dreamer.log_open_loop(None, [episode], run)
+    assert logged["open_loop/reward_error_horizon_1"] == 0
 
 
 def test_no_two_streams_of_random_numbers_are_one():
@@ -1753,13 +1771,14 @@ NAMES_OF_TASKS = {  # what is typed: the id it stands for, --max-episode-steps
     "dm_control/cup-catch-v0": ("cup-catch", None),
     "ALE/Pong-v5": ("ALE/Pong-v5", 27_000),
     "PongNoFrameskip-v4": ("PongNoFrameskip-v4", 27_000),
+    "ale_py:ALE/Pong-v5": ("ALE/Pong-v5", 27_000),
 }
 
 
 @pytest.mark.parametrize("script", [dreamer, dreamer_v3], ids=["dreamer", "dreamer_v3"])
 @pytest.mark.parametrize("env_id", NAMES_OF_TASKS)
 def test_names_of_tasks_elsewhere_are_understood(script, env_id):
-    """Shimmy's of a dm_control task, the old ones of Atari games, which get the same preprocessing as the new."""
+    """Shimmy's of a dm_control task, the old ones of Atari games, also with ALE's module: the same preprocessing."""
     args = script.with_task_defaults(script.Args(env_id=env_id))
     assert (args.env_id, args.max_episode_steps) == NAMES_OF_TASKS[env_id]
     if "Pong" in env_id:

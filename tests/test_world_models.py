@@ -381,13 +381,15 @@ def test_a_tile_is_worth_the_same_on_every_track():
 
 
 def test_what_a_tile_pays_is_spread_over_the_steps_around_it():
-    """3.4 for one tile, 6.8 for two, over five steps; those beyond the episode are lost. Costs stay where they are."""
+    """3.4 for one tile, 6.8 for two, over five steps or those of them within the episode. Costs stay where they are."""
     rewards = np.full(12, -0.1)
     rewards[[4, 11]] += 1000 / 300, 2000 / 300
     expected = np.full(12, -0.1)
     expected[2:7] += 3.4 / 5
-    expected[9:] += 6.8 / 5
+    expected[9:] += 6.8 / 3
     np.testing.assert_allclose(world_models.learnable_rewards(rewards, CAR, 5), expected)
+    for window in (1, 2, 3, 8, 11):
+        assert world_models.learnable_rewards(rewards, CAR, window).sum() == pytest.approx(3 * 3.4 - 12 * 0.1)
     rewards[-1] = -100
     assert world_models.learnable_rewards(rewards, CAR, 5)[-1] == -100
 
