@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 ROOT = Path(__file__).parent.parent
-SIZES = "laptop, ray-caster", "published size, OpenGL", None, "on a CPU, OpenGL", None
+SIZES = "laptop, ray-caster", "published size, OpenGL", None, "on a CPU, OpenGL", None, None
 
 
 @dataclass
