@@ -451,7 +451,7 @@ def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: A
     obs, actions, outputs, held_out, weights = agent.unpack(rows)
     inputs, targets = torch.cat([agent.standardize(obs), actions], -1), (outputs - agent.out_mean) / agent.out_std
     train, held_out = (~held_out).nonzero().squeeze(-1), held_out.nonzero().squeeze(-1)
-    if not len(train) or not len(held_out):  # rows too few to divide are both
+    if not len(train) or len(held_out) < 2:  # rows too few to divide are both
         train = held_out = torch.arange(len(rows), device=rows.device)
     chosen = torch.randperm(len(held_out), generator=generator, device=rows.device)[: args.holdout_rows]
     holdout = inputs[held_out[chosen]], targets[held_out[chosen]]

@@ -831,18 +831,20 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
     """Refuses what Dreamer cannot use; resizes images to 64x64, rescales the bounded action dimensions to [-1, 1]."""
     obs, action = env.observation_space, env.action_space
     is_box = isinstance(obs, gym.spaces.Box)
-    is_image = is_box and obs.dtype == np.uint8 and len(obs.shape) in (2, 3) and min(obs.shape[:2]) > 8
-    if is_image and (obs.shape[:2] == (64, 64) or math.prod(obs.shape[2:]) <= 4):  # OpenCV resizes up to 4 channels
+    if is_box and obs.dtype == np.uint8 and len(obs.shape) in (2, 3) and min(obs.shape[:2]) > 8:
         if obs.shape[:2] != (64, 64):
             env = gym.wrappers.ResizeObservation(env, (64, 64))
+            try:  # OpenCV does so with more than four channels from whole multiples of 64 alone
+                env.func(np.zeros(obs.shape, np.uint8))
+            except Exception as error:  # one of its own
+                fail(f"{env_id}: {obs} cannot be resized to 64x64, make it so yourself ({one_line(error)})")
         if len(env.observation_space.shape) == 2:  # grey
             env = gym.wrappers.ReshapeObservation(env, (64, 64, 1))
     elif is_box and len(obs.shape) == 1:
         space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
         env = gym.wrappers.TransformObservation(env, np.float32, space)
     else:
-        hint = "larger than 8 x 8, channels last, more than 4 of them 64 x 64; (obs * 255).astype(np.uint8) makes an "
-        hint += "image of floats"
+        hint = "larger than 8 x 8, channels come last; (obs * 255).astype(np.uint8) makes an image of floats"
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
     if isinstance(action, gym.spaces.Box):
         low, high = action.low.ravel().astype(float), action.high.ravel().astype(float)

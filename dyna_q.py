@@ -1491,7 +1491,7 @@ def check_args(args: Args) -> None:
     check_bounds(args)
     if args.prioritized and (args.kappa > 0 or args.planning_steps == 0):
         fail("--prioritized goes with --planning-steps of at least 1 and without --kappa")
-    if args.kappa > 0 and args.planning_steps == 0:
+    if args.kappa > 0 and args.planning_steps == 0 and args.resume is None and args.evaluate is None:
         fail("--kappa is a bonus in planning: it goes with --planning-steps of at least 1")
 
 

@@ -777,8 +777,8 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
 def updates_due(global_step: int, args: Args) -> int:
     """Updates of a run up to this step: tied to environment steps, whatever the number of envs.
 
-    Those that fall due while no row can be drawn yet (after learning_starts, or after a resume without a replay) are
-    not made up for.
+    Those that fall due before a row can be drawn, or, after a resume without a replay, before it holds learning_starts
+    steps again, are not made up for.
     """
     return max(0, int((global_step - args.learning_starts) * args.replay_ratio))
 
@@ -2495,9 +2495,10 @@ def check_args(args: Args) -> None:
     for flag, default in (("capture_video", False), ("max_episode_steps", None), ("action_repeat", 1)):
         if args.env_id in BOARD_GAMES and getattr(args, flag) != default:
             fail(f"{args.env_id} has no use for --{flag.replace('_', '-')}")
-    if args.two_player != (args.env_id in BOARD_GAMES) and not callable(game):
+    is_new = args.resume is None and args.evaluate is None and args.play is None
+    if is_new and args.two_player != (args.env_id in BOARD_GAMES) and not callable(game):
         fail(f"--two-player {args.two_player}: {args.env_id} is {'no' if args.two_player else 'a'} game of BOARD_GAMES")
-    if args.inner_candidates > args.num_candidates:
+    if is_new and args.inner_candidates > args.num_candidates:
         fail(f"--inner-candidates {args.inner_candidates} must be at most --num-candidates {args.num_candidates}")
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")

@@ -36,7 +36,8 @@ def export(path: str, comment: str, run_dirs: list[str]) -> None:
     for run_dir in sorted(run_dirs):
         seed, points = Path(run_dir).name.split("__")[2], (training_episodes if training else evaluations)(run_dir)
         lines += [",".join([seed, str(step), *(f"{number:.2f}" for number in numbers)]) for step, *numbers in points]
-    if Path(path).exists() and len(Path(path).read_text().splitlines()) > len(lines):
+    old = Path(path).read_text().splitlines() if Path(path).exists() else []
+    if sum(not line.startswith("#") for line in old) > len(lines) - 1:  # comments are no points
         print(f"{path} has more points than these runs and stays: move it away first", file=sys.stderr)
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)

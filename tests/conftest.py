@@ -53,7 +53,8 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 def pytest_generate_tests(metafunc):
     """A test that takes `script` is made for each of them, if it does not say for which."""
-    given = any("script" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    names = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    given = any("script" in (name.split(",") if isinstance(name, str) else name) for name in names)
     if "script" in metafunc.fixturenames and not given:
         from runs import SCRIPTS
 

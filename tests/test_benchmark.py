@@ -85,5 +85,6 @@ def test_points_are_not_lost(capsys):
     before = Path("A-v0.csv").read_text()
     export.export("A-v0.csv", "short", [logged(2, {name: pairs[:1] for name, pairs in points.items()})])
     assert Path("A-v0.csv").read_text() == before and "A-v0.csv has more points" in capsys.readouterr().err
+    Path("A-v0.csv").write_text(f"# two comments\n{before}")
     export.export("A-v0.csv", "another", [logged(3, points)])
     assert Path("A-v0.csv").read_text().startswith("# another")

@@ -1833,11 +1833,12 @@ def test_grey_and_stacked_frames(shape):
 
 @pytest.mark.parametrize("script", [dreamer, dreamer_v3])
 def test_more_channels_than_are_resized(script, capsys):
-    """Five are taken as they are at 64 x 64; of another size they are refused, and what to do is said."""
+    """Five are taken at 64 x 64 and whole multiples; of another size they are refused, and what to do is said."""
     make = lambda shape: Spaces(gym.spaces.Box(0, 255, shape, np.uint8), BOX)  # noqa: E731
-    assert script.fit_spaces(make((64, 64, 5)), "x").observation_space.shape == (64, 64, 5)
+    for size in (64, 128):
+        assert script.fit_spaces(make((size, size, 5)), "x").observation_space.shape == (64, 64, 5)
     line = error_of(capsys, script.fit_spaces, make((84, 84, 5)), "x")
-    assert "more than 4 of them 64 x 64" in line and "(84, 84, 5)" in line
+    assert "(84, 84, 5)" in line and "cannot be resized to 64x64, make it so yourself (error: OpenCV" in line
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])

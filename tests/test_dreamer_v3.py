@@ -1158,6 +1158,16 @@ def test_what_fits_no_memory_is_named(settings, words, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_memory_is_asked_for_the_copy_of_several_rings(monkeypatch):
+    """Which a checkpoint makes as long as they are not full; one ring is written from where it lies."""
+    asked = []
+    monkeypatch.setattr(dreamer_v3, "require_memory", lambda num_bytes, *rest: asked.append(num_bytes))
+    for num_envs, save_buffer in ((1, True), (2, True), (2, False)):
+        dreamer_v3.check_memory(tiny_args(num_envs=num_envs, save_buffer=save_buffer, buffer_size=80), IMAGE, BOX)
+    one, two, unsaved = asked[::2]
+    assert one == unsaved == two / 2
+
+
 # === Learning ===
 
 

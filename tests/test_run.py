@@ -333,7 +333,7 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, num
     assert_healthy(run_dir)
 
 
-@only("mbpo", "dreamer", "muzero")  # the others' checkpoints hold none of torch's optimizers between their stages
+@only("mbpo", "dreamer", "muzero")  # the others' checkpoints hold no torch optimizer between their stages
 def test_a_run_of_a_gpu_goes_on_without_one(script):
     """Optimizers remember the kind of device that they were saved on, and must not."""
     run_dir = finished(script)
