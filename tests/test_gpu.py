@@ -67,7 +67,7 @@ SYNCS = {
         act: reward, logits, value = decode(outputs.cpu().numpy())
         closing_rows: value = agent.initial(obs)[2].cpu()
         host: return np.ascontiguousarray(x.cpu()
-        ReplayBuffer.state_dict: data = {name: tensor[:filled].cpu()
+        ReplayBuffer.state_dict: arrays = {name: np.ascontiguousarray(tensor[:filled].cpu()
         require_finite: values = dict(zip(metrics, torch.stack(scalars).tolist()
     """,
     "world_models": """
