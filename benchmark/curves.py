@@ -48,7 +48,8 @@ FIGURES = {
     "dhmbpo_returns": [
         Panel(
             f"{task}-v5",
-            [(f"dhmbpo/{task}-v5", "published settings"), (f"dhmbpo/{task}-v5_small_batches", "small batches")],
+            [(f"dhmbpo/{task}-v5", "published settings"), (f"dhmbpo/{task}-v5_small_batches", "small batches")]
+            + [(f"dhmbpo/{task}-v5_small_batches_cpu", "small batches, one CPU thread")] * (task == "HalfCheetah"),
             [(task, "DHMBPO T = 3"), (task, "MBPO")], until=100_000, marks={f"the aim, {aim:,}": aim},
         )
         for task, aim in AIMS.items()
