@@ -834,7 +834,7 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
     if is_box and obs.dtype == np.uint8 and len(obs.shape) in (2, 3) and min(obs.shape[:2]) > 8:
         if obs.shape[:2] != (64, 64):
             env = gym.wrappers.ResizeObservation(env, (64, 64))
-            try:  # OpenCV does so with more than four channels from whole multiples of 64 alone
+            try:  # OpenCV shrinks more than four channels from whole multiples of 64 alone
                 env.func(np.zeros(obs.shape, np.uint8))
             except Exception as error:  # one of its own
                 fail(f"{env_id}: {obs} cannot be resized to 64x64, make it so yourself ({one_line(error)})")

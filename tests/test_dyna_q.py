@@ -1219,6 +1219,8 @@ def test_refused_numbers(settings, capsys):
     bounds = {"gamma": 1.0, "epsilon": 1.0, "learning_rate": 1.0, "theta": 0.0, "planning_steps": 0, "num_envs": 1}
     dyna_q.check_args(dyna_q.with_task_defaults(Args(**bounds)))
     dyna_q.check_args(dyna_q.with_task_defaults(Args(prioritized=True, planning_steps=1, gamma=0.0, epsilon=0.0)))
+    for saved in ("resume", "evaluate"):  # a run from before this was refused goes on
+        dyna_q.check_args(dyna_q.with_task_defaults(Args(kappa=0.1, planning_steps=0, **{saved: "x"})))
 
 
 def test_evaluation_plays_greedily_a_fixed_share_each():

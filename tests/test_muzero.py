@@ -2511,6 +2511,13 @@ def test_settings_that_cannot_learn_are_refused(changes, line, capsys):
     assert line in error_of(capsys, muzero.check_args, make_args(**changes))
 
 
+def test_a_saved_run_may_have_what_a_new_one_may_not():
+    """One from before these were refused: it goes on, is evaluated and played."""
+    for changes in ({"env_id": "tictactoe", "two_player": False}, {"num_candidates": 4, "inner_candidates": 5}):
+        for what in ("resume", "evaluate", "play"):
+            muzero.check_args(make_args(**changes, **{what: "x"}))
+
+
 USELESS = {  # why, and settings of which the first is refused
     "with --search gumbel": [{"dirichlet_alpha": 0.5}, {"temperature_steps": (1, 2)}, {"temperature_moves": 3}],
     "with --search puct": [{"c_scale": 0.2, "search": "puct"}, {"max_considered_actions": 4, "search": "puct"}],
