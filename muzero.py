@@ -131,6 +131,7 @@ class Args:
     target_network_frequency: Count = 200  # updates between copies to the target network
     priority_alpha: Amount | None = None  # exponent of the replay priorities, 0 = uniform replay; default by task
     learning_rate: Positive | None = None  # learning rate of AdamW; default by task
+    learning_rate_decay: Part | None = None  # what is left of it at the end, it falls exponentially; default by task
     weight_decay: Amount = 1e-4  # weight decay of AdamW
     max_grad_norm: Positive = 5.0  # gradient norm that an update is clipped to (deviation 3)
     value_scale: Amount = 0.25  # weight of the value loss (deviation 9: not 1)
@@ -774,6 +775,12 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
     return metrics
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, global_step: int, args: Args) -> None:
+    """learning_rate decay^(t / T), t of the run's T environment steps (deviation 3)."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.learning_rate * args.learning_rate_decay ** (global_step / args.total_timesteps)
+
+
 def updates_due(global_step: int, args: Args) -> int:
     """Updates of a run up to this step: tied to environment steps, whatever the number of envs.
 
@@ -964,6 +971,7 @@ def main(args: Args) -> str:
             if num_revalued:
                 rows = bootstrap_now(target, rb, rows, num_revalued, args.td_steps)
             actions = agent.random_actions((args.unroll_steps, args.batch_size), rng["update"])
+            set_learning_rate(optimizer, run.step, args)
             run.metrics = update(agent, optimizer, rb, rows, actions, args, losses_fn)
             counters["num_updates"] += 1
             counters["owed"] -= 1
@@ -1021,12 +1029,13 @@ DEFAULTS = {
     "hidden_size": 64, "num_blocks": 1, "num_simulations": 16, "c_scale": 0.1, "dirichlet_alpha": 0.25,
     "opening_moves": 0, "temperature_steps": (50_000, 100_000), "priority_alpha": 0.0,  # deviation 10: uniform
     "two_player": False, "action_repeat": 1, "reanalyze_ratio": 0.0, "consistency_scale": 0.0,
-    "entropy_scale": 0.05, "q_floor": 0.0,
+    "entropy_scale": 0.05, "q_floor": 0.0, "learning_rate_decay": 1.0,
 }  # fmt: skip
 BOARD = {
     "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
     "dirichlet_alpha": 1.0, "temperature_steps": (10**9, 10**9), "two_player": True, "td_steps": 42,
     "buffer_size": 100_000, "hidden_size": 32, "num_simulations": 32, "opening_moves": 4, "temperature_moves": 12,
+    "learning_rate_decay": 0.1,
 }  # fmt: skip
 TASKS = {
     "CartPole": {
