@@ -1600,6 +1600,25 @@ def test_updates_are_tied_to_environment_steps():
     assert {b - a for a, b in zip(due[7:-1], due[8:], strict=True)} == {4, 5}
 
 
+def test_learning_rate_falls_by_equal_factors():
+    """0.004 at the start, half of its logarithm's way down in the middle, a hundredth at the end; 1 = it stays."""
+    agent, args = vector_agent(learning_rate=0.004, learning_rate_decay=0.01, total_timesteps=1000)
+    optimizer, rates = muzero.make_optimizer(agent, args), []
+    for step in (0, 250, 500, 1000):
+        muzero.set_learning_rate(optimizer, step, args)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    np.testing.assert_allclose(rates, np.transpose([[0.004, 0.00126491, 0.0004, 0.00004]] * 2), rtol=1e-5)
+    muzero.set_learning_rate(optimizer, 777, replace(args, learning_rate_decay=1.0))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.004, 0.004]
+
+
+def test_a_run_has_the_learning_rate_of_its_last_update():
+    """Whose step is that of the end: the updates of a turn come after its steps."""
+    folder = run(muzero, learning_rate=0.002, learning_rate_decay=0.25, total_timesteps=36)
+    groups, end = load(folder)["parts"]["optimizer"]["param_groups"], load(folder)["global_step"]
+    np.testing.assert_allclose([group["lr"] for group in groups], 0.002 * 0.25 ** (end / 36))
+
+
 # === Board games ===
 
 
@@ -1643,6 +1662,18 @@ def test_openings_are_random_legal_moves(name, opening_moves):
     after, _ = game.reset(list(range(1, N + 1)), {"reset_mask": mask})
     assert np.array_equal(after[~mask], obs[~mask]) and not np.array_equal(after[mask], obs[mask])
     assert not muzero.make_vector_env(make_args(env_id=name), 3).reset([1, 2, 3])[0].any()
+
+
+def test_an_opening_that_wins_is_taken_back():
+    """Eight random moves of tic-tac-toe win often: those games begin with none, the others have no line."""
+    game = muzero.BoardGame("tictactoe", 500, 8)
+    obs, _ = game.reset(list(range(500)))
+    counts = np.bincount(game.moves, minlength=9)
+    assert counts[0] > 2 * 500 / 9 and (counts[1:] > 0).all() and counts.sum() == 500
+    assert obs.sum((1, 2, 3)).tolist() == game.moves.tolist()
+    for board in obs.reshape(500, 2, 9):
+        assert not any(plain_winner({(i // 3, i % 3) for i in np.flatnonzero(side)}, 3, 3, 3) for side in board)
+    assert game.legal.any(1).all()
 
 
 @pytest.mark.parametrize("name", ["tictactoe", "connect_four"])
@@ -2105,7 +2136,7 @@ BY_TASK = {
     "cup-catch": (100_000, 8, 100_000, 0.25, 4, 0.98, 5, 18, 16, 128, 0.1, 2, 0, 0),
     "reacher-easy": (100_000, 8, 100_000, 0.25, 4, 0.98, 5, 18, 16, 128, 0.1, 2, 0, 0),
     "walker-walk": (100_000, 8, 100_000, 0.5, 2, 0.994, 5, 18, 16, 128, 0.1, 2, 0.1, 0),
-    "tictactoe": (200_000, 64, 20_000, 0.25, 1, 1, 9, 1, 25, 16, 0.25, 0, 0, 0),
+    "tictactoe": (150_000, 64, 20_000, 0.25, 1, 1, 9, 1, 25, 16, 0.25, 0, 0, 0),
     "connect_four": (200_000, 64, 100_000, 0.1, 1, 1, 42, 1, 32, 32, 0.25, 0, 0, 0),
     "ALE/Pong-v5": (500_000, 16, 100_000, 0.25, 1, 0.997, 5, 300, 50, 64, 0.1, 0, 0, 0),
     "Toy-v0": (200_000, 16, 50_000, 0.25, 1, 0.997, 20, 300, 16, 64, 0.1, 0, 0, 0),
@@ -2122,7 +2153,7 @@ def test_settings_by_task(env_id):
     assert rest == (
         (128, 3e-3, 0, None, 1) if board else (256, 5e-4, 1, 27_000, 0.3) if atari else (128, 1e-3, 0, None, 0.25)
     )
-    moves = {"tictactoe": (6, 4), "connect_four": (12, 6)}.get(env_id, (None, 0))
+    moves = {"tictactoe": (6, 6), "connect_four": (12, 6)}.get(env_id, (None, 0))
     assert (args.temperature_moves, args.opening_moves) == moves
     assert (args.two_player, args.bootstrap) == (board, "search" if board else "target")
     falls = {"CartPole-v1": (10_000, 20_000), "ALE/Pong-v5": (250_000, 375_000)}.get(env_id, (50_000, 100_000))
@@ -2404,7 +2435,7 @@ def test_muzero_stores_what_its_searches_found(monkeypatch):
         openings.append(data["obs"].flatten(1).sum(1).numpy() - [count[i] for count in moves])
     starts = np.array(moves).T == 0
     assert all((opening[1:] == opening[:-1])[~start[1:]].all() for opening, start in zip(openings, starts, strict=True))
-    assert np.min(openings) == 0 and np.max(openings) == 4 and np.max(moves) <= 8 and starts.sum() > 8
+    assert np.min(openings) == 0 and np.max(openings) == 6 and np.max(moves) <= 8 and starts.sum() > 8
 
 
 @pytest.mark.parametrize(
