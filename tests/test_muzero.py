@@ -988,6 +988,22 @@ def test_networks(kind):
     assert not torch.allclose(different, muzero.recurrent(agent, latent, torch.full((5,), 2))[0])
 
 
+def test_attributes_are_those_of_the_modules():
+    """Found at once, and the same after a copy, a change of type, loading, and when one is replaced."""
+    agent = muzero.make_agent(TinyVector(2), make_args(consistency_scale=1.0))
+    copied = muzero.deepcopy(agent).double()
+    copied.load_state_dict(muzero.make_agent(TinyVector(2), make_args(consistency_scale=1.0)).state_dict())
+    for one in (agent, copied):
+        for module in one.modules():
+            own = module._modules | module._parameters
+            assert all(vars(module)[name] is value for name, value in own.items())
+    assert {id(p) for p in agent.parameters()}.isdisjoint(id(p) for p in copied.parameters())
+    assert copied.network.reward.weight.dtype == F64 and "weight" in vars(copied.network.reward)
+    agent.network.reward.bias = torch.nn.Parameter(bias := torch.arange(2.0 * make_args().support_size + 1))
+    latent = agent.initial(torch.rand(3, *TinyVector(2).single_observation_space.shape))[0]
+    assert torch.equal(agent.network.dynamics(latent, torch.zeros(3, dtype=torch.long))[1][0], bias)
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("search", ["puct", "gumbel"])
 def test_the_search_sees_what_the_networks_say(kind, search):
@@ -2131,7 +2147,7 @@ BY_TASK = {
     "MountainCar-v0": (60_000, 16, 50_000, 0.25, 8, 0.98, 20, 20, 16, 64, 0.1, 0, 0, 0),
     "LunarLander-v3": (200_000, 16, 50_000, 0.25, 4, 0.99, 20, 30, 25, 64, 0.1, 0, 0, 0),
     "Pendulum-v1": (20_000, 8, 50_000, 0.5, 1, 0.99, 5, 41, 16, 64, 0.1, 2, 0, 0),
-    "Taxi-v4": (100_000, 16, 20_000, 0.25, 1, 0.95, 5, 10, 16, 64, 0.1, 2, 0, 0.1),
+    "Taxi-v4": (100_000, 16, 50_000, 0.25, 1, 0.95, 5, 10, 16, 64, 0.1, 2, 0, 0.1),
     "cartpole-swingup": (100_000, 8, 100_000, 0.5, 4, 0.98, 5, 18, 16, 128, 0.1, 2, 0, 0),
     "cup-catch": (100_000, 8, 100_000, 0.25, 4, 0.98, 5, 18, 16, 128, 0.1, 2, 0, 0),
     "reacher-easy": (100_000, 8, 100_000, 0.25, 4, 0.98, 5, 18, 16, 128, 0.1, 2, 0, 0),
@@ -2155,10 +2171,12 @@ def test_settings_by_task(env_id):
     )
     moves = {"tictactoe": (6, 6), "connect_four": (12, 6)}.get(env_id, (None, 0))
     assert (args.temperature_moves, args.opening_moves) == moves
+    assert args.learning_starts == (20_000 if env_id == "Taxi-v4" else 1_000)
+    assert args.learning_rate_decay == (0.1 if env_id in muzero.BOARD_GAMES else 1.0)
     assert (args.two_player, args.bootstrap) == (board, "search" if board else "target")
     falls = {"CartPole-v1": (10_000, 20_000), "ALE/Pong-v5": (250_000, 375_000)}.get(env_id, (50_000, 100_000))
     assert args.temperature_steps == ((10**9, 10**9) if board else falls)
-    wanted = {"learning_starts": 1_000, "unroll_steps": 5, "target_network_frequency": 200, "weight_decay": 1e-4}
+    wanted = {"unroll_steps": 5, "target_network_frequency": 200, "weight_decay": 1e-4}
     wanted |= {"max_grad_norm": 5, "value_scale": 0.25, "entropy_scale": 0.05, "num_blocks": 1, "search": "gumbel"}
     wanted |= {"num_candidates": 8, "inner_candidates": 2, "max_considered_actions": 16}
     assert {name: getattr(args, name) for name in wanted} == wanted
