@@ -286,10 +286,13 @@ def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor, *draw: t
     return latent, torch.cat([policy, expected], 1)
 
 
+@njit
 def decode(outputs):
-    """Reward (B,), policy (B, A), value (B,) of outputs (B, A + 2), whose last two columns are transformed."""
-    numbers = inverse_transform(outputs[:, -2:])
-    return numbers[:, 0], outputs[:, :-2], numbers[:, 1]
+    """Reward (B,), policy (B, A), value (B,), float64, of outputs (B, A + 2), whose last two columns are transformed."""
+    reward, value = np.empty((2, len(outputs)))
+    for b in range(len(outputs)):
+        reward[b], value[b] = compiled_inverse(outputs[b, -2]), compiled_inverse(outputs[b, -1])
+    return reward, outputs[:, :-2].astype(np.float64), value
 
 
 # === Targets and losses ===
@@ -308,6 +311,9 @@ def inverse_transform(y):
     c = abs(y) + 1.001
     u = 2 * c / (1 + (1 + 0.004 * c) ** 0.5)
     return y * (u + 1) / (1.001 + 0.001 * u)
+
+
+compiled_inverse = njit(inverse_transform)
 
 
 def two_hot(x: torch.Tensor, support_size: int) -> torch.Tensor:
@@ -2611,7 +2617,7 @@ def compile_search(patience: float = 2.0) -> None:
 
     They are kept on disk, where Numba finds a folder that can be written: __pycache__ or the user's cache.
     """
-    for function in (select, expand_and_backup, root_logits):
+    for function in (select, expand_and_backup, root_logits, decode):
         with contextlib.suppress(RuntimeError, AttributeError):  # no such folder; NUMBA_DISABLE_JIT
             function.enable_caching()
     text = "compiling the search: about ten seconds, again only when this file has changed"
@@ -2621,6 +2627,7 @@ def compile_search(patience: float = 2.0) -> None:
     zero, one = torch.zeros(1), torch.ones(1, 1)
     args, root = Args(num_simulations=1, c_scale=0.1, q_floor=0.0), (one, one, zero)
     gumbel_search(lambda latent, action: (latent, zero, zero, one, zero), root, one, None, args)
+    decode(np.zeros((1, 3), np.float32))
     note.cancel()
 
 

@@ -982,7 +982,7 @@ def test_networks(kind):
             latent.flatten(1).amax(1), torch.ones(5)
         )
         latent, outputs = muzero.recurrent(agent, latent, torch.full((5,), step % A))
-        reward, logits, value = muzero.decode(outputs)
+        reward, logits, value = muzero.decode(outputs.detach().numpy())
         assert reward.shape == value.shape == (5,) and logits.shape == (5, A)
     different = muzero.recurrent(agent, latent, torch.full((5,), 1))[0]
     assert not torch.allclose(different, muzero.recurrent(agent, latent, torch.full((5,), 2))[0])
@@ -1032,8 +1032,9 @@ def test_an_untrained_agent_knows_nothing():
         agent = muzero.make_agent(envs, args)
         obs = torch.rand(2, *envs.single_observation_space.shape)
         latent, logits, value = agent.initial(obs)
-        reward, _, _ = muzero.decode(muzero.recurrent(agent, latent, torch.zeros(2, dtype=torch.long))[1])
-        assert not logits.any() and torch.cat([value, reward]).abs().max() < 1e-5
+        outputs = muzero.recurrent(agent, latent, torch.zeros(2, dtype=torch.long))[1].detach().numpy()
+        numbers = muzero.decode(outputs)
+        assert not logits.any() and max(np.abs(x).max() for x in (value.detach().numpy(), *numbers)) < 1e-5
 
 
 def test_a_flat_latent_state_does_not_blow_up():
@@ -1308,8 +1309,9 @@ def test_the_model_steps_along_the_candidate_that_was_chosen():
         expected, reward_logits = agent.network.dynamics(latent, u[torch.arange(3), number].tanh())
         policy, value_logits = agent.network.predict(expected)
     assert torch.equal(found, agent.offer(expected, policy, *draws[1])[0]) and prior is draws[0][1]
-    reward, logits, value = muzero.decode(outputs)
+    reward, logits, value = map(torch.from_numpy, muzero.decode(outputs.numpy()))
     assert logits.tolist() == [[0, 0, *[-math.inf] * 4]] * 3
+    reward, value = reward.float(), value.float()
     torch.testing.assert_close(reward, muzero.from_distribution(reward_logits, agent.bins), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(value, muzero.from_distribution(value_logits, agent.bins), rtol=1e-4, atol=1e-5)
 
