@@ -131,7 +131,7 @@ class Args:
     target_network_frequency: Count = 200  # updates between copies to the target network
     priority_alpha: Amount | None = None  # exponent of the replay priorities, 0 = uniform replay; default by task
     learning_rate: Positive | None = None  # learning rate of AdamW; default by task
-    learning_rate_decay: Part | None = None  # what is left of it at the end, it falls exponentially; default by task
+    learning_rate_decay: Part | None = None  # share left at the end, reached exponentially; 1 = constant; by task
     weight_decay: Amount = 1e-4  # weight decay of AdamW
     max_grad_norm: Positive = 5.0  # gradient norm that an update is clipped to (deviation 3)
     value_scale: Amount = 0.25  # weight of the value loss (deviation 9: not 1)
@@ -286,15 +286,6 @@ def recurrent(agent: Agent, latent: torch.Tensor, action: torch.Tensor, *draw: t
     return latent, torch.cat([policy, expected], 1)
 
 
-@njit
-def decode(outputs):
-    """Reward (B,), policy (B, A), value (B,), float64, of outputs (B, A + 2), whose last two columns are transformed."""
-    reward, value = np.empty((2, len(outputs)))
-    for b in range(len(outputs)):
-        reward[b], value[b] = compiled_inverse(outputs[b, -2]), compiled_inverse(outputs[b, -1])
-    return reward, outputs[:, :-2].astype(np.float64), value
-
-
 # === Targets and losses ===
 
 
@@ -304,7 +295,7 @@ def transform(x: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_transform(y):
-    """The x with h(x) = y, of tensors and arrays: u = sqrt(|x| + 1) solves 0.001 u^2 + u = |y| + 1.001.
+    """The x with h(x) = y, of tensors and numbers: u = sqrt(|x| + 1) solves 0.001 u^2 + u = |y| + 1.001.
 
     x = sign(y) (u^2 - 1), where u - 1 = |y| / (1.001 + 0.001 u) by the same equation, so that no digits are lost.
     """
@@ -314,6 +305,16 @@ def inverse_transform(y):
 
 
 compiled_inverse = njit(inverse_transform)
+
+
+@njit
+def decode(outputs):
+    """Reward (B,), policy (B, A), value (B,), float64, of outputs (B, A + 2), the last two columns transformed."""
+    outputs = outputs.astype(np.float64)
+    reward, value = np.empty((2, len(outputs)))
+    for b in range(len(outputs)):
+        reward[b], value[b] = compiled_inverse(outputs[b, -2]), compiled_inverse(outputs[b, -1])
+    return reward, outputs[:, :-2], value
 
 
 def two_hot(x: torch.Tensor, support_size: int) -> torch.Tensor:
@@ -543,7 +544,7 @@ def improved_logits(node, edges, bounds, c_scale, logits):
 def gumbel_choice(node, edges, bounds, c_scale, gumbel, eligible, scores):
     """Root: argmax of g + logits of pi' where N is `eligible`, see halving_visits. Below: of pi' - N / (1 + sum N).
 
-    These are computed in scores (A,); new arrays, and their methods, would double Gumbel's time in the trees.
+    scores (A,) is room for the logits: new arrays, and their methods, cost two thirds more time in `select`.
     """
     improved_logits(node, edges, bounds, c_scale, scores)
     if node["depth"] > 0:
@@ -595,7 +596,7 @@ def expand_and_backup(nodes, edges, n, reward, discount, logits, value):
         node = nodes[b, n]
         for a, edge in enumerate(edges[b, n]):
             edge["logit"] = edge["prior"] = logits[b, a]
-        softmax(edges[b, n]["prior"])
+        softmax(edges[b, n]["prior"])  # a view: in its place
         node["reward"], node["discount"], node["count"] = reward[b], discount[b], 1
         node["raw_value"] = node["value"] = G = value[b]
         while node["depth"] > 0:
@@ -810,7 +811,7 @@ def update(agent: Agent, optimizer, rb: ReplayBuffer, rows: dict, random_actions
 def set_learning_rate(optimizer: torch.optim.Optimizer, global_step: int, args: Args) -> None:
     """learning_rate decay^(t / T), t of the run's T environment steps (deviation 3)."""
     for group in optimizer.param_groups:
-        group["lr"] = args.learning_rate * args.learning_rate_decay ** (global_step / args.total_timesteps)
+        group["lr"] = args.learning_rate * args.learning_rate_decay ** min(1, global_step / args.total_timesteps)
 
 
 def updates_due(global_step: int, args: Args) -> int:
@@ -1025,7 +1026,7 @@ def main(args: Args) -> str:
         noise, temperature = draw_noise(allowed, args, rng["act"]), temperature_of(moves, run.step, args)
         obs, draws = torch.as_tensor(obs, device=device), agent.draws(args.num_envs, args, rng["candidates"])
         result = act(agent, obs, allowed, noise, temperature, args, step_fn, draws)
-        require_finite({"the search's value": result.value.sum()}, run.step)
+        require_finite({"the search's value": result.value.sum(), "its policy": result.policy.sum()}, run.step)
         next_obs, rewards, terminations, truncations, infos = envs.step(result.action.numpy())
         found = {name: getattr(result, name) for name in ("action", "policy", "value", "candidates")}
         rb.add(found | {"obs": obs, "legal": allowed, "reward": rewards}, np.arange(args.num_envs))
@@ -1082,8 +1083,8 @@ TASKS = {
         "total_timesteps": 20_000, "num_envs": 8, "gamma": 0.99, "td_steps": 5, "support_size": 41, "replay_ratio": 0.5,
         "consistency_scale": 2.0,
     },
-    # with gamma 0.99 values after a step of the model are 2 to 3 off, more than a step is worth; here 1. Of
-    # the first 20K steps' 100 episodes 11 deliver; who had seen none of these when learning began never delivered
+    # Gamma 0.99: after a step of the model values are 2 to 3 off, and a step is worth 1; 0.95: 1 off. A run that had
+    # delivered nobody when learning began never did, and of 100 untrained episodes 11 deliver.
     "Taxi": {
         "total_timesteps": 100_000, "learning_starts": 20_000, "gamma": 0.95, "td_steps": 5, "support_size": 10,
         "q_floor": 0.1, "consistency_scale": 2.0,
@@ -1658,7 +1659,11 @@ def make_agent(envs, args: Args) -> Agent:
 
 
 def with_attributes(agent: Agent) -> Agent:
-    """Submodules and parameters as ordinary attributes, too: torch looks elsewhere first, a fifth of a small step."""
+    """Submodules and parameters as ordinary attributes, too, which Python finds before torch's slow __getattr__.
+
+    That is a fifth of a step with few roots. Not for torch.func.functional_call, nor where one of them is replaced
+    otherwise than by setattr or load_state_dict; buffers, which .to() replaces, are left out.
+    """
     for module in agent.modules():
         vars(module).update(module._modules | module._parameters)
     return agent
@@ -1669,7 +1674,8 @@ class BoardGame:
 
     Observations (N, 2, R, C): stones of the player to move and of the other; row 0 is the top. An action is a cell, or
     with gravity a column. A winning move earns its mover 1, everything else 0; statistics count for the first player.
-    A reset with seeds begins games after 0 to opening_moves random moves, after none if one of these wins.
+    A reset with seeds begins games after 0 to opening_moves random moves, after none if one of these wins: with up to 6
+    moves of tic-tac-toe 18 % of all games (of equal chances 14 %), with as many as fit most of them.
     """
 
     def __init__(self, name: str, num_envs: int, opening_moves: int = 0):
@@ -2541,9 +2547,10 @@ def check_args(args: Args) -> None:
     if args.learning_starts > (most := min(args.total_timesteps, args.buffer_size // steps * steps)):
         fail(f"--learning-starts {args.learning_starts} must be within --total-timesteps and --buffer-size, {most}")
     if updates_due(args.total_timesteps, args) == 0:
-        fail(f"--replay-ratio {args.replay_ratio} gives no update between --learning-starts and --total-timesteps")
+        fail(f"--replay-ratio {args.replay_ratio} gives no update between --learning-starts {args.learning_starts} and "
+             f"--total-timesteps {args.total_timesteps}")  # fmt: skip
     game = BOARD_GAMES.get(args.env_id, (1, 1))
-    most = math.inf if callable(game) else game[0] * game[1] - 1  # one is left to be played
+    most = math.inf if callable(game) else game[0] * game[1] - 1  # a cell must be left
     if args.opening_moves > most:
         fail(f"--opening-moves of {args.env_id} must be at most {most}, not {args.opening_moves}")
     for flag, default in (("capture_video", False), ("max_episode_steps", None), ("action_repeat", 1)):

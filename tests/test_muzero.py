@@ -989,18 +989,22 @@ def test_networks(kind):
 
 
 def test_attributes_are_those_of_the_modules():
-    """Found at once, and the same after a copy, a change of type, loading, and when one is replaced."""
-    agent = muzero.make_agent(TinyVector(2), make_args(consistency_scale=1.0))
+    """Found at once; the same after a copy, a change of type, loading, and when one is replaced; not the buffers."""
+    agent, other = (muzero.make_agent(TinyVector(2), make_args(consistency_scale=1.0)) for _ in range(2))
     copied = muzero.deepcopy(agent).double()
-    copied.load_state_dict(muzero.make_agent(TinyVector(2), make_args(consistency_scale=1.0)).state_dict())
-    for one in (agent, copied):
+    copied.load_state_dict(other.state_dict())
+    for one in (agent, copied, muzero.make_agent(muzero.BoardGame("tictactoe", 1), make_args(env_id="tictactoe"))):
         for module in one.modules():
             own = module._modules | module._parameters
             assert all(vars(module)[name] is value for name, value in own.items())
+            assert not set(module._buffers) & set(vars(module))
     assert {id(p) for p in agent.parameters()}.isdisjoint(id(p) for p in copied.parameters())
     assert copied.network.reward.weight.dtype == F64 and "weight" in vars(copied.network.reward)
+    assigned, obs = muzero.deepcopy(agent), torch.rand(3, *TinyVector(2).single_observation_space.shape)
+    assigned.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(assigned.initial(obs)[0], other.initial(obs)[0])
     agent.network.reward.bias = torch.nn.Parameter(bias := torch.arange(2.0 * make_args().support_size + 1))
-    latent = agent.initial(torch.rand(3, *TinyVector(2).single_observation_space.shape))[0]
+    latent = agent.initial(obs)[0]
     assert torch.equal(agent.network.dynamics(latent, torch.zeros(3, dtype=torch.long))[1][0], bias)
 
 
@@ -1622,19 +1626,20 @@ def test_learning_rate_falls_by_equal_factors():
     """0.004 at the start, half of its logarithm's way down in the middle, a hundredth at the end; 1 = it stays."""
     agent, args = vector_agent(learning_rate=0.004, learning_rate_decay=0.01, total_timesteps=1000)
     optimizer, rates = muzero.make_optimizer(agent, args), []
-    for step in (0, 250, 500, 1000):
+    for step in (0, 250, 500, 1000, 1007):  # the last turn goes a few steps beyond the end
         muzero.set_learning_rate(optimizer, step, args)
         rates.append([group["lr"] for group in optimizer.param_groups])
-    np.testing.assert_allclose(rates, np.transpose([[0.004, 0.00126491, 0.0004, 0.00004]] * 2), rtol=1e-5)
+    np.testing.assert_allclose(rates, np.transpose([[0.004, 0.00126491, 0.0004, 0.00004, 0.00004]] * 2), rtol=1e-5)
     muzero.set_learning_rate(optimizer, 777, replace(args, learning_rate_decay=1.0))
     assert [group["lr"] for group in optimizer.param_groups] == [0.004, 0.004]
 
 
 def test_a_run_has_the_learning_rate_of_its_last_update():
-    """Whose step is that of the end: the updates of a turn come after its steps."""
+    """A quarter of the first one's at the end."""
     folder = run(muzero, learning_rate=0.002, learning_rate_decay=0.25, total_timesteps=36)
-    groups, end = load(folder)["parts"]["optimizer"]["param_groups"], load(folder)["global_step"]
-    np.testing.assert_allclose([group["lr"] for group in groups], 0.002 * 0.25 ** (end / 36))
+    rates = [group["lr"] for group in load(folder)["parts"]["optimizer"]["param_groups"]]
+    assert load(folder)["global_step"] >= 36
+    np.testing.assert_allclose(rates, 0.0005)
 
 
 # === Board games ===
@@ -1661,7 +1666,7 @@ def test_action_planes():
 
 @pytest.mark.parametrize(("name", "opening_moves"), [("tictactoe", 4), ("connect_four", 6)])
 def test_openings_are_random_legal_moves(name, opening_moves):
-    """0 to so many moves with equal chances, by the seeds; only where a game begins; none without the setting."""
+    """0 to so many moves with equal chances, as none of them can win, by the seeds; only where a game begins."""
     N = 500
     game = muzero.BoardGame(name, N, opening_moves)
     obs, _ = game.reset(list(range(N)))
@@ -2547,7 +2552,8 @@ def test_memory_is_that_of_the_arrays(monkeypatch):
     ("changes", "line"),
     [
         ({"replay_ratio": 1e-6}, "--replay-ratio 1e-06 gives no update"),
-        ({"learning_starts": 40_000}, "gives no update between --learning-starts and --total-timesteps"),
+        ({"learning_starts": 40_000}, "gives no update between --learning-starts 40000 and --total-timesteps 40000"),
+        ({"env_id": "Taxi-v4", "total_timesteps": 10_000}, "--learning-starts 20000 must be within --total-timesteps"),
         ({"learning_starts": 40_001}, "--learning-starts 40001 must be within"),
         ({"c_scale": 0.0}, "--c-scale must be at least"),
         ({"num_candidates": 1}, "--num-candidates must be at least 2"),

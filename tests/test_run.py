@@ -530,9 +530,13 @@ BAD_GAMES = {
     "MultiDiscrete actions": ({"env_id": "fake_envs:MultiDiscreteAction-v0"}, "actions must be"),
     "unknown game": ({"env_id": "tictactoo"}, "tictactoe"),
     "unknown Atari game": ({"env_id": "ALE/Pongg-v5"}, "ALE/Pong-v5"),
-    "openings that win": (
-        {"env_id": "tictactoe", "opening_moves": 5},
-        "--opening-moves of tictactoe must be at most 4",
+    "openings that fill the board": (
+        {"env_id": "tictactoe", "opening_moves": 9},
+        "--opening-moves of tictactoe must be at most 8",
+    ),
+    "openings that fill the columns": (
+        {"env_id": "connect_four", "opening_moves": 42},
+        "--opening-moves of connect_four must be at most 41",
     ),
     "openings of no game": ({"opening_moves": 1}, "must be at most 0, not 1"),
     "less than no opening": ({"env_id": "connect_four", "opening_moves": -1}, "--opening-moves must be at least 0"),
