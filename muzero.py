@@ -1067,8 +1067,8 @@ DEFAULTS = {
 BOARD = {
     "num_envs": 64, "learning_rate": 3e-3, "gamma": 1.0, "support_size": 1, "c_scale": 0.25, "bootstrap": "search",
     "dirichlet_alpha": 1.0, "temperature_steps": (10**9, 10**9), "two_player": True, "td_steps": 42,
-    "buffer_size": 100_000, "hidden_size": 32, "num_simulations": 32, "opening_moves": 4, "temperature_moves": 12,
-    "learning_rate_decay": 0.1,
+    "buffer_size": 100_000, "hidden_size": 32, "num_simulations": 32, "opening_moves": 6, "temperature_moves": 12,
+    "learning_rate_decay": 0.1, "replay_ratio": 0.1,
 }  # fmt: skip
 TASKS = {
     "CartPole": {
@@ -1095,11 +1095,7 @@ TASKS = {
         {"action_repeat": 4, "gamma": 0.98, "replay_ratio": 0.25, "reanalyze_ratio": 0.0},
     ),
     "LunarLander": {"action_repeat": 4, "gamma": 0.99, "support_size": 30, "num_simulations": 25},
-    "tictactoe": {
-        "total_timesteps": 150_000, "buffer_size": 20_000, "hidden_size": 16, "num_simulations": 25, "opening_moves": 6,
-        "temperature_moves": 6,
-    },
-    "connect_four": {"replay_ratio": 0.1, "opening_moves": 6},
+    "tictactoe": {"num_simulations": 25, "temperature_moves": 6},
 }  # fmt: skip
 ATARI = {  # deviation 12: EfficientZero's
     "total_timesteps": 500_000, "buffer_size": 100_000, "batch_size": 256, "td_steps": 5, "num_simulations": 50,
