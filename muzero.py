@@ -966,7 +966,7 @@ def main(args: Args) -> str:
     compile_search()
     run = (RankedRun if dist.is_initialized() else Run)(whole, checkpoint)
     # what a checkpoint holds: networks, optimizer, replay, counters, generators
-    agent = make_agent(envs, args).to(device)
+    agent = with_attributes(make_agent(envs, args).to(device))
     target, optimizer = deepcopy(agent).requires_grad_(False), make_optimizer(agent, args)
     rb = ReplayBuffer(envs, agent, args, device)
     counters = {"num_updates": 0, "owed": 0}
@@ -1642,7 +1642,7 @@ def make_agent(envs, args: Args) -> Agent:
     actions, units = envs.single_action_space, args.hidden_size
     if isinstance(actions, gym.spaces.Box):
         network = VectorNetwork(shape[0], 0, actions.shape[0], num_bins, units)
-        return with_attributes(SampledAgent(network, args.num_candidates, args, actions.shape[0]))
+        return SampledAgent(network, args.num_candidates, args, actions.shape[0])
     num_actions = int(actions.n)
     if len(shape) == 1:
         network = VectorNetwork(shape[0], num_actions, 0, num_bins, units)
@@ -1651,14 +1651,14 @@ def make_agent(envs, args: Args) -> Agent:
         one_hot = torch.eye(num_actions)[:, :, None, None].expand(-1, -1, *size)  # a plane for each action
         planes = getattr(envs, "action_planes", one_hot)  # on a board: where the move is made
         network = ConvNetwork(shape, planes, num_bins, units, args.num_blocks)
-    return with_attributes(Agent(network, num_actions, args))
+    return Agent(network, num_actions, args)
 
 
 def with_attributes(agent: Agent) -> Agent:
     """Submodules and parameters as ordinary attributes, too, which Python finds before torch's slow __getattr__.
 
-    That is a fifth of a step with few roots. Not for torch.func.functional_call, nor where one of them is replaced
-    otherwise than by setattr or load_state_dict; buffers, which .to() replaces, are left out.
+    That is a fifth of a step with few roots. Only once the agent is on its device: .to() may replace parameters, and
+    does replace buffers, which are left out. Not for torch.func.functional_call.
     """
     for module in agent.modules():
         vars(module).update(module._modules | module._parameters)

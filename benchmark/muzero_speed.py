@@ -78,7 +78,7 @@ def search_speed(batch: int, num_actions: int, args: muzero.Args, step_fn: Calla
     """Simulations per second of `act` from `batch` observations, the network included."""
     device = muzero.choose_device(args)
     torch.manual_seed(0)
-    agent = muzero.make_agent(Spaces(num_actions), args).to(device)
+    agent = muzero.with_attributes(muzero.make_agent(Spaces(num_actions), args).to(device))
     for layer in (agent.network.reward, agent.network.policy_value):  # a trained network's preferences, not zeros
         torch.nn.init.normal_(layer.weight, std=0.1)
     legal = np.ones((batch, num_actions), bool)

@@ -990,10 +990,16 @@ def test_networks(kind):
 
 def test_attributes_are_those_of_the_modules():
     """Found at once; the same after a copy, a change of type, loading, and when one is replaced; not the buffers."""
-    agent, other = (muzero.make_agent(TinyVector(2), make_args(consistency_scale=1.0)) for _ in range(2))
+    agent, other, board = (
+        muzero.with_attributes(muzero.make_agent(envs, args))
+        for envs, args in (
+            *[(TinyVector(2), make_args(consistency_scale=1.0))] * 2,
+            (muzero.BoardGame("tictactoe", 1), make_args(env_id="tictactoe")),
+        )
+    )
     copied = muzero.deepcopy(agent).double()
     copied.load_state_dict(other.state_dict())
-    for one in (agent, copied, muzero.make_agent(muzero.BoardGame("tictactoe", 1), make_args(env_id="tictactoe"))):
+    for one in (agent, copied, board):
         for module in one.modules():
             own = module._modules | module._parameters
             assert all(vars(module)[name] is value for name, value in own.items())
