@@ -1670,8 +1670,8 @@ class BoardGame:
 
     Observations (N, 2, R, C): stones of the player to move and of the other; row 0 is the top. An action is a cell, or
     with gravity a column. A winning move earns its mover 1, everything else 0; statistics count for the first player.
-    A reset with seeds begins games after 0 to opening_moves random moves, after none if one of these wins: with up to 6
-    moves of tic-tac-toe 18 % of all games (of equal chances 14 %), with as many as fit most of them.
+    A reset with seeds begins games after 0 to opening_moves random moves, after none if one of these wins: so begin
+    18 % of the games of tic-tac-toe with up to 6 (by equal chances 14 %), half of those of connect four with up to 41.
     """
 
     def __init__(self, name: str, num_envs: int, opening_moves: int = 0):

@@ -2669,6 +2669,16 @@ def test_muzero_stops_where_something_is_not_finite(part, key, words):
     assert path.read_bytes() == poisoned
 
 
+def test_muzero_stops_where_only_a_policy_is_not_finite():
+    """Values stay numbers then; the policy would go into the replay."""
+    run_dir = run(muzero)
+    path, state = Path(run_dir, "checkpoint.pt"), load(run_dir)
+    state["parts"]["agent"]["network.policy_value.bias"][0] = math.nan
+    torch.save(state, path)
+    with pytest.raises(SystemExit, match=r"not finite at step \d+: its policy"):
+        resume(muzero, run_dir, total_timesteps=96)
+
+
 def test_muzero_stops_on_a_board_where_values_are_not_finite():
     """Between two reports, too: a full column would be the next choice."""
     run_dir = run(muzero, env_id="tictactoe", num_simulations=4, **FOUR_ENVS | {"total_timesteps": 40})
