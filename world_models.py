@@ -126,6 +126,7 @@ class Args:
     total_timesteps: Count | None = None  # environment steps of random actions, recorded for V and M; default by task
     num_envs: Few = 1  # environments played side by side in all stages, each in its own process if more than one
     max_episode_steps: Count | None = None  # most steps of an episode; default the task's, or 10,000, TakeCover 2,100
+    action_repeat: Few = 1  # environment steps per action (rewards summed); what is called a step below is an action
     rounds: Count = 1  # times that the stages follow each other; C plays what the later rounds record; may be raised
     round_timesteps: Count = 15_000  # environment steps that each later round records
     record_sigma: Amount = 0.05  # standard deviation of the weights around C's that play an episode of a later round
@@ -179,7 +180,7 @@ class Spec(NamedTuple):
 
     action_kind: str  # thirds (TakeCover: one number, three moves), car (steer, gas, brake), box or discrete
     action_dim: int  # numbers of an action as M receives it, and outputs of C (A)
-    time_limit: int  # environment steps
+    time_limit: int  # actions of an episode at most
     end_head: bool  # does M predict the end of an episode, and
     reward_head: bool  # the reward; not in TakeCover, where it is 1 per step
 
@@ -248,11 +249,12 @@ class MDNRNN(nn.Module):
     """
 
     NUM_STARTS = 1000  # recorded states that dreams begin in, at first frames and as many elsewhere: set_dream_starts
-    WARM_UP = 100  # steps that M has read when a dream begins elsewhere; CarRacing's opening zoom takes 50
 
     def __init__(self, spec: Spec, args: Args):
         super().__init__()
         self.spec, self.shape = spec, (3, args.num_mixtures, args.latent_size)  # pi, mu and sigma; K; Z
+        # what M has read when a dream begins elsewhere: 100 environment steps; CarRacing's opening zoom takes 50
+        self.warm_up = math.ceil(100 / args.action_repeat)
         inputs, units = args.latent_size + spec.action_dim + spec.is_takecover, args.hidden_size
         self.lstm = nn.LSTM(inputs, units)
         self.head = nn.Linear(units, math.prod(self.shape) + spec.end_head + spec.reward_head)
@@ -614,18 +616,20 @@ class ReplayBuffer:
             self.episodes = list(zip(*columns, strict=True))
 
 
-def learnable_rewards(rewards: np.ndarray, spec: Spec, window: int) -> np.ndarray:
+def learnable_rewards(rewards: np.ndarray, spec: Spec, window: int, repeat: int) -> np.ndarray:
     """Rewards (T,) of an episode as M learns them (deviation 6): CarRacing pays 1000 / (tiles of the track) for a tile.
 
-    How many tiles a track has is in no picture, so here each pays the mean, 3.4. A step may pass several; it costs 0.1.
-    Nor is where a tile begins: what tiles pay is spread evenly over a window of steps around it, within the episode.
+    How many tiles a track has is in no picture, so here each pays the mean, 3.4. An action may pass several; each of
+    its `repeat` environment steps costs 0.1. Nor is where a tile begins: what tiles pay is spread evenly over a window
+    of actions around it, within the episode.
     """
+    cost = 0.1 * repeat
     if spec.action_kind != "car" or not (rewards > 0).any():
         return rewards
-    tiles = np.where(rewards > 0, np.round((rewards + 0.1) / (rewards[rewards > 0].min() + 0.1)), 0)
+    tiles = np.where(rewards > 0, np.round((rewards + cost) / (rewards[rewards > 0].min() + cost)), 0)
     inside = np.convolve(np.ones(len(tiles)), np.ones(window))[(window - 1) // 2 :][: len(tiles)]  # of its window
     spread = np.convolve(tiles / inside, np.ones(window))[window // 2 :][: len(tiles)]
-    return np.where(rewards > 0, -0.1, rewards) + 3.4 * spread
+    return np.where(rewards > 0, -cost, rewards) + 3.4 * spread
 
 
 class Latents:
@@ -637,7 +641,8 @@ class Latents:
         first[spans[:, 0]], last[spans[:, 1] - 1] = 1, 1
         terminated[spans[:, 1] - 1] = rb.terminated  # deviation 5: not where an episode was cut off
         action = np.concatenate([actions for actions, _ in rb.episodes])
-        reward = np.concatenate([learnable_rewards(r, spec, args.reward_window) for _, r in rb.episodes])
+        settings = spec, args.reward_window, args.action_repeat
+        reward = np.concatenate([learnable_rewards(rewards, *settings) for _, rewards in rb.episodes])
         data = {"action": action, "reward": reward, "first": first, "last": last, "terminated": terminated}
         self.data = {name: torch.from_numpy(array.astype(np.float32)).to(device) for name, array in data.items()}
         self.data |= {"mu": rows[:, 0], "logvar": rows[:, 1]}  # float16
@@ -694,8 +699,8 @@ def collect(run: "Stages") -> bool:
             rb.open[i].append((obs[i].copy(), actions[i], rewards[i]))
         obs, ended, idle = next_obs, terminations | truncations, np.where(rewards > 0, 0, idle * ~dones + 1)
         dones = ended | ((idle == args.idle_limit) & (args.idle_limit > 0))
-        run.step += num_envs
-        run.progress.update(num_envs)
+        run.step += num_envs * args.action_repeat
+        run.progress.update(num_envs * args.action_repeat)
         for i in np.flatnonzero(dones):  # what a given-up episode had left is paid like its last step
             rest = 0 if ended[i] else rewards[i] * (run.spec.time_limit - len(rb.open[i]))
             run.returns.append(float(sum(reward for *_, reward in rb.open[i]) + rest))
@@ -712,7 +717,7 @@ def collect(run: "Stages") -> bool:
         raise SystemExit(f"\nerror: no episode of {args.min_episode_length} steps in {run.step}: nothing to learn from")
     run.collected, returns = run.step, np.array(run.returns or [np.nan])
     text = f"{len(run.returns)} whole episodes recorded, {returns.mean():.1f} +- {returns.std():.1f}"
-    run.say(f"round {run.round}, {run.step} environment steps, {len(rb)} of them kept: {text}")
+    run.say(f"round {run.round}, {run.step} environment steps, {len(rb)} actions kept: {text}")
     return True
 
 
@@ -814,9 +819,9 @@ def train_model(run: "Stages") -> bool:
 def set_dream_starts(model: MDNRNN, latents: Latents, rng: np.random.Generator) -> None:
     """Draws where dreams begin: half of them at first frames of recorded episodes, at rest, with the zero state.
 
-    The other half anywhere after WARM_UP steps, with the state of M that these have led to, from zero.
+    The other half anywhere after warm_up steps, with the state of M that these have led to, from zero.
     """
-    num, warm_up = model.NUM_STARTS, model.WARM_UP
+    num, warm_up = model.NUM_STARTS, model.warm_up
     rest = latents.spans[rng.integers(len(latents.spans), size=num), 0]
     spans = latents.spans[latents.spans[:, 1] - latents.spans[:, 0] > warm_up]
     rows, (h, c) = rest, model.initial(num)
@@ -889,8 +894,9 @@ def evolve(run: "Stages") -> bool:
         run.sigma = float(es.sigma)
         controller.copy_(torch.from_numpy(es.mean).view_as(controller))  # deviation 11: the last mean, not the best
         run.count_unit()
-        run.unscored = int(lengths.sum()) + (0 if run.scored else run.unscored)
-        run.step += int(lengths.sum()) if args.controller_env == "real" else 0
+        steps = int(lengths.sum()) * args.action_repeat
+        run.unscored = steps + (0 if run.scored else run.unscored)
+        run.step += steps if args.controller_env == "real" else 0
         values = {"mean": scores.mean(), "best": scores.max(), "std": scores.std(), "sigma": es.sigma}
         run.log({f"controller/{name}": value for name, value in (values | {"length": lengths.mean()}).items()})
         run.say(f"generation {run.units_done}: mean {scores.mean():.1f}, best {scores.max():.1f}, sigma {es.sigma:.4f}")
@@ -1133,6 +1139,33 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         fail(f"cannot make {env_id!r} with {settings}: {one_line(error)}{where}")
 
 
+class FrameSkip(gym.Wrapper):
+    """Repeats each action, sums the rewards, stops at the end of the episode.
+
+    Nobody sees the frames between: an environment that has the attribute `unseen` is told so and need not draw them,
+    which makes benchmark/world_models_car.py three times as fast with an action_repeat of 4.
+    """
+
+    def __init__(self, env: gym.Env, repeat: int):
+        super().__init__(env)
+        self.repeat, self.is_told = repeat, hasattr(env.unwrapped, "unseen")
+
+    def step(self, action):
+        total = 0.0
+        for left in reversed(range(self.repeat)):
+            self.tell(left > 0)
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        self.tell(False)
+        return obs, total, terminated, truncated, info
+
+    def tell(self, unseen: bool) -> None:
+        if self.is_told:
+            self.env.unwrapped.unseen = unseen
+
+
 class Resting(gym.Wrapper):
     """An environment that stands still after a reset without a seed, until the next one with a seed."""
 
@@ -1155,7 +1188,7 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
         env = make_pictures(args, video is not None)
         limits = filter(None, (args.max_episode_steps, env.spec.max_episode_steps))
         env = gym.wrappers.TimeLimit(env, min(limits, default=10_000))
-        env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
+        env = FrameSkip(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
         return Resting(fit_spaces(Film(env, video) if video else env, args))
 
     return thunk
@@ -1203,8 +1236,8 @@ def make_spec(envs: gym.vector.VectorEnv, args: Args) -> Spec:
     space = envs.single_action_space
     kind = kind_of_action(space, args)
     action_dim = {"thirds": 1, "discrete": getattr(space, "n", 0)}.get(kind) or space.shape[0]
-    limit = envs.get_attr("_max_episode_steps")[0]
-    return Spec(kind, int(action_dim), int(limit), end_head=args.heads, reward_head=args.heads and kind != "thirds")
+    limit = math.ceil(envs.get_attr("_max_episode_steps")[0] / args.action_repeat)
+    return Spec(kind, int(action_dim), limit, end_head=args.heads, reward_head=args.heads and kind != "thirds")
 
 
 def make_pictures(args: Args, film: bool) -> gym.Env:
@@ -1415,7 +1448,7 @@ def log_open_dream(run: "Stages", latents: Latents, samples: int = 8) -> None:
     """
     from matplotlib.figure import Figure
 
-    spans, warm_up = latents.holdout, run.agent.model.WARM_UP
+    spans, warm_up = latents.holdout, run.agent.model.warm_up
     longest = int((spans[:, 1] - spans[:, 0]).max()) - 1
     warm_up = warm_up if longest > warm_up + 50 else 0
     context, length = warm_up + 5, min(warm_up + 100, longest)
@@ -1484,7 +1517,8 @@ def enter_dream(args: Args) -> str:
     folder, checkpoint = args.play, load_run(args.play, args)
     args = replace(Args(**checkpoint["args"]), cuda=args.cuda, seed=args.seed)
     envs = make_vector_env(args, 1)
-    agent, fps = trained_agent(folder, checkpoint, envs, args), envs.metadata.get("render_fps", 30)
+    agent = trained_agent(folder, checkpoint, envs, args)
+    fps = envs.metadata.get("render_fps", 30) / args.action_repeat
     envs.close()
     pygame.quit()
     if screen is None:
@@ -2007,7 +2041,8 @@ class Run:
 
 STAGES = ("collect", "v", "m", "c", "finished")
 STAGE_SETTINGS = {  # what a run repeated --from-stage may change
-    "collect": "num_envs max_hold min_episode_length save_buffer round_timesteps record_sigma explore idle_limit",
+    "collect": "num_envs action_repeat max_hold min_episode_length save_buffer round_timesteps record_sigma explore "
+    "idle_limit",
     "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr kl_tolerance",
     "m": "hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr model_lr_decay heads "
     "end_weight pessimism reward_window holdout_ratio",
@@ -2323,16 +2358,17 @@ def introduction(run: Stages) -> str:
     args, agent, spec = run.args, run.agent, run.spec
     v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (agent.vae, agent.model))
     text = f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {agent.controller.numel():,}"
-    frames = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
+    recorded = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
+    frames = recorded // args.action_repeat
     text += f"; {frames * 64 * 64 * 3 / 1e9:.1f} GB of frames"
     depth, size, rate = (args.vae_depth / 32) ** 2, (args.hidden_size / 256) ** 2, 2_300 if spec.is_takecover else 138
     steps = args.population * args.episodes * args.generations * args.rounds
     dreamed = steps * min(args.dream_length or math.inf, spec.time_limit) / 64_200 * size
     hours = {
-        "recording": frames / rate,
+        "recording": recorded / rate,
         "V": frames * args.vae_epochs / 299 * depth,
         "M": args.rounds * args.model_updates * args.model_batch_size * args.sequence_length / 26_500 * size,
-        "C": dreamed if args.controller_env == "dream" else steps * spec.time_limit / rate,
+        "C": dreamed if args.controller_env == "dream" else steps * spec.time_limit * args.action_repeat / rate,
     }
     known = list(hours) if run.device.type == "cpu" else ["recording"] + ["C"] * (args.controller_env == "real")
     parts = ", ".join(f"{name} {hours[name] / 3600:.1f}" for name in known)
@@ -2346,9 +2382,11 @@ def check_sizes(args: Args, spec: Spec, checkpoint: dict | None) -> None:
     if checkpoint:  # as rewind has left it
         counters, missing = checkpoint["parts"]["counters"], 0
         if counters["stage"] == "collect":  # what lies in the file beyond the checkpoint will be cut off
-            missing = counters["record_until"] - checkpoint["global_step"] - frames_file(args.resume).num_rows()
-            missing += sum(checkpoint["parts"].get("replay", {"lengths": ()})["lengths"])
+            there = sum(checkpoint["parts"].get("replay", {"lengths": ()})["lengths"])
+            missing = counters["record_until"] - checkpoint["global_step"]
+            missing -= (frames_file(args.resume).num_rows() - there) * args.action_repeat
         missing += (args.rounds - counters["round"]) * later
+    frames, missing = frames // args.action_repeat, missing // args.action_repeat
     needed, free = missing * 64 * 64 * 3 / 1e9, shutil.disk_usage(args.resume or ".").free / 1e9
     if needed > free:
         fail(f"--total-timesteps: {needed:.0f} GB of frames do not fit on the disk, which has {free:.0f} GB")

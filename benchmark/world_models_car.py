@@ -15,6 +15,10 @@ class FastCarRacing(car_racing.CarRacing):
     """Overrides what turns and draws field, grass and road."""
 
     turned = None  # the track whose corners are in an array
+    unseen = False  # the next picture is looked at by nobody (--action-repeat): it is not drawn
+
+    def _render(self, mode: str):
+        return self.state if self.unseen and mode == "state_pixels" else super()._render(mode)
 
     def _polygons(self) -> None:
         """Corners (N, 4, 2) and colours of grass and road; a tile's colour changes where it is when it is passed."""

@@ -374,10 +374,12 @@ def test_a_tile_is_worth_the_same_on_every_track():
     """0, 1 or 2 tiles of tracks of 224 to 366 tiles, and leaving the field."""
     for tiles in (230, 294, 366):
         rewards = np.array([-0.1, 1000 / tiles - 0.1, 2000 / tiles - 0.1, -100.0])
-        np.testing.assert_allclose(world_models.learnable_rewards(rewards, CAR, 1), [-0.1, 3.3, 6.7, -100])
+        np.testing.assert_allclose(world_models.learnable_rewards(rewards, CAR, 1, 1), [-0.1, 3.3, 6.7, -100])
+        rewards[:3] -= 0.3  # actions of four steps
+        np.testing.assert_allclose(world_models.learnable_rewards(rewards, CAR, 1, 4), [-0.4, 3.0, 6.4, -100])
     for rewards in (np.array([-0.1, -100.0]), np.zeros(0)):
-        assert np.array_equal(world_models.learnable_rewards(rewards, CAR, 1), rewards)
-    assert world_models.learnable_rewards(np.array([1.3]), BOX, 5) == [1.3]
+        assert np.array_equal(world_models.learnable_rewards(rewards, CAR, 1, 1), rewards)
+    assert world_models.learnable_rewards(np.array([1.3]), BOX, 5, 1) == [1.3]
 
 
 def test_what_a_tile_pays_is_spread_over_the_steps_around_it():
@@ -387,11 +389,11 @@ def test_what_a_tile_pays_is_spread_over_the_steps_around_it():
     expected = np.full(12, -0.1)
     expected[2:7] += 3.4 / 5
     expected[9:] += 6.8 / 3
-    np.testing.assert_allclose(world_models.learnable_rewards(rewards, CAR, 5), expected)
+    np.testing.assert_allclose(world_models.learnable_rewards(rewards, CAR, 5, 1), expected)
     for window in (1, 2, 3, 8, 11):
-        assert world_models.learnable_rewards(rewards, CAR, window).sum() == pytest.approx(3 * 3.4 - 12 * 0.1)
+        assert world_models.learnable_rewards(rewards, CAR, window, 1).sum() == pytest.approx(3 * 3.4 - 12 * 0.1)
     rewards[-1] = -100
-    assert world_models.learnable_rewards(rewards, CAR, 5)[-1] == -100
+    assert world_models.learnable_rewards(rewards, CAR, 5, 1)[-1] == -100
 
 
 def test_ten_frames_are_learned_by_heart():
@@ -741,11 +743,15 @@ def test_batch_draws_z_afresh_and_shifts_it_by_one(latents):
 
 
 def test_dreams_begin_at_first_frames_and_with_the_state_of_what_came_before(latents, monkeypatch):
-    """Half and half: z of first frames, zero state; and rows after a warm-up, with M's state after those steps."""
+    """Half and half: z of first frames, zero state; and rows after a warm-up, with M's state after those steps.
+
+    The warm-up is of 100 environment steps, 34 actions of three steps.
+    """
+    assert make_agent(BOX, action_repeat=3).model.warm_up == 34 and make_agent(BOX).model.warm_up == 100
     model = make_agent(BOX).model
 
     def draw(warm_up: int) -> list[int]:
-        monkeypatch.setattr(model, "WARM_UP", warm_up)
+        monkeypatch.setattr(model, "warm_up", warm_up)
         world_models.set_dream_starts(model, latents, np.random.default_rng(1))
         assert set(model.start_mu[:1000, 0].int().tolist()) == {0, 5, 8, 14}
         assert not model.start_c[:1000].any() and not model.start_h[:1000].any()
@@ -988,6 +994,31 @@ def test_the_faster_car_is_drawn_pixel_for_pixel(monkeypatch):
     fast.close()
 
 
+def test_the_faster_car_is_drawn_where_it_is_seen(monkeypatch):
+    """With repeated actions: every fourth of Gymnasium's frames, the sums of its rewards, also after an episode that
+    ended within an action; and no frame more is drawn."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    car, drawn, plain = importlib.import_module("world_models_car").FastCarRacing, [], gym.make("CarRacing-v3")
+    draw = car._render_road
+    monkeypatch.setattr(car, "_render_road", lambda self, *a: (drawn.append(1), draw(self, *a))[1])
+    settings = {"env_id": "world_models_car:Fast/CarRacing-v3", "action_repeat": 4, "max_episode_steps": 10}
+    env = world_models.make_env(make_args(**settings))()
+    for seed in (1, 2):
+        plain.reset(seed=seed)
+        env.reset(seed=seed)
+        for steps in (4, 4, 2):
+            action = np.array([0.3, 0.8, 0], np.float32)
+            *_, total, terminated, truncated, _ = env.step(action)
+            assert (terminated, truncated) == (False, steps == 2) and not env.unwrapped.unseen
+            outcomes = [plain.step(action) for _ in range(steps)]
+            assert total == pytest.approx(sum(outcome[1] for outcome in outcomes))
+            if steps == 4:
+                assert np.array_equal(env.unwrapped.state, outcomes[-1][0])
+    assert len(drawn) == 2 * (1 + 2)  # the frame after the last action is seen by nobody
+    plain.close()
+    env.close()
+
+
 def test_envpool_plays_the_same_game(monkeypatch):
     """benchmark/envpool_car.py: a seed fixes track and pictures, another one changes them; gas earns new tiles."""
     pytest.importorskip("envpool", reason="envpool is not installed.")
@@ -1015,26 +1046,38 @@ def test_envpool_plays_the_same_game(monkeypatch):
 fake_envs.register("DeadlyMovingPixels-v0", fake_envs.MovingPixels, 12, deadly=True)
 
 
-def test_recording_is_that_of_a_plain_loop():
-    """Held actions, frames before them, episodes of 3 steps or more; a time limit or the last step is no death."""
+@pytest.mark.parametrize(("repeat", "actions"), [(1, 230), (3, 234)])
+def test_recording_is_that_of_a_plain_loop(repeat, actions):
+    """Held actions, frames before them, episodes of 3 steps or more; a time limit or the last step is no death.
+
+    With repeated actions a step is an action of three environment steps, or of those that the episode has left.
+    """
     changes = {"env_id": "DeadlyMovingPixels-v0", "num_envs": 2, "max_hold": 4, "min_episode_length": 3}
     make = world_models.make_env(make_args(**changes))
-    envs = gym.vector.SyncVectorEnv([make] * 2, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-    spec = Spec("box", 1, 12, True, True)
-    run = make_run(spec, envs, total_timesteps=230, **changes)
-    assert world_models.collect(run) and run.collected == 230
+    changes["action_repeat"] = repeat
+    makes = [world_models.make_env(make_args(**changes))] * 2
+    envs = gym.vector.SyncVectorEnv(makes, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    spec, limit = world_models.make_spec(envs, make_args(**changes)), 12 // repeat
+    assert spec == Spec("box", 1, limit, True, True)
+    run = make_run(spec, envs, total_timesteps=actions * repeat, **changes)
+    assert world_models.collect(run) and run.collected == actions * repeat
     held, draw = HeldActions(2, run.agent, run.args, np.random.default_rng([1, 0])), np.random.default_rng([1, 1])
     plain, frames, tracks, ended = [make(), make()], [None] * 2, [[], []], np.ones(2, bool)
     expected = []  # frames, actions and rewards of an episode, and whether it terminated
-    for _ in range(115):
-        actions = held(ended)
+    for _ in range(actions // 2):
+        taken = held(ended)
         seeds = draw.integers(2**31, size=2) if ended.any() else None
         for i, env in enumerate(plain):
             if ended[i]:
                 frames[i], _ = env.reset(seed=int(seeds[i]))
                 tracks[i] = []
-            new, reward, terminated, truncated, _ = env.step(actions[i])
-            tracks[i].append((frames[i], actions[i], reward))
+            total = 0.0
+            for _ in range(repeat):
+                new, reward, terminated, truncated, _ = env.step(taken[i])
+                total += reward
+                if terminated or truncated:
+                    break
+            tracks[i].append((frames[i], taken[i], total))
             frames[i], ended[i] = new, terminated or truncated
             if ended[i]:
                 expected.append((tracks[i], terminated))
@@ -1042,7 +1085,7 @@ def test_recording_is_that_of_a_plain_loop():
     expected = [(track, terminated) for track, terminated in expected if len(track) >= 3]
     assert run.rb.terminated == [terminated for _, terminated in expected]
     assert np.diff(run.rb.spans)[:, 0].tolist() == [len(track) for track, _ in expected]
-    ends = [(len(track) == 12, terminated) for track, terminated in expected]
+    ends = [(len(track) == limit, terminated) for track, terminated in expected]
     assert {(True, False), (False, True), (False, False)} <= set(ends)  # limits, deaths, and a cut at the last step
     steps = [step for track, _ in expected for step in track]
     assert np.array_equal(run.rb.frames.rows(), [frame for frame, _, _ in steps])
@@ -1527,6 +1570,7 @@ WORLDS = {
     "pixels": {},
     "deadly discrete": {"env_id": "fake_envs:TinyPixelsDiscrete-v0", "total_timesteps": 96},
     "real": {"controller_env": "real"},
+    "repeated": {"controller_env": "real", "action_repeat": 2, "total_timesteps": 96},
     "two": TWO_ENVS,
     "drawn": {"env_id": "CartPole-v1", "render_obs": True, "total_timesteps": 120, "dream_length": 20},
 }
@@ -1537,7 +1581,7 @@ def test_world_models_logs_everything_and_moves_all_parameters(kind):
     """Each kind of environment and of evolution: tags and their steps, files in the run folder, trained parameters."""
     settings = WORLDS[kind] | {"eval_frequency": 1}
     args, run_dir = world_models.with_task_defaults(tiny(world_models, **settings)), run(world_models, **settings)
-    dreaming = kind != "real"
+    dreaming = args.controller_env != "real"
     heads = {"losses/done_loss", "losses/reward_loss", "dream/episodic_return", "dream/episodic_return_std"}
     heads |= {f"model/deaths_{name}" for name in ("true", "predicted")}
     heads |= {"calibration/recording_dream", "calibration/recording_real"}
@@ -1562,6 +1606,8 @@ def test_world_models_logs_everything_and_moves_all_parameters(kind):
     assert recorded == args.total_timesteps and saved["counters"]["stage"] == "finished"
     lengths = [value for tag, *value in [(t, *v) for t in ("controller/length",) for v in tags[t]]]
     made = 0 if dreaming else round(sum(length for _, length in lengths) * args.population * args.episodes)
+    made, actions = made * args.action_repeat, sum(saved["replay"]["lengths"])
+    assert actions * args.action_repeat == recorded or kind == "deadly discrete"
     assert state["global_step"] == recorded + made
     steps = [step for step, _ in tags["controller/mean"]]
     updates = 2 * (len(saved["replay"]["reward"]) // 8) + args.model_updates  # two passes of V over batches of 8
@@ -1780,16 +1826,21 @@ def test_stages_of_a_later_round_go_on_from_the_round_before(capsys, monkeypatch
         assert f"--from-stage {stage} records nothing" in line
 
 
-def test_only_what_will_be_recorded_needs_room(monkeypatch, capsys):
-    """Not what has been, nor the six steps of an episode that was dropped for being short, nor what will be cut off."""
-    settings = {"rounds": 2, "round_timesteps": 30, "total_timesteps": 48, "min_episode_length": 8}
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_only_what_will_be_recorded_needs_room(repeat, monkeypatch, capsys):
+    """Not what has been, nor the six steps of an episode that was dropped for being short, nor what will be cut off.
+
+    Repeated actions have a frame each.
+    """
+    settings = {"rounds": 2, "round_timesteps": 30, "total_timesteps": 48, "min_episode_length": 8 // repeat}
+    settings["action_repeat"] = repeat
     whole = run(world_models, **settings)
-    assert sum(load(whole)["parts"]["replay"]["lengths"]) == 72
+    assert sum(load(whole)["parts"]["replay"]["lengths"]) == 72 // repeat
     free = SimpleNamespace(free=0)  # bytes
     monkeypatch.setattr(world_models.shutil, "disk_usage", lambda path: free)
     resume(world_models, whole, from_stage="c", **settings)
     for more in ({"rounds": 3}, {"from_stage": "collect"}):
-        free.free = 29 * 12288 if "rounds" in more else 5 * 12288  # one frame less than 30, and than 78 - 72
+        free.free = ((30 if "rounds" in more else 78 - 72) // repeat - 1) * 12288  # for one frame less
         assert "frames do not fit" in error_of(capsys, resume, world_models, whole, **settings | more)
         free.free += 12288
         resume(world_models, shutil.copytree(whole, f"again_{len(os.listdir())}"), **settings | more)
@@ -2112,11 +2163,14 @@ def test_the_dream_is_entered_by_keyboard(monkeypatch):
 
 
 def test_a_dream_of_z_alone_tells_of_nothing_else(monkeypatch):
-    """M of the published car has no heads: dashes stand for reward and end, and a dream lasts as long as an episode."""
+    """M of the published car has no heads: dashes stand for reward and end, and a dream lasts as long as an episode.
+
+    Actions that are repeated twice come half as often: 15 times a second.
+    """
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     import pygame
 
-    run_dir, firsts, told = run(world_models, controller_env="real"), [], []
+    run_dir, firsts, told, rates = run(world_models, controller_env="real", action_repeat=2), [], [], []
     step, make_font = world_models.dream_step, pygame.font.Font
 
     def dream_step(model, z, action, first, *rest):
@@ -2131,9 +2185,10 @@ def test_a_dream_of_z_alone_tells_of_nothing_else(monkeypatch):
 
     monkeypatch.setattr(world_models, "dream_step", dream_step)
     monkeypatch.setattr(pygame.font, "Font", lambda *size: SimpleNamespace(render=render))
+    monkeypatch.setattr(pygame.time, "Clock", lambda: SimpleNamespace(tick=rates.append))
     world_models.main(Args(play=run_dir))
     assert told[1] == "you  step 2  reward -  sum -  P[end] -" and len(told) == 14
-    assert [i for i, first in enumerate(firsts) if first] == [0, 12]  # its episodes have 12 steps
+    assert [i for i, first in enumerate(firsts) if first] == [0, 6, 12] and set(rates) == {15.0}  # of 12 steps
 
 
 def test_temperature_table(monkeypatch, capsys):
@@ -2179,6 +2234,9 @@ def test_the_price_is_said_before_it_is_paid(capsys):
     published = {"env_id": "CarRacing-v3", "rounds": 2, "hidden_size": 128, "vae_depth": 16}
     line = introduction(CAR, **published)
     assert prices.format(*(seconds / 3600 for seconds in car)) in line and "123.1 GB of frames" in line
+    line = introduction(CAR._replace(time_limit=250), action_repeat=4, **published)  # a quarter of the frames
+    car[1:3] = car[1] / 4, car[2]
+    assert prices.format(*(seconds / 3600 for seconds in car)) in line and "30.8 GB of frames" in line
     line = introduction(CAR, "meta", **published)  # networks are as fast as that device is
     assert f"one core: recording {car[0] / 3600:.1f}, C {car[3] / 3600:.1f};" in line
     assert f"one core: recording {3.08e6 / 2300 / 3600:.1f};" in introduction(DOOM, "meta")
