@@ -2352,8 +2352,8 @@ def frames_file(run_dir: str) -> ArrayFile:
 def introduction(run: Stages) -> str:
     """Where the run writes, its size, and its price: disk, and hours of one core for all rounds (networks on a CPU).
 
-    The rates are those of docs/world_models.md, of networks at other sizes by their square, of other environments the
-    car's.
+    The rates are those of docs/world_models.md, of larger networks by the square of their size, of smaller ones, as
+    measured, by their size alone, of other environments the car's.
     """
     args, agent, spec = run.args, run.agent, run.spec
     v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (agent.vae, agent.model))
@@ -2361,7 +2361,8 @@ def introduction(run: Stages) -> str:
     recorded = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
     frames = recorded // args.action_repeat
     text += f"; {frames * 64 * 64 * 3 / 1e9:.1f} GB of frames"
-    depth, size, rate = (args.vae_depth / 32) ** 2, (args.hidden_size / 256) ** 2, 2_300 if spec.is_takecover else 138
+    depth, size = (max(ratio, ratio**2) for ratio in (args.vae_depth / 32, args.hidden_size / 256))
+    rate = 2_300 if spec.is_takecover else 138
     steps = args.population * args.episodes * args.generations * args.rounds
     dreamed = steps * min(args.dream_length or math.inf, spec.time_limit) / 64_200 * size
     hours = {

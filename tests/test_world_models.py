@@ -2218,7 +2218,7 @@ TINY_TASK = dict(  # the command of benchmark/world_models.sh small
 
 def test_the_price_is_said_before_it_is_paid(capsys):
     """TakeCover as published: 3.08M steps, V 10 times as many frames, M 24,400 x 100 x 500 steps, C 1,800 x 64 x 16
-    dreams of 2,100. A frame is 12,288 bytes."""
+    dreams of 2,100. A frame is 12,288 bytes. Twice the units cost four times as much, half of them half as much."""
 
     def introduction(spec, device="cpu", **changes) -> str:
         args = world_models.with_task_defaults(Args(**changes))
@@ -2230,7 +2230,7 @@ def test_the_price_is_said_before_it_is_paid(capsys):
     prices = "recording {:.1f}, V {:.1f}, M {:.1f}, C {:.1f};"
     line = introduction(DOOM)
     assert prices.format(*(seconds / 3600 for seconds in hours)) in line and "V 9, M 25, C 6; 37.8 GB of" in line
-    car = [10_015_000 / 138, 10_015_000 * 10 / 299 / 4, 2 * 4000 * 1e5 / 26_500 / 4, 2 * 1800 * 1024 * 1000 / 138]
+    car = [10_015_000 / 138, 10_015_000 * 10 / 299 / 2, 2 * 4000 * 1e5 / 26_500 / 2, 2 * 1800 * 1024 * 1000 / 138]
     published = {"env_id": "CarRacing-v3", "rounds": 2, "hidden_size": 128, "vae_depth": 16}
     line = introduction(CAR, **published)
     assert prices.format(*(seconds / 3600 for seconds in car)) in line and "123.1 GB of frames" in line
