@@ -155,7 +155,7 @@ class Args:
     model_lr_decay: Share | None = None  # M: factor per update towards a rate of 1e-5; default by task, 1 elsewhere
     heads: bool | None = None  # M: predict ends and rewards too, as dreams need; default: where C is evolved in dreams
     end_weight: Amount | None = None  # M: weight of terminations in the loss of the ends; default by task, 1 elsewhere
-    pessimism: Amount | None = None  # M: weight of predicting too much reward; default by task, 1 elsewhere
+    pessimism: Amount = 1.0  # M: weight of predicting too much reward, that of too little is 1
     reward_window: Count = 1  # M: CarRacing's tiles are paid for over this many steps around the one that reaches them
     holdout_ratio: Share = 0.05  # M: share of the episodes, one at least, that M is tested on, not trained with
 
@@ -163,7 +163,7 @@ class Args:
     controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
     temperature: Positive = 1.15  # dream: divides the mixture's logits, its root scales the noise (deviation 8)
     dream_length: Count | None = None  # steps of a dream at most; default by task; never beyond the time limit
-    at_rest: Share | None = None  # share of dreams that begin at first frames; default by task, 1 elsewhere
+    at_rest: Share = 1.0  # share of dreams that begin at first frames, the others begin elsewhere in an episode
     population: Annotated[int, 2, 10**9] = 64  # C: candidates per generation (P)
     episodes: Count = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
     generations: Count = 1_800  # C: generations; may be raised on a resume
@@ -943,7 +943,6 @@ LATE_IMPORTS = ["cma", "PIL", "matplotlib"]  # packages that are imported where 
 DEFAULTS = {
     "total_timesteps": 1_000_000, "controller_env": "dream", "max_hold": 10, "min_episode_length": 2, "latent_size": 32,
     "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0, "end_weight": 1.0,
-    "pessimism": 1.0, "at_rest": 1.0,
 }  # fmt: skip
 TASKS = {
     "VizdoomTakeCover": {
@@ -952,7 +951,7 @@ TASKS = {
     },
     "CarRacing": {
         "total_timesteps": 10_000_000, "controller_env": "real", "max_hold": 8, "sequence_length": 1_000,
-        "pessimism": 5.0, "at_rest": 0.25, "dream_length": 300,
+        "dream_length": 300,
     },
 }  # fmt: skip
 

@@ -18,14 +18,15 @@ takecover() { # TakeCover in the dream, sized for two cores: a good hour of proc
     --generations 100 --eval-generations 20 --eval-episodes 50
 }
 
-car_dream() { # CarRacing with C in dreams alone, from random recordings: $1 rounds, 6 to 10 minutes of one core each
+car_dream() { # CarRacing with C in dreams alone, from random recordings: $1 rounds, two minutes of one core each
   local rounds=$1 seed=$2
   export PYTHONPATH=benchmark SDL_VIDEODRIVER=dummy
   OMP_NUM_THREADS=1 python world_models.py --env-id world_models_car:Fast/CarRacing-v3 --controller-env dream \
-    --total-timesteps 20000 --rounds "$rounds" --round-timesteps 12000 --record-sigma 0.1 --explore 0.2 --idle-limit 100 \
-    --vae-depth 16 --vae-epochs 5 --vae-lr 1e-3 --hidden-size 128 --sequence-length 128 --model-batch-size 32 \
-    --model-updates 1000 --pessimism 3 --reward-window 10 --at-rest 1 --dream-length 300 --population 64 --episodes 8 \
-    --generations 50 --eval-generations 10000 --eval-episodes 10 --seed "$seed"
+    --action-repeat 4 --total-timesteps 40000 --max-hold 3 --idle-limit 25 \
+    --rounds "$rounds" --round-timesteps 6000 --record-sigma 0.1 --explore 0.2 \
+    --vae-depth 16 --vae-epochs 8 --vae-lr 1e-3 \
+    --hidden-size 128 --sequence-length 125 --model-batch-size 16 --model-updates 400 --reward-window 3 \
+    --dream-length 100 --population 64 --episodes 16 --generations 15 --eval-generations 10000 --eval-episodes 5 --seed "$seed"
 }
 
 small() { # a tiny task whose picture shows the right action: a minute or two of one core, both scores printed; $1 seed
@@ -53,7 +54,7 @@ speed() {
 case "${1:-}" in
   car) car ;;
   takecover) takecover ;;
-  car_dream) car_dream "${2:-6}" "${3:-1}" ;;
+  car_dream) car_dream "${2:-40}" "${3:-1}" ;;
   small) small "${2:-1}" ;;
   published) published ;;
   temperature) temperature "$2" ;;

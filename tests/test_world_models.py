@@ -105,7 +105,7 @@ def test_published_settings():
     assert (doom.controller_env, doom.latent_size, doom.hidden_size, doom.model_updates) == ("dream", 64, 512, 24_400)
     assert (car.controller_env, car.latent_size, car.hidden_size, car.model_updates) == ("real", 32, 256, 4_000)
     assert (doom.heads, doom.at_rest, doom.pessimism, doom.dream_length) == (True, 1.0, 1.0, None)
-    assert (car.heads, car.at_rest, car.pessimism, car.dream_length) == (False, 0.25, 5.0, 300)
+    assert (car.heads, car.at_rest, car.pessimism, car.dream_length) == (False, 1.0, 1.0, 300)
     assert world_models.with_task_defaults(Args(env_id="CarRacing-v3", controller_env="dream")).heads
     assert world_models.with_task_defaults(Args(env_id="CarRacing-v3", heads=True)).controller_env == "real"
     assert (doom.vae_lr, doom.vae_batch_size, doom.vae_epochs, doom.kl_tolerance) == (1e-4, 100, 10, 0.5)
