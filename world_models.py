@@ -253,8 +253,8 @@ class MDNRNN(nn.Module):
     def __init__(self, spec: Spec, args: Args):
         super().__init__()
         self.spec, self.shape = spec, (3, args.num_mixtures, args.latent_size)  # pi, mu and sigma; K; Z
-        # what M has read when a dream begins elsewhere: 100 environment steps; CarRacing's opening zoom takes 50
-        self.warm_up = math.ceil(100 / args.action_repeat)
+        self.repeat = args.action_repeat  # environment steps of an action
+        self.warm_up = math.ceil(100 / self.repeat)  # read before a dream that begins elsewhere; CarRacing's zoom is 50
         inputs, units = args.latent_size + spec.action_dim + spec.is_takecover, args.hidden_size
         self.lstm = nn.LSTM(inputs, units)
         self.head = nn.Linear(units, math.prod(self.shape) + spec.end_head + spec.reward_head)
@@ -395,8 +395,8 @@ def dream_step(model: MDNRNN, z, action, first, state, uniform, normal, temperat
     z = mixture_sample(log_pi, mu, log_sigma, uniform, normal, temperature)
     if end_logit is None:  # M of the published car predicts z alone
         return z, state, torch.zeros_like(first), torch.full_like(first, -math.inf)
-    if reward is None:  # TakeCover: one for each step survived
-        return z, state, torch.ones_like(first), end_logit
+    if reward is None:  # TakeCover: one for each environment step survived
+        return z, state, torch.full_like(first, model.repeat), end_logit
     return z, state, reward * model.reward_std + model.reward_mean, end_logit
 
 

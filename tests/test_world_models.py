@@ -570,6 +570,15 @@ def test_a_dream_ends_with_the_time_limit():
         assert world_models.dream(agent, policy, 12, 3, generator(1), args)[1].tolist() == 12 * [longest]
 
 
+def test_takecover_pays_for_each_environment_step_survived():
+    """As the game does, also where an action lasts four of them."""
+    agent = make_agent(DOOM, action_repeat=4)
+    with torch.no_grad():
+        agent.model.head.bias[36] = -100  # nobody dies
+    returns, lengths = world_models.dream(agent, nothing(1), 2, 2, generator(1), make_args(dream_length=7))
+    assert lengths.tolist() == [7, 7] and returns.tolist() == [28, 28]
+
+
 @pytest.mark.parametrize("at_rest", [0.0, 0.25, 1.0])
 def test_a_share_of_the_dreams_begins_at_rest(at_rest):
     """Where z is the one of a first frame, and M's state zero."""
