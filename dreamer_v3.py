@@ -919,10 +919,11 @@ def make_env(args: Args, renderer: str, video: str | None = None) -> Callable[[]
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
         limits = filter(None, (args.max_episode_steps, env.spec and env.spec.max_episode_steps))
         env = gym.wrappers.TimeLimit(env, min(limits, default=1_000))  # deviation 13
-        env = ActionRepeat(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env)), args.action_repeat)
+        env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
+        env = ActionRepeat(Film(env, video) if video else env, args.action_repeat)
         if pixels:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)
-        return fit_spaces(Film(env, video) if video else env, args.env_id)
+        return fit_spaces(env, args.env_id)
 
     return thunk
 

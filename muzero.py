@@ -1152,8 +1152,9 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
             env = make_frames(args.env_id, **({"render_mode": "rgb_array"} if video else {}))
         limits = filter(None, (args.max_episode_steps, env.spec and env.spec.max_episode_steps))
         env = gym.wrappers.TimeLimit(env, min(limits, default=1_000))
-        env = RepeatedAction(gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env, masks=True)), args.action_repeat)
-        return fit_spaces(Film(env, video) if video else env, args.env_id)
+        env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env, masks=True))
+        env = RepeatedAction(Film(env, video) if video else env, args.action_repeat)
+        return fit_spaces(env, args.env_id)
 
     return thunk
 

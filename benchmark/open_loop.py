@@ -116,7 +116,7 @@ def of_world_models(script, args, weights) -> dict:
     for seed in (1, 2):
         obs, _ = envs.reset(seed=seed)
         state, done, track = agent.model.initial(1), np.ones(1, bool), []
-        for _ in range(400):
+        while len(track) < 400 and not (track and done[0]):
             noise = torch.randn(1, args.latent_size, generator=generator)
             action, state = script.act(agent, obs, done, state, noise, policy)
             next_obs, reward, terminations, truncations, _ = envs.step(script.env_action(action.numpy(), "car"))

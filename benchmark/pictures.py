@@ -168,6 +168,8 @@ def dream(path: str, flags: list[str], warm_up: int = 60, length: int = 110) -> 
         action, state = wm.act(agent, obs, done, state, normal(), policy)
         obs, reward, terminations, truncations, _ = envs.step(wm.env_action(action.numpy(), kind))
         done, total = terminations | truncations, total + reward[0]
+        if done[0]:
+            break
     print(f"return of these {warm_up + length} steps: {total:.0f}")
     frames = []
     for real, own in zip(seen, dreamed, strict=True):

@@ -757,3 +757,16 @@ def test_capture_video_films_the_evaluation(script, monkeypatch):
     command_line(monkeypatch, script, "--evaluate", folder, "--eval-episodes", "1", "--capture-video")
     videos = list(Path(folder).rglob("*.mp4"))
     assert len(videos) == 1 and videos[0].stat().st_size > 500
+
+
+@pytest.mark.parametrize("name", ["dreamer", "dreamer_v3", "muzero", "world_models"])
+def test_a_film_shows_every_step_of_repeated_actions(name):
+    """At the rate of the environment: 12 steps and the first picture, whatever an action lasts."""
+    pytest.importorskip("moviepy", reason="moviepy is not installed.")
+    cv2 = pytest.importorskip("cv2", reason="opencv is not installed.")
+    script = importlib.import_module(name)
+    settings = {"env_id": "fake_envs:MovingPixels-v0"} if name in ("dreamer", "dreamer_v3") else {}
+    settings |= {"action_repeat": 3, "total_timesteps": 96, "eval_frequency": 1, "eval_episodes": 1}
+    run_dir = run(script, **settings, capture_video=True)
+    film = cv2.VideoCapture(str(next(Path(run_dir).rglob("*.mp4"))))
+    assert film.get(cv2.CAP_PROP_FRAME_COUNT) in (12, 13) and film.get(cv2.CAP_PROP_FPS) == 30

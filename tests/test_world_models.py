@@ -113,6 +113,13 @@ def test_published_settings():
     assert (doom.model_lr, doom.model_lr_decay, car.model_lr_decay) == (1e-3, 0.99999, 1.0)
     assert (doom.end_weight, car.end_weight) == (10.0, 1.0)
     assert world_models.with_task_defaults(Args(env_id="CarRacing-v3", latent_size=7)).latent_size == 7
+    lengths = ("max_hold", "min_episode_length", "sequence_length", "dream_length")  # in actions, of 1, 4 and 300 steps
+    for env_id, repeat, expected in (
+        ("CarRacing-v3", 1, (8, 2, 1000, 300)), ("CarRacing-v3", 4, (2, 2, 250, 75)),
+        ("VizdoomTakeCover-v1", 4, (3, 26, 125, None)), ("CarRacing-v3", 300, (1, 2, 4, 1)),
+    ):  # fmt: skip
+        args = world_models.with_task_defaults(Args(env_id=env_id, action_repeat=repeat))
+        assert tuple(getattr(args, name) for name in lengths) == expected
 
 
 def test_decoder_equals_transposed_convolutions():
@@ -1012,6 +1019,10 @@ def test_the_faster_car_is_drawn_where_it_is_seen(monkeypatch):
     monkeypatch.setattr(car, "_render_road", lambda self, *a: (drawn.append(1), draw(self, *a))[1])
     settings = {"env_id": "world_models_car:Fast/CarRacing-v3", "action_repeat": 4, "max_episode_steps": 10}
     env = world_models.make_env(make_args(**settings))()
+    args = make_args(**settings)
+    envs = gym.vector.SyncVectorEnv([world_models.make_env(args)])
+    assert world_models.make_spec(envs, args).time_limit == 3  # 4, 4 and 2 steps
+    envs.close()
     for seed in (1, 2):
         plain.reset(seed=seed)
         env.reset(seed=seed)
@@ -1196,7 +1207,7 @@ def test_a_later_round_may_keep_nothing(capsys):
     """Episodes of one step are too short: V has nothing new, M and C go on, and no return calibrates the dream."""
     run_dir = run(world_models, rounds=2, round_timesteps=1, generations=1)
     said = capsys.readouterr().out
-    assert "round 2, 49 environment steps, 48 of them kept: 0 whole episodes" in said
+    assert "round 2, 49 environment steps, 48 actions kept: 0 whole episodes" in said
     assert said.count("calibration: ") == 3 and "NOTHING to compare dreams with" in said and "V's error" not in said
     state = load(run_dir)
     assert state["global_step"] == 49 and state["parts"]["counters"]["stage"] == "finished"
@@ -1425,11 +1436,13 @@ def test_evolution_is_cma_es_on_mean_returns(where, monkeypatch):
     assert np.mean(run.fitness[-1]) < np.mean(run.fitness[0])
 
 
+@pytest.mark.parametrize("repeat", [1, 3])
 @pytest.mark.parametrize(("frequency", "generations"), [(0, []), (1, [2, 4, 6, 7]), (96, [2, 4, 6, 7]), (97, [4, 7])])
-def test_evaluations_are_as_far_apart_as_is_asked_for(frequency, generations, monkeypatch):
+def test_evaluations_are_as_far_apart_as_is_asked_for(frequency, generations, repeat, monkeypatch):
     """Every second of seven generations of 48 steps, where C has made so many steps since the last; and at the end."""
-    run = make_run(eval_frequency=frequency, eval_generations=2, generations=7, population=4, episodes=2)
-    found, outcome = [], (np.zeros(8), np.full(8, 6))
+    settings = {"population": 4, "episodes": 2, "action_repeat": repeat}
+    run = make_run(eval_frequency=frequency, eval_generations=2, generations=7, **settings)
+    found, outcome = [], (np.zeros(8), np.full(8, 6 // repeat))
 
     def scores(agent, envs, args, stop, trace):
         found.append(run.units_done)
@@ -1579,7 +1592,8 @@ WORLDS = {
     "pixels": {},
     "deadly discrete": {"env_id": "fake_envs:TinyPixelsDiscrete-v0", "total_timesteps": 96},
     "real": {"controller_env": "real"},
-    "repeated": {"controller_env": "real", "action_repeat": 2, "total_timesteps": 96},
+    "repeated": {"action_repeat": 2, "total_timesteps": 96},
+    "real, repeated": {"controller_env": "real", "action_repeat": 2, "total_timesteps": 96},
     "two": TWO_ENVS,
     "drawn": {"env_id": "CartPole-v1", "render_obs": True, "total_timesteps": 120, "dream_length": 20},
 }
@@ -2243,8 +2257,8 @@ def test_the_price_is_said_before_it_is_paid(capsys):
     published = {"env_id": "CarRacing-v3", "rounds": 2, "hidden_size": 128, "vae_depth": 16}
     line = introduction(CAR, **published)
     assert prices.format(*(seconds / 3600 for seconds in car)) in line and "123.1 GB of frames" in line
-    line = introduction(CAR._replace(time_limit=250), action_repeat=4, **published)  # a quarter of the frames
-    car[1:3] = car[1] / 4, car[2]
+    line = introduction(CAR._replace(time_limit=250), action_repeat=4, **published)  # a quarter of frames and lengths
+    car[1:3] = car[1] / 4, car[2] / 4
     assert prices.format(*(seconds / 3600 for seconds in car)) in line and "30.8 GB of frames" in line
     line = introduction(CAR, "meta", **published)  # networks are as fast as that device is
     assert f"one core: recording {car[0] / 3600:.1f}, C {car[3] / 3600:.1f};" in line
