@@ -2040,7 +2040,16 @@ SIZES = {
     "V": ({"vae_depth": 2**16}, "sizes of V, M and their batches"),
     "frames of a batch": ({"vae_batch_size": 2**16, "vae_depth": 1024}, "sizes of V, M and their batches"),
     "M": ({"hidden_size": 2**16}, "sizes of V, M and their batches"),
-    "sequences": ({"model_batch_size": 2**16, "sequence_length": 10**4}, "sizes of V, M and their batches"),
+    "sequences": (
+        {
+            "env_id": "CartPole-v1",
+            "render_obs": True,
+            "model_batch_size": 2**16,
+            "sequence_length": 10**4,
+            "hidden_size": 256,
+        },
+        "sizes of V, M and their batches",
+    ),
     "dreams": ({"population": 10**6, "episodes": 10**4}, "--population and --episodes"),
 }
 
@@ -2053,6 +2062,8 @@ def test_sizes_that_fit_no_memory_are_refused(name, capsys):
     assert "episodes end after 12" in error_of(capsys, world_models.main, tiny(world_models, min_episode_length=13))
     args, many = make_args(hidden_size=256, total_timesteps=99), Spec("discrete", 3000, 2100, True, True)
     assert "CMA-ES of so many weights" in error_of(capsys, world_models.check_sizes, args, many, None)
+    short = make_args(sequence_length=10**9, total_timesteps=99, min_episode_length=2)
+    world_models.check_sizes(short, BOX, None)  # as episodes are
 
 
 def test_data_that_was_not_kept_is_missed(capsys):
