@@ -967,7 +967,8 @@ def with_task_defaults(args: Args) -> Args:
     """The settings in force: what was not given is filled in from TASKS."""
     task = DEFAULTS | TASKS.get(task_name(args.env_id), {})
     for name in LENGTHS & set(task):
-        task[name] = max(math.ceil(task[name] / args.action_repeat), 2 if name == "min_episode_length" else 1)
+        actions = math.ceil(task[name] / max(args.action_repeat, 1))  # what is less than 1 is refused later
+        task[name] = max(actions, 2 if name == "min_episode_length" else 1)
     args = replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
     return replace(args, heads=args.controller_env == "dream" if args.heads is None else args.heads)
 

@@ -143,6 +143,7 @@ RESUMED["dreamer_v3"] = {
 
 
 RESUMED["world_models"] = {"dream": {}, "real": {"controller_env": "real"}, "two": TWO_ENVS}
+RESUMED["world_models"] |= {"repeated": {"action_repeat": 2}}
 
 
 RESUMED["dyna_q"] |= {"prioritized last": {"prioritized": True, "model": "last"}, "two": TWO_ENVS}
@@ -569,6 +570,8 @@ BAD_GAMES = {
 
 
 BAD_WORLDS = {
+    "no repeat": ({"action_repeat": 0}, "--action-repeat"),
+    "negative repeat": ({"action_repeat": -1}, "--action-repeat"),
     "vectors": ({"env_id": "CartPole-v1"}, "observations must be images"),
     "two with vectors": ({"env_id": "CartPole-v1", "num_envs": 2}, "--render-obs"),
     "Dict observations": ({"env_id": "fake_envs:DictObservation-v0"}, "observations must be images"),
