@@ -170,7 +170,7 @@ def dream(path: str, flags: list[str], warm_up: int = 60, length: int = 110) -> 
         done, total = terminations | truncations, total + reward[0]
         if done[0]:
             break
-    print(f"return of these {warm_up + length} steps: {total:.0f}")
+    print(f"return: {total:.0f}")
     frames = []
     for real, own in zip(seen, dreamed, strict=True):
         frame = Image.new("RGB", (400, 214), "white")
