@@ -162,7 +162,7 @@ class Args:
     # C, the controller, and its dream
     controller_env: Literal["real", "dream"] | None = None  # where C is evolved; default by task, dream elsewhere
     temperature: Positive = 1.15  # dream: divides the mixture's logits, its root scales the noise (deviation 8)
-    dream_length: Count | None = None  # steps of a dream at most; default by task; never beyond the time limit
+    dream_length: Count | None = None  # steps of a dream at most; default, and never more: an episode's time limit
     at_rest: Share = 1.0  # share of dreams that begin at first frames, the others begin elsewhere in an episode
     population: Annotated[int, 2, 10**9] = 64  # C: candidates per generation (P)
     episodes: Count = 16  # C: episodes or dreams per candidate (E), the same ones for all candidates of a generation
@@ -941,7 +941,7 @@ def main(args: Args) -> str:
 LATE_IMPORTS = ["cma", "PIL", "matplotlib"]  # packages that are imported where they are used
 
 # The published settings by task (name of the environment without its version). A flag on the command line wins.
-LENGTHS = {"max_hold", "min_episode_length", "sequence_length", "dream_length"}  # here in environment steps
+LENGTHS = {"max_hold", "min_episode_length", "sequence_length"}  # here in environment steps
 DEFAULTS = {
     "total_timesteps": 1_000_000, "controller_env": "dream", "max_hold": 10, "min_episode_length": 2, "latent_size": 32,
     "hidden_size": 256, "sequence_length": 500, "model_updates": 4_000, "model_lr_decay": 1.0, "end_weight": 1.0,
@@ -953,7 +953,6 @@ TASKS = {
     },
     "CarRacing": {
         "total_timesteps": 10_000_000, "controller_env": "real", "max_hold": 8, "sequence_length": 1_000,
-        "dream_length": 300,
     },
 }  # fmt: skip
 

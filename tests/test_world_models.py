@@ -105,7 +105,7 @@ def test_published_settings():
     assert (doom.controller_env, doom.latent_size, doom.hidden_size, doom.model_updates) == ("dream", 64, 512, 24_400)
     assert (car.controller_env, car.latent_size, car.hidden_size, car.model_updates) == ("real", 32, 256, 4_000)
     assert (doom.heads, doom.at_rest, doom.pessimism, doom.dream_length) == (True, 1.0, 1.0, None)
-    assert (car.heads, car.at_rest, car.pessimism, car.dream_length) == (False, 1.0, 1.0, 300)
+    assert (car.heads, car.at_rest, car.pessimism, car.dream_length) == (False, 1.0, 1.0, None)
     assert world_models.with_task_defaults(Args(env_id="CarRacing-v3", controller_env="dream")).heads
     assert world_models.with_task_defaults(Args(env_id="CarRacing-v3", heads=True)).controller_env == "real"
     assert (doom.vae_lr, doom.vae_batch_size, doom.vae_epochs, doom.kl_tolerance) == (1e-4, 100, 10, 0.5)
@@ -113,10 +113,10 @@ def test_published_settings():
     assert (doom.model_lr, doom.model_lr_decay, car.model_lr_decay) == (1e-3, 0.99999, 1.0)
     assert (doom.end_weight, car.end_weight) == (10.0, 1.0)
     assert world_models.with_task_defaults(Args(env_id="CarRacing-v3", latent_size=7)).latent_size == 7
-    lengths = ("max_hold", "min_episode_length", "sequence_length", "dream_length")  # in actions, of 1, 4 and 300 steps
+    lengths = ("max_hold", "min_episode_length", "sequence_length")  # in actions, of 1, 4 and 300 steps
     for env_id, repeat, expected in (
-        ("CarRacing-v3", 1, (8, 2, 1000, 300)), ("CarRacing-v3", 4, (2, 2, 250, 75)),
-        ("VizdoomTakeCover-v1", 4, (3, 26, 125, None)), ("CarRacing-v3", 300, (1, 2, 4, 1)),
+        ("CarRacing-v3", 1, (8, 2, 1000)), ("CarRacing-v3", 4, (2, 2, 250)),
+        ("VizdoomTakeCover-v1", 4, (3, 26, 125)), ("CarRacing-v3", 300, (1, 2, 4)),
     ):  # fmt: skip
         args = world_models.with_task_defaults(Args(env_id=env_id, action_repeat=repeat))
         assert tuple(getattr(args, name) for name in lengths) == expected
