@@ -23,10 +23,10 @@ car_dream() { # CarRacing with C in dreams alone, from random recordings: $1 rou
   export PYTHONPATH=benchmark SDL_VIDEODRIVER=dummy
   OMP_NUM_THREADS=1 python world_models.py --env-id world_models_car:Fast/CarRacing-v3 --controller-env dream \
     --action-repeat 4 --total-timesteps 40000 --max-hold 3 --idle-limit 25 \
-    --rounds "$rounds" --round-timesteps 6000 --record-sigma 0.1 --explore 0.2 \
-    --vae-depth 16 --vae-epochs 8 --vae-lr 1e-3 \
-    --hidden-size 128 --sequence-length 125 --model-batch-size 16 --model-updates 400 --reward-window 3 \
-    --dream-length 100 --population 64 --episodes 16 --generations 15 --eval-generations 10000 --eval-episodes 5 --seed "$seed"
+    --rounds "$rounds" --round-timesteps 12000 --record-sigma 0.05 --explore 0.1 \
+    --vae-depth 16 --vae-epochs 8 --vae-lr 1e-3 --kl-tolerance 1 \
+    --hidden-size 128 --sequence-length 250 --model-batch-size 8 --model-updates 600 --reward-window 3 \
+    --population 64 --episodes 8 --generations 15 --eval-generations 10000 --eval-episodes 10 --seed "$seed"
 }
 
 small() { # a tiny task whose picture shows the right action: a minute or two of one core, both scores printed; $1 seed

@@ -23,7 +23,7 @@ def last_of_rounds(lines: list[str]) -> dict[tuple[str, str], list[dict]]:
 
 def main() -> None:
     lines = (ROOT / "results/world_models/CarRacing-v3_dream.csv").read_text().splitlines()
-    titles = {"short": "many short rounds, two seeds", "chain": "long rounds, tuned by hand, one seed"}
+    titles = {"whole": "dreams as long as episodes, two seeds", "short": "short dreams, two seeds"}
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
