@@ -18,7 +18,7 @@ takecover() { # TakeCover in the dream, sized for two cores: a good hour of proc
     --generations 100 --eval-generations 20 --eval-episodes 50
 }
 
-car_dream() { # CarRacing with C in dreams alone, from random recordings: $1 rounds, two minutes of one core each
+car_dream() { # CarRacing with C in dreams alone, from random recordings: $1 rounds, three minutes of one core each
   local rounds=$1 seed=$2
   export PYTHONPATH=benchmark SDL_VIDEODRIVER=dummy
   OMP_NUM_THREADS=1 python world_models.py --env-id world_models_car:Fast/CarRacing-v3 --controller-env dream \
