@@ -1402,13 +1402,17 @@ def calibrate(run: "Stages") -> bool:
 def compare(dreamed: np.ndarray, recorded: np.ndarray) -> tuple[float, float, str]:
     """Mean dreamed return over mean recorded return; its standard error; what speaks against the dream, if anything.
 
-    That is a ratio outside 0.7 to 1.4, or more than 4 errors away from 1. It says nothing if its error is above 0.35.
+    That is a ratio outside 0.7 to 1.4, or more than 4 errors away from 1. It says nothing if its error is above 0.35,
+    or above 0.35 of a ratio over 1; of fewer than three recorded episodes, or a mean of 0, there is no ratio.
     """
-    mean, variance = recorded.mean(), [returns.var() / len(returns) for returns in (dreamed, recorded)]
+    mean, nothing = recorded.mean(), "this ratio says NOTHING: returns are too few, or spread too widely around zero"
+    if len(recorded) < 3 or mean == 0:
+        return math.nan, math.nan, nothing
+    variance = [returns.var(ddof=1) / len(returns) for returns in (dreamed, recorded)]
     ratio = dreamed.mean() / mean
-    error = math.sqrt(variance[0] + ratio**2 * variance[1]) / abs(mean)
-    if not error <= 0.35:
-        return ratio, error, "this ratio says NOTHING: returns spread too widely around a mean too near zero"
+    error = math.sqrt(variance[0] + ratio**2 * variance[1]) / abs(mean)  # by the delta method
+    if not error <= 0.35 * max(1, ratio):
+        return ratio, error, nothing
     if 0.7 <= ratio <= 1.4 and abs(ratio - 1) <= 4 * error:
         return ratio, error, ""
     advice = "raise --total-timesteps, --rounds, --vae-epochs or --model-updates, or change --temperature"
@@ -1530,7 +1534,8 @@ def enter_dream(args: Args) -> str:
         os.environ.pop("SDL_VIDEODRIVER", None)
     model, spec, device = agent.model, agent.model.spec, agent.controller.device
     generator = make_generator(device, args.seed, 18)
-    pygame.init()
+    pygame.display.init()
+    pygame.font.init()  # no pygame.init: it opens sound, which few such machines have
     window, font, clock = pygame.display.set_mode((512, 552)), pygame.font.Font(None, 28), pygame.time.Clock()
     if screen is None and pygame.display.get_driver() in ("dummy", "offscreen"):
         fail("--play opens a window, and there is no display")
@@ -1570,13 +1575,13 @@ def enter_dream(args: Args) -> str:
 
 
 def keyboard_action(pressed: set, spec: Spec) -> torch.Tensor:
-    """Keys -> an action (1, A): arrows steer (and give gas and brake), digits choose from discrete actions."""
+    """Keys -> an action (1, A): arrows steer (and give gas and brake), digits choose from discrete actions, else 0."""
     import pygame
 
     right = float(pygame.K_RIGHT in pressed) - float(pygame.K_LEFT in pressed)
     up, n = float(pygame.K_UP in pressed) - float(pygame.K_DOWN in pressed), spec.action_dim
     if spec.action_kind == "discrete":
-        chosen = [i for i in range(n) if pygame.K_0 + i in pressed] or [int(right) % n]
+        chosen = [i for i in range(min(n, 10)) if pygame.K_0 + i in pressed] or [0]
         return F.one_hot(torch.tensor(chosen[:1]), n).float()
     numbers = [right, max(up, 0.0), max(-up, 0.0)] if spec.action_kind == "car" else [right, up, *[0.0] * n]
     return torch.tensor([numbers[:n]])
@@ -2270,6 +2275,8 @@ def rewind(checkpoint: dict, args: Args) -> None:
     if args.from_stage:
         if STAGES.index(args.from_stage) > STAGES.index(counters["stage"]):
             fail(f"--from-stage {args.from_stage}: this run has not come further than {counters['stage']}")
+        if args.from_stage == "collect" and counters["round"] > 1:
+            fail(f"--from-stage collect: would throw away all {counters['round']} rounds; begin a new run instead")
         if args.from_stage != "collect" and args.total_timesteps != saved["total_timesteps"]:
             fail(f"--from-stage {args.from_stage} records nothing: --total-timesteps alone, or --from-stage collect")
         forget(checkpoint, args.from_stage)
@@ -2294,11 +2301,12 @@ def rewind(checkpoint: dict, args: Args) -> None:
     if counters["stage"] == "collect" and counters["round"] == 1 and "replay" not in parts:
         forget(checkpoint, "collect")  # there is nothing to go on with
     recorded, frames = sum(parts.get("replay", {"lengths": ()})["lengths"]), frames_file(args.resume)
+    advice = "--from-stage collect" if counters["round"] == 1 else "begin a new run"
     if not recorded and counters["stage"] in ("v", "m"):
-        fail(f"{args.resume} has not kept what it recorded (--no-save-buffer): --from-stage collect")
+        fail(f"{args.resume} has not kept what it recorded (--no-save-buffer): {advice}")
     needed = counters["stage"] in ("collect", "v", "m") or counters["round"] < saved["rounds"]
     if needed and frames.num_rows() < recorded:
-        fail(f"{frames.path} has {frames.num_rows()} frames of {recorded}: --from-stage collect")
+        fail(f"{frames.path} has {frames.num_rows()} frames of {recorded}: {advice}")
 
 
 def forget(checkpoint: dict, stage: str) -> None:
@@ -2378,7 +2386,8 @@ def introduction(run: Stages) -> str:
     }
     known = list(hours) if run.device.type == "cpu" else ["recording"] + ["C"] * (args.controller_env == "real")
     parts = ", ".join(f"{name} {hours[name] / 3600:.1f}" for name in known)
-    return f"{text}; at most about so many hours of one core: {parts}; minutes: bash benchmark/world_models.sh small"
+    text += f"; without evaluations about so many hours of one core: {parts}"
+    return f"{text}; minutes: bash benchmark/world_models.sh small"
 
 
 def check_sizes(args: Args, spec: Spec, checkpoint: dict | None) -> None:

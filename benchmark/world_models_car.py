@@ -1,4 +1,4 @@
-"""CarRacing-v3 with its road drawn in fewer steps, pixel for pixel the same and three times faster: Fast/CarRacing-v3.
+"""CarRacing-v3 with its road drawn in fewer steps, pixel for pixel the same and about twice as fast: Fast/CarRacing-v3.
 
 Run:  PYTHONPATH=benchmark python world_models.py --env-id world_models_car:Fast/CarRacing-v3
 Gymnasium turns 700 polygons a frame, one corner after the other; here NumPy turns all of them, and the few that are
