@@ -332,10 +332,8 @@ def critic_loss(agent: Agent, path: Rollout, pair: torch.Tensor, gamma: float, d
     """
     with torch.no_grad():
         alpha = agent.log_alpha.exp()
-        last = agent.target_critics(path.obs[-1], path.actions[-1], agent.bounds, pair).amin(0)
-        returns = (
-            soft_return(path, last.clamp(agent.bounds[0], agent.bounds[1]), alpha, gamma) + alpha * path.log_probs[0]
-        )
+        last = agent.target_critics(path.obs[-1], path.actions[-1], agent.bounds, pair).amin(0).clamp(*agent.bounds)
+        returns = soft_return(path, last, alpha, gamma) + alpha * path.log_probs[0]
     values = agent.critics(path.obs[0].detach(), path.actions[0].detach(), agent.bounds, generator=dropout)
     return ((values - returns) ** 2).mean(1), values
 
@@ -569,10 +567,9 @@ class RingBuffer:
         return self.rows[torch.randint(len(self), shape, generator=generator, device=self.rows.device)]
 
     def state_dict(self) -> dict:
-        return {"rows": self.newest(len(self)).cpu(), "capacity": len(self.rows), "end": self.end}
+        return {"rows": self.newest(len(self)).cpu(), "end": self.end}
 
     def load_state_dict(self, state: dict) -> None:
-        self.rows = self.rows.new_empty(state["capacity"], self.rows.shape[1])
         self.end = state["end"] - len(state["rows"])
         self.add(state["rows"].to(self.rows.device))
 
@@ -606,9 +603,6 @@ def main(args: Args) -> str:
     run = Run(args, checkpoint)
     device = run.device
 
-    def blocks_due() -> int:
-        return (run.step - args.learning_starts) // args.model_train_frequency + 1
-
     # what a checkpoint holds: networks, buffers, counters, generators (optimizers live no longer than a block)
     agent = Agent(obs_dim, action_dim, args).to(device)
     num_states = args.batch_size * args.rollout_length * args.rollout_retain
@@ -633,7 +627,7 @@ def main(args: Args) -> str:
 
     def learn_block() -> None:
         """When it is due. If it is interrupted, all is as before: the resumed run learns it from its beginning."""
-        blocks = blocks_due()
+        blocks = (run.step - args.learning_starts) // args.model_train_frequency + 1
         if rb.end < args.learning_starts or blocks <= counters["blocks"] or run.stop.requested:
             return
         generators = {name: rng[name] for name in ("model", "replay", "rollout", "update")}
@@ -929,11 +923,8 @@ class CheckedEnv(gym.Wrapper):
                 kept["action_mask"] = finite("action_mask", kept["action_mask"], (self.action_space.n,))
             return obs, *numbers, kept
         except (Exception, SystemExit) as error:  # an environment may raise anything, and call sys.exit
-            if isinstance(error, StopNow):
-                raise
-            reason = one_line(error)
             returned = ", ".join(["observation", *names, "info"])
-            raise gym.error.Error(f"step {self.steps}: {reason} ({method} must return {returned})") from error
+            raise gym.error.Error(f"step {self.steps}: {one_line(error)} ({method} must return {returned})") from error
 
 
 def too_long(signum: int, frame) -> NoReturn:
@@ -979,8 +970,6 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
         yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {close}; {yours}")
-    except StopNow:
-        raise
     except (Exception, SystemExit) as error:  # many types, by environment and settings
         where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if isinstance(error, ImportError) else ""
         fail(f"cannot make {env_id!r} with {settings}: {one_line(error)}{where}")
@@ -1146,16 +1135,11 @@ def evaluate_run(args: Args) -> str:
     if not stop.requested:
         for name, value in walking_metrics(full_length, speeds).items():
             print(f"{name} {value:.2f}")
-        print_returns(args, checkpoint, returns)
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
     stop.exit()
     return args.evaluate
-
-
-def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
-    """The last two lines of --evaluate."""
-    single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-    print(f"{args.env_id} at step {checkpoint['global_step']}:")
-    print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
 
 
 # === Run: folder, log, checkpoints, signals (same text in every script) ===
@@ -1196,7 +1180,7 @@ def print_exception(kind: type, error: BaseException, trace, thread=None) -> Non
     if issubclass(kind, OSError) or any(said in str(error) for said in words):
         if thread is None:  # TensorBoard's threads fail for the main thread, too
             print(f"\nerror: {one_line(error)}; the last checkpoint stays as it is", file=sys.stderr)
-    else:
+    elif kind is not KeyboardInterrupt:  # a second request to stop
         sys.__excepthook__(kind, error, trace)
 
 
@@ -1215,9 +1199,9 @@ def check_bounds(args: Args) -> None:
             hint = get_args(hint)[0]
         pairs = zip(get_args(hint), value, strict=False) if isinstance(value, tuple) else [(hint, value)]
         for kind, number in pairs:
-            for low, high in [kind.__metadata__] if hasattr(kind, "__metadata__") and number is not None else []:
-                if not low <= number <= high:
-                    fail(f"--{name.replace('_', '-')} must be at least {low} and at most {high}, not {value}")
+            low, high = getattr(kind, "__metadata__", (None, None))
+            if None not in (low, number) and not low <= number <= high:
+                fail(f"--{name.replace('_', '-')} must be at least {low} and at most {high}, not {value}")
 
 
 def require_memory(num_bytes: float, setting: str, device: torch.device) -> None:
@@ -1247,9 +1231,7 @@ def parse_args() -> Args:
     for name, folder in given.items():
         folder = os.path.normpath(folder.removesuffix("checkpoint.pt"))  # "" is no folder that was forgotten
         saved = load_checkpoint(folder, args, verify=False)["args"]
-        with must_fit(folder):
-            args = replace(tyro.cli(Args, default=Args(**saved)), **{name: folder})
-            check_bounds(args)
+        args = replace(tyro.cli(Args, default=Args(**saved)), **{name: folder})
     return args
 
 
@@ -1350,10 +1332,6 @@ def new_folder(args: Args) -> str:
             name += "+"
 
 
-class StopNow(SystemExit):
-    """A second request to stop."""
-
-
 class StopRequest:
     """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once.
 
@@ -1371,7 +1349,7 @@ class StopRequest:
         if self.requested and time.monotonic() < self.since + 0.5:  # handed on by a launcher such as uv, too
             return
         if self.requested:
-            raise StopNow(128 + signum)
+            raise KeyboardInterrupt
         self.requested, self.since = signum, time.monotonic()
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
@@ -1572,8 +1550,6 @@ class Run:
         """make(*args), the environments of an evaluation; where they cannot be made the run is saved and ends."""
         try:
             return make(*args)
-        except StopNow:
-            raise
         except (Exception, SystemExit) as error:
             reason = "" if isinstance(error, SystemExit) else f": {one_line(error)}"  # fail has given its own
             self.abort(f"cannot make the environments of an evaluation (--eval-frequency 0 makes none){reason}")

@@ -88,7 +88,6 @@ Size = Annotated[int, 1, 2**16]
 Share = Annotated[float, 0.0, 1.0]
 Part = Annotated[float, 1e-9, 1.0]
 Positive = Annotated[float, 1e-12, 1e9]
-Amount = Annotated[float, 0.0, 1e9]
 Real = Annotated[float, -1e9, 1e9]
 Schedule = tuple[Natural, Natural, Count, Count]
 
@@ -878,11 +877,8 @@ class CheckedEnv(gym.Wrapper):
                 kept["action_mask"] = finite("action_mask", kept["action_mask"], (self.action_space.n,))
             return obs, *numbers, kept
         except (Exception, SystemExit) as error:  # an environment may raise anything, and call sys.exit
-            if isinstance(error, StopNow):
-                raise
-            reason = one_line(error)
             returned = ", ".join(["observation", *names, "info"])
-            raise gym.error.Error(f"step {self.steps}: {reason} ({method} must return {returned})") from error
+            raise gym.error.Error(f"step {self.steps}: {one_line(error)} ({method} must return {returned})") from error
 
 
 def too_long(signum: int, frame) -> NoReturn:
@@ -928,8 +924,6 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
         close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
         yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"
         fail(f"cannot make {env_id!r}: {str(error).splitlines()[0]} Close: {close}; {yours}")
-    except StopNow:
-        raise
     except (Exception, SystemExit) as error:  # many types, by environment and settings
         where = f" (modules are looked for in {os.getcwd()} and PYTHONPATH)" if isinstance(error, ImportError) else ""
         fail(f"cannot make {env_id!r} with {settings}: {one_line(error)}{where}")
@@ -1039,16 +1033,11 @@ def evaluate_run(args: Args) -> str:
     returns, _ = evaluate(agent, envs, args, device, stop)
     envs.close()
     if not stop.requested:
-        print_returns(args, checkpoint, returns)
+        single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
+        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
     stop.exit()
     return args.evaluate
-
-
-def print_returns(args: Args, checkpoint: dict, returns: np.ndarray) -> None:
-    """The last two lines of --evaluate."""
-    single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-    print(f"{args.env_id} at step {checkpoint['global_step']}:")
-    print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
 
 
 @torch.no_grad()
@@ -1144,7 +1133,7 @@ def print_exception(kind: type, error: BaseException, trace, thread=None) -> Non
     if issubclass(kind, OSError) or any(said in str(error) for said in words):
         if thread is None:  # TensorBoard's threads fail for the main thread, too
             print(f"\nerror: {one_line(error)}; the last checkpoint stays as it is", file=sys.stderr)
-    else:
+    elif kind is not KeyboardInterrupt:  # a second request to stop
         sys.__excepthook__(kind, error, trace)
 
 
@@ -1163,9 +1152,9 @@ def check_bounds(args: Args) -> None:
             hint = get_args(hint)[0]
         pairs = zip(get_args(hint), value, strict=False) if isinstance(value, tuple) else [(hint, value)]
         for kind, number in pairs:
-            for low, high in [kind.__metadata__] if hasattr(kind, "__metadata__") and number is not None else []:
-                if not low <= number <= high:
-                    fail(f"--{name.replace('_', '-')} must be at least {low} and at most {high}, not {value}")
+            low, high = getattr(kind, "__metadata__", (None, None))
+            if None not in (low, number) and not low <= number <= high:
+                fail(f"--{name.replace('_', '-')} must be at least {low} and at most {high}, not {value}")
 
 
 def require_memory(num_bytes: float, setting: str, device: torch.device) -> None:
@@ -1195,9 +1184,7 @@ def parse_args() -> Args:
     for name, folder in given.items():
         folder = os.path.normpath(folder.removesuffix("checkpoint.pt"))  # "" is no folder that was forgotten
         saved = load_checkpoint(folder, args, verify=False)["args"]
-        with must_fit(folder):
-            args = replace(tyro.cli(Args, default=Args(**saved)), **{name: folder})
-            check_bounds(args)
+        args = replace(tyro.cli(Args, default=Args(**saved)), **{name: folder})
     return args
 
 
@@ -1298,10 +1285,6 @@ def new_folder(args: Args) -> str:
             name += "+"
 
 
-class StopNow(SystemExit):
-    """A second request to stop."""
-
-
 class StopRequest:
     """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the loop to stop at its next safe point; a second one stops at once.
 
@@ -1319,7 +1302,7 @@ class StopRequest:
         if self.requested and time.monotonic() < self.since + 0.5:  # handed on by a launcher such as uv, too
             return
         if self.requested:
-            raise StopNow(128 + signum)
+            raise KeyboardInterrupt
         self.requested, self.since = signum, time.monotonic()
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping at the next safe point (again: at once)\n")  # print is not safe here
@@ -1520,8 +1503,6 @@ class Run:
         """make(*args), the environments of an evaluation; where they cannot be made the run is saved and ends."""
         try:
             return make(*args)
-        except StopNow:
-            raise
         except (Exception, SystemExit) as error:
             reason = "" if isinstance(error, SystemExit) else f": {one_line(error)}"  # fail has given its own
             self.abort(f"cannot make the environments of an evaluation (--eval-frequency 0 makes none){reason}")

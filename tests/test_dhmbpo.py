@@ -1129,7 +1129,7 @@ def test_buffer_is_a_ring(capacity):
         added += list(rows)
         kept = torch.stack(added[-capacity:])
         assert len(buffer) == len(kept) and torch.equal(buffer.newest(len(buffer)), kept)
-    again = RingBuffer(3, 2, CPU)
+    again = RingBuffer(capacity, 2, CPU)
     again.load_state_dict(buffer.state_dict())
     assert again.end == buffer.end and torch.equal(again.newest(len(again)), kept)
     sample = buffer.sample(4, 5, generator=generator())

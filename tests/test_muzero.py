@@ -1926,9 +1926,11 @@ FLAT = {
     "Box": (MATRIX, 6),
     "Dict": (gym.spaces.Dict(a=MATRIX, b=gym.spaces.Discrete(2)), 8),
     "vector": (gym.spaces.Box(0, 255, (5,), np.uint8), 5),
+    "vector without float32 bounds": (gym.spaces.Box(-1e300, 1e300, (4,), np.float64), 4),
 }
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # of 1e300, sampled
 @pytest.mark.parametrize("kind", FLAT)
 def test_observations_are_flattened(kind):
     """Whatever Gymnasium can flatten arrives as a float32 vector; numbers of a Discrete as one of so many."""
