@@ -23,7 +23,7 @@ def last_of_rounds(lines: list[str]) -> dict[tuple[str, str], list[dict]]:
 
 def main() -> None:
     lines = (ROOT / "results/world_models/CarRacing-v3_dream.csv").read_text().splitlines()
-    titles = {"whole": "dreams as long as episodes, two seeds", "short": "short dreams, two seeds"}
+    titles = {"whole": "dreams as long as episodes, three seeds", "short": "short dreams, two seeds"}
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
@@ -32,7 +32,7 @@ def main() -> None:
             steps = [int(row["step"]) / 1000 for row in rows]
             for kind, color, style in (("real", "C0", "o-"), ("dream", "C1", "s--")):
                 scores = [float(row[kind]) for row in rows]
-                axis.plot(steps, scores, style, color=color, alpha=0.8, label=None if i else kind)
+                axis.plot(steps, scores, style, color=color, alpha=0.7, markersize=3, label=None if i else kind)
         axis.axhline(-65, color="grey", linestyle=":", label="random play, real")
         axis.set(title=title, xlabel="thousand real steps recorded")
         axis.grid(alpha=0.3)
