@@ -51,6 +51,21 @@ class MovingPixels(TinyPixels):
         return self.render(), *result[1:]
 
 
+class FarPixels(TinyPixels):
+    """A white bar, moved by the action from the left, pays where it stands in [0, 1]; beyond 0.7, where random play
+    does not come, it costs 5."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.target = -1.0
+        return self.render(), {}
+
+    def step(self, action):
+        self.target = float(np.clip(self.target + 0.16 * action[0], -1, 1))
+        place = (self.target + 1) / 2
+        return self.render(), -5.0 if place > 0.7 else place, False, False, {}
+
+
 class Counter(gym.Env):
     """Shows (episode, step, last action); the reward is the number of the step; step `fatal` terminates the episode."""
 
@@ -303,6 +318,7 @@ BOX, VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (3,
 PIXELS = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
 PAIR, THREE = gym.spaces.MultiDiscrete([2, 3]), gym.spaces.Discrete(3)
 register("TinyPixels-v0", TinyPixels, 12)
+register("FarPixels-v0", FarPixels, 16)
 register("TinyPixelsDiscrete-v0", TinyPixels, 12, discrete=True, deadly=True)
 register("CalmPixelsDiscrete-v0", TinyPixels, 12, discrete=True)
 register("MovingPixels-v0", MovingPixels, 12)

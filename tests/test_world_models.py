@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import itertools
 import math
 import os
 import re
@@ -2303,13 +2304,17 @@ def test_the_price_is_said_before_it_is_paid(capsys):
 
 
 @pytest.mark.slow
-def test_a_second_round_is_worth_more_than_the_first(capsys):
-    """The first round has recorded next to nothing: what C then plays on is learned from what the second one adds."""
-    changes = {"latent_size": 4, "total_timesteps": 240, "rounds": 2, "round_timesteps": 6000}
-    run_dir = run(world_models, **TINY_TASK | changes)
-    first, second = (value for _, value in scalars(run_dir)["eval/episodic_return"])
-    print(f"round 1 {first:.1f}, round 2 {second:.1f}")
-    assert second > -25 and second > first + 5  # the best constant action has -30
+def test_two_rounds_are_worth_more_than_one_of_as_many_steps(capsys):
+    """Steps, updates and generations are the same, three seeds. Where C goes in the dream random play has hardly been:
+    it costs 5 a step, which M learns of what C recorded for the second round. Perfect play has 8.3."""
+    scores, task = {1: [], 2: []}, TINY_TASK | {"env_id": "fake_envs:FarPixels-v0", "latent_size": 8}
+    for rounds, seed in itertools.product((1, 2), (1, 2, 3)):
+        shared = {"total_timesteps": 4000, "model_updates": 2000, "generations": 100}
+        changes = {name: number // rounds for name, number in shared.items()}
+        changes |= {"rounds": rounds, "round_timesteps": 2000, "max_hold": 1, "seed": seed}
+        scores[rounds].append(scalars(run(world_models, **task | changes))["eval/episodic_return"][-1][1])
+    print(scores)
+    assert min(scores[2]) > 0 and np.mean(scores[2]) > np.mean(scores[1]) + 5
 
 
 @pytest.mark.slow
