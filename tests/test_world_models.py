@@ -2176,7 +2176,7 @@ def test_the_window_opens_where_the_user_wants_it(screen, monkeypatch):
     asked, run_dir = [], run(world_models)
     if screen is None:
         monkeypatch.delenv("SDL_VIDEODRIVER")
-    monkeypatch.setattr(pygame, "init", lambda: asked.append(os.environ.get("SDL_VIDEODRIVER")) or 1 / 0)
+    monkeypatch.setattr(pygame.display, "init", lambda: asked.append(os.environ.get("SDL_VIDEODRIVER")) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         world_models.main(Args(play=run_dir))
     assert asked == [screen] and not pygame.display.get_init()
