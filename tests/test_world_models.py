@@ -1882,6 +1882,13 @@ def test_only_what_will_be_recorded_needs_room(repeat, monkeypatch, capsys):
     assert "frames do not fit" in error_of(capsys, resume, world_models, whole, **settings | {"rounds": 3})
     free.free += 12288
     resume(world_models, whole, **settings | {"rounds": 3})
+    again = {"from_stage": "collect", "total_timesteps": 90, "action_repeat": repeat}  # 78 steps' frames will be cut
+    again["min_episode_length"], free.free = 8 // repeat, 10**9
+    single = run(world_models, **again | {"from_stage": None, "total_timesteps": 78})
+    free.free = (18 // repeat - 1) * 12288  # of 72 // repeat
+    assert "frames do not fit" in error_of(capsys, resume, world_models, single, **again)
+    free.free += 12288
+    resume(world_models, single, **again)
 
 
 def test_rounds_are_not_thrown_away(capsys):
