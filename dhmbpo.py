@@ -595,8 +595,9 @@ def main(args: Args) -> str:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
     rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
-    envs, terminated_fn = make_vector_env(args, args.num_envs), termination_function(args.env_id)
+    envs = make_vector_env(args, args.num_envs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    terminated_fn = termination_function(args.env_id, obs_dim)
     if args.target_entropy is None:
         args = replace(args, target_entropy=-float(action_dim))
     check_memory(args, obs_dim, action_dim)
@@ -744,13 +745,21 @@ def with_task_defaults(args: Args) -> Args:
     return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
 
 
-def termination_function(env_id: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Which next observations end an episode; an environment that is not known is refused, nothing is assumed."""
-    if is_dm_control(env_id) and not env_id.startswith("lqr"):
+def termination_function(env_id: str, obs_dim: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Which next observations (N, D) end an episode (N,), bool; a task without a rule is refused, nothing is assumed."""
+    if is_dm_control(env_id):
         return never_terminates
     if task_name(env_id) not in TERMINATIONS:
         fail(f"when does {env_id} terminate? Add a function of its observations to TERMINATIONS in {__file__}")
-    return TERMINATIONS[task_name(env_id)]
+    rule = TERMINATIONS[task_name(env_id)]
+    try:
+        known = rule(torch.zeros(2, obs_dim))
+        form = f"{known.dtype} {tuple(known.shape)}"
+    except Exception as error:
+        form = one_line(error)
+    if form != "torch.bool (2,)":
+        fail(f"TERMINATIONS[{task_name(env_id)!r}] must make a bool (N,) of observations (N, {obs_dim}), not {form}")
+    return rule
 
 
 def require_rule(terminated_fn: Callable, next_obs: np.ndarray, terminations: np.ndarray, counters: dict, step: int):
@@ -1046,7 +1055,9 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, args: Args, device: torch
         actions = act(agent, obs, device, None)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         rows = np.concatenate([obs, actions, rewards[:, None], next_obs], 1).astype(np.float32)
-        for track, *step in zip(tracks, rows, infos.get("x_velocity", np.full(len(rows), np.nan)), strict=True):
+        velocities = infos.get("x_velocity", np.empty(0))
+        told = velocities.shape == dones.shape and velocities.dtype.kind in "fi"
+        for track, *step in zip(tracks, rows, velocities if told else np.full(len(rows), np.nan), strict=True):
             track.append(step)
         obs, dones = next_obs, terminations | truncations
         for i in np.flatnonzero(dones):
@@ -1113,7 +1124,7 @@ def log_open_loop(agent: Agent, episodes: list[np.ndarray], run: "Run") -> None:
 
 def walking_metrics(full_length: np.ndarray, speeds: np.ndarray) -> dict[str, float]:
     """If velocities are told. Walking: to last to the time limit at a mean of 0.5 m/s or more in 9 of 10 episodes."""
-    if not len(speeds) or np.isnan(speeds).any():
+    if not len(speeds) or not np.isfinite(speeds).all():
         return {}
     walks = (full_length & (speeds >= 0.5)).mean() >= 0.9
     metrics = {"x_velocity": speeds.mean(), "full_length_share": full_length.mean(), "walks": float(walks)}

@@ -528,8 +528,9 @@ def main(args: Args) -> str:
         return evaluate_run(args)
     checkpoint = load_checkpoint(args.resume, args) if args.resume is not None else None
     rehearse(functools.partial(make_vector_env, args, 1), args.capture_video)
-    envs, terminated_fn = make_vector_env(args, args.num_envs), termination_function(args.env_id)
+    envs = make_vector_env(args, args.num_envs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    terminated_fn = termination_function(args.env_id, obs_dim)
     if args.target_entropy is None:
         args = replace(args, target_entropy=-float(action_dim))
     check_memory(args, obs_dim, action_dim)
@@ -700,13 +701,21 @@ def with_task_defaults(args: Args) -> Args:
     return replace(args, **{name: value for name, value in task.items() if getattr(args, name) is None})
 
 
-def termination_function(env_id: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Which next observations end an episode; an environment that is not known is refused, nothing is assumed."""
-    if is_dm_control(env_id) and not env_id.startswith("lqr"):
+def termination_function(env_id: str, obs_dim: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Which next observations (N, D) end an episode (N,), bool; a task without a rule is refused, nothing is assumed."""
+    if is_dm_control(env_id):
         return never_terminates
     if task_name(env_id) not in TERMINATIONS:
         fail(f"when does {env_id} terminate? Add a function of its observations to TERMINATIONS in {__file__}")
-    return TERMINATIONS[task_name(env_id)]
+    rule = TERMINATIONS[task_name(env_id)]
+    try:
+        known = rule(torch.zeros(2, obs_dim))
+        form = f"{known.dtype} {tuple(known.shape)}"
+    except Exception as error:
+        form = one_line(error)
+    if form != "torch.bool (2,)":
+        fail(f"TERMINATIONS[{task_name(env_id)!r}] must make a bool (N,) of observations (N, {obs_dim}), not {form}")
+    return rule
 
 
 def require_rule(terminated_fn: Callable, next_obs: np.ndarray, terminations: np.ndarray, counters: dict, step: int):

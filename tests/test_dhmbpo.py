@@ -429,6 +429,11 @@ def test_bounds_by_hand():
         dhmbpo.track_bounds(agent, path_of(rewards, zeros, zeros.bool()), args)
 
     agent.bounds.fill_(math.nan)
+    rewards, zeros = torch.arange(10.0).double().reshape(2, 5), torch.zeros(3, 5, dtype=torch.float64)
+    mixed = torch.arange(15).reshape(3, 5) < 4  # all but four have ended: they count like the others
+    dhmbpo.track_bounds(agent, path_of(rewards, zeros, mixed), args)
+    close(agent.bounds, torch.quantile(rewards.flatten(), numbers(0.01, 0.99)) * 200, 1e-9)
+    agent.bounds.fill_(math.nan)
     track([i / 10 for i in range(1, 11)])
     close(agent.bounds, numbers(21.8, 198.2))
     expected = {1: (21.80654, 198.25946), 10: (21.8653117806, 198.7937979318), 1000: (27.4508896608, 249.5764371916)}
@@ -1038,6 +1043,12 @@ def test_distribution_rollouts_keep_raw_states_that_are_alive(monkeypatch):
         1e-5,
     )
     assert not any(obs.requires_grad for obs in paths[0].obs)
+    paths.clear()
+    dhmbpo.distribution_rollout(agent, rb, states, 2_000, high, generators(), args)
+    starts = agent.obs_mean + agent.obs_std * torch.cat([path.obs[0] for path in paths])
+    counts = torch.bincount(torch.cdist(starts, rb.rows[:50, :D]).argmin(1), minlength=50).double()
+    # uniform: chi-square of 49 degrees of freedom, whose 0.999 quantile is 85
+    assert len(starts) > 300 and ((counts - counts.mean()) ** 2).sum() < 85 * counts.mean()
 
 
 def test_order_and_amount_of_work_of_a_block(monkeypatch):
@@ -1308,6 +1319,43 @@ def played(tmp_path_factory):
         yield os.path.abspath(folder), calls
 
 
+def test_what_is_played_is_what_is_stored(monkeypatch):
+    """Each row is obs, action, reward and next obs of one step; random actions, then samples of the policy; own seeds."""
+    steps, seeds, sampled, act = [], [], [], dhmbpo.act
+
+    class Recorded(Even):
+        def reset(self, *, seed=None, options=None):
+            seeds.append(seed)
+            return super().reset(seed=seed)
+
+        def step(self, action):
+            before, (obs, reward, *rest) = self.point, super().step(action)
+            steps.append([*before, *action / 2, reward, *obs])
+            return obs, reward, *rest
+
+    def spy(agent, obs, device, generator):
+        before = generator.get_state()
+        sampled.append(act(agent, obs, device, generator))
+        after = generator.get_state()
+        generator.set_state(before)
+        assert np.array_equal(act(agent, obs, device, generator), sampled[-1]) and not torch.equal(before, after)
+        assert generator.initial_seed() == 10 and not np.array_equal(act(agent, obs, device, None), sampled[-1])
+        generator.set_state(after)
+        return sampled[-1]
+
+    gym.register("Recorded-v0", entry_point=Recorded)
+    monkeypatch.setitem(dhmbpo.TERMINATIONS, "Recorded", dhmbpo.never_terminates)
+    monkeypatch.setattr(dhmbpo, "act", spy)
+    folder = dhmbpo.main(tiny(env_id="Recorded-v0", total_timesteps=40, eval_frequency=0, num_envs=1))
+    rows = saved(folder)["parts"]["replay"]["rows"][:, : 2 * D + A + 1]
+    close(rows, torch.tensor(np.array(steps[-40:]), dtype=torch.float32), 1e-6, 1e-6)
+    actions = rows[:, D : D + A]
+    random = np.random.default_rng([1, 1]).uniform(-1, 1, (24, A)).astype(np.float32)
+    close(actions, torch.from_numpy(np.concatenate([random, *sampled])), 1e-6, 1e-6)
+    generator = np.random.default_rng([1, 0])
+    assert seeds[-10:] == [int(generator.integers(2**31, size=1)[0]) for _ in range(10)]
+
+
 def test_schedule_of_the_blocks(played):
     """Right after the random steps, scaled, and then every model_train_frequency steps, the last step included."""
     assert [(end, scale) for end, scale, *_ in played[1]] == [(24, 2), (32, 1), (40, 1), (48, 1)]
@@ -1447,6 +1495,28 @@ def test_an_episode_that_falls_is_not_of_full_length():
     assert (returns < 1_000).all() and full_length.tolist() == [False] * 2 and np.isnan(speeds).all()
 
 
+class Fall(Even):
+    """Falls where the time limit comes, with a velocity that is none."""
+
+    def step(self, action):
+        obs, reward, _, truncated, _ = super().step(action)
+        return obs, reward, truncated, truncated, {"x_velocity": self.velocity}
+
+
+gym.register("Fall-v0", entry_point=Fall)
+
+
+@pytest.mark.parametrize(("velocity", "told"), [(np.array([1.0, 2.0]), False), ("fast", False), (math.inf, False), (3, True)])
+def test_a_fall_at_the_limit_and_velocities_that_are_none(monkeypatch, velocity, told):
+    """It is not of full length; a velocity that is no finite number is not logged, and ends no run."""
+    monkeypatch.setattr(Fall, "velocity", velocity, raising=False)
+    args = make_args(env_id="Fall-v0", eval_episodes=2)
+    envs = dhmbpo.make_vector_env(args, 1)
+    _, full, speeds, _ = dhmbpo.evaluate(make_agent(args), envs, args, CPU, SimpleNamespace(requested=0))
+    expected = {"eval/x_velocity": 3.0, "eval/full_length_share": 0.0, "eval/walks": 0.0} if told else {}
+    assert full.tolist() == [False] * 2 and dhmbpo.walking_metrics(full, speeds) == expected
+
+
 def test_open_loop_errors_against_a_plain_loop(agent):
     """Mean predictions of each network, fed back; 25 steps, one stretch behind the other, too short episodes left out.
 
@@ -1491,7 +1561,8 @@ def test_evaluating_a_run_folder(capsys):
 def test_terminations_are_those_of_the_environment(env_id):
     """At every one of 1,000 random steps, as the training compares them."""
     args = published(env_id)
-    env, terminated_fn = dhmbpo.make_env(args)(), dhmbpo.termination_function(env_id)
+    env = dhmbpo.make_env(args)()
+    terminated_fn = dhmbpo.termination_function(env_id, env.observation_space.shape[0])
     rng, (obs, _) = np.random.default_rng(1), env.reset(seed=1)
     ends = 0
     for _ in range(1_000):
@@ -1542,7 +1613,7 @@ def test_dm_control_by_name():
     pytest.importorskip("dm_control", reason="dm_control is not installed.")
     env = dhmbpo.make_env(published("dm_control/cartpole-swingup-v0"))()
     obs, _ = env.reset(seed=1)
-    assert obs.dtype == np.float32 and dhmbpo.termination_function("cartpole-swingup") is dhmbpo.never_terminates
+    assert obs.dtype == np.float32 and dhmbpo.termination_function("cartpole-swingup", 5) is dhmbpo.never_terminates
 
 
 @pytest.mark.parametrize(

@@ -983,7 +983,7 @@ HEIGHTS = {  # index of the height or angle in qpos, and from where to where it 
 def count_disagreements(env_id: str, steps: int) -> tuple[int, int]:
     """Steps at which the function of observations and the environment disagree, and terminations."""
     env = mbpo.make_env(published(env_id))()
-    function, wrong, ended, done = mbpo.termination_function(env_id), 0, 0, True
+    function, wrong, ended, done = mbpo.termination_function(env_id, env.observation_space.shape[0]), 0, 0, True
     index, low, high = HEIGHTS.get(env_id, (None, 0, 0))
     rng = np.random.default_rng(1)
     env.action_space.seed(1)
@@ -1047,15 +1047,33 @@ def test_terminations_at_and_beyond_their_limits():
 
 
 def test_unknown_terminations_are_refused(capsys):
-    """One line that names the table; also dm_control's lqr, which terminates; versions and modules do not matter."""
-    for env_id in ("fake_envs:Counter-v0", "CartPole-v1", "lqr-lqr-2-1"):
+    """One line that names the table; versions and modules do not matter."""
+    for env_id in ("fake_envs:Counter-v0", "CartPole-v1"):
         with pytest.raises(SystemExit) as stopped:
-            mbpo.termination_function(env_id)
+            mbpo.termination_function(env_id, 4)
         (line,) = capsys.readouterr().err.splitlines()
         assert stopped.value.code == 2 and env_id in line and "TERMINATIONS" in line
-    assert mbpo.termination_function("some_module:Hopper-v4") is mbpo.hopper_terminated
+    assert mbpo.termination_function("some_module:Hopper-v4", 11) is mbpo.hopper_terminated
     for env_id in ("walker-walk", "HalfCheetah-v5"):
-        assert mbpo.termination_function(env_id) is mbpo.never_terminates
+        assert mbpo.termination_function(env_id, 17) is mbpo.never_terminates
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (lambda o: o[..., 2] > 1 or o[..., 2] < -1, "ambiguous"),
+        (lambda o: (o[..., 2] > 1).float(), "torch.float32 (2,)"),
+        (lambda o: o > 1, "torch.bool (2, 3)"),
+        (lambda o: o[..., 3] > 1, "index 3 is out of bounds"),
+    ],
+)
+def test_a_rule_that_is_not_of_batches_is_refused(monkeypatch, capsys, rule, text):
+    """Before there is a run folder, not after the first training."""
+    monkeypatch.setitem(mbpo.TERMINATIONS, "Mine", rule)
+    with pytest.raises(SystemExit) as stopped:
+        mbpo.termination_function("Mine-v0", 3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "TERMINATIONS['Mine'] must make a bool (N,)" in line and text in line
 
 
 @pytest.mark.parametrize(
