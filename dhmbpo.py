@@ -746,7 +746,7 @@ def with_task_defaults(args: Args) -> Args:
 
 
 def termination_function(env_id: str, obs_dim: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Which next observations (N, D) end an episode (N,), bool; a task without a rule is refused, nothing is assumed."""
+    """Which next observations (N, D) end an episode, bool (N,); a task without a rule is refused, none is assumed."""
     if is_dm_control(env_id):
         return never_terminates
     if task_name(env_id) not in TERMINATIONS:

@@ -78,6 +78,17 @@ def test_what_is_exported():
     assert Path("A-v0_training.csv").read_text().split("\n") == ["# another", "seed,step,return", *rows, ""]
 
 
+def test_what_says_whether_it_walks_is_exported():
+    """Three columns more, not for runs without a velocity; of an evaluation that was made again the later value."""
+    points = {"eval/episodic_return": [(10, 1.0), (20, 2.0)], "eval/episodic_return_std": [(10, 0.0), (20, 0.5)]}
+    more = {"eval/x_velocity": [(10, 0.1), (20, 0.7), (20, 0.8)], "eval/full_length_share": [(10, 0.25), (20, 1.0)]}
+    folders = [logged(1, points | more | {"eval/walks": [(10, 0.0), (20, 1.0)]}), logged(2, points)]
+    export.export("A-v0.csv", "a command", folders)
+    head = "seed,step,return,std,x_velocity,full_length_share,walks"
+    rows = ["1,10,1.00,0.00,0.10,0.25,0.00", "1,20,2.00,0.50,0.80,1.00,1.00", "2,10,1.00,0.00", "2,20,2.00,0.50"]
+    assert Path("A-v0.csv").read_text().split("\n") == ["# a command", head, *rows, ""]
+
+
 def test_points_are_not_lost(capsys):
     """A file with more points than the runs that are to replace them stays as it is, and this is said."""
     points = {"eval/episodic_return": [(10, 1.0), (20, 2.0)], "eval/episodic_return_std": [(10, 0.0), (20, 0.0)]}

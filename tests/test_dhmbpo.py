@@ -1320,7 +1320,7 @@ def played(tmp_path_factory):
 
 
 def test_what_is_played_is_what_is_stored(monkeypatch):
-    """Each row is obs, action, reward and next obs of one step; random actions, then samples of the policy; own seeds."""
+    """Each row is obs, action, reward, next obs of one step; random actions, then the policy's samples; own seeds."""
     steps, seeds, sampled, act = [], [], [], dhmbpo.act
 
     class Recorded(Even):
@@ -1506,7 +1506,9 @@ class Fall(Even):
 gym.register("Fall-v0", entry_point=Fall)
 
 
-@pytest.mark.parametrize(("velocity", "told"), [(np.array([1.0, 2.0]), False), ("fast", False), (math.inf, False), (3, True)])
+@pytest.mark.parametrize(
+    ("velocity", "told"), [(np.array([1.0, 2.0]), False), ("fast", False), (math.inf, False), (3, True)]
+)
 def test_a_fall_at_the_limit_and_velocities_that_are_none(monkeypatch, velocity, told):
     """It is not of full length; a velocity that is no finite number is not logged, and ends no run."""
     monkeypatch.setattr(Fall, "velocity", velocity, raising=False)

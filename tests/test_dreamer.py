@@ -1179,6 +1179,41 @@ def test_open_loop_rewards_are_those_that_are_learned(clip_rewards, monkeypatch,
     assert logged["open_loop/reward_error_horizon_1"] == 0
 
 
+def test_open_loop_sees_nothing_beyond_its_context():
+    """Other observations there change no prediction, other actions do; the context itself is seen."""
+    args = tiny_args(batch_length=12)
+    agent = make_agent(args)
+    batch = make_batch(agent, args)
+
+    def predictions(**changes):
+        return dreamer.open_loop(agent, batch | changes, torch.Generator().manual_seed(1))[1:]
+
+    later, action = batch["obs"].clone(), batch["action"].clone()
+    later[5:] += 1
+    action[7] *= -1
+    expected = predictions()
+    for found, wanted in zip(predictions(obs=later), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert not torch.equal(predictions(obs=batch["obs"] + 1)[0], expected[0])
+    changed = (predictions(action=action)[0] != expected[0]).flatten(1).any(1)
+    assert not changed[:7].any() and changed[7:].all()
+
+
+def test_epsilon_falls_with_environment_steps(monkeypatch):
+    """In a run, with an action for two steps: what act is given is exploration at the step, not at the update."""
+    args = tiny_args(env_id="CartPole-v1", action_repeat=2, total_timesteps=120, expl_epsilon=(0.4, 0.1, 200))
+    given, act = [], dreamer.act
+
+    def spy(*rest):
+        given.append(rest[-1])
+        return act(*rest)
+
+    monkeypatch.setattr(dreamer, "act", spy)
+    dreamer.main(dataclasses.replace(args, eval_frequency=0, learning_starts=60))
+    steps = np.arange(120 - 2 * len(given), 120, 2)
+    assert len(given) >= 20 and given == pytest.approx(0.4 - 0.3 * steps / 200)
+
+
 def test_no_two_streams_of_random_numbers_are_one():
     """Neither between seeds nor between the generators of a run."""
     first = [torch.rand(3, generator=dreamer.make_generator(CPU, seed, i)) for seed in range(3) for i in range(5)]
@@ -1731,9 +1766,10 @@ def stepped(env: gym.Env, actions: list) -> list:
 INF = math.inf
 ACTIONS = {
     "bounded": (gym.spaces.Box(np.float32([0, -2]), np.float32([10, 6])), [[10, 2], [0, 6], [5, 2]]),
-    "half-bounded": (gym.spaces.Box(np.float32([0, -INF]), np.float32([INF, 0.5])), [[1, 0], [0, 0.5], [0, 0]]),
+    "half": (gym.spaces.Box(np.float32([0, -INF]), np.float32([INF, 0.5])), [[2, -0.5], [0, 0.5], [1, -0.5]]),
+    "half, far": (gym.spaces.Box(np.float32([2, -INF]), np.float32([INF, -3])), [[4, -4], [2, -3], [3, -4]]),
     "float's largest": (gym.spaces.Box(-3e38, 3e38, (2,), np.float32), [[1, 0], [-1, 1], [0, 0]]),
-    "one so large": (gym.spaces.Box(0, 3e38, (2,), np.float32), [[1, 0], [0, 1], [0, 0]]),
+    "one so large": (gym.spaces.Box(0, 3e38, (2,), np.float32), [[2, 1], [0, 2], [1, 1]]),
     "integers": (gym.spaces.Box(0, 11, (2,), np.int32), [[11, 6], [0, 11], [6, 6]]),  # 5.5 is rounded to the even 6
     "a matrix": (gym.spaces.Box(-2, 2, (2, 1), np.float32), [[[2], [0]], [[-2], [2]], [[0], [0]]]),
 }
@@ -1752,7 +1788,7 @@ class Spaces(gym.Env):
 
 @pytest.mark.parametrize("kind", ACTIONS)
 def test_actions_stay_in_the_environments_space(kind):
-    """[-1, 1] is the range between the bounds; without two of them it stays, cut off at the one there is."""
+    """[-1, 1] is the range between the bounds; without two of them it stays as long, moved within the one there is."""
     space, expected = ACTIONS[kind]
     env = dreamer.fit_spaces(Spaces(VECTOR, space), "x")
     got = stepped(env, [np.float32(a) for a in ([1, 0], [-1, 1], [0, 0])])
