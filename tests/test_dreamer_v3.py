@@ -1107,11 +1107,11 @@ def test_pictures_of_any_number_of_channels(shape):
 
 
 def test_actions_are_rescaled_where_they_are_bounded():
-    """One side open: as it is, cut off at the other; integers are rounded; a Discrete may start anywhere."""
+    """One side open: as it is, moved within the other; integers are rounded; a Discrete may start anywhere."""
     box = gym.spaces.Box(np.array([-2, 0, -np.inf]), np.array([4, np.inf, np.inf]), dtype=np.float64)
     make = functools.partial(gym.make, "fake_envs:DictObservation-v0", observation_space=VECTOR)
     env = dreamer_v3.fit_spaces(make(action_space=box), "x")
-    assert env.func(np.array([0.5, -0.5, -7], np.float32)).tolist() == [2.5, 0, -7]
+    assert env.func(np.array([0.5, -0.5, -7], np.float32)).tolist() == [2.5, 0.5, -7]
     env = dreamer_v3.fit_spaces(make(action_space=gym.spaces.Box(0, 4, (1, 2), np.int64)), "x")
     assert env.func(np.array([-1, 0.4], np.float32)).tolist() == [[0, 3]]
     env = dreamer_v3.fit_spaces(make(action_space=gym.spaces.Discrete(3, start=-1)), "x")
