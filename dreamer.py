@@ -847,7 +847,7 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
     if isinstance(action, gym.spaces.Box):
         low, high = action.low.ravel().astype(float), action.high.ravel().astype(float)
-        bounded = (low > -1e6) & (high < 1e6)  # else taken as it is, from [-1, 1] or, within the one bound, next to it
+        bounded = (low > -1e6) & (high < 1e6)  # else [-1, 1] stays, moved to lie within the one bound there is
         left = np.where(bounded, low, np.clip(-1, low, high - 2))
         right = np.where(bounded, high, left + 2)
         rounded = np.rint if np.issubdtype(action.dtype, np.integer) else np.asarray

@@ -1496,7 +1496,7 @@ def test_an_episode_that_falls_is_not_of_full_length():
 
 
 class Fall(Even):
-    """Falls where the time limit comes, with a velocity that is none."""
+    """Falls where the time limit comes, with a velocity that may be none."""
 
     def step(self, action):
         obs, reward, _, truncated, _ = super().step(action)

@@ -1058,6 +1058,14 @@ def test_unknown_terminations_are_refused(capsys):
         assert mbpo.termination_function(env_id, 17) is mbpo.never_terminates
 
 
+def test_lqr_which_terminates_is_refused(capsys):
+    """The one family of dm_control that ends by itself: its actions have no bounds."""
+    pytest.importorskip("dm_control", reason="dm_control is not installed.")
+    with pytest.raises(SystemExit):
+        mbpo.main(Args(env_id="lqr-lqr_2_1"))
+    assert "bounded vector Box" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("rule", "text"),
     [
