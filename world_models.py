@@ -148,6 +148,7 @@ class Args:
     # M, the mixture-density LSTM
     hidden_size: Size | None = None  # M: units of the LSTM (H); default by task, 256 elsewhere
     num_mixtures: Size = 5  # M: Gaussians in the mixture of each latent dimension (K)
+    num_models: Few = 1  # M: networks that dream together, each step is that of one of them; C sees the first (rounds)
     sequence_length: Count | None = None  # M: time steps per sequence at most (T); default by task, 500 elsewhere
     model_batch_size: Size = 100  # M: sequences per batch (B)
     model_updates: Count | None = None  # M: updates; default by task, 4000 elsewhere
@@ -296,8 +297,13 @@ class Agent(nn.Module):
         super().__init__()
         self.vae = VAE(args.latent_size, args.vae_depth).to(memory_format=torch.channels_last)
         self.model = MDNRNN(spec, args)
+        self.others = nn.ModuleList(MDNRNN(spec, args) for _ in range(args.num_models - 1))  # not seen by C
         features = args.latent_size + (2 * args.hidden_size if spec.is_takecover else args.hidden_size + 1)
         self.register_buffer("controller", torch.zeros(features, spec.action_dim))  # bias last
+
+    def models(self) -> list[MDNRNN]:
+        """All that dream, first the one whose state C sees."""
+        return [self.model, *self.others]
 
     def features(self, z: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """What C sees (B, features): z, c, h in TakeCover, else z, h and a one for the bias."""
@@ -408,7 +414,7 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, genera
     real episodes share a seed; so in evolve each of P candidates plays E dreams, P * E jobs. Dreams that have ended are
     taken out every 50 steps. A list `trace` gets z of the first one.
     """
-    model, device = agent.model, agent.controller.device
+    model, models, device = agent.model, agent.models(), agent.controller.device
     normal = functools.partial(torch.randn, num_dreams, args.latent_size, generator=generator, device=device)
     start = torch.randint(model.NUM_STARTS, (num_dreams,), generator=generator, device=device)
     at_rest = torch.rand(num_dreams, generator=generator, device=device) < args.at_rest
@@ -416,8 +422,8 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, genera
     jobs = torch.arange(num_jobs, device=device)
     which = jobs % num_dreams
     z = (model.start_mu[start] + torch.exp(0.5 * model.start_logvar[start]) * normal())[which]
-    h, c = model.start_h[start][which], model.start_c[start][which]
-    first, state = (c == 0).all(1).float(), (h[None], c[None])  # a zero state is that of an episode's first step
+    states = [(m.start_h[start][which][None], m.start_c[start][which][None]) for m in models]
+    first = (states[0][1][0] == 0).all(1).float()  # a zero state is that of an episode's first step
     returns, lengths = torch.zeros(num_jobs, device=device), torch.zeros(num_jobs, device=device)
     alive = torch.ones(num_jobs, device=device)
     for t in range(min(args.dream_length or math.inf, model.spec.time_limit)):
@@ -426,13 +432,19 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, genera
             if not len(kept) or (stop and stop.requested):
                 break
             jobs, which, z, first, alive = (x[kept] for x in (jobs, which, z, first, alive))
-            state = state[0][:, kept], state[1][:, kept]
+            states = [(h[:, kept], c[:, kept]) for h, c in states]
         if trace is not None:
             trace.append(z[0].clone())
-        action = policy(agent.features(z, state), jobs, num_jobs)
+        action = policy(agent.features(z, states[0]), jobs, num_jobs)
         uniform = torch.rand(num_dreams, args.latent_size, generator=generator, device=device)
         noise = uniform[which], normal()[which]
-        z, state, rewards, end_logit = dream_step(model, z, action, first, state, *noise, args.temperature)
+        now, pairs = (z, action, first), zip(models, states, strict=True)
+        steps = [dream_step(m, *now, state, *noise, args.temperature) for m, state in pairs]
+        states, (z, _, rewards, end_logit) = [step[1] for step in steps], steps[0]
+        if len(models) > 1:  # what one of them does not know another may: by lot, the same for all jobs of a dream
+            by = torch.randint(len(models), (num_dreams,), generator=generator, device=device)[which]
+            nexts = (torch.stack([step[i] for step in steps]) for i in (0, 2, 3))
+            z, rewards, end_logit = (values[by, torch.arange(len(by), device=device)] for values in nexts)
         returns[jobs] += rewards * alive
         lengths[jobs] += alive
         alive, first = alive * (end_logit <= 0), torch.zeros_like(first)
@@ -547,14 +559,15 @@ def update_vae(vae: VAE, optimizer, image: torch.Tensor, noise: torch.Tensor, ar
     return metrics
 
 
-def update_model(model: MDNRNN, optimizer, batch: dict, args: Args) -> dict:
-    """One step of M on sequences (T, B, ...). Returns detached scalars, no host sync."""
+def update_model(models: list[MDNRNN], optimizer, batch: dict, args: Args) -> dict:
+    """One step of M, each for itself, on sequences (T, B, ...). Returns detached scalars of the first, no host sync."""
     optimizer.zero_grad(set_to_none=True)
-    loss, metrics, _ = model_loss(model, batch, args.end_weight, args.pessimism)
-    loss.backward()
-    nn.utils.clip_grad_value_(model.parameters(), 1.0)  # by value, not by norm
+    losses = [model_loss(model, batch, args.end_weight, args.pessimism) for model in models]
+    sum(loss for loss, _, _ in losses).backward()
+    for model in models:
+        nn.utils.clip_grad_value_(model.parameters(), 1.0)  # by value, not by norm
     optimizer.step()
-    return metrics
+    return losses[0][1]
 
 
 # === Replay buffer ===
@@ -792,12 +805,13 @@ def train_model(run: "Stages") -> bool:
     """M: passes over all episodes but the held-out ones, in an order drawn for each; then its dream is looked at."""
     if not encode(run):
         return False
-    args, model = run.args, run.agent.model
+    args, models = run.args, run.agent.models()
     latents = Latents(run.rb, run.latents.rows(), run.spec, args, run.device)
-    if not run.units_done:
+    for model in models if not run.units_done else ():
         model.reward_mean.copy_(latents.data["reward"].mean())
         model.reward_std.copy_(latents.data["reward"].std().clamp(min=1e-3))
-    optimizer = torch.optim.Adam(model.parameters(), args.model_lr, fused=True)
+    weights = [weight for model in models for weight in model.parameters()]
+    optimizer = torch.optim.Adam(weights, args.model_lr, fused=True)
     run.keep_optimizer(optimizer)
 
     def one_pass(number: int) -> list[np.ndarray]:
@@ -806,11 +820,12 @@ def train_model(run: "Stages") -> bool:
 
     def update(pieces: np.ndarray) -> dict:  # the rate falls from model_lr towards 1e-5, not at all with a decay of 1
         optimizer.param_groups[0]["lr"] = 1e-5 + (args.model_lr - 1e-5) * args.model_lr_decay**run.units_done
-        return update_model(model, optimizer, latents.batch(pieces, run.rng["m"]), args)
+        return update_model(models, optimizer, latents.batch(pieces, run.rng["m"]), args)
 
     if not run.updates(args.model_updates, args.model_batch_size, one_pass, update):
         return False
-    set_dream_starts(model, latents, np.random.default_rng([args.seed, 4, run.round]))
+    for model in models:  # the same places for all
+        set_dream_starts(model, latents, np.random.default_rng([args.seed, 4, run.round]))
     log_holdout_scores(run, latents)
     warn_of_failure(log_open_dream, run, latents)
     return True
@@ -2041,8 +2056,8 @@ STAGE_SETTINGS = {  # what a run repeated --from-stage may change
     "collect": "num_envs action_repeat max_hold min_episode_length save_buffer round_timesteps record_sigma explore "
     "idle_limit",
     "v": "latent_size vae_depth vae_epochs vae_batch_size vae_lr kl_tolerance",
-    "m": "hidden_size num_mixtures sequence_length model_batch_size model_updates model_lr model_lr_decay heads "
-    "end_weight pessimism reward_window holdout_ratio",
+    "m": "hidden_size num_mixtures num_models sequence_length model_batch_size model_updates model_lr model_lr_decay "
+    "heads end_weight pessimism reward_window holdout_ratio",
     "c": "controller_env num_envs temperature dream_length at_rest population episodes generations sigma idle_limit "
     "eval_generations eval_episodes",
 }
@@ -2269,6 +2284,7 @@ def rewind(checkpoint: dict, args: Args) -> None:
         forget(checkpoint, args.from_stage)
         if counters["round"] > 1:  # these stages went on from what the round before had left
             sizes = "latent_size vae_depth hidden_size num_mixtures heads"
+            sizes += " num_models" * (args.num_models < saved["num_models"])  # there may be more, which begin anew
             refuse_changes(args, checkpoint, " ".join(set(saved) - set(sizes.split())))
             before = torch.load(f"{args.resume}/round_{counters['round'] - 1}.pt", "cpu", weights_only=True)
             parts["agent"] = before | parts["agent"]
@@ -2299,7 +2315,7 @@ def rewind(checkpoint: dict, args: Args) -> None:
 def forget(checkpoint: dict, stage: str) -> None:
     """Takes out of a checkpoint what this stage and those after it have left, so that they begin anew."""
     parts, counters, gone = checkpoint["parts"], checkpoint["parts"]["counters"], STAGES[STAGES.index(stage) :]
-    stage_of = {"vae": "v", "model": "m", "controller": "c", "reset": "collect", "actions": "collect"}
+    stage_of = {"vae": "v", "model": "m", "others": "m", "controller": "c", "reset": "collect", "actions": "collect"}
     parts["agent"] = {k: tensor for k, tensor in parts["agent"].items() if stage_of[k.split(".")[0]] not in gone}
     checkpoint["rng"] = {k: state for k, state in checkpoint["rng"].items() if stage_of.get(k, k) not in gone}
     counters |= {"stage": stage, "units_done": 0, "ticks": counters["began"][stage], "unscored": 0}
@@ -2357,11 +2373,13 @@ def introduction(run: Stages) -> str:
     """
     args, agent, spec = run.args, run.agent, run.spec
     v, m = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (agent.vae, agent.model))
-    text = f"{run.folder}: {run.device}, parameters: V {v:,}, M {m:,}, C {agent.controller.numel():,}"
+    several = f"{args.num_models} x " * (args.num_models > 1)
+    text = f"{run.folder}: {run.device}, parameters: V {v:,}, M {several}{m:,}, C {agent.controller.numel():,}"
     recorded = args.total_timesteps + (args.rounds - 1) * args.round_timesteps
     frames = recorded // args.action_repeat
     text += f"; {frames * 64 * 64 * 3 / 1e9:.1f} GB of frames"
     depth, size = (max(ratio, ratio**2) for ratio in (args.vae_depth / 32, args.hidden_size / 256))
+    size *= args.num_models
     rate, longest = 2_300 if spec.is_takecover else 138, min(args.sequence_length, spec.time_limit)
     steps = args.population * args.episodes * args.generations * args.rounds
     dreamed = steps * min(args.dream_length or math.inf, spec.time_limit) / 64_200 * size
@@ -2399,12 +2417,12 @@ def check_sizes(args: Args, spec: Spec, checkpoint: dict | None) -> None:
         agent = Agent(spec, args)
     outputs, weights = agent.model.head.out_features, sum(weight.numel() for weight in agent.parameters())
     longest = min(args.sequence_length, spec.time_limit)
-    sequences = longest * args.model_batch_size * (8 * args.hidden_size + 4 * outputs)
+    sequences = args.num_models * longest * args.model_batch_size * (8 * args.hidden_size + 4 * outputs)
     images = args.vae_batch_size * (6 * 64 * 64 + 6_000 * args.vae_depth)
     latents = frames * (args.latent_size + spec.action_dim + 4)
     require_memory(4 * (4 * weights + latents + max(sequences, images)), "sizes of V, M and their batches", device)
     jobs, size = args.population * args.episodes, agent.controller.numel()
-    dreams = jobs * (2 * outputs + 8 * args.hidden_size + size) * (args.controller_env == "dream")
+    dreams = jobs * (args.num_models * (2 * outputs + 8 * args.hidden_size) + size) * (args.controller_env == "dream")
     require_memory(4 * dreams, "--population and --episodes", device)
     require_memory(8 * (3 * size**2 + 4 * args.population * size), "CMA-ES of so many weights of C", cpu)
 

@@ -88,7 +88,7 @@ def model_rates(args: world_models.Args, spec: world_models.Spec, device: torch.
     batch |= {name: torch.zeros(T, B) for name in ("first", "terminated", "reward")}
     batch |= {name: torch.ones(T, B) for name in ("mask", "has_next")}
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    update = model, optimizer, batch, args
+    update = [model], optimizer, batch, args
     rates = {"model_sequences_per_s": B / seconds(lambda: world_models.update_model(*update), device, 2)}
 
     usual = UsualMDNRNN(Z + spec.action_dim, args.hidden_size, Z, args.num_mixtures).to(device)

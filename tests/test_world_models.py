@@ -373,10 +373,30 @@ def test_gradients_of_the_model_are_clipped_by_value():
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, parameters)
     before = [parameter.detach().clone() for parameter in parameters]
-    world_models.update_model(model, torch.optim.SGD(model.parameters(), 1.0), batch, make_args())
+    world_models.update_model([model], torch.optim.SGD(model.parameters(), 1.0), batch, make_args())
     assert max(gradient.abs().max() for gradient in gradients) > 1 and not model.lstm.bias_hh_l0.any()
     for old, new, gradient in zip(before, parameters, gradients, strict=True):
         torch.testing.assert_close(old - new, gradient.clamp(-1, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_several_models_learn_each_for_itself():
+    """From weights of their own, on the same batch, as each would alone; what is logged is of the first."""
+    agent, alone = make_agent(BOX, num_models=3), make_agent(BOX, num_models=3)
+    assert len(agent.models()) == 3 and agent.models()[0] is agent.model
+    starts = torch.stack([model.head.weight for model in agent.models()])
+    assert (starts[0] != starts[1]).any() and (starts[1] != starts[2]).any() and (starts[0] != starts[2]).any()
+    weights = [weight for model in agent.models() for weight in model.parameters()]
+    together = torch.optim.Adam(weights, 1e-2)
+    single = [torch.optim.Adam(model.parameters(), 1e-2) for model in alone.models()]
+    for step in range(3):
+        batch = {"z": normal(4, 2, 4, seed=step), "next_z": 9 * normal(4, 2, 4, seed=9), "action": normal(4, 2, 2)}
+        batch |= {name: torch.zeros(4, 2) for name in ("first", "terminated", "reward")}
+        batch |= {"mask": torch.ones(4, 2), "has_next": torch.ones(4, 2)}
+        logged = world_models.update_model(agent.models(), together, batch, make_args())
+        pairs = zip(alone.models(), single, strict=True)
+        expected = [world_models.update_model([model], optimizer, batch, make_args()) for model, optimizer in pairs]
+        assert logged == expected[0] != expected[1]
+    assert all(torch.equal(x, alone.state_dict()[name]) for name, x in agent.state_dict().items())
 
 
 def test_a_tile_is_worth_the_same_on_every_track():
@@ -510,20 +530,26 @@ def test_random_actions_are_held(spec):
 
 def plain_dream(agent, controller, which: int, num_dreams: int, seed: int, args) -> tuple[float, int]:
     """One dream, alone, on the noise that the batched one draws: the equations of a step written out."""
-    model, draw = agent.model, generator(seed)
+    model, models, draw = agent.model, agent.models(), generator(seed)
     start = int(torch.randint(model.NUM_STARTS, (num_dreams,), generator=draw)[which])
     start += model.NUM_STARTS * int(torch.rand(num_dreams, generator=draw)[which] >= args.at_rest)
     noise = torch.randn(num_dreams, 4, generator=draw)[which]
     z = model.start_mu[start] + torch.exp(model.start_logvar[start] / 2) * noise
-    c, h, total = model.start_c[start], model.start_h[start], 0.0
+    states, total = [(m.start_h[start], m.start_c[start]) for m in models], 0.0
     for t in range(args.dream_length):
+        h, c = states[0]
         seen = torch.cat([z, c, h] if model.spec.is_takecover else [z, h, torch.ones(1)])
         action = torch.tanh(seen @ controller)
         uniform = torch.rand(num_dreams, 4, generator=draw)[which]
         noise = torch.randn(num_dreams, 4, generator=draw)[which]
         first = torch.full((1, 1), float(t == 0 and start < model.NUM_STARTS))
-        (out,), (h,), (c,) = former_model(model, z[None, None], action[None, None], first, h[None], c[None])
-        out = out[0]
+        outs = []
+        for i, (h, c) in enumerate(states):
+            (out,), *state = former_model(models[i], z[None, None], action[None, None], first, h[None], c[None])
+            states[i] = [x[0] for x in state]
+            outs.append(out[0])
+        by = int(torch.randint(len(models), (num_dreams,), generator=draw)[which]) if len(models) > 1 else 0
+        out, model = outs[by], models[by]
         log_pi, mu, log_sigma = out[:36].view(3, 3, 4)
         z = torch.empty(4)
         for d in range(4):
@@ -538,23 +564,30 @@ def plain_dream(agent, controller, which: int, num_dreams: int, seed: int, args)
     return total, args.dream_length
 
 
-@pytest.mark.parametrize("spec", [BOX._replace(time_limit=1000), DOOM], ids=["z h 1", "z c h"])
-def test_batched_dream_equals_single_ones(spec):
-    """4 candidates times 3 dreams that end at many different steps, beyond several removals of the dead."""
+@pytest.mark.parametrize(
+    ("spec", "num_models"),
+    [(BOX._replace(time_limit=1000), 1), (DOOM, 1), (BOX._replace(time_limit=1000), 2), (DOOM, 3)],
+    ids=["z h 1", "z c h", "z h 1, two models", "z c h, three models"],
+)
+def test_batched_dream_equals_single_ones(spec, num_models):
+    """4 candidates times 3 dreams that end at many different steps, beyond several removals of the dead.
+
+    Where several models dream, each of them reads every step, by its own state, and one says what comes.
+    """
     args = make_args(dream_length=180, temperature=1.3, at_rest=0.5)
-    agent = make_agent(spec)
-    model = agent.model
-    with torch.no_grad():
-        model.lstm.weight_ih_l0 *= 3
-        model.lstm.weight_hh_l0 *= 3
-        model.head.weight[36] *= 10
-        model.head.bias[36] = -3
-        model.reward_mean.fill_(0.3)
-        model.reward_std.fill_(1.7)
-        model.start_mu.copy_(normal(2000, 4, seed=3))
-        model.start_logvar.copy_(normal(2000, 4, seed=4))
-        model.start_h[1000:] = normal(1000, 8, seed=6)
-        model.start_c[1000:] = normal(1000, 8, seed=7)
+    agent = make_agent(spec, num_models=num_models)
+    for i, model in enumerate(agent.models()):
+        with torch.no_grad():
+            model.lstm.weight_ih_l0 *= 3
+            model.lstm.weight_hh_l0 *= 3
+            model.head.weight[36] *= 10
+            model.head.bias[36] = -3 if num_models < 3 else -4
+            model.reward_mean.fill_(0.3 + i)
+            model.reward_std.fill_(1.7)
+            model.start_mu.copy_(normal(2000, 4, seed=3))
+            model.start_logvar.copy_(normal(2000, 4, seed=4))
+            model.start_h[1000:] = normal(1000, 8, seed=6 + 2 * i)
+            model.start_c[1000:] = normal(1000, 8, seed=7 + 2 * i)
     weights = normal(4, *agent.controller.shape, seed=5)
     policy = world_models.linear_policy(weights, "box")
     seed = 12 if spec is DOOM else 11
@@ -1357,7 +1390,7 @@ def test_training_of_the_model(kind, monkeypatch):
     Afterwards half of the dreams begin 100 steps into an episode or later, the others at first frames.
     """
     settings = {"sequence_length": 20, "model_batch_size": 4, "model_updates": 12, "model_lr_decay": 0.9}
-    held = []
+    settings["num_models"], held = 2 if kind == "car" else 1, []
     run, lengths, calls = make_run(Spec(kind, 3, 1000, True, True), **settings), (120, 130, 110, 105), []
     for length, tiles in zip(lengths, (230, 294, 366, 250), strict=True):
         rewards = np.where(np.arange(length) % 5 == 4, 1000 / tiles - 0.1, -0.1)
@@ -1366,9 +1399,10 @@ def test_training_of_the_model(kind, monkeypatch):
     run.latents.append(np.stack([names, np.full((465, 4), -20)], 1).astype(np.float16))
     update_model = world_models.update_model
 
-    def update(model, optimizer, batch, args):
+    def update(models, optimizer, batch, args):
         calls.append((optimizer.param_groups[0]["lr"], batch))
-        return update_model(model, optimizer, batch, args)
+        assert len(optimizer.param_groups[0]["params"]) == 6 * len(models) == 6 * settings["num_models"]
+        return update_model(models, optimizer, batch, args)
 
     monkeypatch.setattr(world_models, "update_model", update)
     monkeypatch.setattr(world_models, "encode", lambda *args: True)
@@ -1392,13 +1426,16 @@ def test_training_of_the_model(kind, monkeypatch):
     ((out, end),) = held[0]
     expected = [row for row in range(465) if not out <= row < end]
     assert all(sorted(rows) == expected for rows in passes) and passes[0] != passes[1]
-    model, first = run.agent.model, np.array([0, 120, 250, 360])
-    assert float(model.reward_mean) == pytest.approx(target.mean(), rel=1e-5)
-    assert float(model.reward_std) == pytest.approx(target.std(ddof=1), rel=1e-5)
-    starts = (512 * model.start_mu[:, 0]).numpy()
-    steps = starts - first[np.searchsorted(first, starts, "right") - 1]
-    assert set(steps[:1000]) == {0} and not model.start_h[:1000].any()
-    assert set(steps[1000:]) == set(range(100, 130)) and model.start_h[1000:].any(1).all()
+    first = np.array([0, 120, 250, 360])
+    for model in run.agent.models():
+        assert float(model.reward_mean) == pytest.approx(target.mean(), rel=1e-5)
+        assert float(model.reward_std) == pytest.approx(target.std(ddof=1), rel=1e-5)
+        starts = (512 * model.start_mu[:, 0]).numpy()
+        steps = starts - first[np.searchsorted(first, starts, "right") - 1]
+        assert set(steps[:1000]) == {0} and not model.start_h[:1000].any()
+        assert set(steps[1000:]) == set(range(100, 130)) and model.start_h[1000:].any(1).all()
+        assert torch.equal(model.start_mu, run.agent.model.start_mu)  # M of each stands in the same places
+    assert len({model.start_h[1500].sum().item() for model in run.agent.models()}) == settings["num_models"]
 
 
 @pytest.mark.parametrize("where", ["dream", "real"])
@@ -1682,7 +1719,7 @@ def test_killed_in_any_stage_and_resumed_equals_never_interrupted(
 
     The run that is killed goes on from where the stage began in the one that is not.
     """
-    settings = {"eval_frequency": 1, "checkpoint_frequency": 8, "model_updates": 9, "generations": 3}
+    settings = {"eval_frequency": 1, "checkpoint_frequency": 8, "model_updates": 9, "generations": 3, "num_models": 2}
     settings |= {"rounds": number, "round_timesteps": 30, "eval_episodes": 1, "idle_limit": 7, "explore": 0.5}
     running, init, finish, begun = [], world_models.Stages.__init__, world_models.Stages.finish, {}
     now = property(lambda run: 0.0, lambda run, seconds: None)  # saves whenever it may, however long that took
@@ -1837,7 +1874,7 @@ def test_stages_are_done_again_on_purpose(capsys):
 
 def test_stages_of_a_later_round_go_on_from_the_round_before(capsys, monkeypatch):
     """C again is the same C, V and M again begin with the weights of round 1; sizes stay, and nothing is recorded."""
-    settings = {"rounds": 2, "round_timesteps": 30, "explore": 0.5}
+    settings = {"rounds": 2, "round_timesteps": 30, "explore": 0.5, "num_models": 2}
     whole = run(world_models, **settings)
 
     def again() -> str:
@@ -1848,7 +1885,8 @@ def test_stages_of_a_later_round_go_on_from_the_round_before(capsys, monkeypatch
     before, seen = torch.load(f"{whole}/round_1.pt", weights_only=True), []
     monkeypatch.setattr(world_models, "sees_new_scenery", lambda run, frames: seen.append(run.frames_seen) or True)
     still = {"vae_lr": 1e-12, "model_lr": 1e-12, "model_lr_decay": 0.0}  # M's rate falls to 1e-5 from the second update
-    for stage, parts in (("m", ("model.lstm", "model.head")), ("v", ("vae", "model.lstm", "model.head"))):
+    networks = ("model.lstm", "model.head", "others.0.lstm", "others.0.head")
+    for stage, parts in (("m", networks), ("v", ("vae", *networks))):
         flags = still if stage == "v" else {name: still[name] for name in still if name != "vae_lr"}
         found = load(resume(world_models, again(), from_stage=stage, **settings | flags))
         for name, tensor in before.items():
@@ -1859,6 +1897,11 @@ def test_stages_of_a_later_round_go_on_from_the_round_before(capsys, monkeypatch
     assert seen == [48]  # asked once, by V, of what was new in the second round
     line = error_of(capsys, resume, world_models, again(), from_stage="m", **settings | {"hidden_size": 24})
     assert "--hidden-size 24 clashes" in line
+    several = resume(world_models, again(), from_stage="m", **settings | {"num_models": 3})
+    found = load(several)["parts"]["agent"]
+    assert found["others.0.head.weight"].ne(found["others.1.head.weight"]).any()
+    line = error_of(capsys, resume, world_models, several, from_stage="m", **settings | {"num_models": 2})
+    assert "--num-models 2 clashes" in line  # the third has weights from before this round
     for stage in ("v", "m", "c"):
         more = settings | {"total_timesteps": 96}
         line = error_of(capsys, resume, world_models, again(), from_stage=stage, **more)
@@ -2303,6 +2346,11 @@ def test_the_price_is_said_before_it_is_paid(capsys):
     line = introduction(CAR._replace(time_limit=250), action_repeat=4, **published)  # a quarter of frames and lengths
     car[1:3] = car[1] / 4, car[2] / 4
     assert prices.format(*(seconds / 3600 for seconds in car)) in line and "30.8 GB of frames" in line
+    line = introduction(CAR, controller_env="dream", num_models=2, **published)
+    one = introduction(CAR, controller_env="dream", **published)
+    hours = [[float(x) for x in re.findall(r"M ([\d.]+), C ([\d.]+);", text)[-1]] for text in (line, one)]
+    assert hours[0] == pytest.approx([2 * x for x in hours[1]], abs=0.11) and hours[1][0] > 1
+    assert "V 9, M 25, C 6;" in one and "V 9, M 2 x 25, C 6;" in line
     line = introduction(CAR, "meta", **published)  # networks are as fast as that device is
     assert f"one core: recording {car[0] / 3600:.1f}, C {car[3] / 3600:.1f};" in line
     assert f"one core: recording {3.08e6 / 2300 / 3600:.1f};" in introduction(DOOM, "meta")
