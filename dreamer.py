@@ -2081,8 +2081,8 @@ walker-walk 137 886"""
 
 
 def announce(agent: Agent, rb: ReplayBuffer, args: Args, renderer: str, run: "Run") -> None:
-    """The first line: size, what an update takes here (eager, on zeros), hours of updates to 100K, 500K and the last
-    step, what was published."""
+    """The first line: size and what of it was given otherwise, what an update takes here (eager, on zeros), hours of
+    updates to 100K, 500K and the last step, what was published."""
     shape, device = (args.batch_length, args.batch_size), run.device
     batch = {name: tensor.new_zeros(*shape, *tensor.shape[1:]).to(device) for name, tensor in rb.data.items()}
     for _ in range(2):  # the first call has more to do
@@ -2093,11 +2093,15 @@ def announce(agent: Agent, rb: ReplayBuffer, args: Args, renderer: str, run: "Ru
         agent.zero_grad()
         seconds = time.perf_counter() - start
     eager = " eager" * (args.compile or args.cudagraphs)
-    line, total = f"size {args.size} on {device}, an{eager} update takes {seconds:.3f} s", args.total_timesteps
+    given, total = vars(run.args), args.total_timesteps
+    size = ", ".join(
+        [args.size] + [f"{name} {given[name]}" for name, x in SIZES[args.size].items() if given[name] != x]
+    )
+    line = f"size {size} on {device}, an{eager} update takes {seconds:.3f} s"
     for step in sorted({100_000, 500_000, total}):
         if run.step < step <= total:
             hours = seconds * (updates_due(step, run.args) - updates_due(run.step, run.args)) / 3600
-            line += f"; {step / 1000:.0f}K steps: {hours:.1f} h of updates"
+            line += f"; {step:,} steps: {hours:.2g} h of updates"
     name = args.env_id.replace("_", "-").replace("ball-in-cup", "cup")
     published = re.search(rf"\b{name} (\d+) (\d+)", PUBLISHED)
     if published and args.obs_mode == "pixels":

@@ -1718,7 +1718,9 @@ def test_dreamer_learns_a_tiny_pixel_task():
 def test_the_first_line_says_what_a_run_will_take(kind, capsys, monkeypatch):
     """An update that takes 2 s: 9,600 of them to step 100K, 49,600 to 500K; what was measured leaves no trace."""
     env_id = {"walker": "walker_walk", "cup": "ball_in_cup-catch", "vectors": "Toy-v0"}[kind]
-    args = tiny_args(env_id=env_id, total_timesteps=600_000, size="laptop", compile=kind == "cup")
+    laptop = {"batch_size": 16, "batch_length": 32, "cnn_depth": 16} | ({} if kind == "cup" else {"dense_size": 200})
+    steps = {"total_timesteps": 600_000, "buffer_size": 250_000}
+    args = tiny_args(env_id=env_id, size="laptop", compile=kind == "cup", **steps, **laptop)
     rb = ReplayBuffer(10, IMAGE if kind != "vectors" else VECTOR, 2, CPU)
     agent = make_agent(args, IMAGE if kind != "vectors" else VECTOR)
     clock = iter([0.0, 9.0, 10.0, 12.0])  # the first update takes longer
@@ -1727,12 +1729,16 @@ def test_the_first_line_says_what_a_run_will_take(kind, capsys, monkeypatch):
     dreamer.announce(agent, rb, args, "raycast", standin)
     assert all(parameter.grad is None for parameter in agent.parameters())
     first = capsys.readouterr().out.splitlines()[0]
-    times = {100: 5.3, 500: 27.6, 600: 33.1}
-    hours = "".join(f"; {step}K steps: {hours} h of updates" for step, hours in times.items())
+    times = {100: 5.3, 500: 28, 600: 33}
+    hours = "".join(f"; {step},000 steps: {hours} h of updates" for step, hours in times.items())
     published = {"walker": "137 at 105K, 886 at 505K steps", "cup": "73 at 105K, 962 at 505K steps"}.get(kind)
     published = f"; published at full size: {published}" if published else ""
     eager = " eager" if kind == "cup" else ""
-    assert first == f"size laptop on cpu, an{eager} update takes 2.000 s{hours}{published}"
+    given = f", dense_size {args.dense_size}" if kind == "cup" else ""
+    assert first == f"size laptop{given} on cpu, an{eager} update takes 2.000 s{hours}{published}"
+    args.total_timesteps, clock = 6_250, iter([0.0, 9.0, 10.0, 10.1])
+    dreamer.announce(agent, rb, args, "raycast", standin)
+    assert "takes 0.100 s; 6,250 steps: 0.0056 h of updates" in capsys.readouterr().out  # 100 after pretraining's 100
 
 
 def test_the_table_of_the_replays_passes_over_other_folders(tmp_path, monkeypatch, capsys):
