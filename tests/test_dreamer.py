@@ -1700,6 +1700,15 @@ def test_global_step_counts_steps_of_the_environment(repeat, num_envs):
     assert events["charts/episodic_return"] == [(step * (i + 1), sum(range(13))) for i in range(72 // step)]
 
 
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_the_prefill_is_as_long_as_it_says(repeat, monkeypatch):
+    """Learning starts after that many environment steps of random actions: an episode has one entry more than that."""
+    random_action, played = dreamer.random_action, []
+    monkeypatch.setattr(dreamer, "random_action", lambda *args: (played.append(args), random_action(*args))[1])
+    run(dreamer, **VECTORS, action_repeat=repeat, total_timesteps=96, learning_starts=62)
+    assert len(played) == 62 // repeat
+
+
 @pytest.mark.slow
 def test_dreamer_learns_a_tiny_pixel_task():
     """The picture shows the right action: random play returns -40 an episode, the best constant one -30, perfect 0."""
@@ -1736,7 +1745,10 @@ def test_the_first_line_says_what_a_run_will_take(kind, capsys, monkeypatch):
     eager = " eager" if kind == "cup" else ""
     given = f", dense_size {args.dense_size}" if kind == "cup" else ""
     assert first == f"size laptop{given} on cpu, an{eager} update takes 2.000 s{hours}{published}"
-    args.total_timesteps, clock = 6_250, iter([0.0, 9.0, 10.0, 10.1])
+    standin.step, clock = 200_000, iter([0.0, 9.0, 10.0, 12.0])
+    dreamer.announce(agent, rb, args, "raycast", standin)
+    assert "2.000 s; 500,000 steps: 17 h of updates; 600,000" in capsys.readouterr().out  # 30,000 of 49,600
+    standin.step, args.total_timesteps, clock = 0, 6_250, iter([0.0, 9.0, 10.0, 10.1])
     dreamer.announce(agent, rb, args, "raycast", standin)
     assert "takes 0.100 s; 6,250 steps: 0.0056 h of updates" in capsys.readouterr().out  # 100 after pretraining's 100
 
@@ -1887,10 +1899,11 @@ def test_more_channels_than_are_resized(script, capsys):
 def test_evaluation_episodes_are_the_same_however_many_play(num_envs, monkeypatch):
     """Seven episodes begin with seven seeds, one environment or three at once; of long ones the first entries stay.
 
-    The action before an episode's first observation is 0.
+    The action before an episode's first observation is 0. An environment that has played its share may end one more
+    before the last has: it does not count.
     """
     monkeypatch.setattr(dreamer, "PIECE", 3)
-    args = tiny_args(eval_episodes=7)
+    args = tiny_args(eval_episodes=7, seed=17)  # of 5, 2, 2, 2, 1, 1 and 3 steps
     agent, seeds = make_agent(args, gym.spaces.Box(-1, 1, (3,), np.float32)), []
 
     class Envs:
@@ -1921,5 +1934,5 @@ def test_evaluation_episodes_are_the_same_however_many_play(num_envs, monkeypatc
     returns, episodes = dreamer.evaluate(agent, Envs(), args, CPU, SimpleNamespace(requested=0))
     assert len(np.concatenate(firsts)) >= 7 and not np.concatenate(firsts).any() and np.concatenate(others).all()
     assert [len(episode["reward"]) for episode in episodes] == [min(seed % 5 + 2, 3) for seed in seeds[:num_envs]]
-    wanted = np.random.default_rng([1, 99]).integers(2**31, size=7).tolist()
+    wanted = np.random.default_rng([17, 99]).integers(2**31, size=7).tolist()
     assert set(seeds) == set(wanted) and sorted(returns) == sorted(seed % 5 + 1 for seed in wanted)
