@@ -148,7 +148,7 @@ class Args:
     # M, the mixture-density LSTM
     hidden_size: Size | None = None  # M: units of the LSTM (H); default by task, 256 elsewhere
     num_mixtures: Size = 5  # M: Gaussians in the mixture of each latent dimension (K)
-    num_models: Few = 1  # M: networks that dream together, each step is that of one of them; C sees the first (rounds)
+    num_models: Few = 1  # M: networks that dream by turns: one, by lot, says what comes next; C sees the first's state
     sequence_length: Count | None = None  # M: time steps per sequence at most (T); default by task, 500 elsewhere
     model_batch_size: Size = 100  # M: sequences per batch (B)
     model_updates: Count | None = None  # M: updates; default by task, 4000 elsewhere
@@ -406,6 +406,17 @@ def dream_step(model: MDNRNN, z, action, first, state, uniform, normal, temperat
     return z, state, reward * model.reward_std + model.reward_mean, end_logit
 
 
+def dream_step_by_lot(models: list[MDNRNN], z, action, first, states: list[tuple], by, *noise_and_temperature) -> tuple:
+    """dream_step of every M, each with its own state; dream i goes on with what M number by[i] says (N,)."""
+    pairs = zip(models, states, strict=True)
+    steps = [dream_step(model, z, action, first, state, *noise_and_temperature) for model, state in pairs]
+    states, (z, _, rewards, end_logit) = [step[1] for step in steps], steps[0]
+    if len(models) > 1:  # what C finds in one of them that is not in the data, another does not know
+        says = (torch.stack([step[i] for step in steps]) for i in (0, 2, 3))
+        z, rewards, end_logit = (values[by, torch.arange(len(by), device=by.device)] for values in says)
+    return z, states, rewards, end_logit
+
+
 @torch.no_grad()
 def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, generator, args: Args, stop=None, trace=None):
     """Returns and lengths (num_jobs,) of dreams that all step together, of dream_length steps or the time limit's.
@@ -437,14 +448,11 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, genera
             trace.append(z[0].clone())
         action = policy(agent.features(z, states[0]), jobs, num_jobs)
         uniform = torch.rand(num_dreams, args.latent_size, generator=generator, device=device)
-        noise = uniform[which], normal()[which]
-        now, pairs = (z, action, first), zip(models, states, strict=True)
-        steps = [dream_step(m, *now, state, *noise, args.temperature) for m, state in pairs]
-        states, (z, _, rewards, end_logit) = [step[1] for step in steps], steps[0]
-        if len(models) > 1:  # what one of them does not know another may: by lot, the same for all jobs of a dream
+        noise, by = (uniform[which], normal()[which]), None
+        if len(models) > 1:
             by = torch.randint(len(models), (num_dreams,), generator=generator, device=device)[which]
-            nexts = (torch.stack([step[i] for step in steps]) for i in (0, 2, 3))
-            z, rewards, end_logit = (values[by, torch.arange(len(by), device=device)] for values in nexts)
+        now = z, action, first, states, by, *noise, args.temperature
+        z, states, rewards, end_logit = dream_step_by_lot(models, *now)
         returns[jobs] += rewards * alive
         lengths[jobs] += alive
         alive, first = alive * (end_logit <= 0), torch.zeros_like(first)
@@ -560,14 +568,16 @@ def update_vae(vae: VAE, optimizer, image: torch.Tensor, noise: torch.Tensor, ar
 
 
 def update_model(models: list[MDNRNN], optimizer, batch: dict, args: Args) -> dict:
-    """One step of M, each for itself, on sequences (T, B, ...). Returns detached scalars of the first, no host sync."""
+    """One step of M, each for itself, on sequences (T, B, ...). Returns detached scalars, their mean, no host sync."""
     optimizer.zero_grad(set_to_none=True)
-    losses = [model_loss(model, batch, args.end_weight, args.pessimism) for model in models]
-    sum(loss for loss, _, _ in losses).backward()
+    metrics = []
     for model in models:
+        loss, terms, _ = model_loss(model, batch, args.end_weight, args.pessimism)
+        loss.backward()
         nn.utils.clip_grad_value_(model.parameters(), 1.0)  # by value, not by norm
+        metrics.append(terms)
     optimizer.step()
-    return losses[0][1]
+    return {name: sum(terms[name] for terms in metrics) / len(models) for name in metrics[0]}
 
 
 # === Replay buffer ===
@@ -1432,7 +1442,8 @@ def compare(dreamed: np.ndarray, recorded: np.ndarray) -> tuple[float, float, st
 def log_holdout_scores(run: "Stages", latents: Latents) -> None:
     """What is to be known of V and M before they are dreamed with."""
     live = int((latents.data["mu"].float().std(0) > 0.15).sum())
-    scores = {"model/live_dims": live} | holdout_scores(run.agent.model, latents, run.args)
+    each = [holdout_scores(model, latents, run.args) for model in run.agent.models()]
+    scores = {"model/live_dims": live} | {name: float(np.mean([scores[name] for scores in each])) for name in each[0]}
     run.say("held out: " + ", ".join(f"{name.split('/')[1]} {value:.3g}" for name, value in scores.items()))
     if live < run.args.latent_size / 2:
         run.say("less than half of V's dimensions are live: raise --total-timesteps and --vae-epochs")
@@ -1542,14 +1553,14 @@ def enter_dream(args: Args) -> str:
     pygame.quit()
     if screen is None:
         os.environ.pop("SDL_VIDEODRIVER", None)
-    model, spec, device = agent.model, agent.model.spec, agent.controller.device
+    model, models, spec, device = agent.model, agent.models(), agent.model.spec, agent.controller.device
     generator = make_generator(device, args.seed, 18)
     pygame.display.init()
     pygame.font.init()  # no pygame.init: it opens sound, which few such machines have
     window, font, clock = pygame.display.set_mode((512, 552)), pygame.font.Font(None, 28), pygame.time.Clock()
     if screen is None and pygame.display.get_driver() in ("dummy", "offscreen"):
         fail("--play opens a window, and there is no display")
-    pressed, own, z, state = set(), True, None, None
+    pressed, own, z, states = set(), True, None, []
     while True:
         for event in pygame.event.get():
             if event.type == pygame.KEYDOWN:
@@ -1563,13 +1574,15 @@ def enter_dream(args: Args) -> str:
         normal = torch.randn(1, args.latent_size, generator=generator, device=device)
         if z is None or pygame.K_r in pressed:
             i = torch.randint(model.NUM_STARTS, (1,), generator=generator, device=device)
-            z, state, total, steps = model.start_mu[i], model.initial(1), 0.0, 0
+            z, states, total, steps = model.start_mu[i], [model.initial(1)] * len(models), 0.0, 0
         action = keyboard_action(pressed, spec).to(device)
         if not own:
-            action = controller_action(agent.features(z, state), agent.controller[None], spec.action_kind)
+            action = controller_action(agent.features(z, states[0]), agent.controller[None], spec.action_kind)
         image, first = decode_frames(agent, z)[0], torch.full((1,), float(steps == 0), device=device)
         uniform = torch.rand(normal.shape, generator=generator, device=device)
-        z, state, reward, logit = dream_step(model, z, action, first, state, uniform, normal, args.temperature)
+        by = torch.randint(len(models), (1,), generator=generator, device=device)
+        now = z, action, first, states, by, uniform, normal, args.temperature
+        z, states, reward, logit = dream_step_by_lot(models, *now)
         total, steps, end = total + float(reward), steps + 1, float(torch.sigmoid(logit))
         picture = pygame.surfarray.make_surface(enlarged(image[None], 8)[0].transpose(1, 0, 2))
         told = "reward -  sum -  P[end] -"  # where M predicts z alone
@@ -2284,10 +2297,10 @@ def rewind(checkpoint: dict, args: Args) -> None:
         forget(checkpoint, args.from_stage)
         if counters["round"] > 1:  # these stages went on from what the round before had left
             sizes = "latent_size vae_depth hidden_size num_mixtures heads"
-            sizes += " num_models" * (args.num_models < saved["num_models"])  # there may be more, which begin anew
             refuse_changes(args, checkpoint, " ".join(set(saved) - set(sizes.split())))
             before = torch.load(f"{args.resume}/round_{counters['round'] - 1}.pt", "cpu", weights_only=True)
-            parts["agent"] = before | parts["agent"]
+            fits = {k: x for k, x in before.items() if k[:7] != "others." or int(k.split(".")[1]) < args.num_models - 1}
+            parts["agent"] = fits | parts["agent"]  # further Ms begin anew
         for name in STAGES[STAGES.index(args.from_stage) : -1]:
             saved |= {setting: getattr(args, setting) for setting in STAGE_SETTINGS[name].split()}
     elif args.total_timesteps > saved["total_timesteps"] and (counters["stage"], counters["round"]) != ("collect", 1):
@@ -2417,7 +2430,7 @@ def check_sizes(args: Args, spec: Spec, checkpoint: dict | None) -> None:
         agent = Agent(spec, args)
     outputs, weights = agent.model.head.out_features, sum(weight.numel() for weight in agent.parameters())
     longest = min(args.sequence_length, spec.time_limit)
-    sequences = args.num_models * longest * args.model_batch_size * (8 * args.hidden_size + 4 * outputs)
+    sequences = longest * args.model_batch_size * (8 * args.hidden_size + 4 * outputs)
     images = args.vae_batch_size * (6 * 64 * 64 + 6_000 * args.vae_depth)
     latents = frames * (args.latent_size + spec.action_dim + 4)
     require_memory(4 * (4 * weights + latents + max(sequences, images)), "sizes of V, M and their batches", device)

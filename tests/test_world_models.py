@@ -253,6 +253,11 @@ def test_kl_gives_no_gradient_below_its_floor():
     low, high = int(kl.argmin()), int(kl.argmax())
     one = gradient(100.0, slice(low, low + 1)) + gradient(0.0, slice(high, high + 1))
     torch.testing.assert_close(gradient(between), one / 2, rtol=1e-4, atol=1e-6)
+    before = torch.cat([weight.detach().flatten() for weight in weights])
+    expected = 0.1 * gradient(0.0)
+    world_models.update_vae(vae, torch.optim.SGD(weights, 0.1), image, noise, make_args(kl_tolerance=0.0))
+    after = torch.cat([weight.detach().flatten() for weight in weights])
+    torch.testing.assert_close(before - after, expected, rtol=1e-3, atol=1e-5)
 
 
 def mixtures(*shape: int, seed: int = 1) -> tuple[torch.Tensor, ...]:
@@ -350,7 +355,7 @@ def test_loss_of_the_model_is_that_of_a_loop(pessimism):
 def test_a_pessimist_expects_less():
     """A constant prediction that minimises the loss on rewards 0 and 1: 1/2 by the plain error, 1/6 where too much
     costs five times as much: 5 p = 1 - p."""
-    model = make_agent(BOX, pessimism=5.0).model
+    model = make_agent(BOX).model
     batch = {"z": torch.zeros(2, 1, 4), "next_z": torch.zeros(2, 1, 4), "action": torch.zeros(2, 1, 2)}
     batch |= {name: torch.zeros(2, 1) for name in ("first", "terminated", "has_next")}
     batch |= {"mask": torch.ones(2, 1), "reward": torch.tensor([[0.0], [1.0]])}
@@ -380,7 +385,7 @@ def test_gradients_of_the_model_are_clipped_by_value():
 
 
 def test_several_models_learn_each_for_itself():
-    """From weights of their own, on the same batch, as each would alone; what is logged is of the first."""
+    """From weights of their own, on the same batch, as each alone; their mean is logged, so nan of one is seen."""
     agent, alone = make_agent(BOX, num_models=3), make_agent(BOX, num_models=3)
     assert len(agent.models()) == 3 and agent.models()[0] is agent.model
     starts = torch.stack([model.head.weight for model in agent.models()])
@@ -395,8 +400,13 @@ def test_several_models_learn_each_for_itself():
         logged = world_models.update_model(agent.models(), together, batch, make_args())
         pairs = zip(alone.models(), single, strict=True)
         expected = [world_models.update_model([model], optimizer, batch, make_args()) for model, optimizer in pairs]
-        assert logged == expected[0] != expected[1]
+        for name, mean in logged.items():
+            torch.testing.assert_close(mean, sum(metrics[name] for metrics in expected) / 3)
+        assert expected[0] != expected[1]
     assert all(torch.equal(x, alone.state_dict()[name]) for name, x in agent.state_dict().items())
+    agent.models()[1].head.weight.data[0] = math.nan
+    logged = world_models.update_model(agent.models(), together, batch, make_args())
+    assert logged["losses/mdn_nll"].isnan() and agent.model.head.weight.isfinite().all()
 
 
 def test_a_tile_is_worth_the_same_on_every_track():
@@ -1387,24 +1397,33 @@ def test_all_frames_are_encoded():
 def test_training_of_the_model(kind, monkeypatch):
     """What its updates are given: the decayed rate, pieces of 20 steps in a new order each pass, rewards of one scale.
 
-    Afterwards half of the dreams begin 100 steps into an episode or later, the others at first frames.
+    A tile of the car is paid over three actions. Afterwards half of the dreams begin 100 environment steps into an
+    episode or later, the others at first frames.
     """
     settings = {"sequence_length": 20, "model_batch_size": 4, "model_updates": 12, "model_lr_decay": 0.9}
-    settings["num_models"], held = 2 if kind == "car" else 1, []
+    settings |= {"end_weight": 7.0, "pessimism": 3.0}
+    if kind == "car":
+        settings |= {"num_models": 2, "reward_window": 3, "action_repeat": 2}
+    held, weights, repeat = [], [], settings.get("action_repeat", 1)
     run, lengths, calls = make_run(Spec(kind, 3, 1000, True, True), **settings), (120, 130, 110, 105), []
     for length, tiles in zip(lengths, (230, 294, 366, 250), strict=True):
-        rewards = np.where(np.arange(length) % 5 == 4, 1000 / tiles - 0.1, -0.1)
+        rewards = np.where(np.arange(length) % 5 == 4, 1000 / tiles, 0) - 0.1 * repeat
         run.rb.add(np.zeros((length, 64, 64, 3), np.uint8), np.ones((length, 3)), rewards, True)
     names = np.arange(465)[:, None].repeat(4, 1) / 512  # of the rows, without rounding
     run.latents.append(np.stack([names, np.full((465, 4), -20)], 1).astype(np.float16))
-    update_model = world_models.update_model
+    update_model, model_loss = world_models.update_model, world_models.model_loss
+
+    def loss(model, batch, *given):
+        weights.append(given)
+        return model_loss(model, batch, *given)
 
     def update(models, optimizer, batch, args):
         calls.append((optimizer.param_groups[0]["lr"], batch))
-        assert len(optimizer.param_groups[0]["params"]) == 6 * len(models) == 6 * settings["num_models"]
+        assert len(optimizer.param_groups[0]["params"]) == 6 * len(models) == 6 * run.args.num_models
         return update_model(models, optimizer, batch, args)
 
     monkeypatch.setattr(world_models, "update_model", update)
+    monkeypatch.setattr(world_models, "model_loss", loss)
     monkeypatch.setattr(world_models, "encode", lambda *args: True)
     monkeypatch.setattr(world_models, "log_holdout_scores", lambda run, latents: held.append(latents.holdout))
     monkeypatch.setattr(world_models, "log_open_dream", lambda *args: None)
@@ -1412,11 +1431,14 @@ def test_training_of_the_model(kind, monkeypatch):
     assert world_models.train_model(run)
     rates, batches = zip(*calls, strict=True)
     assert rates == pytest.approx([1e-5 + 0.99e-3 * 0.9**i for i in range(12)], rel=1e-9)
-    worth = [3.3] * 4 if kind == "car" else [1000 / tiles - 0.1 for tiles in (230, 294, 366, 250)]
-    target = np.concatenate(
-        [np.where(np.arange(length) % 5 == 4, w, -0.1) for length, w in zip(lengths, worth, strict=True)]
-    )
-    shown = []
+    assert weights == [(7.0, 3.0)] * 12 * run.args.num_models
+    episodes, shown = [], []
+    for length, tiles in zip(lengths, (230, 294, 366, 250), strict=True):
+        episodes.append(np.full(length, -0.1 * repeat))
+        for i in range(4, length, 5):
+            around = [j for j in ((i - 1, i, i + 1) if kind == "car" else (i,)) if j < length]
+            episodes[-1][around] += (3.4 if kind == "car" else 1000 / tiles) / len(around)
+    target = np.concatenate(episodes)
     for batch in batches:
         inside = batch["mask"] > 0
         rows = (512 * batch["z"][..., 0]).round().int()[inside]
@@ -1433,9 +1455,9 @@ def test_training_of_the_model(kind, monkeypatch):
         starts = (512 * model.start_mu[:, 0]).numpy()
         steps = starts - first[np.searchsorted(first, starts, "right") - 1]
         assert set(steps[:1000]) == {0} and not model.start_h[:1000].any()
-        assert set(steps[1000:]) == set(range(100, 130)) and model.start_h[1000:].any(1).all()
+        assert set(steps[1000:]) == set(range(100 // repeat, 130)) and model.start_h[1000:].any(1).all()
         assert torch.equal(model.start_mu, run.agent.model.start_mu)  # M of each stands in the same places
-    assert len({model.start_h[1500].sum().item() for model in run.agent.models()}) == settings["num_models"]
+    assert len({model.start_h[1500].sum().item() for model in run.agent.models()}) == run.args.num_models
 
 
 @pytest.mark.parametrize("where", ["dream", "real"])
@@ -1616,17 +1638,23 @@ def test_calibration_plays_as_was_recorded(round_number, share, monkeypatch, cap
 
 
 def test_what_is_told_of_held_out_episodes(monkeypatch, capsys):
-    """A dimension of V is live where its means spread by 0.15. No death: no recall, which is told and not logged."""
-    run, logged = make_run(), {}
+    """A dimension of V is live where its means spread by 0.15. No death: no recall, which is told and not logged.
+
+    Of two Ms it is the mean.
+    """
+    run, logged = make_run(num_models=2), {}
     monkeypatch.setattr(run, "log", logged.update)
-    scores = {"model/holdout_mdn_nll": 1.2, "model/deaths_recall": math.nan}
-    monkeypatch.setattr(world_models, "holdout_scores", lambda *args: scores)
+
+    def scores(model, *_):
+        return {"model/holdout_mdn_nll": 1.0 if model is run.agent.model else 1.5, "model/deaths_recall": math.nan}
+
+    monkeypatch.setattr(world_models, "holdout_scores", scores)
     for spreads, few in (((0.151, 0.151, 0.149, 0.0), False), ((0.151, 0.149, 0.149, 0.0), True)):
         mu = torch.tensor(spreads) * torch.tensor([[1.0], [-1.0]]).repeat(10**4, 1)
         world_models.log_holdout_scores(run, SimpleNamespace(data={"mu": mu}))
         said = capsys.readouterr().out
         assert ("less than half of V's dimensions are live" in said) == few and "deaths_recall nan" in said
-        assert logged == {"model/live_dims": sum(spread > 0.15 for spread in spreads), "model/holdout_mdn_nll": 1.2}
+        assert logged == {"model/live_dims": sum(spread > 0.15 for spread in spreads), "model/holdout_mdn_nll": 1.25}
 
 
 # === Whole runs ===
@@ -1792,6 +1820,7 @@ def in_two_processes(**settings) -> tuple[str, list[int]]:
 def test_two_processes_share_the_candidates(where):
     """Both play half of the population; in dreams, which share their noise, C is that of one process. One folder."""
     settings = {"population": 5, "generations": 3, "rounds": 2, "round_timesteps": 24, "controller_env": where}
+    settings["num_models"] = 2
     run_dir, statuses = in_two_processes(**settings)
     assert statuses == [0, 0] and len(list(Path("runs").iterdir())) == 1
     found = load(run_dir)["parts"]
@@ -1897,11 +1926,14 @@ def test_stages_of_a_later_round_go_on_from_the_round_before(capsys, monkeypatch
     assert seen == [48]  # asked once, by V, of what was new in the second round
     line = error_of(capsys, resume, world_models, again(), from_stage="m", **settings | {"hidden_size": 24})
     assert "--hidden-size 24 clashes" in line
-    several = resume(world_models, again(), from_stage="m", **settings | {"num_models": 3})
-    found = load(several)["parts"]["agent"]
-    assert found["others.0.head.weight"].ne(found["others.1.head.weight"]).any()
-    line = error_of(capsys, resume, world_models, several, from_stage="m", **settings | {"num_models": 2})
-    assert "--num-models 2 clashes" in line  # the third has weights from before this round
+    for number in (3, 1):  # Ms of the round before go on, further ones begin anew, or there are fewer
+        flags = {name: still[name] for name in still if name != "vae_lr"} | {"num_models": number}
+        several = resume(world_models, again(), from_stage="m", **settings | flags)
+        found = load(several)["parts"]["agent"]
+        heads = [tensor for name, tensor in found.items() if name.endswith("head.weight")]
+        assert len(heads) == number and (number == 1 or heads[1].ne(heads[2]).any())
+        for name in ["model.head.weight", "others.0.head.weight"][:number]:
+            torch.testing.assert_close(found[name], before[name], rtol=0, atol=3e-4)
     for stage in ("v", "m", "c"):
         more = settings | {"total_timesteps": 96}
         line = error_of(capsys, resume, world_models, again(), from_stage=stage, **more)
@@ -2141,6 +2173,17 @@ def test_sizes_that_fit_no_memory_are_refused(name, capsys):
     world_models.check_sizes(short, BOX, None)  # as episodes are
 
 
+def test_each_model_of_a_dream_needs_its_room(monkeypatch):
+    """In bytes: outputs twice, four states of h and c each."""
+    asked = []
+    monkeypatch.setattr(world_models, "require_memory", lambda size, what, device: asked.append((what, size)))
+    for number in (1, 3):
+        world_models.check_sizes(make_args(num_models=number, total_timesteps=99), BOX, None)
+    one, three = (size for what, size in asked if what == "--population and --episodes")
+    args, outputs = make_args(), make_agent(BOX).model.head.out_features
+    assert three - one == 2 * 4 * args.population * args.episodes * (2 * outputs + 8 * args.hidden_size)
+
+
 def test_data_that_was_not_kept_is_missed(capsys):
     """--no-save-buffer: C can be evolved anew, V and M cannot."""
     run_dir = run(world_models, save_buffer=False)
@@ -2237,15 +2280,18 @@ def test_the_dream_is_entered_by_keyboard(monkeypatch):
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     import pygame
 
-    run_dir, seen, shown, flips = run(world_models), [], [], []
+    run_dir, seen, shown, flips, lots, carried = run(world_models, num_models=2), [], [], [], [], []
     script = {2: ("down", pygame.K_RIGHT), 4: ("up", pygame.K_RIGHT), 6: ("down", pygame.K_c), 8: ("down", pygame.K_r)}
     script |= {9: ("up", pygame.K_r), 14: ("down", pygame.K_ESCAPE)}
-    step = world_models.dream_step
+    step = world_models.dream_step_by_lot
 
-    def dream_step(model, z, action, first, *rest):
-        z, state, reward, _ = step(model, z, action, first, *rest)
+    def dream_step(models, z, action, first, states, by, *rest):
+        assert len(models) == 2 and models[0] is not models[1] and (states is carried or bool(first[0]))
+        z, carried[:], reward, _ = step(models, z, action, first, states, by, *rest)
+        assert not torch.equal(*(h for h, _ in carried))
+        lots.append(int(by))
         seen.append((float(action[0, 0]), bool(first[0])))
-        return z, state, reward, torch.full((1,), 9.0 if len(seen) == 12 else -9.0)
+        return z, carried, reward, torch.full((1,), 9.0 if len(seen) == 12 else -9.0)
 
     def flip():
         flips.append(pygame.surfarray.array3d(pygame.display.get_surface()))
@@ -2253,13 +2299,13 @@ def test_the_dream_is_entered_by_keyboard(monkeypatch):
         if kind:
             pygame.event.post(pygame.event.Event({"down": pygame.KEYDOWN, "up": pygame.KEYUP}[kind], key=key))
 
-    monkeypatch.setattr(world_models, "dream_step", dream_step)
+    monkeypatch.setattr(world_models, "dream_step_by_lot", dream_step)
     monkeypatch.setattr(pygame.display, "flip", flip)
     monkeypatch.setattr(world_models, "controller_action", lambda *args: torch.full((1, 1), 0.25))
     assert world_models.main(Args(play=run_dir)) == run_dir
     actions, firsts = zip(*seen, strict=True)
     assert actions == (0, 0, 1, 1, 0, 0, *[0.25] * 8)
-    assert [i for i, first in enumerate(firsts) if first] == [0, 8, 12]
+    assert [i for i, first in enumerate(firsts) if first] == [0, 8, 12] and set(lots) == {0, 1}
     assert flips[0].shape == (512, 552, 3) and flips[0][:, :512].any() and flips[0][:, 512:].any()
     shown = world_models.keyboard_action({pygame.K_LEFT, pygame.K_DOWN}, CAR)
     assert shown.tolist() == [[-1, 0, 1]]
