@@ -2178,9 +2178,10 @@ def test_each_model_of_a_dream_needs_its_room(monkeypatch):
     asked = []
     monkeypatch.setattr(world_models, "require_memory", lambda size, what, device: asked.append((what, size)))
     for number in (1, 3):
-        world_models.check_sizes(make_args(num_models=number, total_timesteps=99), BOX, None)
+        args = make_args(num_models=number, total_timesteps=99, min_episode_length=2)
+        world_models.check_sizes(args, BOX, None)
     one, three = (size for what, size in asked if what == "--population and --episodes")
-    args, outputs = make_args(), make_agent(BOX).model.head.out_features
+    outputs = make_agent(BOX).model.head.out_features
     assert three - one == 2 * 4 * args.population * args.episodes * (2 * outputs + 8 * args.hidden_size)
 
 
