@@ -1,9 +1,10 @@
-"""The moving pictures of the README, written into docs/.
+"""The moving pictures of the README and two of the World Models page, written into docs/.
 
 Run:  python benchmark/pictures.py maze                              dyna_q_maze.gif: without and with planning
       python benchmark/pictures.py board RUN                         muzero_tictactoe.gif: what the search visits
       python benchmark/pictures.py dream WEIGHTS [flags of the run]  world_models_dream.gif: the game and the dream
-RUN is a run folder of muzero.py, WEIGHTS a round_N.pt of world_models.py.
+      python benchmark/pictures.py takecover FOLDER                  world_models_takecover_*.png: the run's newest
+RUN is a run folder of muzero.py, FOLDER one of world_models.py, WEIGHTS a round_N.pt of world_models.py.
 """
 
 import functools
@@ -181,6 +182,24 @@ def dream(path: str, flags: list[str], warm_up: int = 60, length: int = 110) -> 
     save("world_models_dream.gif", frames, 80)
 
 
+def takecover(run: str, steps: tuple[int, ...] = (0, 30, 60, 80, 95), context: int = 5) -> None:
+    """A run's newest reconstructions, and its newest open loop some steps after the last observation, row by row."""
+
+    def newest(pattern: str) -> Image.Image:
+        return Image.open(max(Path(run).glob(pattern), key=lambda path: int(path.stem.split("_")[-1])))
+
+    newest("reconstructions_*.png").save(ROOT / "docs/world_models_takecover_reconstructions.png")
+    film, rows = newest("open_loop_[0-9]*.gif"), []
+    for step in steps:
+        film.seek(context - 1 + step)
+        rows.append(film.convert("RGB").resize((film.width // 2, film.height // 2), Image.Resampling.NEAREST))
+    high = rows[0].height + 6
+    image = Image.new("RGB", (rows[0].width, high * len(rows) - 6), "white")
+    for i, row in enumerate(rows):
+        image.paste(row, (0, i * high))
+    image.save(ROOT / "docs/world_models_takecover_open_loop.png")
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["maze"]:
@@ -189,5 +208,7 @@ if __name__ == "__main__":
             board(run)
         case ["dream", weights, *flags]:
             dream(weights, flags)
+        case ["takecover", folder]:
+            takecover(folder)
         case _:
             sys.exit(__doc__)

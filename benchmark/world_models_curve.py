@@ -27,17 +27,20 @@ def main() -> None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        runs = [rows for (run, _), rows in last_of_rounds(lines).items() if run == name]
+        found = last_of_rounds(lines)
+        runs = [rows for (run, _), rows in found.items() if run == name]
+        if name == "whole":
+            runs[1] += found["whole_control", "2"]  # its rounds 41 to 46
         for i, rows in enumerate(runs):
             steps = [int(row["step"]) / 1000 for row in rows]
-            for kind, color, style in (("real", "C0", "o-"), ("dream", "C1", "s--")):
+            for kind, style in (("real", "o-"), ("dream", "--")):
                 scores = [float(row[kind]) for row in rows]
-                axis.plot(steps, scores, style, color=color, alpha=0.7, markersize=3, label=None if i else kind)
+                axis.plot(steps, scores, style, color=f"C{i}", alpha=0.7, markersize=3, label=f"seed {i + 1}, {kind}")
         axis.axhline(-65, color="grey", linestyle=":", label="random play, real")
         axis.set(title=title, xlabel="thousand real steps recorded")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("return of C's mean")
-    axes[0].legend()
+    axes[0].legend(fontsize="small")
     figure.savefig(ROOT / "docs/world_models_car_dream.png", dpi=120)
 
 
