@@ -14,7 +14,8 @@ The algorithm, with the functions that are its steps, one stage after the other:
   train_model  M: encode every frame as the Gaussian of its z; from z_t, a_t and the past predict z_{t+1}, as a mixture
                of Gaussians (MDNRNN, mdn_nll), and, where dreams need them, the reward and the end (model_loss)
   evolve       C: a_t = tanh(W [z_t, h_t]), h_t M's state before it reads z_t (controller_action); CMA-ES looks for W
-    dream      in M's own rollouts: z_{t+1} is sampled from M's mixture at a temperature (dream_step, mixture_sample)
+    dream      in M's own rollouts: z_{t+1} is sampled from M's mixture at a temperature (dream_step, mixture_sample),
+               of several Ms that learned the same from one drawn for each step (dream_step_by_lot)
     play       or in the real environment: z_{t+1} is V's code of the next frame
 In TakeCover C is evolved in the dream alone, then scored in the real game. In CarRacing, as published, C is evolved in
 the real environment on what V and M make of it; --controller-env dream is this script's extension.
@@ -422,8 +423,8 @@ def dream(agent: Agent, policy: Callable, num_jobs: int, num_dreams: int, genera
     """Returns and lengths (num_jobs,) of dreams that all step together, of dream_length steps or the time limit's.
 
     Job j dreams dream j % num_dreams: jobs of one dream begin in the same place and share their noise (deviation 9), as
-    real episodes share a seed; so in evolve each of P candidates plays E dreams, P * E jobs. Dreams that have ended are
-    taken out every 50 steps. A list `trace` gets z of the first one.
+    real episodes share a seed; so in evolve each of P candidates plays E dreams, P * E jobs. With several Ms the lot is
+    that of the dream, too. Dreams that have ended are taken out every 50 steps. A list `trace` gets z of the first one.
     """
     model, models, device = agent.model, agent.models(), agent.controller.device
     normal = functools.partial(torch.randn, num_dreams, args.latent_size, generator=generator, device=device)
