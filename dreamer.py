@@ -2130,12 +2130,17 @@ def check_args(args: Args) -> None:
 
 
 def check_memory(args: Args, obs_space: gym.Space, action_space: gym.Space) -> None:
-    """Refuses what the device cannot hold: weights, gradients, Adam's moments, the replay, the pictures of a batch."""
+    """Refuses what the device cannot hold: the replay; weights, gradients, Adam's moments, a batch and its dreams.
+
+    A batch as measured in float32: images through both stacks of convolutions, dreams through GRU and heads.
+    """
     with torch.device("meta"):  # tensors that have shapes alone
         agent = Agent(obs_space, action_space, args)
         rb = ReplayBuffer(args.buffer_size, obs_space, agent.action_dim, "meta")
     weights = sum(weight.nbytes for weight in agent.parameters())
-    batch = args.batch_size * args.batch_length * (8 * math.prod(obs_space.shape) + 4 * args.horizon * args.deter_size)
+    entry = math.prod(obs_space.shape) * (10 + 2 * args.cnn_depth * (len(obs_space.shape) == 3))  # bytes
+    entry += 56 * args.horizon * (args.deter_size + args.dense_size)
+    batch = args.batch_size * args.batch_length * entry // (1 + args.bfloat16)
     device = choose_device(args)
     require_memory(rb.nbytes, "--buffer-size", device if args.buffer_on_gpu else torch.device("cpu"))
     require_memory(4 * weights + batch, "sizes of networks and batches", device)
