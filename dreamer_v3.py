@@ -2151,16 +2151,22 @@ def check_args(args: Args) -> None:
 
 
 def check_memory(args: Args, obs_space: gym.Space, action_space: gym.Space) -> None:
-    """Refuses what there is no room for: the replay; weights, gradients and moments, a batch and its dreams."""
+    """Refuses what there is no room for: the replay; weights, gradients and moments, a batch and its dreams.
+
+    A batch as measured in float32: images through both stacks of convolutions, dreams through GRU and heads.
+    """
     with torch.device("meta"):  # tensors that have shapes alone
         agent = Agent(obs_space, action_space, args)
         rb = ReplayBuffer(args, obs_space, agent, torch.device("meta"))
-    device, numbers = choose_device(args), 2 * math.prod(obs_space.shape) + args.horizon * SIZES[args.size].deter
+    device, size = choose_device(args), SIZES[args.size]
     home = device if args.buffer_on_gpu else torch.device("cpu")
     copies = 1 + (args.save_buffer and args.num_envs > 1 and home.type == "cpu")  # a checkpoint's, of several rings
     require_memory(copies * rb.nbytes, "--buffer-size", home)
-    numbers = numbers * args.batch_size * args.batch_length + 4 * sum(weight.numel() for weight in agent.parameters())
-    require_memory(4 * numbers, "--size and sizes of batches", device)
+    images = math.prod(obs_space.shape) * (60 + 8 * size.depth if len(obs_space.shape) == 3 else 8)  # bytes each
+    dreams = 4 * args.horizon * (8 * size.deter + 20 * size.units)
+    batch = args.batch_size * (args.batch_length * images + (args.imag_last or args.batch_length) * dreams)
+    weights = sum(weight.nbytes for weight in agent.parameters())
+    require_memory(4 * weights + batch // (1 + args.bfloat16), "--size and sizes of batches", device)
 
 
 if __name__ == "__main__":

@@ -1158,6 +1158,24 @@ def test_what_fits_no_memory_is_named(settings, words, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_memory_that_is_asked_for_is_little_less_than_an_update_takes(monkeypatch):
+    """Resident megabytes that two updates took, one thread, measured: images, short dreams, vectors, three sizes."""
+    monkeypatch.setitem(SIZES, "laptop", Widths(256, 64, 4, 4))
+    asked, box = [], gym.spaces.Box(-1, 1, (6,))
+    monkeypatch.setattr(dreamer_v3, "require_memory", lambda size, *rest: asked.append(size / 1e6))
+    image, vector = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Box(-1, 1, (24,))
+    settings = {"cuda": False, "batch_size": 16, "batch_length": 32, "buffer_size": 2000, "size": "1m"}
+    for changes, space, measured in (
+        ({"size": "laptop"}, image, 792),
+        ({"size": "laptop", "horizon": 5}, image, 693),
+        ({}, image, 764),
+        ({}, vector, 174),
+        ({"size": "12m", "batch_size": 4, "batch_length": 16}, image, 376),
+    ):
+        dreamer_v3.check_memory(Args(**settings | changes), space, box)
+        assert 0.75 * measured < asked[-1] < 1.15 * measured, (changes, asked[-1])
+
+
 def test_memory_is_asked_for_the_copy_of_several_rings(monkeypatch):
     """Which a checkpoint makes as long as they are not full; one ring is written from where it lies."""
     asked = []

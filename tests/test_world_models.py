@@ -1582,7 +1582,7 @@ def test_horizons_of_the_open_loop_are_counted_from_the_last_observed_frame(spec
 
 
 def test_ratio_of_dreamed_and_recorded_returns():
-    """Hand-worked: ratio, standard error by the delta method, what speaks against a dream, and where nothing can be said."""
+    """Hand-worked: ratio, standard error by the delta method, what speaks against a dream, where nothing is said."""
     near = np.array([9.0, 11.0] * 50)  # mean 10, squared standard error 1 / 99
     ratio, error, verdict = world_models.compare(1.2 * near, near)
     assert ratio == pytest.approx(1.2) and "NOT like" in verdict  # 0.2 is 12 of its errors
