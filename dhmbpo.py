@@ -371,8 +371,8 @@ def model_step(agent: Agent, obs: torch.Tensor, actions: torch.Tensor, order: to
     """
     ensemble, nets = agent.ensemble, len(order)
     inputs = torch.cat([obs, actions], -1).unflatten(0, (nets, -1))
-    dealt = order.argsort()  # the network of each block
-    outputs = ensemble(inputs[order])[dealt]
+    dealt = order.argsort()  # block b is read by network dealt[b]
+    outputs = ensemble(inputs[order])[dealt]  # block by block, as they came
     spread = ensemble.log_std[dealt, :, 1:].exp() * noise.unflatten(0, (nets, -1))  # deviation 4: its own
     outputs = torch.cat([outputs[..., :1], outputs[..., 1:] + spread], -1).flatten(0, 1)
     outputs = agent.out_mean + agent.out_std * outputs  # in raw units, as the reward stays
@@ -446,9 +446,9 @@ def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: A
     parts = [*(list(layer.parameters()) for layer in ensemble.layers), [ensemble.log_std]]
     groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, ensemble.decays, strict=True)]
     optimizer = torch.optim.AdamW(groups, args.model_lr, fused=True, capturable=rows.is_cuda)
-    obs, actions, outputs, held_out, weights = agent.unpack(rows)
+    obs, actions, outputs, is_held_out, weights = agent.unpack(rows)
     inputs, targets = torch.cat([agent.standardize(obs), actions], -1), (outputs - agent.out_mean) / agent.out_std
-    train, held_out = (~held_out).nonzero().squeeze(-1), held_out.nonzero().squeeze(-1)
+    train, held_out = (which.nonzero().squeeze(-1) for which in (~is_held_out, is_held_out))  # indices of rows
     if not len(train) or len(held_out) < 2:  # rows too few to divide are both
         train = held_out = torch.arange(len(rows), device=rows.device)
     chosen = torch.randperm(len(held_out), generator=generator, device=rows.device)[: args.holdout_rows]
