@@ -3,7 +3,7 @@
 Run:  python benchmark/pictures.py maze                              dyna_q_maze.gif: without and with planning
       python benchmark/pictures.py board RUN                         muzero_tictactoe.gif: what the search visits
       python benchmark/pictures.py dream WEIGHTS [flags of the run]  world_models_dream.gif: the game and the dream
-      python benchmark/pictures.py takecover FOLDER                  world_models_takecover_*.png: the run's newest
+      python benchmark/pictures.py takecover FOLDER                  world_models_takecover_*.png: a run folder has them
 RUN is a run folder of muzero.py, FOLDER one of world_models.py, WEIGHTS a round_N.pt of world_models.py.
 """
 
