@@ -88,7 +88,12 @@ FIGURES = {
     "world_models_scores": [
         Panel(
             "CarRacing-v3, C in the real environment\n(100K steps recorded, from a dream's C 580K)",
-            [("world_models/CarRacing-v3_real", ["an action for each step", "an action for four steps", "four steps, from a dream's C"])],
+            [
+                (
+                    "world_models/CarRacing-v3_real",
+                    ["an action for each step", "an action for four steps", "four steps, from a dream's C"],
+                )
+            ],
             [("CarRacing generations", "World Models")], until=50, xlabel="generation",
         ),
         Panel(
