@@ -7,6 +7,7 @@ import fcntl
 import functools
 import importlib
 import itertools
+import math
 import os
 import re
 import shutil
@@ -305,6 +306,19 @@ def test_runs_of_one_second_have_folders_of_their_own(script, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1e9)
     folders = [script.new_folder(tiny(script)) for _ in range(3)]
     assert [folder.rpartition("__")[2] for folder in folders] == ["1000000000", "1000000000+", "1000000000++"]
+
+
+def test_numbers_of_every_width_are_looked_at(script):
+    """But bytes, which are finite, such as pictures."""
+    for kind in ("float32", "float64"):
+        for absurd in (math.nan, math.inf):
+            with pytest.raises(ValueError, match="x is not finite"):
+                script.finite("x", np.array([0, absurd], kind), (2,))
+    with pytest.raises(ValueError, match="absurd"):
+        script.finite("x", np.array([0, 2**40]), (2,))
+    for kind in ("uint8", "int8", "bool", "float32"):
+        values = np.ones((2, 2), kind)
+        assert np.array_equal(script.finite("x", values, (2, 2)), values)
 
 
 def test_names_of_run_folders_suit_every_file_system(script):
