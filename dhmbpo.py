@@ -916,16 +916,9 @@ class CheckedEnv(gym.Wrapper):
 
     def checked(self, method: str, names: tuple, play: Callable) -> tuple:
         """What play() returned: observation, numbers of these names, info."""
-        space = self.observation_space
         try:
             obs, *numbers, info = play()
-            if isinstance(space, gym.spaces.Box):
-                obs = finite("observation", obs, space.shape)
-            elif not space.contains(obs):
-                raise ValueError(f"observation {obs} is not in {space}")
-            elif isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
-                flat = gym.spaces.flatten(space, obs)
-                finite("observation", flat, np.shape(flat))
+            obs = in_form(obs, self.observation_space)
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
             kept = {name: info[name] for name in self.KEPT if info.get(name) is not None}
             if self.masks and "action_mask" in kept:
@@ -940,10 +933,23 @@ def too_long(signum: int, frame) -> NoReturn:
     raise TimeoutError("the environment does not return")
 
 
+def in_form(obs, space: gym.Space):
+    """The observation, its numbers as arrays; raises ValueError where it is not finite or not of the space's form."""
+    if isinstance(space, gym.spaces.Box):
+        return finite("observation", obs, space.shape)
+    if isinstance(space, gym.spaces.Dict) and isinstance(obs, dict) and obs.keys() == space.spaces.keys():
+        return {name: in_form(obs[name], part) for name, part in space.spaces.items()}
+    if isinstance(space, gym.spaces.Tuple) and isinstance(obs, tuple) and len(obs) == len(space.spaces):
+        return tuple(map(in_form, obs, space.spaces))
+    if not space.contains(obs):
+        raise ValueError(f"observation {obs} is not in {space}")
+    return obs
+
+
 def finite(name: str, value, shape: tuple) -> np.ndarray:
     """The value as an array of that shape; raises ValueError if it is another one, or not finite (1e10 is absurd)."""
     array = np.asarray(value)
-    if array.dtype.kind not in "fiub" or array.size != np.prod(shape, dtype=int) or (shape and array.shape != shape):
+    if array.dtype.kind not in "fiub" or array.size != math.prod(shape) or (shape and array.shape != shape):
         raise ValueError(f"{name} must be numbers of shape {shape}, not {array.dtype} of shape {array.shape}")
     if array.itemsize > 1 and not (np.abs(array) < 1e10).all():  # a byte always is
         raise ValueError(f"{name} is not finite, or absurd: {array}")

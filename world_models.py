@@ -534,6 +534,9 @@ class HeldActions:
     def __call__(self, restart: np.ndarray | bool = False) -> np.ndarray:
         """The next held actions; where an episode begins they are drawn anew, and so is its controller."""
         new = (self.left == 0) | restart
+        self.left = self.left - 1
+        if not new.any():  # draws for nobody would cost a tenth of TakeCover's steps per second
+            return self.actions
         actions = self.rng.uniform(-1, 1, self.actions.shape).astype(np.float32)
         if self.spec.action_kind == "discrete":
             choice = self.rng.integers(self.spec.action_dim, size=len(new))
@@ -543,7 +546,7 @@ class HeldActions:
             actions[:, 2] *= self.rng.random(len(new)) < 0.1
         self.actions = np.where(new[:, None], actions, self.actions)
         self.is_random = np.where(new, self.rng.random(len(new)) < self.share, self.is_random)
-        self.left = np.where(new, self.rng.integers(1, self.args.max_hold + 1, len(new)), self.left) - 1
+        self.left = np.where(new, self.rng.integers(self.args.max_hold, size=len(new)), self.left)
         for i in np.flatnonzero(restart) if self.share < 1 else ():
             noise = self.rng.standard_normal(self.agent.controller.shape, np.float32)
             self.weights[i] = self.agent.controller + self.args.record_sigma * torch.from_numpy(noise).to(self.weights)
@@ -721,8 +724,11 @@ def collect(run: "Stages") -> bool:
         next_obs, rewards, terminations, truncations, infos = run.envs.step(env_action(actions, run.spec.action_kind))
         for i in range(num_envs):
             rb.open[i].append((obs[i].copy(), actions[i], rewards[i]))
-        obs, ended, idle = next_obs, terminations | truncations, np.where(rewards > 0, 0, idle * ~dones + 1)
-        dones = ended | ((idle == args.idle_limit) & (args.idle_limit > 0))
+        obs, ended, fresh = next_obs, terminations | truncations, dones
+        dones = ended
+        if args.idle_limit:
+            idle = np.where(rewards > 0, 0, idle * ~fresh + 1)
+            dones = ended | (idle == args.idle_limit)
         run.step += num_envs * args.action_repeat
         run.progress.update(num_envs * args.action_repeat)
         for i in np.flatnonzero(dones):  # what a given-up episode had left is paid like its last step
@@ -1095,16 +1101,9 @@ class CheckedEnv(gym.Wrapper):
 
     def checked(self, method: str, names: tuple, play: Callable) -> tuple:
         """What play() returned: observation, numbers of these names, info."""
-        space = self.observation_space
         try:
             obs, *numbers, info = play()
-            if isinstance(space, gym.spaces.Box):
-                obs = finite("observation", obs, space.shape)
-            elif not space.contains(obs):
-                raise ValueError(f"observation {obs} is not in {space}")
-            elif isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
-                flat = gym.spaces.flatten(space, obs)
-                finite("observation", flat, np.shape(flat))
+            obs = in_form(obs, self.observation_space)
             numbers = [finite(name, number, ()).item() for name, number in zip(names, numbers, strict=True)]
             kept = {name: info[name] for name in self.KEPT if info.get(name) is not None}
             if self.masks and "action_mask" in kept:
@@ -1119,10 +1118,23 @@ def too_long(signum: int, frame) -> NoReturn:
     raise TimeoutError("the environment does not return")
 
 
+def in_form(obs, space: gym.Space):
+    """The observation, its numbers as arrays; raises ValueError where it is not finite or not of the space's form."""
+    if isinstance(space, gym.spaces.Box):
+        return finite("observation", obs, space.shape)
+    if isinstance(space, gym.spaces.Dict) and isinstance(obs, dict) and obs.keys() == space.spaces.keys():
+        return {name: in_form(obs[name], part) for name, part in space.spaces.items()}
+    if isinstance(space, gym.spaces.Tuple) and isinstance(obs, tuple) and len(obs) == len(space.spaces):
+        return tuple(map(in_form, obs, space.spaces))
+    if not space.contains(obs):
+        raise ValueError(f"observation {obs} is not in {space}")
+    return obs
+
+
 def finite(name: str, value, shape: tuple) -> np.ndarray:
     """The value as an array of that shape; raises ValueError if it is another one, or not finite (1e10 is absurd)."""
     array = np.asarray(value)
-    if array.dtype.kind not in "fiub" or array.size != np.prod(shape, dtype=int) or (shape and array.shape != shape):
+    if array.dtype.kind not in "fiub" or array.size != math.prod(shape) or (shape and array.shape != shape):
         raise ValueError(f"{name} must be numbers of shape {shape}, not {array.dtype} of shape {array.shape}")
     if array.itemsize > 1 and not (np.abs(array) < 1e10).all():  # a byte always is
         raise ValueError(f"{name} is not finite, or absurd: {array}")
@@ -1199,8 +1211,9 @@ class Resting(gym.Wrapper):
         return (np.zeros(space.shape, space.dtype), {}) if self.rests else self.env.reset(seed=seed)
 
     def step(self, action):
-        still = np.zeros(self.observation_space.shape, self.observation_space.dtype), 0.0, False, False, {}
-        return still if self.rests else self.env.step(action)
+        if not self.rests:
+            return self.env.step(action)
+        return np.zeros(self.observation_space.shape, self.observation_space.dtype), 0.0, False, False, {}
 
 
 def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
@@ -1214,7 +1227,8 @@ def make_env(args: Args, video: str | None = None) -> Callable[[], gym.Env]:
         limits = filter(None, (args.max_episode_steps, env.spec.max_episode_steps))
         env = gym.wrappers.TimeLimit(env, min(limits, default=10_000))
         env = gym.wrappers.RecordEpisodeStatistics(CheckedEnv(env))
-        env = RepeatUnseen(Film(env, video) if video else env, args.action_repeat)
+        env = Film(env, video) if video else env
+        env = RepeatUnseen(env, args.action_repeat) if args.action_repeat > 1 else env
         return Resting(fit_spaces(env, args))
 
     return thunk

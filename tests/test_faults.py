@@ -702,14 +702,29 @@ def test_bfloat16_without_its_arithmetic_is_said(script, monkeypatch, capsys):
 
 
 def test_parts_of_an_observation_are_looked_at(script):
-    """What is not finite inside a Dict is no observation either."""
-    space = gym.spaces.Dict(a=gym.spaces.Discrete(2), b=gym.spaces.Box(-np.inf, np.inf, (2,)))
+    """What is not finite or of another form inside a Dict or a Tuple is no observation either."""
+    pair = gym.spaces.Tuple((gym.spaces.Discrete(2), gym.spaces.Box(-np.inf, np.inf, (2,))))
     env = script.CheckedEnv(gym.Env())
-    env.observation_space = space
-    good, bad = ({"a": 1, "b": np.array([0, x], np.float32)} for x in (1.0, np.inf))
-    assert env.checked("reset", (), lambda: (good, {})) == (good, {})
-    with pytest.raises(gym.error.Error, match="not finite"):
-        env.checked("reset", (), lambda: (bad, {}))
+    env.observation_space = gym.spaces.Dict(a=gym.spaces.Discrete(2), b=pair)
+
+    def returned(obs):
+        return env.checked("reset", (), lambda: (obs, {}))[0]
+
+    numbers = np.array([0.0, 1], np.float32)
+    good = {"a": 1, "b": (0, numbers)}
+    for vector in (numbers, [0.0, 1.0]):  # a list becomes an array
+        obs = returned({"a": 1, "b": (0, vector)})
+        assert obs.keys() == good.keys() and obs["a"] == 1 and obs["b"][0] == 0
+        np.testing.assert_array_equal(obs["b"][1], numbers, strict=isinstance(vector, np.ndarray))
+    absent = [{"a": 1}, {"a": 1, "b": 0}, {"a": 2, "b": good["b"]}, {"a": 1, "b": (0,)}, {"a": 1, "b": (2, numbers)}]
+    for bad in [*absent, good | {"c": 1}, {"a": 1, "b": (*good["b"], 0)}, list(good.items())]:
+        with pytest.raises(gym.error.Error, match="is not in"):
+            returned(bad)
+    for value, text in [(np.inf, "not finite"), (np.nan, "not finite"), ("x", "must be numbers")]:
+        with pytest.raises(gym.error.Error, match=text):
+            returned({"a": 1, "b": (0, np.array([0, value]))})
+    with pytest.raises(gym.error.Error, match="of shape"):
+        returned({"a": 1, "b": (0, np.zeros(3, np.float32))})
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
