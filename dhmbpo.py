@@ -34,6 +34,9 @@ Deviations from the reference code, each also marked at the line it concerns:
   6. The states of the distribution rollouts are kept in raw units (there: standardised as they were then).
   7. Dropout zeroes a fixed number of random positions, none in the actor's loss (there: each by chance, there too).
   8. The paired test is a z test for any number of rows (there: Student's t below 1,000).
+  9. After a termination values are masked, and those beyond 1e6 go on as 0 (there: all are multiplied by 0).
+ 10. Statistics are those of the rows in the replay (there: of all rows ever; the same until the buffer is full).
+ 11. A block every 1,000 steps in all tasks but pendulums, which have settings of their own (there: also by episode).
 """
 
 import contextlib
@@ -263,7 +266,7 @@ class Agent(nn.Module):
         return obs, actions, torch.cat([rewards, next_obs - obs], -1), held_out.squeeze(-1) > 0, weights
 
     def fit_statistics(self, rows: torch.Tensor) -> None:
-        """Mean and population standard deviation of what the networks see and predict, over all rows of the replay."""
+        """Mean and population standard deviation of what the networks see and predict in the replay (deviation 10)."""
         obs, _, outputs, _, _ = self.unpack(rows)  # deviation 3: the true change at an episode's end
         for name, values in (("obs", obs), ("out", outputs)):
             variance, mean = torch.var_mean(values, 0, correction=0)
@@ -389,7 +392,7 @@ def rollout(agent: Agent, obs: torch.Tensor, steps: int, terminated_fn: Callable
     for _ in range(steps):
         order = torch.randperm(len(agent.ensemble.log_std), generator=generator, device=device)  # anew in every step
         obs, reward = model_step(agent, obs, action, order, normal(obs.shape))
-        # what terminated before may run off to infinity, where its gradient, 0 times infinity, would not be a number
+        # deviation 9: what terminated before may run off to infinity, where the gradient, 0 times infinity, is no number
         obs = torch.where(alive[:, None] | (obs.abs() < 1e6), obs, 0.0)
         reward = torch.where(alive | (reward.abs() < 1e6), reward, 0.0)
         alive = alive & ~terminated_fn(agent.obs_mean + agent.obs_std * obs.detach())
@@ -690,7 +693,7 @@ DEFAULTS = {
     "total_timesteps": 100_000, "learning_starts": 5_000, "model_train_frequency": 1_000, "critic_warmup": 250,
 }  # fmt: skip
 PENDULUM = {"total_timesteps": 10_000, "learning_starts": 500, "model_train_frequency": 250, "critic_warmup": 62}
-TASKS = dict.fromkeys(("InvertedPendulum", "InvertedDoublePendulum", "Pendulum"), PENDULUM)  # not in the paper
+TASKS = dict.fromkeys(("InvertedPendulum", "InvertedDoublePendulum", "Pendulum"), PENDULUM)  # deviation 11
 # The paper's truncated observations, 27 and 45 numbers, by the environments' own switches.
 ENV_KWARGS = {
     "Ant-v5": {"include_cfrc_ext_in_observation": False},
