@@ -392,7 +392,7 @@ def rollout(agent: Agent, obs: torch.Tensor, steps: int, terminated_fn: Callable
     for _ in range(steps):
         order = torch.randperm(len(agent.ensemble.log_std), generator=generator, device=device)  # anew in every step
         obs, reward = model_step(agent, obs, action, order, normal(obs.shape))
-        # deviation 9: what terminated before may run off to infinity, where the gradient, 0 times infinity, is no number
+        # deviation 9: what terminated before may run off to infinity; its gradient, 0 times infinity, is no number
         obs = torch.where(alive[:, None] | (obs.abs() < 1e6), obs, 0.0)
         reward = torch.where(alive | (reward.abs() < 1e6), reward, 0.0)
         alive = alive & ~terminated_fn(agent.obs_mean + agent.obs_std * obs.detach())
