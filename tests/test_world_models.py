@@ -1817,18 +1817,30 @@ def in_two_processes(**settings) -> tuple[str, list[int]]:
 
 
 @pytest.mark.parametrize("where", ["dream", "real"])
-def test_two_processes_share_the_candidates(where):
-    """Both play half of the population; in dreams, which share their noise, C is that of one process. One folder."""
+def test_two_processes_share_the_candidates(where, monkeypatch):
+    """Both play half of the population, C is that of one process. One folder.
+
+    Dreams share their noise; real episodes do not, so they are replaced by returns of the actions and the seeds alone.
+    """
     settings = {"population": 5, "generations": 3, "rounds": 2, "round_timesteps": 24, "controller_env": where}
     settings["num_models"] = 2
+
+    def play(agent, envs, policy, seeds, generator, stop, idle_limit):
+        features = torch.ones(len(seeds), len(agent.controller))
+        actions = policy(features, torch.arange(len(seeds)), len(seeds))[:, 0]
+        return -((actions.numpy() - seeds / 2**32) ** 2), np.full(len(seeds), 7)
+
+    if where == "real":
+        monkeypatch.setattr(world_models, "play", play)
     run_dir, statuses = in_two_processes(**settings)
     assert statuses == [0, 0] and len(list(Path("runs").iterdir())) == 1
-    found = load(run_dir)["parts"]
-    assert found["counters"]["stage"] == "finished" and np.shape(found["counters"]["fitness"]) == (3, 5)
-    if where == "dream":
-        alone = load(run(world_models, **settings))["parts"]
-        np.testing.assert_allclose(found["counters"]["fitness"], alone["counters"]["fitness"], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(found["agent"]["controller"], alone["agent"]["controller"], rtol=1e-2, atol=1e-3)
+    found, alone = load(run_dir), load(run(world_models, **settings))
+    counters, expected = found["parts"]["counters"], alone["parts"]["counters"]
+    assert counters["stage"] == "finished" and np.shape(counters["fitness"]) == (3, 5)
+    assert found["global_step"] == alone["global_step"]
+    np.testing.assert_allclose(counters["fitness"], expected["fitness"], rtol=1e-3, atol=1e-3)
+    controllers = (checkpoint["parts"]["agent"]["controller"] for checkpoint in (found, alone))
+    torch.testing.assert_close(*controllers, rtol=1e-2, atol=1e-3)
 
 
 def test_more_processes_than_candidates_are_refused(monkeypatch, capfd):
