@@ -1118,17 +1118,23 @@ def too_long(signum: int, frame) -> NoReturn:
     raise TimeoutError("the environment does not return")
 
 
-def in_form(obs, space: gym.Space):
-    """The observation, its numbers as arrays; raises ValueError where it is not finite or not of the space's form."""
+def in_form(obs, space: gym.Space, is_part: bool = False):
+    """The observation, its numbers as arrays; raises ValueError where it is not finite or not of the space's form.
+
+    Numbers may leave the bounds of a Box. Those of a part must fit its type, to which flattening will cast them.
+    """
     if isinstance(space, gym.spaces.Box):
-        return finite("observation", obs, space.shape)
+        array = finite("observation", obs, space.shape)
+        if is_part and not np.can_cast(array.dtype, space.dtype):
+            raise ValueError(f"observation {obs} is not in {space}")
+        return array
     if isinstance(space, gym.spaces.Dict) and isinstance(obs, dict) and obs.keys() == space.spaces.keys():
-        return {name: in_form(obs[name], part) for name, part in space.spaces.items()}
-    if isinstance(space, gym.spaces.Tuple) and isinstance(obs, tuple) and len(obs) == len(space.spaces):
-        return tuple(map(in_form, obs, space.spaces))
+        return {name: in_form(obs[name], part, True) for name, part in space.spaces.items()}
+    if isinstance(space, gym.spaces.Tuple) and isinstance(obs, tuple | list | np.ndarray) and len(obs) == len(space):
+        return tuple(in_form(part_obs, part, True) for part_obs, part in zip(obs, space.spaces, strict=True))
     if not space.contains(obs):
         raise ValueError(f"observation {obs} is not in {space}")
-    return obs
+    return (obs[0], in_form(obs[1], space.spaces[obs[0]], True)) if isinstance(space, gym.spaces.OneOf) else obs
 
 
 def finite(name: str, value, shape: tuple) -> np.ndarray:
@@ -1136,7 +1142,7 @@ def finite(name: str, value, shape: tuple) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype.kind not in "fiub" or array.size != math.prod(shape) or (shape and array.shape != shape):
         raise ValueError(f"{name} must be numbers of shape {shape}, not {array.dtype} of shape {array.shape}")
-    if array.itemsize > 1 and not (np.abs(array) < 1e10).all():  # a byte always is
+    if array.itemsize > 1 and not (np.abs(array) < np.float32(1e10)).all():  # a byte always is
         raise ValueError(f"{name} is not finite, or absurd: {array}")
     return array.reshape(shape)
 

@@ -702,29 +702,54 @@ def test_bfloat16_without_its_arithmetic_is_said(script, monkeypatch, capsys):
 
 
 def test_parts_of_an_observation_are_looked_at(script):
-    """What is not finite or of another form inside a Dict or a Tuple is no observation either."""
-    pair = gym.spaces.Tuple((gym.spaces.Discrete(2), gym.spaces.Box(-np.inf, np.inf, (2,))))
+    """What is not finite or of another form inside a Dict, a Tuple or a OneOf is no observation either."""
+    box = gym.spaces.Box(-np.inf, np.inf, (2,))
+    pair, either = gym.spaces.Tuple((gym.spaces.Discrete(2), box)), gym.spaces.OneOf((gym.spaces.Discrete(2), box))
     env = script.CheckedEnv(gym.Env())
-    env.observation_space = gym.spaces.Dict(a=gym.spaces.Discrete(2), b=pair)
+    env.observation_space = gym.spaces.Dict(a=gym.spaces.Discrete(2), b=pair, c=either)
 
-    def returned(obs):
+    def returned(**changed):
+        good = {"a": 1, "b": (0, numbers), "c": (1, numbers)}
+        obs = {name: value for name, value in (good | changed).items() if value is not None}
         return env.checked("reset", (), lambda: (obs, {}))[0]
 
     numbers = np.array([0.0, 1], np.float32)
-    good = {"a": 1, "b": (0, numbers)}
-    for vector in (numbers, [0.0, 1.0]):  # a list becomes an array
-        obs = returned({"a": 1, "b": (0, vector)})
-        assert obs.keys() == good.keys() and obs["a"] == 1 and obs["b"][0] == 0
-        np.testing.assert_array_equal(obs["b"][1], numbers, strict=isinstance(vector, np.ndarray))
-    absent = [{"a": 1}, {"a": 1, "b": 0}, {"a": 2, "b": good["b"]}, {"a": 1, "b": (0,)}, {"a": 1, "b": (2, numbers)}]
-    for bad in [*absent, good | {"c": 1}, {"a": 1, "b": (*good["b"], 0)}, list(good.items())]:
+    for pair in ((0, numbers), [0, numbers], [0, numbers.astype(np.float16)]):
+        obs = returned(b=pair)
+        assert (*obs,) == ("a", "b", "c") and obs["a"] == 1 and obs["b"][0] == 0 and obs["c"][0] == 1
+        for vector in (obs["b"][1], obs["c"][1]):
+            np.testing.assert_array_equal(vector, numbers)
+    parts = [{"b": 0}, {"b": (0,)}, {"b": (2, numbers)}, {"b": (0, numbers, 0)}, {"b": [0]}, {"b": (0, [0.0, 1.0])}]
+    for bad in [{"b": None}, {"a": 2}, {"d": 1}, {"c": (2, numbers)}, {"c": (0, numbers)}, *parts]:
         with pytest.raises(gym.error.Error, match="is not in"):
-            returned(bad)
-    for value, text in [(np.inf, "not finite"), (np.nan, "not finite"), ("x", "must be numbers")]:
-        with pytest.raises(gym.error.Error, match=text):
-            returned({"a": 1, "b": (0, np.array([0, value]))})
+            returned(**bad)
+    for value, text in [(np.inf, "not finite"), (1e20, "absurd"), (np.nan, "not finite"), ("x", "must be numbers")]:
+        vector = np.array([0, value]) if value == "x" else np.array([0, value], np.float32)
+        for bad in ({"b": (0, vector)}, {"b": [0, vector]}):
+            with pytest.raises(gym.error.Error, match=text):
+                returned(**bad)
+        with pytest.raises(gym.error.Error, match=f"{text}|is not in"):
+            returned(c=(1, vector))
     with pytest.raises(gym.error.Error, match="of shape"):
-        returned({"a": 1, "b": (0, np.zeros(3, np.float32))})
+        returned(b=(0, np.zeros(3, np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("box", "value"),
+    [
+        (gym.spaces.Box(0, 255, (2,), np.uint8), np.array([300, -1])),
+        (gym.spaces.Box(0, 255, (2,), np.uint8), np.array([1.5, 2])),
+        (gym.spaces.Box(-np.inf, np.inf, (2,), np.float16), np.array([1e6, 0])),
+    ],
+)
+def test_numbers_that_flattening_would_change_are_refused(script, box, value):
+    """In a part; alone they are kept as they are."""
+    env = script.CheckedEnv(gym.Env())
+    env.observation_space = box
+    np.testing.assert_array_equal(env.checked("reset", (), lambda: (value, {}))[0], value)
+    env.observation_space = gym.spaces.Dict(a=box)
+    with pytest.raises(gym.error.Error, match="is not in"):
+        env.checked("reset", (), lambda: ({"a": value}, {}))
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])

@@ -1816,11 +1816,11 @@ def in_two_processes(**settings) -> tuple[str, list[int]]:
     return str(next(Path.cwd().glob("runs/*"), "")), statuses
 
 
-@pytest.mark.parametrize("where", ["dream", "real"])
-def test_two_processes_share_the_candidates(where, monkeypatch):
+@pytest.mark.parametrize(("where", "replaced"), [("dream", False), ("real", False), ("real", True)])
+def test_two_processes_share_the_candidates(where, replaced, monkeypatch):
     """Both play half of the population, C is that of one process. One folder.
 
-    Dreams share their noise; real episodes do not, so they are replaced by returns of the actions and the seeds alone.
+    Dreams share their noise. Real episodes do not; to be compared they are replaced by returns of actions and seeds.
     """
     settings = {"population": 5, "generations": 3, "rounds": 2, "round_timesteps": 24, "controller_env": where}
     settings["num_models"] = 2
@@ -1830,13 +1830,15 @@ def test_two_processes_share_the_candidates(where, monkeypatch):
         actions = policy(features, torch.arange(len(seeds)), len(seeds))[:, 0]
         return -((actions.numpy() - seeds / 2**32) ** 2), np.full(len(seeds), 7)
 
-    if where == "real":
+    if replaced:
         monkeypatch.setattr(world_models, "play", play)
     run_dir, statuses = in_two_processes(**settings)
     assert statuses == [0, 0] and len(list(Path("runs").iterdir())) == 1
     found, alone = load(run_dir), load(run(world_models, **settings))
     counters, expected = found["parts"]["counters"], alone["parts"]["counters"]
     assert counters["stage"] == "finished" and np.shape(counters["fitness"]) == (3, 5)
+    if where == "real" and not replaced:
+        return
     assert found["global_step"] == alone["global_step"]
     np.testing.assert_allclose(counters["fitness"], expected["fitness"], rtol=1e-3, atol=1e-3)
     controllers = (checkpoint["parts"]["agent"]["controller"] for checkpoint in (found, alone))
