@@ -2280,14 +2280,14 @@ def together():
 
 def help_first(args: Args, spec: Spec, envs: gym.vector.VectorEnv) -> None:
     """Under torchrun: all processes but the first play their shares of C's candidates for it, until it ends."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if (number := int(os.environ.get("WORLD_SIZE", 1))) == 1:
         return
+    if args.population < number:
+        fail(f"--population {args.population}: fewer candidates than processes, {number}")
     if torch.cuda.is_available() and args.cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo", timeout=timedelta(days=30))  # V and M, which the first one trains, take their time
-    rank, number, device = dist.get_rank(), dist.get_world_size(), choose_device(args)
-    if args.population < number:
-        fail(f"--population {args.population}: fewer candidates than processes, {number}")
+    rank, device = dist.get_rank(), choose_device(args)
     if not rank:
         return
     agent, stop = Agent(spec, args).to(device), StopRequest()

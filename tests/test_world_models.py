@@ -1846,9 +1846,12 @@ def test_two_processes_share_the_candidates(where, replaced, monkeypatch):
 
 
 def test_more_processes_than_candidates_are_refused(monkeypatch, capfd):
-    """In a line, before there is a folder."""
-    monkeypatch.setattr(world_models.dist, "get_world_size", lambda: 9)
-    assert in_two_processes() == ("", [2, 2]) and "fewer candidates than processes" in capfd.readouterr().err
+    """In a line, by each of them, before there is a folder and before one waits for the others."""
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    monkeypatch.setattr(world_models.dist, "init_process_group", lambda *_, **__: pytest.fail("waits for the others"))
+    with pytest.raises(SystemExit, match="2"):
+        world_models.main(tiny(world_models))
+    assert "--population 4: fewer candidates than processes, 9" in capfd.readouterr().err and not Path("runs").exists()
 
 
 def test_the_end_of_another_process_is_a_line(monkeypatch, capfd):
