@@ -955,7 +955,7 @@ def main(args: Args) -> str:
     run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
     envs.on_fault = run.abort
     checkpoint = None  # what refers to the file keeps it on the disk
-    keep_freed_memory()
+    keep_freed_memory(run.device)
     print(introduction(run))
 
     stages = {"collect": collect, "v": train_vae, "m": train_model, "c": evolve}
@@ -2461,15 +2461,16 @@ def check_sizes(args: Args, spec: Spec, checkpoint: dict | None) -> None:
     require_memory(8 * (3 * size**2 + 4 * args.population * size), "CMA-ES of so many weights of C", cpu)
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed: mapping, clearing and giving back hundreds of MB takes a fifth of an update of M.
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU: glibc keeps what is freed; mapping and clearing hundreds of MB anew takes up to a fifth of an update.
 
     Where the C library has no mallopt nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
-        mallopt(-4, 0)  # M_MMAP_MAX: take no block from elsewhere than the heap
+        if device.type == "cpu":
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
+            mallopt(-4, 0)  # M_MMAP_MAX: take no block from elsewhere than the heap
 
 
 def check_args(args: Args) -> None:

@@ -37,6 +37,7 @@ class Args:
     bfloat16: bool = False  # dreamer.py's flag of this name
     compile: bool = False  # dreamer.py's flag of this name
     cudagraphs: bool = False  # dreamer.py's flag of this name
+    keep: bool = True  # keep freed memory, as a run on a CPU does
 
 
 def timed(function: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -64,6 +65,8 @@ def main(bench: Args) -> None:
     flags = "size batch_size batch_length cuda bfloat16 compile cudagraphs".split()
     args = dreamer.with_task_defaults(dreamer.Args(**{name: getattr(bench, name) for name in flags}))
     device = dreamer.choose_device(args)
+    if bench.keep:
+        dreamer.keep_freed_memory(device)
     torch.manual_seed(1)
     obs_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
     agent = dreamer.Agent(obs_space, gym.spaces.Box(-1, 1, (bench.action_dim,)), args).to(device)
@@ -145,6 +148,7 @@ def main(bench: Args) -> None:
         "torch": torch.__version__,
         "load": os.getloadavg()[0],  # processes that wanted to compute meanwhile, this one among them
         **{name: getattr(args, name) for name in flags},
+        "keep": bench.keep,
         "update_seconds_median": statistics.median(full),
         "update_seconds_min": min(full),
         "update_seconds_max": max(full),

@@ -43,6 +43,7 @@ class Args:
     bfloat16: bool = False  # dreamer_v3.py's flag of this name
     compile: bool = False  # dreamer_v3.py's flag of this name
     cudagraphs: bool = False  # dreamer_v3.py's flag of this name
+    keep: bool = True  # keep freed memory, as a run on a CPU does; for all implementations
 
 
 def ours(bench: Args, batch: dict) -> tuple[Callable, int]:
@@ -140,6 +141,8 @@ def sheeprl(bench: Args, batch: dict) -> tuple[Callable, int]:
 
 def main(bench: Args) -> None:
     torch.set_num_threads(bench.threads)
+    if bench.keep:
+        dreamer_v3.keep_freed_memory(torch.device("cuda" if bench.cuda and torch.cuda.is_available() else "cpu"))
     torch.manual_seed(1)
     shape = bench.batch_length, bench.batch_size
     obs = torch.randn(*shape, NUMBERS)

@@ -146,8 +146,7 @@ def main() -> None:
     envs = world_models.make_vector_env(args, 1)
     spec = world_models.make_spec(envs, args)
     envs.close()
-    if device.type == "cpu":
-        world_models.keep_freed_memory()
+    world_models.keep_freed_memory(device)
     torch.manual_seed(1)
     matrix = torch.randn(2048, 2048, device=device)
     result = {"device": str(device), "threads": flags.threads, "torch": torch.__version__, "env_id": args.env_id}

@@ -1,14 +1,17 @@
 """Whole runs of every script, tiny and on the CPU: logs, determinism, resuming, interruptions, bad input, playing."""
 
+import ctypes
 import dataclasses
 import importlib
 import math
 import multiprocessing
 import os
 import pickle
+import platform
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -21,6 +24,7 @@ import pytest
 import torch
 from runs import (
     LAKE,
+    ROOT,
     SCRIPTS,
     TINY,
     TRAITS,
@@ -773,3 +777,40 @@ def test_a_film_shows_every_step_of_repeated_actions(name):
     run_dir = run(script, **settings, capture_video=True)
     film = cv2.VideoCapture(str(next(Path(run_dir).rglob("*.mp4"))))
     assert film.get(cv2.CAP_PROP_FRAME_COUNT) in (12, 13) and film.get(cv2.CAP_PROP_FPS) == 30
+
+
+LARGE = ["dreamer", "dreamer_v3", "world_models"]  # those whose updates free hundreds of MB
+
+
+@only(*LARGE)
+def test_a_run_keeps_freed_memory(script, monkeypatch):
+    """As its device asks, once, when there is all that stays."""
+    devices = []
+    monkeypatch.setattr(script, "keep_freed_memory", devices.append)
+    run(script, **TRAITS[script.__name__]["quick"])
+    assert devices == [torch.device("cpu")]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Another C library has no mallopt.")
+@pytest.mark.parametrize(("device", "kept"), [("cpu", 64), ("cuda", 0)])
+def test_freed_memory_is_kept_on_a_cpu(device, kept):
+    """64 MB that were used and freed still belong to the process, or not."""
+    code = f"""if True:
+        import dreamer, torch
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+        dreamer.keep_freed_memory(torch.device("{device}"))
+        before = resident()
+        for _ in range(2):
+            torch.ones(2**24)
+        print(resident() - before)"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert abs(float(told.stdout) - kept) < 16
+
+
+@only(*LARGE)
+def test_no_mallopt_is_no_fault(script, monkeypatch):
+    """musl, macOS and Windows have none."""
+    for library in (lambda _: object(), lambda _: ctypes.CDLL("there_is_no_such_library.so")):
+        monkeypatch.setattr(script, "ctypes", types.SimpleNamespace(CDLL=library))
+        script.keep_freed_memory(torch.device("cpu"))
