@@ -1854,8 +1854,8 @@ class Run:
 
     def goes_on(self, dones: np.ndarray) -> bool:
         """Saves when it is due, with one environment at the end of an episode; False once the run has to end."""
-        if self.eval_began is not None:  # what was made since then is not training
-            self.reported = self.reported[0], self.reported[1] + time.perf_counter() - self.eval_began
+        if self.eval_began is not None:
+            self.leave_out(self.eval_began)
             self.eval_began = None
         ending = self.stop.requested or self.step >= self.args.total_timesteps
         if ending or (self.step >= self.next_save and (dones.all() or len(dones) > 1)):
@@ -1869,8 +1869,15 @@ class Run:
             self.next_save = next_multiple(self.step, self.args.checkpoint_frequency)
             self.report()  # a loss that is not finite must not reach the checkpoint
             self.writer.flush()  # curves without a gap, should the run be killed and resumed
+            began = time.perf_counter()
             save_checkpoint(self.folder, self.args, self.step, self.parts | owed, self.rng)
             self.saved = self.step, owed
+            if self.eval_began is None:  # otherwise it is left out with the evaluation
+                self.leave_out(began)
+
+    def leave_out(self, began: float) -> None:
+        """What was done since then is not training, and does not count for steps per second."""
+        self.reported = self.reported[0], self.reported[1] + time.perf_counter() - began
 
     def eval_due(self, dones: np.ndarray) -> bool:
         """Is it time for an evaluation? Saves first, if that is due too: whatever fails in it must cost nothing."""

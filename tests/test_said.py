@@ -1,11 +1,10 @@
 """What every script says in one line besides its faults: no update, no time limit."""
 
 import contextlib
+import functools
 import importlib
 import io
-import math
 import signal
-import time
 import types
 
 import fake_envs
@@ -70,19 +69,40 @@ def test_a_time_limit_is_told_by_the_specification(env_id, given, limit):
     assert ends == [False] * (limit - 1) + [True]
 
 
-def test_steps_per_second_are_those_of_training(script):
-    """An evaluation of 100 seconds, with all that was made then, does not count, once."""
-    quiet = lambda *args, **kwargs: None  # noqa: E731
-    run = types.SimpleNamespace(step=5, reported=(3, 7.0), eval_began=time.perf_counter() - 100, say=quiet, log=quiet)
-    run.args = types.SimpleNamespace(eval_frequency=2, total_timesteps=9)
+def test_steps_per_second_are_those_of_training(script, monkeypatch):
+    """An evaluation of 100 seconds and a checkpoint of 50 do not count, each once, also one within the other."""
+    clock = [0.0]
+
+    def write(*_) -> None:
+        clock[0] += 50
+
+    def quiet(*_, **__) -> None:
+        pass
+
+    monkeypatch.setattr(script.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(script, "save_checkpoint", write)
+    run = types.SimpleNamespace(step=5, reported=(3, 7.0), eval_began=None, say=quiet, log=quiet, report=quiet)
+    run.args = types.SimpleNamespace(eval_frequency=2, checkpoint_frequency=2, total_timesteps=9)
     run.progress = types.SimpleNamespace(set_description_str=quiet)
     run.writer, run.lock = types.SimpleNamespace(flush=quiet), io.StringIO()
-    run.stop, run.next_save = types.SimpleNamespace(requested=False), math.inf
+    run.stop, run.next_save, run.next_eval = types.SimpleNamespace(requested=False), 6, 5
+    run.folder = run.saved = None
+    run.parts, run.rng = {}, {}
+    for name in ("goes_on", "save", "leave_out"):
+        setattr(run, name, functools.partial(getattr(script.Run, name), run))
+    assert script.Run.eval_due(run, np.ones(1)) and run.saved is None
+    clock[0] += 100
     script.Run.log_evaluation(run, np.ones(2))
     assert run.lock.getvalue() == "5\n"  # it is remembered that it was made
     for _ in range(2):
-        assert script.Run.goes_on(run, np.ones(1))
-        assert run.next_eval == 6 and run.reported[0] == 3 and 107 <= run.reported[1] < 110
+        assert run.goes_on(np.ones(1)) and run.next_eval == 6 and run.reported == (3, 107.0)
+    run.step = 6
+    for _ in range(2):
+        assert run.goes_on(np.ones(1)) and run.saved[0] == 6 and run.reported == (3, 157.0)
+    assert script.Run.eval_due(run, np.ones(1))
+    run.saved = None
+    run.save()  # as where the environments of an evaluation fail
+    assert run.reported == (3, 157.0) and run.goes_on(np.ones(1)) and run.reported == (3, 207.0)
 
 
 AFTER_THE_ENVIRONMENTS = {  # what evaluate_and_log takes: "run" is the run
