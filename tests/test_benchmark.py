@@ -1,15 +1,19 @@
-"""Measures and files that all pages' numbers come from: benchmark/open_loop.py and benchmark/export.py."""
+"""Measures and files that pages' numbers come from: benchmark/open_loop.py, dreamer_sizes.py and export.py."""
 
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from runs import ROOT
 from torch.utils.tensorboard import SummaryWriter
 
+import dreamer
+
 sys.path.append(str(ROOT / "benchmark"))
+import dreamer_sizes
 import export
 import open_loop
 
@@ -46,6 +50,49 @@ def test_pieces_begin_at_every_fifth_moment_that_has_enough_left():
     tracks = [{"reward": np.arange(float(n)) + start} for n, start in ((12, 0), (6, 100), (7, 200))]
     starts = torch.tensor([0.0, 5, 200])
     assert torch.equal(open_loop.pieces(tracks, 7)["reward"], starts + torch.arange(7.0)[:, None])
+
+
+# === dreamer_sizes.py ===
+
+PICTURES = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+
+
+def entries(count: int, number: int) -> dict[str, np.ndarray]:
+    """An episode whose rewards are its number, of white pictures."""
+    episode = {"obs": np.full((count, 64, 64, 3), 255, np.uint8), "action": np.zeros((count, 2))}
+    episode |= {"reward": np.full(count, float(number)), "cont": np.ones(count), "is_first": np.eye(1, count)[0]}
+    return episode
+
+
+def test_every_fifth_episode_is_held_out_whole():
+    """Also of a ring that has come round, in the middle of an episode."""
+    rb = dreamer.ReplayBuffer(54, PICTURES, 2, torch.device("cpu"))
+    for number in range(12):
+        rb.add(entries(4 + number % 3, number))
+    buffers = dreamer_sizes.divided(rb.state_dict(), PICTURES, 2)
+    expected = [[], []]
+    for i, number in enumerate(range(1, 12)):  # of the second episode three entries are left
+        expected[i % 5 == 4] += [float(number)] * (4 + number % 3 if i else 3)
+    assert [buffer.data["reward"].tolist() for buffer in buffers] == expected
+    assert [len(buffer.starts) for buffer in buffers] == [9, 2]
+    assert [buffer.data["is_first"].sum().item() for buffer in buffers] == [8, 2]
+
+
+def test_errors_of_a_model_that_predicts_nothing(monkeypatch):
+    """White pictures are 0.5 in 64 x 64 x 3 numbers, the rewards 3: filtered and ahead the same."""
+    args = dreamer.Args(size="laptop", cuda=False, cnn_depth=1, dense_size=4, deter_size=4, stoch_size=2)
+    args = dreamer.with_task_defaults(args)
+    agent = dreamer.Agent(PICTURES, gym.spaces.Box(-1, 1, (2,)), args)
+    rb = dreamer.ReplayBuffer(60, PICTURES, 2, torch.device("cpu"))
+    for _ in range(2):
+        rb.add(entries(30, 3))
+    monkeypatch.setattr(agent.world_model, "decode", lambda feat: torch.zeros(*feat.shape[:2], 3, 64, 64))
+    for head in (agent.world_model.reward, agent.actor):
+        for weight in head.parameters():
+            torch.nn.init.zeros_(weight)
+    picture, reward, kl, picture_ahead, reward_ahead = dreamer_sizes.measure(agent, rb, args)
+    assert [picture, picture_ahead] == pytest.approx([3072] * 2, abs=0.01) and kl > 0
+    assert [reward, reward_ahead] == pytest.approx([9] * 2, abs=1e-5)
 
 
 # === export.py ===
