@@ -2522,11 +2522,14 @@ class RankedRun(Run):
         home, self.ranks[1] = self.folder, self.ranks[1] + 1
         self.parts["ranks"], self.folder = self.ranks, home + f"/{self.ranks[1]}" * (self.rank > 0)
         os.makedirs(self.folder, exist_ok=True)
+        self.report()
+        began = self.eval_began = time.perf_counter()  # the writing of the others is left out, too
         for first in (False, True):
             if first == (self.rank == 0):
                 super().save()
             agree(0)
-        self.folder = home
+        self.leave_out(began)
+        self.eval_began, self.folder = None, home
         settle(home, self.ranks[1])
 
     def abort(self, fault: str) -> NoReturn:

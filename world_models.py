@@ -708,7 +708,7 @@ def collect(run: "Stages") -> bool:
     """Records episodes until the run has made record_until environment steps."""
     args, rb, agent, num_envs, rng = run.args, run.rb, run.agent, run.args.num_envs, run.rng["actions"]
     held, state = HeldActions(num_envs, agent, args, rng, run.round), agent.model.initial(num_envs)
-    idle, dones, last_report = np.zeros(num_envs, int), np.ones(num_envs, bool), (run.step, time.perf_counter())
+    idle, dones, run.reported = np.zeros(num_envs, int), np.ones(num_envs, bool), (run.step, time.perf_counter())
     run.begin("collect", run.record_until, run.step)
     while run.step < run.record_until and not run.stop.requested:
         if run.step >= run.next_save and (dones.all() or num_envs > 1):
@@ -738,8 +738,8 @@ def collect(run: "Stages") -> bool:
         if ended.any():
             run.log_episodes(infos, ended)
             now = time.perf_counter()
-            run.log({"charts/SPS": (run.step - last_report[0]) / (now - last_report[1])})
-            last_report = run.step, now
+            run.log({"charts/SPS": (run.step - run.reported[0]) / (now - run.reported[1])})
+            run.reported = run.step, now
     rb.cut_off()
     if run.stop.requested:
         return False

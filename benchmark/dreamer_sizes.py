@@ -1,10 +1,10 @@
-"""What a dreamer.py agent of some size learns in some seconds from the replay of a run on walker-walk, as CSV.
+"""What a dreamer.py agent of some size learns in some CPU seconds from the replay of a run from pixels, as CSV.
 
-Run:  python benchmark/dreamer_sizes.py runs/<run folder> --seconds 600 --cnn-depth 16 --batch-size 16
-A new agent, one thread, seconds of this process in updates alone; what is not given is as in --size laptop. Every fifth
-episode is held out. A row at each --rows-th part of the seconds. Columns: the settings; parameters; seconds; updates;
-replayed time steps; on sequences held out, filtered: squared error of a picture (sum over its pixels), of a reward,
-KL; after five filtered steps 15 by actions alone: squared error of a picture and of a reward; return of the policy.
+Run:  python benchmark/dreamer_sizes.py <copy of a run folder> --seconds 600 --cnn-depth 16 --batch-size 16
+A new agent, eager, float32, one thread; what is not given is as in --size laptop. The seconds are those that this
+process computes in sampling and updates. Of the replay every fifth episode is held out. --rows rows, at equal parts of
+the seconds. Columns, on sequences held out: squared error of a picture (summed over its pixels), of a reward, KL, all
+filtered; after five filtered steps, 15 by the actions alone: the first two again; mean and deviation of the returns.
 """
 
 import argparse
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import dreamer
 
 VARIED = "batch_size batch_length cnn_depth dense_size deter_size horizon".split()
+COLUMNS = "parameters seconds updates time_steps picture reward kl picture_ahead reward_ahead return std".split()
 CONTEXT, AHEAD = 5, 15
 
 
@@ -76,6 +77,8 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoint = dreamer.load_checkpoint(flags.folder, dreamer.Args())
     saved = dreamer.Args(**checkpoint["args"])
+    if saved.obs_mode != "pixels" or len(checkpoint["parts"].get("replay", {"starts": ()})["starts"]) < 5:
+        parser.error("wanted: a run from pixels, with its replay, of five episodes or more")
     given = {name: getattr(flags, name) for name in VARIED if getattr(flags, name) is not None}
     args = dreamer.Args(env_id=saved.env_id, size="laptop", cuda=False, eval_episodes=flags.episodes, **given)
     args = dreamer.with_task_defaults(replace(args, action_repeat=saved.action_repeat, seed=flags.seed))
@@ -90,6 +93,7 @@ def main() -> None:
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
     parameters = sum(weight.numel() for weight in agent.parameters())
     table, used, updates = csv.writer(sys.stdout, lineterminator="\n"), 0.0, 0
+    table.writerow(["seed", *VARIED, *COLUMNS])
     for row in range(1, flags.rows + 1):
         while used < flags.seconds * row / flags.rows:
             start = time.process_time()
@@ -99,7 +103,7 @@ def main() -> None:
         returns, _ = dreamer.evaluate(agent, envs, args, torch.device("cpu"), SimpleNamespace(requested=False))
         values = [*measure(agent, held_out, args), returns.mean(), returns.std()]
         steps = updates * args.batch_size * args.batch_length
-        settings = [getattr(args, name) for name in VARIED]
+        settings = [args.seed, *(getattr(args, name) for name in VARIED)]
         table.writerow([*settings, parameters, round(used), updates, steps, *(f"{value:.4g}" for value in values)])
         sys.stdout.flush()
     envs.close()

@@ -66,33 +66,60 @@ def entries(count: int, number: int) -> dict[str, np.ndarray]:
 
 def test_every_fifth_episode_is_held_out_whole():
     """Also of a ring that has come round, in the middle of an episode."""
-    rb = dreamer.ReplayBuffer(54, PICTURES, 2, torch.device("cpu"))
+    rb = dreamer.ReplayBuffer(52, PICTURES, 2, torch.device("cpu"))
     for number in range(12):
         rb.add(entries(4 + number % 3, number))
+    across = rb.starts % 52 + rb.lengths > 52
     buffers = dreamer_sizes.divided(rb.state_dict(), PICTURES, 2)
     expected = [[], []]
-    for i, number in enumerate(range(1, 12)):  # of the second episode three entries are left
-        expected[i % 5 == 4] += [float(number)] * (4 + number % 3 if i else 3)
-    assert [buffer.data["reward"].tolist() for buffer in buffers] == expected
+    for i, number in enumerate(range(1, 12)):  # of the second episode one entry is left
+        expected[i % 5 == 4] += [float(number)] * (4 + number % 3 if i else 1)
+    assert [buffer.data["reward"].tolist() for buffer in buffers] == expected and across.any()
     assert [len(buffer.starts) for buffer in buffers] == [9, 2]
     assert [buffer.data["is_first"].sum().item() for buffer in buffers] == [8, 2]
 
 
-def test_errors_of_a_model_that_predicts_nothing(monkeypatch):
-    """White pictures are 0.5 in 64 x 64 x 3 numbers, the rewards 3: filtered and ahead the same."""
+def test_errors_by_hand(monkeypatch):
+    """Filtered and ahead of the observations, on random numbers, beside loops over steps and batches."""
     args = dreamer.Args(size="laptop", cuda=False, cnn_depth=1, dense_size=4, deter_size=4, stoch_size=2)
-    args = dreamer.with_task_defaults(args)
-    agent = dreamer.Agent(PICTURES, gym.spaces.Box(-1, 1, (2,)), args)
-    rb = dreamer.ReplayBuffer(60, PICTURES, 2, torch.device("cpu"))
-    for _ in range(2):
-        rb.add(entries(30, 3))
-    monkeypatch.setattr(agent.world_model, "decode", lambda feat: torch.zeros(*feat.shape[:2], 3, 64, 64))
-    for head in (agent.world_model.reward, agent.actor):
-        for weight in head.parameters():
-            torch.nn.init.zeros_(weight)
-    picture, reward, kl, picture_ahead, reward_ahead = dreamer_sizes.measure(agent, rb, args)
-    assert [picture, picture_ahead] == pytest.approx([3072] * 2, abs=0.01) and kl > 0
-    assert [reward, reward_ahead] == pytest.approx([9] * 2, abs=1e-5)
+    args, rng = dreamer.with_task_defaults(args), np.random.default_rng(3)
+    torch.manual_seed(3)
+    agent, rb = dreamer.Agent(PICTURES, gym.spaces.Box(-1, 1, (2,)), args), dreamer.ReplayBuffer(90, PICTURES, 2, "cpu")
+    for _ in range(3):
+        episode = entries(30, 0) | {"action": rng.uniform(-1, 1, (30, 2)), "reward": rng.normal(size=30)}
+        rb.add(episode | {"obs": rng.integers(0, 256, (30, 64, 64, 3), np.uint8)})
+    batches, sample = [], rb.sample
+
+    def sampled(*given) -> dict:
+        batches.append(sample(*given))
+        return batches[-1]
+
+    monkeypatch.setattr(rb, "sample", sampled)
+    found = dreamer_sizes.measure(agent, rb, args)
+    model, generator, errors = agent.world_model, torch.Generator().manual_seed(5), []
+    for batch in batches:
+        steps, obs = len(batch["reward"]), dreamer.preprocess(batch["obs"])
+        filtered, ahead = torch.randn(2, *batch["reward"].shape, 2, generator=generator)
+        with torch.no_grad():
+            embed, rows = model.embed(obs), []
+            state, predicted = model.rssm.initial(32), model.rssm.initial(32)
+            for t in range(steps):
+                given = batch["action"][t], embed[t], batch["is_first"][t]
+                *state, mean, std = model.rssm.obs_step(*state, *given, filtered[t])
+                prior = torch.distributions.Normal(*model.rssm.prior(state[1]))
+                kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), prior).sum(-1)
+                if t < 5:
+                    predicted = model.rssm.obs_step(*predicted, *given, ahead[t])[:2]
+                else:
+                    predicted = model.rssm.img_step(*predicted, batch["action"][t], ahead[t])
+                row = []
+                for feat in (torch.cat([*state], -1)[None], torch.cat([*predicted], -1)[None]):
+                    row.append(((model.decode(feat)[0] - obs[t]) ** 2).sum((1, 2, 3)).mean().item())
+                    row.append(((model.reward(feat)[0, :, 0] - batch["reward"][t]) ** 2).mean().item())
+                rows.append([*row[:2], kl.mean().item(), *row[2:]])
+        errors.append([*np.mean(rows, 0)[:3], *np.mean(rows[5:], 0)[3:]])
+    assert len(batches) == 4 and batches[0]["reward"].shape == (20, 32)
+    np.testing.assert_allclose(found, np.mean(errors, 0), rtol=1e-4)
 
 
 # === export.py ===

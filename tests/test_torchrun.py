@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -388,3 +389,29 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_of_all(learner):
     process = begin([*command, "--resume", folder, "--total-timesteps", str(step + 24)])
     assert process.wait(120) == 0
     assert [state["global_step"] for state in states(folder)] == [step + 24] * 2
+
+
+@pytest.mark.parametrize("rank", range(2))
+@each_learner
+def test_steps_per_second_leave_out_what_the_others_write(learner, rank, monkeypatch):
+    """Each of two processes writes for 50 seconds, in turns."""
+    clock, run = [100.0], object.__new__(learner.RankedRun)
+
+    def turn(*_) -> None:
+        clock[0] += 50
+
+    def report() -> None:
+        if run.reported[0] < 5:
+            run.reported = 5, clock[0]
+
+    monkeypatch.setattr(learner.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(learner, "save_checkpoint", turn if rank else lambda *_: None)
+    monkeypatch.setattr(learner, "agree", lambda *_: None if rank else turn())
+    monkeypatch.setattr(learner, "settle", lambda *_: None)
+    run.rank, run.ranks, run.parts, run.rng, run.folder = rank, [2, 0], {}, {}, str(Path.cwd())
+    run.step, run.next_eval, run.saved, run.reported, run.eval_began = 5, 9, None, (3, 90.0), None
+    run.args, run.writer = types.SimpleNamespace(checkpoint_frequency=2), types.SimpleNamespace(flush=lambda: None)
+    run.report = report
+    run.save()
+    written = 50 if rank else 100  # `agree` is called twice
+    assert run.reported == (5, 100.0 + written) == (5, clock[0]) and run.eval_began is None and run.saved[0] == 5
