@@ -951,11 +951,11 @@ def main(args: Args) -> str:
     if checkpoint:
         rewind(checkpoint, args)
     check_sizes(args, spec, checkpoint)
+    keep_freed_memory(choose_device(args))
     help_first(args, spec, envs)  # under torchrun only the first process gets further
     run = Stages(replace(args, from_stage=None), checkpoint, spec, envs)
     envs.on_fault = run.abort
     checkpoint = None  # what refers to the file keeps it on the disk
-    keep_freed_memory(run.device)
     print(introduction(run))
 
     stages = {"collect": collect, "v": train_vae, "m": train_model, "c": evolve}
@@ -2289,8 +2289,6 @@ def help_first(args: Args, spec: Spec, envs: gym.vector.VectorEnv) -> None:
     """Under torchrun: all processes but the first play their shares of C's candidates for it, until it ends."""
     if (number := int(os.environ.get("WORLD_SIZE", 1))) == 1:
         return
-    if args.population < number:
-        fail(f"--population {args.population}: fewer candidates than processes, {number}")
     if torch.cuda.is_available() and args.cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo", timeout=timedelta(days=30))  # V and M, which the first one trains, take their time
@@ -2487,6 +2485,8 @@ def check_args(args: Args) -> None:
         fail("--rounds needs what earlier rounds recorded, which --no-save-buffer does not keep")
     if args.from_stage and not args.resume:
         fail("--from-stage needs --resume")
+    if args.population < (number := int(os.environ.get("WORLD_SIZE", 1))):
+        fail(f"--population {args.population}: fewer candidates than processes, {number}")
     if args.controller_env == "dream" and not args.heads:
         fail("dreams need an M that predicts ends and rewards: --heads True, with --resume and --from-stage m")
 
