@@ -147,6 +147,7 @@ class Args:
     holdout_rows: Annotated[int, 2, 10**9] = 12_288  # transitions never trained on that judge a training, at most
 
     # Speed
+    bfloat16: bool = False  # bfloat16 autocast for the hidden layers
     cudagraphs: bool = False  # replay updates, and batches of the ensemble, as one CUDA graph each (GPU only)
 
 
@@ -189,29 +190,38 @@ class DynamicsEnsemble(nn.Module):
         hidden = StackedLinear(nets, width, width, 1.0, 0.005), StackedLinear(nets, width, width, 0.1, 0.0025)
         self.layers = nn.ModuleList([first, *hidden, StackedLinear(nets, width, obs_dim + 1, 0.01)])
         self.log_std = nn.Parameter(torch.zeros(nets, 1, obs_dim + 1))  # of the noise, whatever the input
+        self.bfloat16 = args.bfloat16
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Means (E, B, 1 + D) for standardised obs and actions (E, B, D + A)."""
-        for layer in self.layers[:-1]:
-            x = F.silu(layer(x, generator=generator))
-        return self.layers[-1](x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            for layer in self.layers[:-1]:
+                x = F.silu(layer(x, generator=generator))
+        return self.layers[-1](x.to(self.log_std.dtype))
 
 
 class Actor(nn.Module):
     """Tanh-squashed Gaussian policy of standardised observations."""
 
-    def __init__(self, obs_dim: int, action_dim: int, units: int):
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        sizes = [obs_dim, units, units, units, 2 * action_dim]
+        sizes = [obs_dim, *[args.hidden_size] * 3, 2 * action_dim]
         layers = [nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
         for layer in layers:
             nn.init.orthogonal_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.net = nn.Sequential(*[module for layer in layers for module in (layer, nn.SiLU())][:-1])
+        self.bfloat16 = args.bfloat16
+
+    def outputs(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means (B, A) before the tanh, and standard deviations before the softplus."""
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
+            outputs = self.net(obs)
+        return outputs.to(obs.dtype).chunk(2, -1)
 
     def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Actions (B, A) in [-1, 1] for obs (B, D) and normal noise (B, A), and their log-probabilities (B,)."""
-        mean, raw_std = self.net(obs).chunk(2, -1)
+        mean, raw_std = self.outputs(obs)
         std = F.softplus(raw_std) + 1e-5
         x = mean + std * noise
         log_prob = -0.5 * noise**2 - std.log() - 0.5 * math.log(2 * math.pi)
@@ -219,7 +229,7 @@ class Actor(nn.Module):
         return torch.tanh(x), log_prob.sum(-1)
 
     def mode(self, obs: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.net(obs).chunk(2, -1)[0])
+        return torch.tanh(self.outputs(obs)[0])
 
 
 class Critics(nn.Module):
@@ -233,14 +243,17 @@ class Critics(nn.Module):
         self.layers = nn.ModuleList([first, *hidden, StackedLinear(nets, units, 1, 1e-5)])
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
+        self.bfloat16 = args.bfloat16
 
     def forward(self, obs, actions, bounds: torch.Tensor, nets=None, generator=None) -> torch.Tensor:
         """Values (M, B), or of those nets: middle of the bounds (2,) + half their distance * output; obs (B, D)."""
         count = len(self.layers[-1].bias) if nets is None else len(nets)
         x = torch.cat([obs, actions], -1).expand(count, -1, -1)
-        for layer in self.layers[:-1]:
-            x = F.silu(layer(x, nets, generator))
-        return bounds.mean() + (bounds[1] - bounds[0]) / 2 * self.layers[-1](x, nets).squeeze(-1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            for layer in self.layers[:-1]:
+                x = F.silu(layer(x, nets, generator))
+        outputs = self.layers[-1](x.to(obs.dtype), nets).squeeze(-1)
+        return bounds.mean() + (bounds[1] - bounds[0]) / 2 * outputs
 
 
 class Agent(nn.Module):
@@ -249,7 +262,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
         self.ensemble = DynamicsEnsemble(obs_dim, action_dim, args).requires_grad_(False)  # but in train_model
-        self.actor = Actor(obs_dim, action_dim, args.hidden_size)
+        self.actor = Actor(obs_dim, action_dim, args)
         self.critics = Critics(obs_dim, action_dim, args)
         self.target_critics = deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_alpha)))
@@ -1149,7 +1162,7 @@ def walking_metrics(full_length: np.ndarray, speeds: np.ndarray) -> dict[str, fl
 def evaluate_run(args: Args) -> str:
     """Plays the agent of a run folder and prints its returns; with args.capture_video one episode is filmed."""
     checkpoint = load_checkpoint(args.evaluate, args)
-    refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed")
+    refuse_changes(args, checkpoint, "evaluate eval_episodes num_envs capture_video cuda seed bfloat16 cudagraphs")
     device, stop = choose_device(args), StopRequest()
     video = f"{args.evaluate}/videos/evaluate.mp4" if args.capture_video else None
     envs = make_vector_env(args, min(args.num_envs, args.eval_episodes), video)
@@ -1666,6 +1679,8 @@ def check_args(args: Args) -> None:
         fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to test on")
     if args.env_id == "Humanoid-v4":
         fail("Humanoid-v4 has 376 observations, too many for a model: use Humanoid-v5, which has the paper's 45 here")
+    if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")
 

@@ -264,7 +264,7 @@ def test_dropout():
 
 def test_policy_by_hand():
     """Action, log-probability and mode of a policy with given mean and raw standard deviation."""
-    actor = dhmbpo.Actor(1, 2, 4).double()
+    actor = dhmbpo.Actor(1, 2, dhmbpo.Args(hidden_size=4)).double()
     actor.net[-1].weight.data.zero_()
     actor.net[-1].bias.data.copy_(numbers(0.3, -1.1, -0.5, 0.8))
     actions, log_prob = actor(numbers([0.7]), numbers([1.2, -0.4]))
