@@ -27,6 +27,7 @@ case "${1:-}" in
   speed)
     python benchmark/dhmbpo_speed.py --threads 1 --no-cuda
     python benchmark/dhmbpo_speed.py --threads 1 --no-cuda --model-batch-size 512
+    python benchmark/dhmbpo_speed.py --threads 1 --no-cuda --bfloat16
     ;;
   *) grep -m 1 "bash benchmark" "$0"; exit 2 ;;
 esac

@@ -60,11 +60,13 @@ def main() -> None:
     parser.add_argument("--env-id", choices=SIZES, default="HalfCheetah-v5")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model-batch-size", type=int, default=2_048)
+    parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--no-cuda", action="store_true")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     obs_dim, action_dim = SIZES[flags.env_id]
-    args = dhmbpo.Args(env_id=flags.env_id, cuda=not flags.no_cuda, model_batch_size=flags.model_batch_size)
+    args = dhmbpo.Args(env_id=flags.env_id, cuda=not flags.no_cuda, bfloat16=flags.bfloat16)
+    args = replace(args, model_batch_size=flags.model_batch_size)
     args = replace(dhmbpo.with_task_defaults(args), target_entropy=-float(action_dim))
     device = dhmbpo.choose_device(args)
     agent = dhmbpo.Agent(obs_dim, action_dim, args).to(device)
@@ -77,7 +79,7 @@ def main() -> None:
     optimizers = {"critics": adam(agent.critics.parameters())}
     optimizers["actor"] = adam([*agent.actor.parameters(), agent.log_alpha])
     starts = torch.randn(args.batch_size, obs_dim, device=device)
-    matrix = torch.randn(2000, 2000, device=device)
+    matrix = torch.randn(2000, 2000, device=device, dtype=torch.bfloat16 if args.bfloat16 else torch.float32)
     rate = 2 * 2000**3 / seconds(lambda: matrix @ matrix, 5, device)
 
     update = functools.partial(dhmbpo.update, agent, optimizers, starts, dhmbpo.never_terminates, rng, args)
@@ -105,7 +107,7 @@ def main() -> None:
     found["ensemble_batch"] = batches / min(args.model_batches, (len(replay) - held) // args.model_batch_size)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {flags.threads} threads"
     result = {"env_id": args.env_id, "device": name, "machine": platform.machine(), "torch": torch.__version__}
-    result |= {"model_batch_size": args.model_batch_size, "matmul_gflops": rate / 1e9}
+    result |= {"bfloat16": args.bfloat16, "model_batch_size": args.model_batch_size, "matmul_gflops": rate / 1e9}
     for item, flops in work(obs_dim, action_dim, args).items():
         result |= {f"{item}_ms": 1e3 * found[item], f"{item}_floor_ms": 1e3 * flops / rate}
     result["load"] = os.getloadavg()[0]  # processes that wanted to compute meanwhile, this one among them
