@@ -77,20 +77,21 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoint = dreamer.load_checkpoint(flags.folder, dreamer.Args())
     saved = dreamer.Args(**checkpoint["args"])
-    if saved.obs_mode != "pixels" or len(checkpoint["parts"].get("replay", {"starts": ()})["starts"]) < 5:
+    replay = checkpoint["parts"].get("replay")
+    if replay is None or replay["data"]["obs"].dim() != 4 or len(replay["starts"]) < 5:
         parser.error("wanted: a run from pixels, with its replay, of five episodes or more")
     given = {name: getattr(flags, name) for name in VARIED if getattr(flags, name) is not None}
     args = dreamer.Args(env_id=saved.env_id, size="laptop", cuda=False, eval_episodes=flags.episodes, **given)
     args = dreamer.with_task_defaults(replace(args, action_repeat=saved.action_repeat, seed=flags.seed))
     envs = dreamer.make_vector_env(args, dreamer.choose_renderer(args, checkpoint), flags.episodes)
     spaces = envs.single_observation_space, envs.single_action_space
-    learned, held_out = divided(checkpoint["parts"]["replay"], spaces[0], spaces[1].shape[0])
-    checkpoint = None
+    learned, held_out = divided(replay, spaces[0], spaces[1].shape[0])
+    checkpoint = replay = None
     torch.manual_seed(args.seed)
     agent = dreamer.Agent(*spaces, args)
     optimizers = dreamer.make_optimizers(agent, args)
     dreamer.keep_freed_memory(torch.device("cpu"))
-    rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
+    rng, generator = np.random.default_rng([args.seed, 1]), torch.Generator().manual_seed(10 * args.seed + 1)
     parameters = sum(weight.numel() for weight in agent.parameters())
     table, used, updates = csv.writer(sys.stdout, lineterminator="\n"), 0.0, 0
     table.writerow(["seed", *VARIED, *COLUMNS])

@@ -1,5 +1,8 @@
 """Measures and files that pages' numbers come from: benchmark/open_loop.py, dreamer_sizes.py and export.py."""
 
+import csv
+import io
+import math
 import sys
 from pathlib import Path
 
@@ -7,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from runs import ROOT
+from runs import ROOT, run
 from torch.utils.tensorboard import SummaryWriter
 
 import dreamer
@@ -120,6 +123,30 @@ def test_errors_by_hand(monkeypatch):
         errors.append([*np.mean(rows, 0)[:3], *np.mean(rows[5:], 0)[3:]])
     assert len(batches) == 4 and batches[0]["reward"].shape == (20, 32)
     np.testing.assert_allclose(found, np.mean(errors, 0), rtol=1e-4)
+
+
+def test_sizes_as_a_table(capsys, monkeypatch):
+    """Rows at equal parts of the seconds, with the settings and the seed asked for; what has no use is refused."""
+
+    def main(folder: str, *flags: str) -> None:
+        monkeypatch.setattr("sys.argv", ["dreamer_sizes.py", folder, "--episodes", "2", "--seconds", "0.2", *flags])
+        dreamer_sizes.main()
+
+    common = {"env_id": "fake_envs:MovingPixels-v0", "cont_head": True, "learning_starts": 64}
+    pixels = run(dreamer, **common, total_timesteps=96)
+    capsys.readouterr()
+    size = "--batch-size 2 --batch-length 4 --cnn-depth 1 --dense-size 8 --deter-size 8 --horizon 2".split()
+    main(pixels, "--rows", "2", "--seed", "7", *size)
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [[row[name] for name in ("seed", *dreamer_sizes.VARIED)] for row in rows] == [["7", *size[1::2]]] * 2
+    assert int(rows[1]["updates"]) > int(rows[0]["updates"]) > 0
+    assert all(int(row["time_steps"]) == 8 * int(row["updates"]) for row in rows)
+    assert all(math.isfinite(float(row[name])) for row in rows for name in dreamer_sizes.COLUMNS)
+    for useless in ({"env_id": "fake_envs:Counter-v0"}, common | {"save_buffer": False}):
+        folder = run(dreamer, **useless, total_timesteps=96)
+        with pytest.raises(SystemExit):
+            main(folder)
+        assert "wanted: a run from pixels, with its replay" in capsys.readouterr().err
 
 
 # === export.py ===
