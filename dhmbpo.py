@@ -35,7 +35,7 @@ Deviations from the reference code, each also marked at the line it concerns:
   7. Dropout zeroes a fixed number of random positions, none in the actor's loss (there: each by chance, there too).
   8. The paired test is a z test for any number of rows (there: Student's t below 1,000).
   9. After a termination values are masked, and those beyond 1e6 go on as 0 (there: all are multiplied by 0).
- 10. Statistics are those of the rows in the replay (there: of all rows ever; the same until the buffer is full).
+ 10. Statistics are those of the rows in the replay, in float32 (there: of all rows ever, observations' in float64).
  11. A block every 1,000 steps in all tasks but pendulums, which have settings of their own (there: also by episode).
 """
 
@@ -197,7 +197,7 @@ class DynamicsEnsemble(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             for layer in self.layers[:-1]:
                 x = F.silu(layer(x, generator=generator))
-        return self.layers[-1](x.to(self.log_std.dtype))
+        return self.layers[-1](x.to(self.log_std.dtype))  # float32: its rounding would be the mean's
 
 
 class Actor(nn.Module):
@@ -216,8 +216,8 @@ class Actor(nn.Module):
     def outputs(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Means (B, A) before the tanh, and standard deviations before the softplus."""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
-            outputs = self.net(obs)
-        return outputs.to(obs.dtype).chunk(2, -1)
+            x = self.net[:-1](obs)
+        return self.net[-1](x.to(obs.dtype)).chunk(2, -1)
 
     def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Actions (B, A) in [-1, 1] for obs (B, D) and normal noise (B, A), and their log-probabilities (B,)."""
@@ -1659,6 +1659,13 @@ class GraphedFunction:
         return self.result
 
 
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether it is a processor that computes bfloat16 by way of float32, as far as torch tells."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch; other keys on ARM
+    extensions = {known.get("avx512_bf16"), known.get("amx_bf16")}
+    return device.type == "cpu" and (torch.backends.cpu.get_cpu_capability() == "AVX2" or extensions == {False})
+
+
 def check_args(args: Args) -> None:
     """Refuses impossible numbers in one line."""
     check_bounds(args)
@@ -1679,7 +1686,7 @@ def check_args(args: Args) -> None:
         fail(f"--holdout-ratio {args.holdout_ratio} leaves nothing to test on")
     if args.env_id == "Humanoid-v4":
         fail("Humanoid-v4 has 376 observations, too many for a model: use Humanoid-v5, which has the paper's 45 here")
-    if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if args.bfloat16 and lacks_bfloat16(choose_device(args)):
         print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")

@@ -2164,6 +2164,13 @@ def keep_freed_memory(device: torch.device) -> None:
             mallopt(-4, 0)  # M_MMAP_MAX: take no block from elsewhere than the heap
 
 
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether it is a processor that computes bfloat16 by way of float32, as far as torch tells."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch; other keys on ARM
+    extensions = {known.get("avx512_bf16"), known.get("amx_bf16")}
+    return device.type == "cpu" and (torch.backends.cpu.get_cpu_capability() == "AVX2" or extensions == {False})
+
+
 def check_args(args: Args) -> None:
     """Refuses settings that do not go together."""
     check_bounds(args)
@@ -2180,7 +2187,7 @@ def check_args(args: Args) -> None:
     draws = args.obs_mode == "pixels" or args.capture_video or args.resume or args.evaluate  # what was saved stays
     if args.renderer != "auto" and not draws:
         fail(f"--renderer {args.renderer} has nothing to draw: no pixels are seen, and there is no --capture-video")
-    if args.bfloat16 and choose_device(args).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if args.bfloat16 and lacks_bfloat16(choose_device(args)):
         print("warning: this processor has no bfloat16 arithmetic: --bfloat16 makes it slower", file=sys.stderr)
     if args.cudagraphs and not args.evaluate and choose_device(args).type != "cuda":
         fail("--cudagraphs needs a GPU")

@@ -1,6 +1,6 @@
 """Speed of dhmbpo.py, as JSON, each item beside the time that its matrix products alone would take.
 
-Run:  python benchmark/dhmbpo_speed.py [--env-id HalfCheetah-v5] [--threads 1] [--model-batch-size 2048] [--no-cuda]
+Run:  python benchmark/dhmbpo_speed.py [--env-id HalfCheetah-v5] [--threads 1] [--model-batch-size 2048] [--bfloat16]
 The floor is the counted arithmetic over the rate of a large matrix product, measured in the same run.
 """
 

@@ -693,12 +693,17 @@ def test_the_newest_pictures_stay(script):
 
 @having("    bfloat16: bool")
 def test_bfloat16_without_its_arithmetic_is_said(script, monkeypatch, capsys):
-    """On a processor of AVX2 alone it is slower than float32."""
+    """On processors of AVX2 alone, or AVX-512 without it, it is slower than float32. What is not known is not said."""
     args = script.with_task_defaults(tiny(script)) if hasattr(script, "with_task_defaults") else tiny(script)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
-    for wanted in (False, True):
-        script.check_args(dataclasses.replace(args, bfloat16=wanted))
-        assert ("no bfloat16 arithmetic" in capsys.readouterr().err) == wanted
+    lacking, having_it = {"avx512_bf16": False, "amx_bf16": False}, {"avx512_bf16": True, "amx_bf16": False}
+    for kind, known, lacks in (
+        ("AVX2", {}, True), ("AVX512", lacking, True), ("AVX512", having_it, False), ("DEFAULT", {"sve": True}, False),
+    ):  # fmt: skip
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda kind=kind: kind)
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda known=known: known, raising=False)
+        for wanted in (False, True):
+            script.check_args(dataclasses.replace(args, bfloat16=wanted))
+            assert ("no bfloat16 arithmetic" in capsys.readouterr().err) == (wanted and lacks)
 
 
 def test_parts_of_an_observation_are_looked_at(script):

@@ -60,7 +60,7 @@ SYNCS = {
         distribution_rollout: visited = torch.stack(path.obs)[path.alive]
         learn: return {name: float(value)
         p_value: return 0.5 * (1 + math.erf(z.item()
-        train_model: train, held_out = (~held_out).nonzero()
+        train_model: train, held_out = (which.nonzero()
         RingBuffer.state_dict: return {"rows": self.newest(len(self)).cpu()
     """,
     "muzero": """
