@@ -1735,7 +1735,7 @@ FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile
 class Run:
     """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
-    launcher = ("python",)
+    launcher = (sys.orig_argv[0],)  # as it was called: python, .venv/bin/python
 
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:
@@ -2160,7 +2160,8 @@ def check_args(args: Args) -> None:
         fail(f"--batch-length {args.batch_length} does not fit into --buffer-size {args.buffer_size}")
     least, most = args.batch_length * args.action_repeat, args.total_timesteps
     if not least <= args.learning_starts <= most:  # a sequence, the run
-        fail(f"--learning-starts {args.learning_starts} must be from {least} (--batch-length) to {most}")
+        bounds = f"{least} (--batch-length) to {most} (--total-timesteps)"
+        fail(f"--learning-starts {args.learning_starts} must be from {bounds}")
     if not is_dm_control(args.env_id) and (args.obs_mode, args.renderer) != ("pixels", "auto"):
         fail(f"--obs-mode and --renderer are for dm_control, {args.env_id} has its own")
     draws = args.obs_mode == "pixels" or args.capture_video or args.resume or args.evaluate  # what was saved stays

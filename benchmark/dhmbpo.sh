@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every command behind docs/dhmbpo.md, from the repository root:
-# bash benchmark/dhmbpo.sh pendulum|hopper|halfcheetah|humanoid|published|gpu|figure|speed
+# The commands behind docs/dhmbpo.md, from the repository root; the last two take the run folder of a checkpoint:
+# bash benchmark/dhmbpo.sh pendulum|hopper|halfcheetah|humanoid|published|laptop|gpu|figure|speed|ensemble|bfloat16 [folder]
 set -euo pipefail
 export OMP_NUM_THREADS=1
 small=(--model-batch-size 512 --model-patience 25 --model-max-epochs 125 --holdout-rows 4096)
@@ -15,6 +15,11 @@ case "${1:-}" in
   hopper) for seed in 1 2 3; do run Hopper-v5 "$seed" 60000 "${small[@]}"; done ;;
   halfcheetah) run HalfCheetah-v5 1 100000 "${small[@]}" ;;
   humanoid) run Humanoid-v5 1 100000 "${small[@]}" ;;
+  laptop)
+    for task in HalfCheetah-v5 Humanoid-v5; do
+      run "$task" 1 100000 --eval-frequency 5000 --bfloat16 --model-max-epochs 40 --holdout-rows 4096
+    done
+    ;;
   published) for task in Hopper-v5 HalfCheetah-v5; do run "$task" 1 20000; done ;; # beside the runs with small batches
   gpu)
     flags=(--cudagraphs --no-save-buffer --eval-frequency 5000 --eval-episodes 5)
@@ -28,6 +33,17 @@ case "${1:-}" in
     python benchmark/dhmbpo_speed.py --threads 1 --no-cuda
     python benchmark/dhmbpo_speed.py --threads 1 --no-cuda --model-batch-size 512
     python benchmark/dhmbpo_speed.py --threads 1 --no-cuda --bfloat16
+    ;;
+  ensemble)
+    judge() { python benchmark/dhmbpo_ensemble.py "$1" --seconds 160 "${@:2}"; }
+    judge "$2"
+    judge "$2" --model-patience 100 --model-max-epochs 250
+    judge "$2" --model-patience 100 --model-max-epochs 250 --model-lr 3e-4
+    judge "$2" --model-batch-size 2048 --model-patience 50
+    ;;
+  bfloat16)
+    python benchmark/dhmbpo_bfloat16.py "$2"
+    for flag in --bfloat16 --no-bfloat16; do python benchmark/dhmbpo_ensemble.py "$2" --seconds 1000 --model-max-epochs 20 $flag; done
     ;;
   *) grep -m 1 "bash benchmark" "$0"; exit 2 ;;
 esac
