@@ -49,7 +49,7 @@ FIGURES = {
         Panel(
             f"{task}-v5",
             [(f"dhmbpo/{task}-v5", "published settings"), (f"dhmbpo/{task}-v5_small_batches", "small batches")]
-            + [(f"dhmbpo/{task}-v5_small_batches_cpu", "small batches, one CPU thread")] * (task == "HalfCheetah"),
+            + [(f"dhmbpo/{task}-v5_laptop", "laptop, one CPU thread")] * (task != "Hopper"),
             [(task, "DHMBPO T = 3"), (task, "MBPO")], until=100_000, marks={f"the aim, {aim:,}": aim},
         )
         for task, aim in AIMS.items()
@@ -145,13 +145,13 @@ def draw(axis: Axes, runs: dict[str, list[tuple[float, float]]], label: str, col
     axis.plot(steps, mean, color=color, linewidth=2, label=f"{label}, {number}")
 
 
-def published(axis: Axes, task: str, method: str, until: float | None, marker: str) -> None:
+def published(axis: Axes, task: str, method: str, until: float | None, marker: str, color: str) -> None:
     lines = (line for line in open(ROOT / "results/published.csv") if not line.startswith("#"))
     rows = [row for row in csv.DictReader(lines) if (row["task"], row["method"]) == (task, method)]
     rows = [row for row in rows if until is None or float(row["step"]) <= until]
     steps, mean, std = (np.array([float(row[key] or "nan") for row in rows]) for key in ("step", "return", "std"))
     label = f"{method}, published" + (f", {rows[0]['seeds']} seeds" if rows[0]["seeds"] != "1" else "")
-    axis.errorbar(steps, mean, std, color="k", linestyle="--", marker=marker, linewidth=1, capsize=2, label=label)
+    axis.errorbar(steps, mean, std, color=color, linestyle="--", marker=marker, linewidth=1, capsize=2, label=label)
 
 
 def figure_of(panels: list[Panel]) -> Figure:
@@ -163,10 +163,10 @@ def figure_of(panels: list[Panel]) -> Figure:
             for runs, label in zip(groups, [labels] * len(groups) if isinstance(labels, str) else labels, strict=False):
                 if label:
                     draw(axis, runs, label, next(colors))
-        for (task, method), marker in zip(panel.published, "xs", strict=False):
-            published(axis, task, method, panel.until, marker)
+        for (task, method), marker, color in zip(panel.published, "xs", ("k", "0.6"), strict=False):
+            published(axis, task, method, panel.until, marker, color)
         for i, (label, value) in enumerate(panel.marks.items()):
-            axis.axhline(value, color="k", linestyle=("--", ":")[i], linewidth=0.8, label=label)
+            axis.axhline(value, color="k", linestyle=(":", "-.")[i], linewidth=0.8, label=label)
         axis.set(title=panel.title, xlabel=panel.xlabel)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
