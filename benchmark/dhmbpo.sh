@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The commands behind docs/dhmbpo.md, from the repository root; the last two take the run folder of a checkpoint:
-# bash benchmark/dhmbpo.sh pendulum|hopper|halfcheetah|humanoid|published|laptop|gpu|figure|speed|ensemble|bfloat16 [folder]
+# bash benchmark/dhmbpo.sh pendulum|hopper|halfcheetah|humanoid|published|laptop|gpu|figure|speed|ensemble|rounding [folder]
 set -euo pipefail
 export OMP_NUM_THREADS=1
 small=(--model-batch-size 512 --model-patience 25 --model-max-epochs 125 --holdout-rows 4096)
@@ -41,7 +41,7 @@ case "${1:-}" in
     judge "$2" --model-patience 100 --model-max-epochs 250 --model-lr 3e-4
     judge "$2" --model-batch-size 2048 --model-patience 50
     ;;
-  bfloat16)
+  rounding)
     python benchmark/dhmbpo_bfloat16.py "$2"
     for flag in --bfloat16 --no-bfloat16; do python benchmark/dhmbpo_ensemble.py "$2" --seconds 1000 --model-max-epochs 20 $flag; done
     ;;
