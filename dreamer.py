@@ -1735,7 +1735,7 @@ FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile
 class Run:
     """A run and its folder: log, progress bar, checkpoints. `step` counts environment steps, the only x axis."""
 
-    launcher = (sys.orig_argv[0],)  # as it was called: python, .venv/bin/python
+    launcher = sys.orig_argv[:1]  # as it was called: python, .venv/bin/python
 
     def __init__(self, args: Args, checkpoint: dict | None):
         if checkpoint:

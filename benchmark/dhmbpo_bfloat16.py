@@ -1,9 +1,9 @@
 """What bfloat16 does to the gradients of a dhmbpo.py checkpoint, beside what other rows of the replay do, as CSV.
 
 Run:  python benchmark/dhmbpo_bfloat16.py runs/<run folder>
-For each network the loss and the gradient of some batches of the run's sizes, in float32 and with --bfloat16, from the
-same random numbers. Columns: cosine of the two gradients, norm of the second over that of the first; cosine of the
-float32 gradients of this batch and of the next; the two losses.
+For each network the loss and the gradient of some batches of the run's sizes (the rewards without their noise), in
+float32 and with --bfloat16, from the same random numbers. Columns: cosine of the two gradients, norm of the second over
+that of the first; cosine of the float32 gradients of this batch and of the next; the two losses.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def gradients(agent: dhmbpo.Agent, states, rows, args: dhmbpo.Args, seed: int) -
         "actor": dhmbpo.actor_loss(agent, path, args.gamma),
         "critics": dhmbpo.critic_loss(agent, path, pair, args.gamma, generator)[0].sum(),
     }
-    batch = rows[torch.randint(len(rows), (args.model_batch_size,), generator=generator)]
+    batch = rows[torch.randint(len(rows), (args.model_batch_size,), generator=generator)]  # held out or not
     obs, actions, outputs, _, weights = agent.unpack(batch)
     inputs = torch.cat([agent.standardize(obs), actions], -1).expand(args.num_nets, -1, -1)
     targets = ((outputs - agent.out_mean) / agent.out_std).expand(args.num_nets, -1, -1)
@@ -47,11 +47,13 @@ def gradients(agent: dhmbpo.Agent, states, rows, args: dhmbpo.Args, seed: int) -
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
-    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=16)
     flags = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint = dhmbpo.load_checkpoint(flags.folder, dhmbpo.Args())
     args, parts = dhmbpo.Args(**checkpoint["args"]), checkpoint["parts"]
+    if "replay" not in parts or flags.batches < 2:
+        parser.error("wanted: a run with its buffers, two batches or more")
     states, rows = parts["states"]["rows"], parts["replay"]["rows"]
     found = {}
     for bfloat16 in (False, True):

@@ -37,6 +37,8 @@ def main() -> None:
     checkpoint = torch.load(f"{flags.folder}/checkpoint.pt", weights_only=True)
     args = dhmbpo.Args(**checkpoint["args"])
     args = replace(args, **{name: getattr(flags, name) for name in CHANGED if getattr(flags, name) is not None})
+    if "replay" not in checkpoint["parts"]:
+        parser.error("wanted: a run with its buffers")
     state = checkpoint["parts"]["agent"]
     agent = dhmbpo.Agent(len(state["obs_mean"]), state["actor.net.6.weight"].shape[0] // 2, args)
     agent.load_state_dict(state)

@@ -1001,6 +1001,7 @@ def losses_and_gradients(bfloat16: bool) -> dict[str, tuple[torch.Tensor, torch.
     """What each network makes, its loss and the loss's gradient, by networks of the same weights and the same noise."""
     args = make_args(hidden_size=64, model_hidden_size=64, bfloat16=bfloat16)
     agent = make_agent(args)
+    agent.bounds.copy_(torch.tensor([-1.0, 1.0]))  # values are the critics' last layer as it is
     path = dhmbpo.rollout(agent, normal(64, D), 3, never, generator())
     inputs, targets = normal(4, 64, D + A), normal(4, 64, 1 + D, seed=2)
     means = agent.ensemble.requires_grad_(True)(inputs, generator(3))
@@ -1019,7 +1020,7 @@ def losses_and_gradients(bfloat16: bool) -> dict[str, tuple[torch.Tensor, torch.
 
 
 def test_bfloat16_is_close_to_float32():
-    """Losses within 1 %, gradients of ensemble and critics within 2 degrees and 2 %; the last layers have all digits.
+    """Losses within 1 % or 0.02, gradients of ensemble and critics within 2 degrees and 2 %; last layers in float32.
 
     The actor's gradient comes through three steps of a model of random weights, which multiply the rounding.
     """
@@ -1029,7 +1030,7 @@ def test_bfloat16_is_close_to_float32():
         assert not torch.equal(low_outputs, outputs), name
         torch.testing.assert_close(low_outputs, outputs, rtol=0.03, atol=0.03 * outputs.std().item())
         degrees, share = (5, 0.05) if name == "actor" else (2, 0.02)
-        assert low_loss.item() == pytest.approx(loss.item(), rel=0.01, abs=0.01), name
+        assert low_loss.item() == pytest.approx(loss.item(), rel=0.01, abs=0.02), name
         assert F.cosine_similarity(low_gradient, gradient, 0) > math.cos(math.radians(degrees)), name
         assert low_gradient.norm().item() == pytest.approx(gradient.norm().item(), rel=share), name
         assert not torch.equal(low_outputs, low_outputs.bfloat16().float()), name

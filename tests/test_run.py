@@ -328,7 +328,8 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(name, num_envs, num
     out, err = process.communicate()
     assert process.returncode == 128 + number
     assert "Traceback" not in err and "Error" not in err, err
-    run_dir = re.search(rf"python \S*{script.__name__}\.py --resume (\S+)", out).group(1)
+    called = rf"continue with: {re.escape(sys.orig_argv[0])} \S*{script.__name__}\.py"
+    run_dir = re.search(rf"{called} --resume (\S+)", out).group(1)
     step = load(run_dir)["global_step"]
     assert step >= 12 and f"step {step}" in out
     wait_for(lambda: not set(processes_in(os.getcwd())) - before, seconds=10)
