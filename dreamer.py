@@ -1396,6 +1396,7 @@ def evaluate_and_log(agent: Agent, envs: gym.vector.VectorEnv | None, renderer: 
     returns, episodes = evaluate(agent, envs, args, run.device, run.stop)
     if not run.stop.requested:
         run.log_evaluation(returns)
+        warn_of_failure(draw_returns, run)
         warn_of_failure(log_open_loop, agent, episodes, run)
     if args.capture_video:  # the film is written when its environment closes
         envs.close()
@@ -1442,6 +1443,17 @@ def open_loop(agent: Agent, batch: dict, generator: torch.Generator, context: in
         feats.append(torch.cat([stoch, deter], -1)[None])
     feat = torch.cat(feats)
     return truth, model.decode(feat), model.reward(feat).squeeze(-1).float()
+
+
+def draw_returns(run: "Run") -> None:
+    """The return of all evaluations so far, mean +- standard deviation: returns.png."""
+    from matplotlib.figure import Figure
+
+    figure, evaluations = Figure(figsize=(5, 3), layout="constrained"), run.evaluations()
+    axis = figure.subplots()
+    axis.errorbar(list(evaluations), *zip(*evaluations.values(), strict=True), fmt="o-", capsize=2)
+    axis.set(xlabel="environment steps", ylabel="return", title=run.args.env_id)
+    figure.savefig(f"{run.folder}/returns.png")
 
 
 def log_open_loop(agent: Agent, episodes: list[dict], run: "Run") -> None:
@@ -1743,8 +1755,7 @@ class Run:
         self.args, self.checkpoint, self.step = args, checkpoint, checkpoint["global_step"] if checkpoint else 0
         try:
             self.folder = args.resume or new_folder(args)
-            self.lock = open(f"{self.folder}/.lock", "a+")  # held until close; a list of the evaluations that were made
-            self.lock.seek(0)
+            self.lock = open(f"{self.folder}/.lock", "a")  # held until close
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if checkpoint and os.stat(f"{self.folder}/checkpoint.pt").st_ino != checkpoint["inode"]:
                 fail(f"{self.folder} has gone on meanwhile: resume it again")
@@ -1770,7 +1781,7 @@ class Run:
         self.reported = self.step, time.perf_counter()
         self.eval_began = None  # of the evaluation that is being made
         owed = checkpoint and args.eval_frequency and checkpoint["parts"].get("eval_owed")  # it was due at this step
-        owed = owed and f"{self.step}\n" not in self.lock.readlines()  # made, before the run was killed
+        owed = owed and self.step not in self.evaluations()  # made, before the run was killed
         self.next_eval = self.step if owed else next_multiple(self.step, args.eval_frequency)
         self.next_save = next_multiple(self.step, args.checkpoint_frequency) if checkpoint else 0  # a new run at once
 
@@ -1880,9 +1891,16 @@ class Run:
         self.say(f"global_step={self.step}, eval: {returns.mean():.1f} +- {returns.std():.1f}")
         self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
         self.writer.flush()
-        with contextlib.suppress(OSError):  # the disk may be full
-            self.lock.write(f"{self.step}\n")  # a resume from the checkpoint before it does not make it again
-            self.lock.flush()
+        row = f"{self.step},{returns.mean():.6g},{returns.std():.6g}\n"
+        with contextlib.suppress(OSError), open(f"{self.folder}/evaluations.csv", "a") as file:  # the disk may be full
+            file.write("step,return,std\n" * (file.tell() == 0) + row)
+
+    def evaluations(self) -> dict[int, tuple[float, float]]:
+        """Mean and standard deviation of the returns by step; one that was made again after a kill counts once."""
+        with contextlib.suppress(FileNotFoundError), open(f"{self.folder}/evaluations.csv") as file:
+            rows = re.findall(r"^(\d+),([^,\s]+),([^,\s]+)$", file.read(), re.MULTILINE)
+            return {int(step): (float(mean), float(std)) for step, mean, std in rows}
+        return {}
 
     def picture(self, kind: str) -> str:
         """Path of a new picture, kind = name.suffix; of each kind the newest keep_pictures stay."""

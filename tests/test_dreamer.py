@@ -1479,7 +1479,7 @@ def test_dreamer_logs_everything_and_moves_all_parameters(kind):
     if "discrete" not in kind:
         files = {re.sub(r"\d+", "N", name) for name in os.listdir(run_dir) if name.endswith((".png", ".gif"))}
         strips = set() if vectors else {"open_loop_truth_model_error_N.gif", "evaluation_N.gif"}
-        assert files == {"open_loop_error_N.png"} | strips
+        assert files == {"open_loop_error_N.png", "returns.png"} | strips
     state = load(run_dir)
     args, saved = dreamer.with_task_defaults(tiny(dreamer, **settings)), state["parts"]
     assert state["global_step"] == args.total_timesteps

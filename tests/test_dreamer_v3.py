@@ -1244,7 +1244,7 @@ def test_runs_log_everything_and_move_all_parameters(kind):
         expected |= {"open_loop/obs_mse_horizon_1", "open_loop/reward_error_horizon_1"}
         pixels = "pixels" in kind
         files = {re.sub(r"\d+", "N", name) for name in os.listdir(run_dir)}
-        assert "open_loop_error_N.png" in files and image_tags(run_dir) == set()
+        assert {"open_loop_error_N.png", "returns.png"} <= files and image_tags(run_dir) == set()
         assert ("open_loop_truth_model_error_N.gif" in files) == ("evaluation_N.gif" in files) == pixels
     tags = scalars(run_dir)
     assert expected <= set(tags), expected - set(tags)

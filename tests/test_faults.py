@@ -508,9 +508,12 @@ def command_line_of(script, monkeypatch, *flags: str) -> str:
 
 
 @without("world_models")  # which evaluates by generations
-@pytest.mark.parametrize("eval_frequency", [pytest.param(12, marks=ONCE), 24])
-def test_an_evaluation_that_was_due_is_made_after_the_resume(script, monkeypatch, eval_frequency):
-    """Asked to stop at the step of an evaluation, the run leaves it to the one that continues it; and only then."""
+@pytest.mark.parametrize("eval_frequency, made", [pytest.param(12, False, marks=ONCE), (24, False), (24, True)])
+def test_an_evaluation_that_was_due_is_made_after_the_resume(script, monkeypatch, eval_frequency, made):
+    """Asked to stop at the step of an evaluation, the run leaves it to the one that continues it; and only then.
+
+    One that stands in evaluations.csv was made before a kill: the checkpoint of its step does not know of it.
+    """
     evaluate, stopped = script.evaluate, []
 
     def interrupted(*args):
@@ -523,10 +526,25 @@ def test_an_evaluation_that_was_due_is_made_after_the_resume(script, monkeypatch
         run(script, eval_frequency=eval_frequency, total_timesteps=48)
     folder = str(next(Path.cwd().glob("run_0/runs/*")))
     assert load(folder)["global_step"] == eval_frequency and load(folder)["parts"]["eval_owed"]
+    listed = Path(folder, "evaluations.csv")
+    if made:
+        listed.write_text(f"step,return,std\n{eval_frequency},1,2\n")
     resume(script, folder, eval_frequency=eval_frequency, total_timesteps=48)
-    wanted = list(range(eval_frequency, 49, eval_frequency))
-    assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == wanted
+    wanted, logged = list(range(eval_frequency, 49, eval_frequency)), scalars(folder)
+    assert [step for step, _ in logged["eval/episodic_return"]] == wanted[made:]
     assert not load(folder)["parts"]["eval_owed"]
+    means, stds = (dict(logged[f"eval/{name}"]) for name in ("episodic_return", "episodic_return_std"))
+    rows = {int(step): values for step, *values in np.loadtxt(listed, delimiter=",", skiprows=1, ndmin=2)}
+    assert list(rows) == wanted and rows.pop(made and eval_frequency, [1, 2]) == [1, 2]
+    assert rows == {step: pytest.approx([means[step], stds[step]], rel=1e-5) for step in means}
+
+
+def test_the_list_of_evaluations_outlives_faults(script, tmp_path):
+    """A full disk cuts a row, a kill makes an evaluation again: the whole rows count, the later of a step."""
+    run = types.SimpleNamespace(folder=str(tmp_path))
+    assert script.Run.evaluations(run) == {}
+    (tmp_path / "evaluations.csv").write_text("step,return,std\n10,1.5,0.5\n20,2,1\n30,3,126,9,9\n20,-1e+06,nan\n40,7")
+    assert str(script.Run.evaluations(run)) == "{10: (1.5, 0.5), 20: (-1000000.0, nan)}"
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
