@@ -283,33 +283,33 @@ class Actor(nn.Module):
             return -noise.exponential_(generator=generator).log_()
         return noise.normal_(generator=generator)
 
-    def sample(self, dist: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
+    def sample(self, policy: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
         """Action (..., A) with a gradient: reparameterised, or straight-through for one-hot actions."""
         if self.discrete:
-            (logits,) = dist
+            (logits,) = policy
             one_hot = F.one_hot((logits + noise).argmax(-1), self.action_dim).float()
             probs = logits.softmax(-1)
             return one_hot + probs - probs.detach()
-        mean, std = dist
+        mean, std = policy
         return torch.tanh(mean + std * noise)
 
-    def mode(self, dist: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
+    def mode(self, policy: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
         """Most likely action (N, A): arg-max, or each row's likeliest of 100 samples, made with noise (100, N, A)."""
         if self.discrete:
-            return F.one_hot(dist[0].argmax(-1), self.action_dim).float()
-        mean, std = dist
+            return F.one_hot(policy[0].argmax(-1), self.action_dim).float()
+        mean, std = policy
         x = mean + std * noise
         log_tanh_grad = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2)
         log_prob = (-0.5 * noise**2 - std.log() - log_tanh_grad).sum(-1)  # (100, N), up to a constant
         rows = torch.arange(len(mean), device=mean.device)
         return torch.tanh(x[log_prob.argmax(0), rows])  # deviation 4: each row has a best sample of its own
 
-    def entropy(self, dist: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def entropy(self, policy: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Nats (...): of the Normal before the tanh, or of the categorical. For logging only (deviation 11)."""
         if self.discrete:
-            log_probs = dist[0].log_softmax(-1)
+            log_probs = policy[0].log_softmax(-1)
             return -(log_probs.exp() * log_probs).sum(-1)
-        return (dist[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        return (policy[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
 class Agent(nn.Module):
@@ -450,11 +450,11 @@ def imagine(rssm: RSSM, actor: Actor, stoch, deter, noise: dict) -> tuple[torch.
     """Dreams of H steps from N states: features (H, N, F) of states 1..H (the start is not kept) and policy entropy."""
     feats, entropies = [], []
     for k in range(len(noise["action"])):
-        dist = actor.dist(torch.cat([stoch, deter], -1).detach())  # only the actor's input is cut from the graph
-        action = actor.sample(dist, noise["action"][k])
+        policy = actor.dist(torch.cat([stoch, deter], -1).detach())  # only the actor's input is cut from the graph
+        action = actor.sample(policy, noise["action"][k])
         stoch, deter = rssm.img_step(stoch, deter, action, noise["prior"][k])
         feats.append(torch.cat([stoch, deter], -1))
-        entropies.append(actor.entropy(dist).mean().detach())
+        entropies.append(actor.entropy(policy).mean().detach())
     return torch.stack(feats), torch.stack(entropies).mean()
 
 
@@ -535,11 +535,11 @@ def act(agent: Agent, obs, action, is_first, state, generator, noise_scale: floa
     embed = model.embed(preprocess(torch.as_tensor(obs, device=device)[None]))[0]
     noise = torch.randn(num_envs, model.rssm.stoch, generator=generator, device=device)
     stoch, deter, _, _ = model.rssm.obs_step(*state, action, embed, is_first, noise)  # if greedy, too, a sample
-    dist = actor.dist(torch.cat([stoch, deter], -1))
+    policy = actor.dist(torch.cat([stoch, deter], -1))
     if greedy:
-        action = actor.mode(dist, actor.draw_noise((100, num_envs), generator))
+        action = actor.mode(policy, actor.draw_noise((100, num_envs), generator))
     else:
-        action = actor.sample(dist, actor.draw_noise((num_envs,), generator))
+        action = actor.sample(policy, actor.draw_noise((num_envs,), generator))
         if agent.discrete:
             uniform = torch.randint(agent.action_dim, (num_envs,), generator=generator, device=device)
             swap = torch.rand(num_envs, 1, generator=generator, device=device) < noise_scale
@@ -1273,25 +1273,25 @@ class RayCaster:
     def _cast(self, data, origin, rays):
         import mujoco  # here, so that runs without pictures do without it
 
-        hits, dist, normals = np.zeros(len(rays), np.int32), np.zeros(len(rays)), np.zeros(rays.shape)
-        kept = self.model.bvh_aabb[self.roots]
+        hits, distance, normals = np.zeros(len(rays), np.int32), np.zeros(len(rays)), np.zeros(rays.shape)
+        kept, n = self.model.bvh_aabb[self.roots], len(rays)
         self.model.bvh_aabb[self.roots] = self.boxes
         mujoco.mj_multiRay(
-            self.model, data, origin, rays.ravel(), self.groups, True, -1, hits, dist, normals.ravel(), len(rays), 1e9
+            self.model, data, origin, rays.ravel(), self.groups, True, -1, hits, distance, normals.ravel(), n, 1e9
         )
         self.model.bvh_aabb[self.roots] = kept  # collision detection finds its own boxes again
-        return hits, dist, normals
+        return hits, distance, normals
 
     def render(self, data):
         """Picture (H, W, 3) uint8 of the current state, a fresh array."""
         m, origin, frame = self.model, data.cam_xpos[self.camera_id], data.cam_xmat[self.camera_id].reshape(3, 3)
         rays = self.rays @ frame.T
-        hits, dist, normals = self._cast(data, origin, rays)
+        hits, distance, normals = self._cast(data, origin, rays)
         slope = np.clip(rays[:, 2] / np.hypot(rays[:, 0], rays[:, 1]), -1, 1)  # texture row, as on a cube's side
         color = self.sky[((1 - slope) / 2 * (len(self.sky) - 1)).astype(int)]
         seen = np.flatnonzero(hits >= 0)
-        rays, hits, dist, normals = rays[seen], hits[seen], dist[seen], normals[seen]
-        points, paint, head = origin + rays * dist[:, None], self.colors[hits], m.vis.headlight
+        rays, hits, distance, normals = rays[seen], hits[seen], distance[seen], normals[seen]
+        points, paint, head = origin + rays * distance[:, None], self.colors[hits], m.vis.headlight
         facing = np.einsum("ij,ij->i", normals, rays)
         light = head.ambient + head.diffuse * np.maximum(normals @ frame[:, 2], 0)[:, None]
         for i, texture in self.planes:
@@ -1300,7 +1300,7 @@ class RayCaster:
             # one image covers two units (uniform) or the whole plane, laid from the corner at -x, +y
             scale = m.mat_texrepeat[mat] / 2 / (1 if m.mat_texuniform[mat] else np.where(size > 0, size, 1))
             s, t = ((local * [1, -1] + size) * scale % 1 * len(texture)).astype(int).T
-            blur = np.clip(1.5 + dist[on] / self.focal * 2 * scale.max() / np.minimum(facing[on], -1e-3), 0, 1)
+            blur = np.clip(1.5 + distance[on] / self.focal * 2 * scale.max() / np.minimum(facing[on], -1e-3), 0, 1)
             paint[on] += (texture[t, s] - paint[on]) * blur[:, None]  # squares smaller than a pixel become their mean
             light[on] = np.minimum(light[on], 1)  # GL clips light before it meets a texture
         for i in range(m.nlight):
@@ -1317,7 +1317,7 @@ class RayCaster:
                 lit[on] *= self._cast(data, source, -to[on])[1] > far[on] - 1e-3 * m.stat.extent
             light += m.light_ambient[i] + m.light_diffuse[i] * lit[:, None]
         color[seen], depth = paint * light, np.full(len(color), np.inf)
-        depth[seen] = -dist * self.rays[seen, 2]
+        depth[seen] = -distance * self.rays[seen, 2]
         self._markers(data, origin, frame, color, depth)
         return (np.clip(color, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(self.shape)
 

@@ -427,22 +427,22 @@ class Actor(nn.Module):
             return torch.rand(shape, generator=generator, device=generator.device)
         return torch.randn(*shape, self.action_dim, generator=generator, device=generator.device)
 
-    def sample(self, dist: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
+    def sample(self, policy: tuple[torch.Tensor, ...], noise: torch.Tensor) -> torch.Tensor:
         """Action (..., A): one-hot, or not bounded; the environment is given it clipped."""
-        return sample_one_hot(dist[0], noise) if self.discrete else dist[0] + dist[1] * noise
+        return sample_one_hot(policy[0], noise) if self.discrete else policy[0] + policy[1] * noise
 
-    def log_prob(self, dist: tuple[torch.Tensor, ...], action: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, policy: tuple[torch.Tensor, ...], action: torch.Tensor) -> torch.Tensor:
         """Of actions (..., A) -> (...)."""
         if self.discrete:
-            return (dist[0] * action).sum(-1)
-        mean, std = dist
+            return (policy[0] * action).sum(-1)
+        mean, std = policy
         return (-0.5 * ((action - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def entropy(self, dist: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def entropy(self, policy: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Nats (...)."""
         if self.discrete:
-            return -(dist[0].exp() * dist[0]).sum(-1)
-        return (dist[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+            return -(policy[0].exp() * policy[0]).sum(-1)
+        return (policy[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
 class Agent(nn.Module):
@@ -549,9 +549,9 @@ def critic_loss(critic: TwoHotHead, slow_critic: TwoHotHead, feat, returns, weig
 
 def actor_loss(actor: Actor, feat, action, advantage, weights, entropy_scale: float) -> tuple:
     """Minus the mean of weights times (advantage ln p(action) + entropy_scale entropy); all (H, N, ...)."""
-    dist = actor.dist(feat)
-    entropy = actor.entropy(dist)
-    return -(weights * (advantage * actor.log_prob(dist, action) + entropy_scale * entropy)).mean(), entropy.mean()
+    policy = actor.dist(feat)
+    entropy = actor.entropy(policy)
+    return -(weights * (advantage * actor.log_prob(policy, action) + entropy_scale * entropy)).mean(), entropy.mean()
 
 
 def behavior_loss(agent: Agent, batch: dict, states: tuple, dreams: tuple, args: Args) -> tuple[dict, dict]:
@@ -616,8 +616,8 @@ def act(agent: Agent, obs, action, is_first, state: tuple, generator: torch.Gene
     embed = model.embed(preprocess(torch.as_tensor(obs, device=device)[None]))[0]
     noise = torch.rand(len(obs), STOCH, generator=generator, device=device)
     stoch, deter, _ = model.rssm.obs_step(*state, action, embed, is_first, noise)
-    dist = agent.actor.dist(torch.cat([stoch, deter], -1))
-    action = agent.actor.sample(dist, agent.actor.draw_noise((len(obs),), generator))
+    policy = agent.actor.dist(torch.cat([stoch, deter], -1))
+    action = agent.actor.sample(policy, agent.actor.draw_noise((len(obs),), generator))
     return action.cpu().numpy(), (stoch, deter)  # host sync
 
 
@@ -1324,25 +1324,25 @@ class RayCaster:
     def _cast(self, data, origin, rays):
         import mujoco  # here, so that runs without pictures do without it
 
-        hits, dist, normals = np.zeros(len(rays), np.int32), np.zeros(len(rays)), np.zeros(rays.shape)
-        kept = self.model.bvh_aabb[self.roots]
+        hits, distance, normals = np.zeros(len(rays), np.int32), np.zeros(len(rays)), np.zeros(rays.shape)
+        kept, n = self.model.bvh_aabb[self.roots], len(rays)
         self.model.bvh_aabb[self.roots] = self.boxes
         mujoco.mj_multiRay(
-            self.model, data, origin, rays.ravel(), self.groups, True, -1, hits, dist, normals.ravel(), len(rays), 1e9
+            self.model, data, origin, rays.ravel(), self.groups, True, -1, hits, distance, normals.ravel(), n, 1e9
         )
         self.model.bvh_aabb[self.roots] = kept  # collision detection finds its own boxes again
-        return hits, dist, normals
+        return hits, distance, normals
 
     def render(self, data):
         """Picture (H, W, 3) uint8 of the current state, a fresh array."""
         m, origin, frame = self.model, data.cam_xpos[self.camera_id], data.cam_xmat[self.camera_id].reshape(3, 3)
         rays = self.rays @ frame.T
-        hits, dist, normals = self._cast(data, origin, rays)
+        hits, distance, normals = self._cast(data, origin, rays)
         slope = np.clip(rays[:, 2] / np.hypot(rays[:, 0], rays[:, 1]), -1, 1)  # texture row, as on a cube's side
         color = self.sky[((1 - slope) / 2 * (len(self.sky) - 1)).astype(int)]
         seen = np.flatnonzero(hits >= 0)
-        rays, hits, dist, normals = rays[seen], hits[seen], dist[seen], normals[seen]
-        points, paint, head = origin + rays * dist[:, None], self.colors[hits], m.vis.headlight
+        rays, hits, distance, normals = rays[seen], hits[seen], distance[seen], normals[seen]
+        points, paint, head = origin + rays * distance[:, None], self.colors[hits], m.vis.headlight
         facing = np.einsum("ij,ij->i", normals, rays)
         light = head.ambient + head.diffuse * np.maximum(normals @ frame[:, 2], 0)[:, None]
         for i, texture in self.planes:
@@ -1351,7 +1351,7 @@ class RayCaster:
             # one image covers two units (uniform) or the whole plane, laid from the corner at -x, +y
             scale = m.mat_texrepeat[mat] / 2 / (1 if m.mat_texuniform[mat] else np.where(size > 0, size, 1))
             s, t = ((local * [1, -1] + size) * scale % 1 * len(texture)).astype(int).T
-            blur = np.clip(1.5 + dist[on] / self.focal * 2 * scale.max() / np.minimum(facing[on], -1e-3), 0, 1)
+            blur = np.clip(1.5 + distance[on] / self.focal * 2 * scale.max() / np.minimum(facing[on], -1e-3), 0, 1)
             paint[on] += (texture[t, s] - paint[on]) * blur[:, None]  # squares smaller than a pixel become their mean
             light[on] = np.minimum(light[on], 1)  # GL clips light before it meets a texture
         for i in range(m.nlight):
@@ -1368,7 +1368,7 @@ class RayCaster:
                 lit[on] *= self._cast(data, source, -to[on])[1] > far[on] - 1e-3 * m.stat.extent
             light += m.light_ambient[i] + m.light_diffuse[i] * lit[:, None]
         color[seen], depth = paint * light, np.full(len(color), np.inf)
-        depth[seen] = -dist * self.rays[seen, 2]
+        depth[seen] = -distance * self.rays[seen, 2]
         self._markers(data, origin, frame, color, depth)
         return (np.clip(color, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(self.shape)
 

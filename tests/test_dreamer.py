@@ -1629,7 +1629,7 @@ def test_lqr_ends_and_is_the_same_system_every_time():
 
 def test_environment_without_a_render_mode():
     """Rendering is asked for only where a video is."""
-    gym.register("Plain-v0", lambda: gym.make("Counter-v0").unwrapped, max_episode_steps=12)
+    gym.register("Plain-v0", lambda: gym.make("fake_envs:Counter-v0").unwrapped, max_episode_steps=12)
     args = dreamer.with_task_defaults(tiny(dreamer, env_id="Plain-v0"))
     assert dreamer.make_env(args, "none")().reset(seed=1)[0].shape == (3,)
 
