@@ -1460,7 +1460,7 @@ def evaluate_run(args: Args) -> str:
     envs.close()
     if not stop.requested:
         single = " ".join(f"{episodic_return:.1f}" for episodic_return in returns)
-        print(f"{args.env_id} at step {checkpoint['global_step']}:")
+        print(f"{args.env_id} at step {checkpoint['global_step']}, renderer {renderer}:")
         print(f"return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes: {single})")
     stop.exit()
     return args.evaluate
@@ -1776,7 +1776,7 @@ class Bar(tqdm):
 
 # Settings that touch nothing that is learned: a resume may change them.
 FREE = "resume total_timesteps cuda track wandb_project_name wandb_entity exp_name capture_video save_model "
-FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile cudagraphs"
+FREE += "keep_pictures eval_frequency eval_episodes checkpoint_frequency compile cudagraphs buffer_on_gpu"
 
 
 class Run:

@@ -236,9 +236,11 @@ def test_command_line_resume_takes_the_runs_own_settings(script, monkeypatch, ca
     """--resume needs no other flag; total_timesteps may be given anew; any setting that clashes is named."""
     run_dir = finished(script)
     before = load(run_dir)["args"]
-    command_line(monkeypatch, script, "--resume", run_dir, "--total-timesteps", "60")
+    anew = {"total_timesteps": 60} | ({"buffer_on_gpu": False} if "buffer_on_gpu" in before else {})
+    flags = ["--total-timesteps", "60"] + ["--no-buffer-on-gpu"] * (len(anew) - 1)
+    command_line(monkeypatch, script, "--resume", run_dir, *flags)
     state = load(run_dir)
-    assert state["global_step"] == 60 and state["args"] == before | {"total_timesteps": 60}
+    assert state["global_step"] == 60 and state["args"] == before | anew
     name = TRAITS[script.__name__]["fixed"]
     flag = f"--{name.replace('_', '-')}"
     assert before[name] == TINY[script.__name__][name]
