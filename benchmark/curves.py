@@ -49,7 +49,8 @@ FIGURES = {
         Panel(
             f"{task}-v5",
             [(f"dhmbpo/{task}-v5", "published settings"), (f"dhmbpo/{task}-v5_small_batches", "small batches")]
-            + [(f"dhmbpo/{task}-v5_laptop", "laptop, one CPU thread")] * (task != "Hopper"),
+            + [(f"dhmbpo/{task}-v5_laptop", "laptop, one CPU thread")] * (task != "Hopper")
+            + [("mbpo/HalfCheetah-v5_no_model", "no model: SAC")] * (task == "HalfCheetah"),
             [(task, "DHMBPO T = 3"), (task, "MBPO")], until=100_000, marks={f"the aim, {aim:,}": aim},
         )
         for task, aim in AIMS.items()
@@ -170,7 +171,11 @@ def figure_of(panels: list[Panel]) -> Figure:
         axis.set(title=panel.title, xlabel=panel.xlabel)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    longest = max(len(axis.get_legend_handles_labels()[0]) for axis in figure.axes)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)} if longest > 5 else {}  # there it covers no curve
+    for axis in figure.axes:
+        axis.legend(fontsize=7, **below)
+    figure.set_figheight(3.4 + 0.2 * longest * bool(below))
     figure.axes[0].set_ylabel(panels[0].ylabel)
     return figure
 

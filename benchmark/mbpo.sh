@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command behind docs/mbpo.md, from the repository root: bash benchmark/mbpo.sh cheap|hopper|gpu|speed
+# Every command behind docs/mbpo.md, from the repository root: bash benchmark/mbpo.sh cheap|hopper|no_model|gpu|speed
 set -euo pipefail
 
 cheap() { # with and without a model: 10 to 15 minutes on one core for each run
@@ -25,6 +25,13 @@ hopper() { # an hour and more on one core
   python benchmark/curves.py mbpo_hopper
 }
 
+no_model() { # soft actor-critic, an update a step: 19 minutes on one core
+  OMP_NUM_THREADS=1 python mbpo.py --env-id HalfCheetah-v5 --real-ratio 1 --updates-per-step 1 --exp-name sac \
+    --eval-frequency 5000 --total-timesteps 100000
+  python benchmark/export.py results/mbpo/HalfCheetah-v5_no_model.csv "bash benchmark/mbpo.sh no_model" runs/HalfCheetah-v5__sac__*
+  python benchmark/curves.py dhmbpo_returns
+}
+
 gpu() { # the published settings to the end
   for task in Hopper-v5 HalfCheetah-v5; do
     for seed in 1 2 3; do
@@ -42,6 +49,7 @@ speed() {
 case "${1:-}" in
   cheap) cheap ;;
   hopper) hopper ;;
+  no_model) no_model ;;
   gpu) gpu ;;
   speed) speed ;;
   *) grep -m 1 "bash benchmark" "$0"; exit 2 ;;
