@@ -172,7 +172,7 @@ def figure_of(panels: list[Panel]) -> Figure:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
     longest = max(len(axis.get_legend_handles_labels()[0]) for axis in figure.axes)
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)} if longest > 5 else {}  # there it covers no curve
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)} if longest > 3 else {}  # there it covers no curve
     for axis in figure.axes:
         axis.legend(fontsize=7, **below)
     figure.set_figheight(3.4 + 0.2 * longest * bool(below))
