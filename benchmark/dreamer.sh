@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every command behind docs/dreamer.md, from the repository root: bash benchmark/dreamer.sh cpu|pixels|gpu|replay|speed|pictures
+# The commands behind docs/dreamer.md, from the repository root; sizes takes the run folder whose replay the sizes learn from:
+# bash benchmark/dreamer.sh cpu|pixels|small_batches|gpu|replay|sizes|speed|pictures [folder]
 set -euo pipefail
 
 cpu_sized() { # about 30 minutes on one core for each seed
@@ -11,9 +12,17 @@ cpu_sized() { # about 30 minutes on one core for each seed
   python benchmark/export.py results/dreamer/cartpole-swingup.csv "bash benchmark/dreamer.sh cpu" runs/cartpole-swingup__dreamer__*
 }
 
-pixels() { # the laptop size: 4.5 hours on two quiet cores for each seed
+pixels() { # the laptop size: 3 to 4 hours of one thread for each seed, where the processor has bfloat16's arithmetic
   for seed in 1 2 3; do
-    python dreamer.py --env-id walker-walk --size laptop --seed "$seed" --total-timesteps 200000
+    OMP_NUM_THREADS=1 python dreamer.py --env-id walker-walk --size laptop --compile --bfloat16 --seed "$seed" \
+      --total-timesteps 200000 --checkpoint-frequency 5000
+  done
+}
+
+small_batches() { # four times the updates, each of a quarter
+  for seed in 1 2; do
+    OMP_NUM_THREADS=1 python dreamer.py --env-id walker-walk --size laptop --compile --bfloat16 --seed "$seed" \
+      --batch-size 8 --batch-length 16 --train-steps 400 --total-timesteps 100000 --checkpoint-frequency 5000
   done
 }
 
@@ -40,8 +49,15 @@ replay() { # minutes on one core for each run
   python benchmark/dreamer_replay.py table runs/*
 }
 
+sizes() { # 40 minutes of one thread; a run that goes on would change its replay
+  rm -rf frozen && cp -r "$1" frozen
+  for flags in "" "--dense-size 400 --cnn-depth 32" "--batch-size 8" "--batch-size 8 --batch-length 16"; do
+    OMP_NUM_THREADS=1 python benchmark/dreamer_sizes.py frozen --seconds 600 $flags
+  done
+}
+
 speed() {
-  for flags in "--size laptop" "" "--bfloat16" "--compile"; do
+  for flags in "--size laptop" "" "--bfloat16" "--compile" "--size laptop --no-keep"; do
     python benchmark/dreamer_speed.py --batch-size 16 --batch-length 32 --threads 2 --no-cuda $flags
   done
 }
@@ -54,8 +70,10 @@ pictures() {
 case "${1:-}" in
   cpu) cpu_sized ;;
   pixels) pixels ;;
+  small_batches) small_batches ;;
   gpu) gpu ;;
   replay) replay ;;
+  sizes) sizes "$2" ;;
   speed) speed ;;
   pictures) pictures ;;
   *) grep -m 1 "bash benchmark" "$0"; exit 2 ;;
