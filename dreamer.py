@@ -730,9 +730,9 @@ def main(args: Args) -> str:
 
     dones, state = np.ones(args.num_envs, bool), agent.world_model.rssm.initial(args.num_envs)  # all begin an episode
     action, eval_envs = np.zeros((args.num_envs, agent.action_dim), np.float32), None
-    if args.num_envs == 1 or run.step >= args.total_timesteps:
-        train()  # what a resumed run owes (several environments: before the last step they make up for it below)
     while True:
+        if args.num_envs == 1 or run.step >= args.total_timesteps:
+            train()  # one environment: after its step; at first what a resumed run owes
         if run.eval_due(dones):
             eval_envs = evaluate_and_log(agent, eval_envs, renderer, run)
         if not run.goes_on(dones):  # which saves, too, when it is due
@@ -764,8 +764,6 @@ def main(args: Args) -> str:
         recorder.begin(obs, cut & ~dones)  # deviation 13: a piece is stored like a truncated episode
         if dones.any():
             run.log_episodes(infos, dones)
-        if args.num_envs == 1 or run.step >= args.total_timesteps:
-            train()  # one environment: after its step
 
     envs.close()
     if eval_envs is not None:

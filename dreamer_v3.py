@@ -848,8 +848,9 @@ def main(args: Args) -> str:
             if counters["num_updates"] % 100 == 0:
                 run.report()  # deviation 11: losses of the last batch
 
-    train()  # what a resumed run owes
     while True:
+        if args.num_envs == 1 or run.step >= args.total_timesteps:
+            train()  # one environment: after its step; at first what a resumed run owes
         if run.eval_due(dones):
             eval_envs = evaluate_and_log(agent, eval_envs, renderer, run)
         if not run.goes_on(dones):  # which saves, too, when it is due
@@ -871,8 +872,6 @@ def main(args: Args) -> str:
         run.progress.update(whole.num_envs * repeat)
         if dones.any():
             run.log_episodes(infos, dones)
-        if args.num_envs == 1 or run.step >= args.total_timesteps:
-            train()  # one environment: after its step
 
     envs.close()
     if eval_envs is not None:
