@@ -31,7 +31,8 @@ Evaluate:   python dreamer_v3.py --evaluate runs/<run folder> [--capture-video]
 Watch:      tensorboard --logdir runs
 Deviations from the reference code, named again at their lines and explained in docs/dreamer_v3.md; where that code and
 the paper differ, the code is followed: 1 precision, 2 entries, 3 defaults, 4 capacity, 5 samples, 6 last entries, 7 one
-observation, 8 start, 9 equal slots, 10 evaluation, 11 log, 12 Atari, 13 time limit, 14 renderer, 15 overlap.
+observation, 8 start, 9 equal slots, 10 evaluation, 11 log, 12 Atari, 13 time limit, 14 renderer, 15 overlap,
+16 one bound.
 """
 
 import contextlib
@@ -948,7 +949,7 @@ def fit_spaces(env: gym.Env, env_id: str) -> gym.Env:
         fail(f"{env_id}: observations must be images (H, W, C) or (H, W) of uint8 ({hint}) or vectors (D,), not {obs}")
     if isinstance(action, gym.spaces.Box):
         low, high = action.low.ravel().astype(float), action.high.ravel().astype(float)
-        bounded = (low > -1e6) & (high < 1e6)  # else [-1, 1] stays, moved to lie within the one bound there is
+        bounded = (low > -1e6) & (high < 1e6)  # deviation 16: else [-1, 1], moved into the one bound
         left = np.where(bounded, low, np.clip(-1, low, high - 2))
         right = np.where(bounded, high, left + 2)
         rounded = np.rint if np.issubdtype(action.dtype, np.integer) else np.asarray
