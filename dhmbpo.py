@@ -19,7 +19,7 @@
       actor_loss          the return of these steps, then the critics' value, uphill through model, states and actions
 
 Paper:      Kubo, Parmas, Ishii 2025, Double Horizon Model-Based Policy Optimization, arXiv 2512.15439
-Code:       4kubo/erl_lib (PyTorch), followed where it says more than the paper
+Code:       4kubo/erl_lib (PyTorch), which is followed
 Run:        python dhmbpo.py --env-id Hopper-v5          (or: uv run dhmbpo.py --env-id Hopper-v5)
 Resume:     python dhmbpo.py --resume runs/<run folder>
 Evaluate:   python dhmbpo.py --evaluate runs/<run folder> [--capture-video]
@@ -37,6 +37,7 @@ Deviations from the reference code, each also marked at the line it concerns:
   9. After a termination values are masked, and those beyond 1e6 go on as 0 (there: all are multiplied by 0).
  10. Statistics are those of the rows in the replay, in float32 (there: of all rows ever, observations' in float64).
  11. A block every 1,000 steps in all tasks but pendulums, which have settings of their own (there: also by episode).
+ 12. Rows too few to be divided are trained on and tested on (there: two at least are moved to those that test).
 """
 
 import contextlib
@@ -134,7 +135,7 @@ class Args:
     train_horizon: Few = 3  # model steps of the differentiable rollouts (T) (deviation 1: not 5)
     rollout_length: Few = 20  # model steps of the distribution rollouts (H)
     rollout_frequency: Count = 20  # updates between distribution rollouts
-    rollout_retain: Count = 10  # distribution rollouts whose states are kept
+    rollout_retain: Count = 10  # batch_size * rollout_frequency states, times this, are kept
     num_nets: Annotated[int, 2, 1024] = 8  # networks of the ensemble (E)
     model_hidden_size: Size = 256  # units of the three hidden layers of each network of the ensemble
     model_lr: Positive = 1e-3  # learning rate of the ensemble
@@ -465,7 +466,7 @@ def train_model(agent: Agent, rows: torch.Tensor, scale: int, generator, args: A
     obs, actions, outputs, is_held_out, weights = agent.unpack(rows)
     inputs, targets = torch.cat([agent.standardize(obs), actions], -1), (outputs - agent.out_mean) / agent.out_std
     train, held_out = (which.nonzero().squeeze(-1) for which in (~is_held_out, is_held_out))  # indices of rows
-    if not len(train) or len(held_out) < 2:  # rows too few to divide are both
+    if not len(train) or len(held_out) < 2:  # deviation 12: too few to divide
         train = held_out = torch.arange(len(rows), device=rows.device)
     chosen = torch.randperm(len(held_out), generator=generator, device=rows.device)[: args.holdout_rows]
     holdout = inputs[held_out[chosen]], targets[held_out[chosen]]
@@ -539,8 +540,8 @@ def learn(agent: Agent, rb, states, terminated_fn: Callable, rng: dict, args: Ar
     update_all = functools.partial(update, agent, optimizers, terminated_fn=terminated_fn, rng=rng, args=args)
     update_critics, update_all = fast(functools.partial(update_all, only_critics=True)), fast(update_all)
     visit = functools.partial(distribution_rollout, agent, rb, states, terminated_fn=terminated_fn, rng=rng, args=args)
-    if args.critic_warmup:  # on fewer rows, as the reference has it
-        visit(rows=max(args.batch_size * args.critic_warmup // args.rollout_frequency, 1))
+    if args.critic_warmup:  # from fewer states, as the reference has it
+        visit(rows=max(args.batch_size * args.critic_warmup // args.rollout_length, args.batch_size))
     for i in range(args.critic_warmup):
         tick(f"critics, update {i}")
         update_critics(states.sample(args.batch_size, generator=rng["update"]))
@@ -548,7 +549,7 @@ def learn(agent: Agent, rb, states, terminated_fn: Callable, rng: dict, args: Ar
     for i in range(count):
         tick(f"update {i} of {count}")
         if i % args.rollout_frequency == 0:
-            metrics["model/alive_share"] = visit(rows=args.batch_size * args.rollout_length)
+            metrics["model/alive_share"] = visit(rows=args.batch_size * args.rollout_frequency)  # as many as are drawn
         losses = update_all(states.sample(args.batch_size, generator=rng["update"]))
     return {name: float(value) for name, value in (metrics | losses).items()}  # host sync
 
@@ -622,7 +623,7 @@ def main(args: Args) -> str:
 
     # what a checkpoint holds: networks, buffers, counters, generators (optimizers live no longer than a block)
     agent = Agent(obs_dim, action_dim, args).to(device)
-    num_states = args.batch_size * args.rollout_length * args.rollout_retain
+    num_states = args.batch_size * args.rollout_frequency * args.rollout_retain
     rb = RingBuffer(args.buffer_size, sum(agent.sizes), device)
     states = RingBuffer(num_states, obs_dim, device)  # where rollouts start; never emptied, like the reference code's
     counters = {"blocks": 0, "num_terminations": 0, "num_rule_errors": 0}
@@ -1702,7 +1703,7 @@ def check_memory(args: Args, obs_dim: int, action_dim: int) -> None:
     """Refuses what the device cannot hold: weights, gradients and Adam's moments, buffers, the rows of a rollout."""
     with torch.device("meta"):  # tensors that have shapes alone
         num_weights = sum(weight.numel() for weight in Agent(obs_dim, action_dim, args).parameters())
-    num_states = args.rollout_length * args.rollout_retain + args.critic_warmup // args.rollout_frequency
+    num_states = args.rollout_frequency * args.rollout_retain + args.rollout_length  # kept, and of one pass
     num_floats = 4 * num_weights + args.batch_size * num_states * obs_dim
     num_floats += 3 * args.buffer_size * (2 * obs_dim + action_dim + 2 + args.num_nets)  # and a block's copies of it
     require_memory(4 * num_floats, "--buffer-size, sizes of networks and batches", choose_device(args))

@@ -422,6 +422,9 @@ def test_bounds_by_hand():
     path = path_of(numbers(1, 2, -0.5)[:, None].expand(3, 2), numbers(-1.2, 8.8, 0.7, 5)[:, None].expand(4, 2), alive)
     dhmbpo.track_bounds(agent, path, args)  # r - alpha log pi = 1.12, 1.12, -0.57
     close(agent.bounds, numbers(-0.57, 1.12) * 200, 1e-9)
+    agent.bounds.fill_(math.nan)
+    dhmbpo.track_bounds(agent, table_path(), args)  # 1.12, 1.97, -0.43 in each row
+    close(agent.bounds, numbers(-86, 394), 1e-9)
 
     def track(values):
         rewards = torch.tensor(values, dtype=torch.float64).reshape(2, 5)
@@ -516,6 +519,7 @@ def test_model_step_by_hand():
     next_obs, reward = dhmbpo.model_step(agent, obs, numbers([0.0]), torch.tensor([0]), numbers([0.8, -0.6]))
     close(reward, numbers(1.35))
     close(next_obs, numbers([0.4766536453, -0.6535512384]), 1e-9)
+    close(numbers(1, 2) + agent.obs_std * next_obs, numbers([1.9533072906, 1.6732243808]), 1e-9)
 
 
 def test_each_network_gets_one_block(agent):
@@ -594,7 +598,7 @@ class Line(torch.nn.Module):
 
 
 class Linear(torch.nn.Module):
-    """The policy tanh(theta s + 0.3 noise), whose log-probability is 0 (no entropy in the numbers below)."""
+    """The policy tanh(theta s + 0.3 noise)."""
 
     def __init__(self, theta):
         super().__init__()
@@ -674,17 +678,24 @@ def test_gradient_through_networks_equals_differences():
 # === Training of the ensemble ===
 
 PAIRED = [  # differences, times, p by the normal distribution, new best, progress
-    ((-0.3, 0.1, -0.2, -0.1, -0.4, 0.2, -0.1, -0.2), 1, 0.0372309157),
-    ((-0.3, 0.1, -0.2, 0.25, -0.4, 0.35, -0.1, 0.2), 1, 0.4490598936),
-    ((0.3, -0.1, 0.2, -0.25, 0.4, -0.35, 0.1, -0.2), 1, 1 - 0.4490598936),
-    ((-0.3, 0.1, -0.2, 0.25, -0.4, 0.35, -0.1, 0.2), 125, 0.0630618401),
-    ((-0.3, 0.1, -0.2, 0.25, -0.4, 0.35, -0.1, 0.28), 125, 0.3839357411),
+    ((-0.3, 0.1, -0.2, -0.1, -0.4, 0.2, -0.1, -0.2), 1, 0.0372309157, True, True),
+    ((-0.3, 0.1, -0.2, 0.25, -0.4, 0.35, -0.1, 0.2), 1, 0.4490598936, False, True),
+    ((0.3, -0.1, 0.2, -0.25, 0.4, -0.35, 0.1, -0.2), 1, 1 - 0.4490598936, False, False),
+    ((-0.3, 0.1, -0.2, 0.25, -0.4, 0.35, -0.1, 0.2), 125, 0.0630618401, True, True),
+    ((-0.3, 0.1, -0.2, 0.25, -0.4, 0.35, -0.1, 0.28), 125, 0.3839357411, False, True),
 ]
 
 
-@pytest.mark.parametrize(("differences", "times", "expected"), PAIRED)
-def test_paired_test_by_hand(differences, times, expected):
-    assert dhmbpo.p_value(numbers(*differences).repeat(times)) == pytest.approx(expected, abs=1e-9)
+@pytest.mark.parametrize(("differences", "times", "expected", "best", "progress"), PAIRED)
+def test_paired_test_by_hand(monkeypatch, differences, times, expected, best, progress):
+    """The probability, and what a training makes of it: with patience 0 it ends without progress."""
+    differences = numbers(*differences).repeat(times)
+    assert dhmbpo.p_value(differences) == pytest.approx(expected, abs=1e-9)
+    scores, args = iter((0 * differences, differences, differences)), make_args(model_patience=0.0)
+    args = dataclasses.replace(args, model_max_epochs=2 / math.log(D + 1) + 1e-6)
+    monkeypatch.setattr(dhmbpo, "holdout_scores", lambda *_: next(scores))
+    metrics = train(make_agent(args), make_rows(100, args), args)
+    assert (metrics["model/best_epoch"] == 1) == best and (metrics["model/epochs"] == 2) == progress
 
 
 def test_equal_scores_are_no_progress():
@@ -1092,7 +1103,7 @@ def test_distribution_rollouts_keep_raw_states_that_are_alive(monkeypatch):
 
 def test_order_and_amount_of_work_of_a_block(monkeypatch):
     """Statistics, ensemble, states, critics alone, updates with new states in between; the first has more of them."""
-    args = published("Hopper-v5", target_entropy=-3.0)
+    published_args = args = published("Hopper-v5", target_entropy=-3.0)
     agent = dhmbpo.Agent(11, 3, args)
     rb, states = RingBuffer(100, sum(agent.sizes), CPU), RingBuffer(51_200, 11, CPU)
     rb.add(dhmbpo.labelled(normal(50, 26), generator(), args))
@@ -1116,11 +1127,12 @@ def test_order_and_amount_of_work_of_a_block(monkeypatch):
 
     for name, function in (("train_model", learned), ("distribution_rollout", visited), ("update", updated)):
         monkeypatch.setattr(dhmbpo, name, function)
-    for scale in (5, 1):
+    for scale, per_step in ((5, 1), (1, 2), (1, 1)):
         log.clear()
+        args = dataclasses.replace(published_args, updates_per_step=per_step)
         metrics = dhmbpo.learn(agent, rb, states, never, generators(), args, scale, eager, quiet)
         head = [("ensemble", scale), ("visit", 3_200)] + [("critics", 1)] * 250
-        assert log == head + ([("visit", 5_120)] + [("update", 1)] * 20) * (50 * scale)
+        assert log == head + ([("visit", 5_120)] + [("update", 1)] * 20) * (50 * scale * per_step)
         assert metrics == {"model/epochs": 7, "model/alive_share": 0.5, "losses/qf_loss": float(len(log))}
     first, second = optimizers[0], optimizers[-1]
     assert first is not second and first["actor"].param_groups[0]["lr"] == 3e-4
@@ -1129,11 +1141,11 @@ def test_order_and_amount_of_work_of_a_block(monkeypatch):
     assert {id(p) for p in first["actor"].param_groups[0]["params"]} == expected
 
 
-@pytest.mark.parametrize(("warmup", "rollouts"), [(0, [36]), (1, [1, 36]), (9, [2, 36])])
-def test_critics_need_no_warmup(monkeypatch, warmup, rollouts):
-    """Without one there are no rollouts for it; with a short one there is one at least."""
+@pytest.mark.parametrize(("warmup", "rollouts"), [(0, [480]), (1, [12, 480]), (9, [36, 480])])
+def test_states_asked_of_rollouts(monkeypatch, warmup, rollouts):
+    """batch_size * rollout_frequency; for a warm-up batch_size * critic_warmup / H, a batch at least."""
     args = make_args(batch_size=12, critic_warmup=warmup, rollout_frequency=40, rollout_length=3, **{
-        "updates_per_step": 1, "model_train_frequency": 1})  # fmt: skip
+        "updates_per_step": 1, "model_train_frequency": 1, "train_horizon": 5})  # fmt: skip
     agent, rb = make_agent(args), RingBuffer(200, 2 * D + A + 2 + 4, CPU)
     rb.add(make_rows(100, args))
     visit, rows = dhmbpo.distribution_rollout, []
@@ -1294,12 +1306,9 @@ dhmbpo.main(test_dhmbpo.tiny(env_id="Even-v0", eval_frequency={evaluation}))
 """
 
 
-LATE_KILLS = (24, "ensemble, epoch 3", 16), (40, "ensemble, epoch 1", 32), (28, "between", 24)
-
-
 @pytest.mark.parametrize(
     ("step", "text", "resumed_at"),
-    [(32, "update 5", 24), *(pytest.param(*case, marks=pytest.mark.slow) for case in LATE_KILLS)],
+    [(32, "update 5", 24), (24, "ensemble, epoch 3", 16), (40, "ensemble, epoch 1", 32), (28, "between", 24)],
 )
 def test_killed_at_once(step, text, resumed_at):
     """SIGKILL in a training, in a block, between blocks: the run goes on from its last checkpoint, to the same end."""
@@ -1418,9 +1427,9 @@ def test_statistics_and_labels_belong_to_the_replay(played):
 
 
 def test_states_are_never_emptied(played):
-    """They are a ring over the blocks, of batch_size * rollout_length * rollout_retain rows."""
-    assert [states for *_, states in played[1]] == [48] * 4
-    assert saved(played[0])["parts"]["states"]["end"] > 4 * 48
+    """They are a ring over the blocks, of batch_size * rollout_frequency * rollout_retain rows."""
+    assert [states for *_, states in played[1]] == [32] * 4
+    assert saved(played[0])["parts"]["states"]["end"] > 4 * 32
 
 
 def test_what_is_logged(played):
