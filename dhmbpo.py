@@ -1003,7 +1003,12 @@ def make_gymnasium(env_id: str, **settings) -> gym.Env:
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where a user's module lies
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures need no window
     try:
-        return gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
+        env = gym.make(env_id, disable_env_checker=True, **settings)  # CheckedEnv says it in one line
+        renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+        if getattr(renderer, "camera_id", None) == -1:  # a view that stands still: the camera that follows, if any
+            cameras = [renderer.model.camera(i).name for i in range(renderer.model.ncam)]
+            renderer.camera_id = cameras.index("track") if "track" in cameras else -1
+        return env
     except gym.error.UnregisteredEnv as error:
         close = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)) or "none"
         yours = f"a module of yours is named before it, my_module:{env_id.split(':')[-1]}"

@@ -4,7 +4,9 @@ Run:  python benchmark/pictures.py maze                              dyna_q_maze
       python benchmark/pictures.py board RUN                         muzero_tictactoe.gif: what the search visits
       python benchmark/pictures.py dream WEIGHTS [flags of the run]  world_models_dream.gif: the game and the dream
       python benchmark/pictures.py takecover FOLDER                  world_models_takecover_*.png: a run folder has them
-RUN is a run folder of muzero.py, FOLDER one of world_models.py, WEIGHTS a round_N.pt of world_models.py.
+      python benchmark/pictures.py film VIDEO NAME FIRST LAST EVERY LEFT TOP SIZE    NAME: a square of frames
+RUN is a run folder of muzero.py, FOLDER one of world_models.py, WEIGHTS a round_N.pt of world_models.py, VIDEO an MP4
+that --capture-video has written.
 """
 
 import functools
@@ -200,6 +202,17 @@ def takecover(run: str, steps: tuple[int, ...] = (0, 30, 60, 80, 95), context: i
     image.save(ROOT / "docs/world_models_takecover_open_loop.png")
 
 
+def film(video: str, name: str, first: int, last: int, every: int, left: int, top: int, size: int) -> None:
+    """Every so many frames from first to last, a square of each; no faster and no slower than they were."""
+    from moviepy import VideoFileClip
+
+    with VideoFileClip(video) as clip:
+        frames = [Image.fromarray(frame) for i, frame in enumerate(clip.iter_frames()) if first <= i < last]
+        pause = round(1000 * every / clip.fps)
+    box = left, top, left + size, top + size
+    save(name, [frame.resize((240, 240), Image.Resampling.LANCZOS, box) for frame in frames[::every]], pause)
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["maze"]:
@@ -210,5 +223,7 @@ if __name__ == "__main__":
             dream(weights, flags)
         case ["takecover", folder]:
             takecover(folder)
+        case ["film", video, name, *numbers]:
+            film(video, name, *map(int, numbers))
         case _:
             sys.exit(__doc__)

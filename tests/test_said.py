@@ -105,6 +105,15 @@ def test_steps_per_second_are_those_of_training(script, monkeypatch, tmp_path):
     assert run.reported == (3, 157.0) and run.goes_on(np.ones(1)) and run.reported == (3, 207.0)
 
 
+@only("mbpo")
+@pytest.mark.parametrize(("env_id", "camera"), [("Humanoid-v5", "track"), ("InvertedPendulum-v5", None)])
+def test_a_film_follows_the_body(script, env_id, camera):
+    """Gymnasium 1.4 looks from where a body begins, even where its model has a camera that goes along."""
+    pytest.importorskip("mujoco", reason="MuJoCo is not installed.")
+    renderer = script.make_gymnasium(env_id, render_mode="rgb_array").unwrapped.mujoco_renderer
+    assert renderer.camera_id == -1 if camera is None else renderer.model.camera(renderer.camera_id).name == camera
+
+
 AFTER_THE_ENVIRONMENTS = {  # what evaluate_and_log takes: "run" is the run
     "mbpo": ["run", True], "dhmbpo": ["run"], "dreamer": ["none", "run"], "dreamer_v3": ["none", "run"],
     "muzero": ["run", None],
