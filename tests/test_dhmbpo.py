@@ -1476,7 +1476,7 @@ def test_resume_without_the_buffer():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dhmbpo, "learn", spy)
         dhmbpo.main(dataclasses.replace(args, resume=folder, total_timesteps=76))
-    assert calls == [(24, 1, 0), (32, 1, 48)] and "replay" not in saved(folder)["parts"]
+    assert calls == [(24, 1, 0), (32, 1, 32)] and "replay" not in saved(folder)["parts"]
     assert saved(folder)["rng"]["prefill"] == prefill
 
 
