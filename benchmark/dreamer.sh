@@ -42,7 +42,7 @@ replay() { # minutes on one core for each run
     for way in episodes ends entries; do
       python benchmark/dreamer_replay.py $way --env-id CartPole-v1 --seed "$seed" $small --total-timesteps 12000 \
         --eval-frequency 1000 --expl-epsilon 0.4 0.1 12000
-      python benchmark/dreamer_replay.py $way --env-id LunarLanderContinuous-v3 --seed "$seed" $small \
+      python benchmark/dreamer_replay.py $way --env-id LunarLanderContinuous-v3 --action-repeat 4 --seed "$seed" $small \
         --total-timesteps 30000 --eval-frequency 3000
     done
   done
