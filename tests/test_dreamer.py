@@ -1598,7 +1598,8 @@ def test_speed_flags_do_not_bind_an_evaluation(monkeypatch, capsys):
     state["args"] |= {"cudagraphs": True, "bfloat16": True}
     torch.save(state, Path(run_dir, "checkpoint.pt"))
     command_line(monkeypatch, dreamer, "--evaluate", run_dir)
-    assert "(2 episodes:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "(2 episodes:" in said and f"at step {state['global_step']}, renderer none:" in said
 
 
 def test_resume_on_another_kind_of_device(capsys):
